@@ -1,0 +1,10 @@
+#!/bin/sh
+# Static checks: lint, format, types, spelling, house rules. Under half a minute.
+set -eu
+BIN=${1:-.venv/bin}
+"$BIN/ruff" check src tests tools bench setup.py
+"$BIN/ruff" format --check src tests tools bench setup.py
+"$BIN/mypy"
+find src -name '*.pyx' | xargs -r "$BIN/cython-lint" --max-line-length 110
+"$BIN/codespell" src tests docs csrc bench tools ./*.md
+"$BIN/python" -m pytest -q tests/test_tidy.py
