@@ -1,0 +1,138 @@
+"""The page service's frames: round trips under any cutting, and strict refusal of anything else."""
+
+import contextlib
+import itertools
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.keys import KeyKind, parse_key
+from excimer.wire.page_service import (
+    FRAME_SIZE_BYTES_MAX,
+    BasebackupAnswer,
+    ClientMessage,
+    ClientMessageParser,
+    ErrorAnswer,
+    ErrorCode,
+    GetBasebackup,
+    GetPages,
+    Hello,
+    HelloOk,
+    PageProtocolError,
+    Pages,
+    ServerMessage,
+    ServerMessageParser,
+    basebackup_head,
+    encode_client_message,
+    encode_server_message,
+    error_code,
+    error_from_answer,
+)
+
+U8, U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))
+IDS = st.binary(min_size=16, max_size=16).map(bytes.hex)
+ASCII = st.text(st.characters(codec="ascii"), max_size=300)
+
+HELLOS = st.builds(Hello, IDS.map(TenantId), IDS.map(TimelineId), ASCII, U16)
+KINDS = st.sampled_from([KeyKind.RELATION_BLOCK, KeyKind.SLRU_BLOCK])
+GET_PAGES = st.builds(GetPages, U64, U64, U64, KINDS, U8, U32, U32, U32, U32, U32)
+CLIENT = st.one_of(HELLOS, GET_PAGES, st.builds(GetBasebackup, U64, U64))
+PAGES = st.builds(Pages, U64, st.integers(0, 3).map(lambda count: bytes([count]) * 8192 * count))
+SERVER = st.one_of(
+    st.builds(HelloOk, U32, U16),
+    PAGES,
+    st.builds(BasebackupAnswer, U64, st.binary(max_size=100)),
+    st.builds(
+        ErrorAnswer, U64, st.sampled_from(ErrorCode), st.text(st.characters(codec="utf-8"), max_size=200)
+    ),
+)
+
+
+def cut(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    return [data[start:end] for start, end in itertools.pairwise(edges)]
+
+
+@given(st.lists(CLIENT, max_size=5), st.lists(U16, max_size=8))
+def test_client_messages_round_trip(messages: list[ClientMessage], cuts: list[int]) -> None:
+    parser = ClientMessageParser()
+    data = b"".join(map(encode_client_message, messages))
+    assert [message for part in cut(data, cuts) for message in parser.feed(part)] == messages
+    assert parser.buffered_bytes == 0
+
+
+@given(st.lists(SERVER, max_size=5), st.lists(U16, max_size=8))
+def test_server_messages_round_trip(messages: list[ServerMessage], cuts: list[int]) -> None:
+    parser = ServerMessageParser()
+    data = b"".join(map(encode_server_message, messages))
+    assert [message for part in cut(data, cuts) for message in parser.feed(part)] == messages
+
+
+@given(st.binary(max_size=400), st.lists(U16, max_size=4))
+def test_random_bytes_only_ever_raise_the_protocol_error(data: bytes, cuts: list[int]) -> None:
+    for parser in (ClientMessageParser(), ServerMessageParser()):
+        with contextlib.suppress(PageProtocolError):
+            for part in cut(data, cuts):
+                parser.feed(part)
+
+
+@given(CLIENT, U16, U8)
+def test_a_flipped_byte_never_escapes(message: ClientMessage, position: int, value: int) -> None:
+    data = bytearray(encode_client_message(message))
+    data[position % len(data)] ^= value
+    with contextlib.suppress(PageProtocolError):
+        ClientMessageParser().feed(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        struct.pack("<IB", FRAME_SIZE_BYTES_MAX + 1, ord("H")),
+        struct.pack("<IB", 49 + 1, ord("G")),
+        struct.pack("<IB", 0, ord("B")),
+        struct.pack("<IB", 17, ord("Q")),
+        struct.pack("<IB", 17, ord("g")),
+    ],
+)
+def test_a_bad_length_or_type_is_refused_before_its_body_arrives(frame: bytes) -> None:
+    with pytest.raises(PageProtocolError):
+        ClientMessageParser().feed(frame)
+
+
+def test_a_partial_frame_waits() -> None:
+    parser = ClientMessageParser()
+    whole = encode_client_message(GetBasebackup(1, 2))
+    assert parser.feed(whole[:-1]) == []
+    assert parser.buffered_bytes == len(whole) - 1
+    assert parser.feed(whole[-1:]) == [GetBasebackup(1, 2)]
+
+
+def test_get_pages_bytes_are_as_documented() -> None:
+    message = GetPages(1, 2, 3, KeyKind.SLRU_BLOCK, 0, 4, 5, 6, 7, 8)
+    body = struct.pack("<QQQBBHIIIII", 1, 2, 3, 0x20, 0, 0, 4, 5, 6, 7, 8)
+    assert encode_client_message(message) == struct.pack("<IB", 49, ord("G")) + body
+    assert parse_key(message.key()) == (0x20, 4, 5, 6, 0, 7)
+
+
+def test_an_oversized_basebackup_is_not_sent() -> None:
+    with pytest.raises(PageProtocolError, match="does not fit"):
+        basebackup_head(1, FRAME_SIZE_BYTES_MAX)
+
+
+def test_a_long_error_text_is_cut_at_a_character() -> None:
+    (answer,) = ServerMessageParser().feed(
+        encode_server_message(ErrorAnswer(1, ErrorCode.REFUSED, "€" * 10_000))
+    )
+    assert isinstance(answer, ErrorAnswer)
+    assert set(answer.text) == {"€"}
+
+
+@pytest.mark.parametrize("family", [RetryableError, RefusedError, FencedError, CorruptionError])
+def test_families_cross_the_wire(family: type[ExcimerError]) -> None:
+    error = error_from_answer(ErrorAnswer(1, error_code(family("text")), "text"))
+    assert type(error) is family
+    assert str(error) == "text"
