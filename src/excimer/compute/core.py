@@ -1,0 +1,144 @@
+"""An endpoint's life as a pure state machine: what to do when postgres, the quorum or the user acts.
+
+::
+
+    STARTING --started--> RUNNING --stop--> STOPPING --exited--> STOPPED
+       ^  |                  |                                     ^
+       |  +--failed----------+--exited (crash)--> WAITING          |
+       +-------------------------delay over-------+                |
+    any --fenced----------------------------------------------------+
+
+There is no recovery path: a crashed compute starts afresh at the new end of WAL, with a delay that
+doubles while it keeps failing. A fenced one never starts again, because a newer compute owns the
+timeline (C1).
+"""
+
+from enum import Enum, auto
+from typing import NamedTuple
+
+RESTART_DELAY_S_MIN = 0.1
+RESTART_DELAY_S_MAX = 10.0
+STABLE_AFTER_S = 30.0
+"""A compute that ran this long has not been failing: its next restart waits the least again."""
+
+EXIT_CLEAN = 0
+EXIT_REFUSED = 2
+EXIT_FENCED = 3
+
+
+class State(Enum):
+    STARTING = auto()
+    RUNNING = auto()
+    WAITING = auto()
+    STOPPING = auto()
+    STOPPED = auto()
+
+
+class Started(NamedTuple):
+    at_s: float
+
+
+class PostgresExited(NamedTuple):
+    at_s: float
+    reason: str
+
+
+class StartFailed(NamedTuple):
+    reason: str
+    may_retry: bool
+
+
+class DelayOver(NamedTuple):
+    pass
+
+
+class StopRequested(NamedTuple):
+    pass
+
+
+class Fenced(NamedTuple):
+    reason: str
+
+
+Event = Started | PostgresExited | StartFailed | DelayOver | StopRequested | Fenced
+
+
+class Launch(NamedTuple):
+    """Make a new directory and start postgres on it."""
+
+
+class StopPostgres(NamedTuple):
+    fast: bool
+    """Fast lets postgres write its shutdown checkpoint; otherwise it is killed at once."""
+
+
+class Wait(NamedTuple):
+    delay_s: float
+    reason: str
+
+
+class Exit(NamedTuple):
+    code: int
+    reason: str
+
+
+Effect = Launch | StopPostgres | Wait | Exit
+
+
+class Endpoint:
+    """The machine: feed events to `step`, carry out the effects in order."""
+
+    def __init__(self) -> None:
+        self.state = State.STARTING
+        self._delay_s = RESTART_DELAY_S_MIN
+        self._started_at_s = 0.0
+
+    def begin(self) -> list[Effect]:
+        return [Launch()]
+
+    def step(self, event: Event) -> list[Effect]:
+        if self.state is State.STOPPED:
+            return []
+        match event:
+            case Fenced(reason):
+                self.state = State.STOPPED
+                return [StopPostgres(fast=False), Exit(EXIT_FENCED, reason)]
+            case StopRequested():
+                return self._stop()
+            case Started(at_s):
+                if self.state is State.STARTING:
+                    self.state, self._started_at_s = State.RUNNING, at_s
+                return []
+            case StartFailed(reason, may_retry):
+                return self._failed(reason) if may_retry else self._refused(reason)
+            case PostgresExited(at_s, reason):
+                if at_s - self._started_at_s > STABLE_AFTER_S:
+                    self._delay_s = RESTART_DELAY_S_MIN
+                return self._failed(reason)
+            case DelayOver():
+                if self.state is not State.WAITING:
+                    return []
+                self.state = State.STARTING
+                return [Launch()]
+
+    def _stop(self) -> list[Effect]:
+        if self.state is State.WAITING:
+            self.state = State.STOPPED
+            return [Exit(EXIT_CLEAN, "stopped")]
+        if self.state is State.STOPPING:
+            return []
+        self.state = State.STOPPING
+        return [StopPostgres(fast=True)]
+
+    def _failed(self, reason: str) -> list[Effect]:
+        if self.state is State.STOPPING:
+            self.state = State.STOPPED
+            return [Exit(EXIT_CLEAN, "stopped")]
+        self.state = State.WAITING
+        delay_s, self._delay_s = self._delay_s, min(self._delay_s * 2, RESTART_DELAY_S_MAX)
+        return [StopPostgres(fast=False), Wait(delay_s, reason)]
+
+    def _refused(self, reason: str) -> list[Effect]:
+        stopping = self.state is State.STOPPING
+        self.state = State.STOPPED
+        return [StopPostgres(fast=False), Exit(EXIT_CLEAN if stopping else EXIT_REFUSED, reason)]

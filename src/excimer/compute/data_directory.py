@@ -1,0 +1,161 @@
+"""The data directory of a starting compute: what it must hold, and writing it.
+
+Planned from a basebackup without I/O, then written in one go. Almost nothing is written: folders,
+small files, the two or three WAL pages of the prefix, and the pages the basebackup carries inline.
+Every other block of every relation is only an entry in the arena, from which libhydrate makes the
+file when PostgreSQL first opens it.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from excimer.base.keys import (
+    SEGMENT_BLOCKS,
+    SLRU_DIRECTORIES,
+    KeyKind,
+    Relation,
+    parse_key,
+    relation_path,
+)
+from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
+from excimer.pgformat.wal_prefix import WalPrefix, wal_segment_file_name
+
+FIXED_DIRECTORIES = (
+    "base",
+    "global",
+    "pg_commit_ts",
+    "pg_dynshmem",
+    "pg_logical",
+    "pg_logical/mappings",
+    "pg_logical/snapshots",
+    "pg_multixact",
+    "pg_multixact/members",
+    "pg_multixact/offsets",
+    "pg_notify",
+    "pg_replslot",
+    "pg_serial",
+    "pg_snapshots",
+    "pg_stat",
+    "pg_stat_tmp",
+    "pg_subtrans",
+    "pg_tblspc",
+    "pg_twophase",
+    "pg_wal",
+    "pg_wal/archive_status",
+    "pg_wal/summaries",
+    "pg_xact",
+)
+
+HBA = """\
+# Written by Excimer. Loopback and the endpoint's own socket are trusted; nothing else is listened to.
+local all all trust
+local replication all trust
+host all all 127.0.0.1/32 trust
+host all all ::1/128 trust
+"""
+
+
+class LazyFile(NamedTuple):
+    """A file that PostgreSQL finds in the directory although only the arena knows it."""
+
+    path: str
+    blocks: int
+
+
+class InlineRun(NamedTuple):
+    """Adjacent pages of one file that are written at once and marked present."""
+
+    path: str
+    block: int
+    data: bytes
+
+
+class DataDirectoryPlan(NamedTuple):
+    directories: list[str]
+    files: list[tuple[str, bytes]]
+    wal: list[tuple[str, int, bytes]]
+    """(segment file name, offset, bytes)"""
+    lazy_files: list[LazyFile]
+    inline_runs: list[InlineRun]
+
+
+def plan_data_directory(
+    backup: Basebackup, prefix: WalPrefix, postgresql_conf: str, wal_segment_size: int, *, hot_standby: bool
+) -> DataDirectoryPlan:
+    """What to write. Raises ValueError when the basebackup names a relation in a user tablespace."""
+    files = [
+        ("PG_VERSION", f"{backup.pg_version}\n".encode()),
+        ("postgresql.conf", postgresql_conf.encode()),
+        ("pg_hba.conf", HBA.encode()),
+        ("pg_ident.conf", b""),
+        ("global/pg_control", prefix.control_file),
+        *backup.files,
+    ]
+    if hot_standby:
+        files.append(("standby.signal", b""))
+    lazy_files = _lazy_files(backup)
+    folders = {str(Path(path).parent) for path, _ in files} | {str(Path(file.path).parent) for file in lazy_files}
+    directories = list(FIXED_DIRECTORIES) + sorted(folders - set(FIXED_DIRECTORIES) - {"."})
+    wal = [
+        (wal_segment_file_name(lsn, wal_segment_size), lsn % wal_segment_size, data) for lsn, data in prefix.chunks
+    ]
+    return DataDirectoryPlan(directories, files, wal, lazy_files, _inline_runs(backup))
+
+
+def write_data_directory(root: Path, plan: DataDirectoryPlan, wal_segment_size: int) -> None:
+    """Writes everything but the lazy files and inline pages (the arena's business).
+
+    Nothing is synced: a directory that does not survive is made anew (H2). Raises OSError.
+    """
+    for directory in plan.directories:
+        (root / directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path, content in plan.files:
+        (root / path).write_bytes(content)
+    segments: dict[str, list[tuple[int, bytes]]] = defaultdict(list)
+    for name, offset, data in plan.wal:
+        segments[name].append((offset, data))
+    for name, chunks in segments.items():
+        with (root / "pg_wal" / name).open("wb") as segment:
+            segment.truncate(wal_segment_size)
+            for offset, data in chunks:
+                segment.seek(offset)
+                segment.write(data)
+
+
+def lazy_path(key: bytes) -> tuple[str, int]:
+    """The file that holds a page's key, and the block's number within that file."""
+    fields = parse_key(key)
+    if fields.kind == KeyKind.SLRU_BLOCK:
+        return _slru_path(fields.spc, fields.rel), fields.block
+    segment, block = divmod(fields.block, SEGMENT_BLOCKS)
+    return relation_path(Relation(fields.spc, fields.db, fields.rel), fields.fork, segment), block
+
+
+def _lazy_files(backup: Basebackup) -> list[LazyFile]:
+    files = []
+    for spc, db, rel, fork, blocks in unpack_relation_forks(backup.relation_forks):
+        for start in range(0, max(blocks, 1), SEGMENT_BLOCKS):
+            path = relation_path(Relation(spc, db, rel), fork, start // SEGMENT_BLOCKS)
+            files.append(LazyFile(path, min(blocks - start, SEGMENT_BLOCKS)))
+    for slru, segment, blocks in unpack_slru_segments(backup.slru_segments):
+        files.append(LazyFile(_slru_path(slru, segment), blocks))
+    return files
+
+
+def _slru_path(slru: int, segment: int) -> str:
+    return f"{SLRU_DIRECTORIES[slru]}/{segment:04X}"
+
+
+def _inline_runs(backup: Basebackup) -> list[InlineRun]:
+    """Pages of the basebackup, neighbours joined."""
+    placed = sorted((*lazy_path(page.key), page.page) for page in backup.pages)
+    runs: list[InlineRun] = []
+    pending: list[bytes] = []
+    for index, (path, block, page) in enumerate(placed):
+        pending.append(page)
+        following = placed[index + 1] if index + 1 < len(placed) else None
+        if following is None or following[:2] != (path, block + 1):
+            runs.append(InlineRun(path, block - len(pending) + 1, b"".join(pending)))
+            pending = []
+    return runs

@@ -1,0 +1,153 @@
+"""One running postgres: start it, know when it is ready, stop it, find one that was left behind.
+
+Readiness is read from postmaster.pid, which costs nothing; connecting to ask would fork a backend
+and log an error each time.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from excimer.base.errors import RetryableError
+from excimer.io.processes import User
+
+START_TIMEOUT_S = 60.0
+FAST_STOP_TIMEOUT_S = 3.0
+_READY_POLL_S = 0.002
+_KILL_ROUNDS = 500
+_KILL_POLL_S = 0.01
+_STATUS_LINE = 7
+_PR_SET_PDEATHSIG = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class PostgresStartError(RetryableError):
+    """postgres did not come up."""
+
+
+class PostgresCommand(NamedTuple):
+    binary: Path
+    data_dir: Path
+    environment: Mapping[str, str]
+    user: User | None
+    log_path: Path
+
+
+class PostgresProcess:
+    """A postmaster that dies with its manager."""
+
+    def __init__(self, process: asyncio.subprocess.Process, data_dir: Path) -> None:
+        self._process = process
+        self._data_dir = data_dir
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @classmethod
+    async def start(cls, command: PostgresCommand) -> "PostgresProcess":
+        """Launches postgres; `wait_ready` says when it serves."""
+        with command.log_path.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                str(command.binary),
+                "-D",
+                str(command.data_dir),
+                env=dict(command.environment),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=command.data_dir,
+                start_new_session=True,  # Ctrl-C in a terminal reaches the manager alone
+                preexec_fn=_die_with_parent,
+                **_credentials(command.user),
+            )
+        return cls(process, command.data_dir)
+
+    async def wait_ready(self) -> None:
+        """Until clients can connect. Raises `PostgresStartError` if postgres exits or takes too long."""
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+        while not self._is_ready():
+            if self._process.returncode is not None:
+                raise PostgresStartError(f"postgres exited with status {self._process.returncode} at start")
+            if asyncio.get_running_loop().time() > deadline:
+                raise PostgresStartError(f"postgres was not ready after {START_TIMEOUT_S:.0f} s")
+            await asyncio.sleep(_READY_POLL_S)
+
+    async def wait_exit(self) -> int:
+        """Its exit status; negative for a signal, as in `subprocess`."""
+        return await self._process.wait()
+
+    async def stop(self, *, fast: bool) -> None:
+        """Fast: lets it finish its shutdown checkpoint for a few seconds; then, or else, at once."""
+        if fast and self._signal(signal.SIGINT):
+            try:
+                await asyncio.wait_for(self._process.wait(), FAST_STOP_TIMEOUT_S)
+            except TimeoutError:
+                pass
+        if self._signal(signal.SIGQUIT):
+            try:
+                await asyncio.wait_for(self._process.wait(), 1.0)
+            except TimeoutError:
+                self._signal(signal.SIGKILL)
+                await self._process.wait()
+        await kill_left_behind(self._data_dir)
+
+    def _signal(self, number: int) -> bool:
+        if self._process.returncode is not None:
+            return False
+        self._process.send_signal(number)
+        return True
+
+    def _is_ready(self) -> bool:
+        try:
+            lines = (self._data_dir / "postmaster.pid").read_text().split("\n")
+        except OSError:
+            return False
+        return len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() in ("ready", "standby")
+
+
+async def kill_left_behind(data_dir: Path) -> None:
+    """Kills every process that runs in `data_dir` and waits until it is gone.
+
+    Backends outlive a killed postmaster for a moment, and a killed manager may leave a whole
+    postgres; either would go on writing into a directory that is about to be removed. They are
+    found by their working directory: each backend is its own session, and pids are reused.
+    """
+    for _ in range(_KILL_ROUNDS):
+        remaining = [pid for pid in _pids() if _runs_in(pid, data_dir)]
+        if not remaining:
+            return
+        for pid in remaining:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        await asyncio.sleep(_KILL_POLL_S)
+    raise PostgresStartError(f"processes {remaining} in {data_dir} cannot be killed")
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _runs_in(pid: int, data_dir: Path) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/cwd") == str(data_dir)
+    except OSError:
+        return False
+
+
+def _die_with_parent() -> None:
+    """The kernel sends SIGQUIT to postgres when its manager dies, however that happens."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
+
+
+def _credentials(user: User | None) -> dict[str, object]:
+    if user is None:
+        return {}
+    return {"user": user.uid, "group": user.gid, "extra_groups": []}
