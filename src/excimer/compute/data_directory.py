@@ -95,10 +95,13 @@ def plan_data_directory(
     if hot_standby:
         files.append(("standby.signal", b""))
     lazy_files = _lazy_files(backup)
-    folders = {str(Path(path).parent) for path, _ in files} | {str(Path(file.path).parent) for file in lazy_files}
+    folders = {str(Path(path).parent) for path, _ in files} | {
+        str(Path(file.path).parent) for file in lazy_files
+    }
     directories = list(FIXED_DIRECTORIES) + sorted(folders - set(FIXED_DIRECTORIES) - {"."})
     wal = [
-        (wal_segment_file_name(lsn, wal_segment_size), lsn % wal_segment_size, data) for lsn, data in prefix.chunks
+        (wal_segment_file_name(lsn, wal_segment_size), lsn % wal_segment_size, data)
+        for lsn, data in prefix.chunks
     ]
     return DataDirectoryPlan(directories, files, wal, lazy_files, _inline_runs(backup))
 

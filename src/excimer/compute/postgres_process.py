@@ -5,6 +5,7 @@ and log an error each time.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -85,10 +86,8 @@ class PostgresProcess:
     async def stop(self, *, fast: bool) -> None:
         """Fast: lets it finish its shutdown checkpoint for a few seconds; then, or else, at once."""
         if fast and self._signal(signal.SIGINT):
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), FAST_STOP_TIMEOUT_S)
-            except TimeoutError:
-                pass
         if self._signal(signal.SIGQUIT):
             try:
                 await asyncio.wait_for(self._process.wait(), 1.0)

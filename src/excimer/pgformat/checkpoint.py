@@ -9,7 +9,7 @@ from typing import Self
 
 import msgspec
 
-_LAYOUT = struct.Struct("<QII?3xiQIIIIIIII4xqIII4x")
+_LAYOUT = struct.Struct("<QII?3xiQIIIIIII4xqIII4x")
 CHECKPOINT_SIZE_BYTES = 88
 assert _LAYOUT.size == CHECKPOINT_SIZE_BYTES
 
