@@ -17,6 +17,14 @@ class RefusedError(ExcimerError):
     """The caller must change the request: it will never succeed as it is."""
 
 
+class NotFoundError(RefusedError):
+    """What the request names does not exist."""
+
+
+class ConflictError(RefusedError):
+    """The request contradicts what exists: a name is taken, something is still in use."""
+
+
 class FencedError(ExcimerError):
     """A newer owner (term, generation) exists: stop at once and write nothing more."""
 

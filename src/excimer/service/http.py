@@ -1,0 +1,237 @@
+"""HTTP for services: FastAPI under uvicorn, with everything that all of them share.
+
+An app of `create_app` has `/healthz`, `/metrics`, `/openapi.json`, `/docs`, request metrics and
+log context, and turns the error families into answers by `STATUS_OF_FAMILY`, the only such table.
+The body of an error is ``{"error": family, "kind": class, "message": sentence}``.
+
+Importing this module takes over half a second; processes in a user's wake-up path use
+`light_http`.
+
+Not here: routes.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Final, TypeVar
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from excimer.base.errors import (
+    ConflictError,
+    CorruptionError,
+    ExcimerError,
+    FencedError,
+    NotFoundError,
+    RefusedError,
+    RetryableError,
+)
+from excimer.service import metrics
+from excimer.service.health import Health
+from excimer.service.listen import HostPort, bind_listen, bound_address
+from excimer.service.logs import get_logger, log_context
+from excimer.service.tasks import TaskScope
+
+HTTP_UNAUTHORIZED: Final = 401
+HTTP_FORBIDDEN: Final = 403
+
+STATUS_OF_FAMILY: Final[tuple[tuple[type[ExcimerError], int, str], ...]] = (
+    (NotFoundError, 404, "not_found"),
+    (ConflictError, 409, "conflict"),
+    (RefusedError, 400, "refused"),
+    (RetryableError, 503, "retryable"),
+    (FencedError, 412, "fenced"),
+    (CorruptionError, 500, "corruption"),
+    (ExcimerError, 500, "error"),
+)
+"""First match counts. 503 carries Retry-After."""
+
+STOP_LIMIT_S: Final = 2
+KEEP_ALIVE_S: Final = 30
+
+C = TypeVar("C")
+
+log = get_logger(__name__)
+
+
+class UnauthorizedError(RefusedError):
+    """No valid bearer token came with the request."""
+
+
+class ForbiddenError(RefusedError):
+    """The token is valid but does not allow this."""
+
+
+def status_of(error: ExcimerError) -> tuple[int, str]:
+    """HTTP status and family name of an error."""
+    if isinstance(error, UnauthorizedError):
+        return HTTP_UNAUTHORIZED, "unauthorized"
+    if isinstance(error, ForbiddenError):
+        return HTTP_FORBIDDEN, "forbidden"
+    return next((status, family) for kind, status, family in STATUS_OF_FAMILY if isinstance(error, kind))
+
+
+def bearer_auth(verify: Callable[[str], C], allows: Callable[[C], bool]) -> Callable[[Request], C]:
+    """A FastAPI dependency that gives the claims of the request's bearer token.
+
+    `verify` raises a `RefusedError` for a bad token (401); `allows` says whether the claims suffice
+    (else 403). Use as ``app.include_router(router, dependencies=[Depends(bearer_auth(…))])``.
+    """
+
+    def authenticate(request: Request) -> C:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise UnauthorizedError("this needs a token: send the header 'Authorization: Bearer …'")
+        try:
+            claims = verify(token.strip())
+        except RefusedError as error:
+            raise UnauthorizedError(str(error)) from error
+        if not allows(claims):
+            raise ForbiddenError("the token does not allow this")
+        return claims
+
+    return authenticate
+
+
+def create_app(title: str, version: str, health: Health, registry: CollectorRegistry) -> FastAPI:
+    """An app with the shared endpoints and error answers; the service adds its routers."""
+    app = FastAPI(title=title, version=version, redoc_url=None)
+    app.add_exception_handler(ExcimerError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_middleware(_RequestObserver, registry=registry)
+
+    @app.get("/healthz", tags=["process"], summary="Whether the service is up and well")
+    async def healthz() -> Response:
+        status, body = health.answer()
+        return Response(body, status, media_type="application/json")
+
+    @app.get("/metrics", tags=["process"], summary="Prometheus metrics")
+    async def read_metrics() -> Response:
+        return Response(metrics.render(registry), media_type=metrics.CONTENT_TYPE)
+
+    return app
+
+
+@contextlib.asynccontextmanager
+async def serving_http(app: FastAPI, listen: str, what: str) -> AsyncIterator[HostPort]:
+    """Serves `app` while the block runs; yields the address once requests are answered.
+
+    Raises `ListenError` before anything else happens if the port is taken. Leaving the block lets
+    running requests finish for `STOP_LIMIT_S`.
+    """
+    bound = bind_listen(listen, what)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=STOP_LIMIT_S,
+    )
+    server = _Server(config)
+    async with TaskScope() as scope:
+        task = scope.start(f"http {what}", server.serve(sockets=[bound]))
+        await server.serving.wait()
+        try:
+            yield bound_address(bound)
+        finally:
+            server.should_exit = True
+            await asyncio.wait([task], timeout=STOP_LIMIT_S + 1)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the process belongs to `process_main`."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.serving = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.serving.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _RequestObserver:
+    """Counts and times requests by route, and gives each an id in the log."""
+
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self._app = app
+        labels = ["method", "route"]
+        self._seconds = Histogram(
+            "excimer_http_request_seconds",
+            "Time to answer HTTP requests.",
+            labels,
+            buckets=metrics.LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self._answers = Counter(
+            "excimer_http_answers", "HTTP answers by status.", [*labels, "status"], registry=registry
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = 500
+
+        async def observe(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        with log_context(request_id=secrets.token_hex(4)):
+            try:
+                await self._app(scope, receive, observe)
+            finally:
+                route = getattr(scope.get("route"), "path", "(none)")
+                method = scope["method"] if route != "(none)" else "(any)"
+                elapsed_s = time.monotonic() - started
+                self._seconds.labels(method, route).observe(elapsed_s)
+                self._answers.labels(method, route, str(status)).inc()
+                log.debug("request", method=method, path=scope["path"], status=status, elapsed_s=elapsed_s)
+
+
+def _error_answer(status: int, family: str, kind: str, message: str) -> JSONResponse:
+    headers = {"Retry-After": "1"} if status == 503 else {}
+    if status == HTTP_UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": family, "kind": kind, "message": message}, status, headers=headers)
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ExcimerError)
+    status, family = status_of(error)
+    (log.error if status == 500 else log.info)("request failed", path=request.url.path, error=error)
+    return _error_answer(status, family, type(error).__name__, str(error))
+
+
+async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first: dict[str, Any] = dict(error.errors()[0])
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    return _error_answer(
+        400, "refused", "ValidationError", f"{where}: {first['msg']}" if where else first["msg"]
+    )
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    family = "not_found" if error.status_code == 404 else "refused"
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _error_answer(error.status_code, family, "HTTPException", message)

@@ -1,0 +1,142 @@
+"""A small JSON-over-HTTP client on h11, for services that call each other.
+
+One connection per call: these are management calls, a few per second at most. Failures become
+the error families: unreachable, timeouts and 5xx are `UnreachableError` / `RemoteBusyError`
+(retryable), 404 `NotFoundError`, 409 `ConflictError`, other 4xx `RemoteRefusedError`, each with
+the remote's own sentence and the name of who said it.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+import h11
+import msgspec
+
+from excimer.base.errors import ConflictError, ExcimerError, NotFoundError, RefusedError, RetryableError
+from excimer.service.listen import parse_host_port
+
+READ_SIZE_BYTES: Final = 64 * 1024
+ANSWER_SIZE_MAX: Final = 64 * 1024 * 1024
+
+
+class UnreachableError(RetryableError):
+    """No answer from a service: it is down, starting, or the network is."""
+
+
+class RemoteBusyError(RetryableError):
+    """A service answered that it cannot do this now."""
+
+
+class RemoteRefusedError(RefusedError):
+    """A service refused a request as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpClient:
+    """Calls one service. `service` is how it is named in messages, like ``pageserver 1``."""
+
+    service: str
+    address: str
+    token: str = ""
+    timeout_s: float = 30.0
+
+    async def get(self, path: str, query: dict[str, str] | None = None) -> Any:
+        """The decoded JSON answer (None when empty); so for all calls."""
+        return await self.call("GET", path + ("?" + urlencode(query) if query else ""))
+
+    async def post(self, path: str, body: object = None) -> Any:
+        return await self.call("POST", path, body)
+
+    async def delete(self, path: str) -> Any:
+        return await self.call("DELETE", path)
+
+    async def call(self, method: str, target: str, body: object = None) -> Any:
+        """One request. Raises the errors named above."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                status, answer = await self._exchange(method, target, body)
+        except TimeoutError as error:
+            raise UnreachableError(f"{self.service} did not answer within {self.timeout_s:g} s") from error
+        except (OSError, EOFError, h11.ProtocolError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise UnreachableError(
+                f"{self.service} is not reachable at {self.address}: {_plain_reason(reason)}"
+            ) from error
+        return self._result(status, answer)
+
+    async def _exchange(self, method: str, target: str, body: object) -> tuple[int, bytes]:
+        host, port = parse_host_port(self.address)
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            connection = h11.Connection(h11.CLIENT)
+            payload = b"" if body is None else msgspec.json.encode(body)
+            headers = [("host", self.address), ("connection", "close"), ("content-length", str(len(payload)))]
+            if body is not None:
+                headers.append(("content-type", "application/json"))
+            if self.token:
+                headers.append(("authorization", f"Bearer {self.token}"))
+            head = connection.send(h11.Request(method=method, target=target, headers=headers))
+            content = connection.send(h11.Data(data=payload))
+            end = connection.send(h11.EndOfMessage())
+            writer.write((head or b"") + (content or b"") + (end or b""))
+            await writer.drain()
+            return await _read_answer(connection, reader)
+        finally:
+            writer.close()
+
+    def _result(self, status: int, answer: bytes) -> Any:
+        if 200 <= status < 300:
+            return msgspec.json.decode(answer) if answer else None
+        raise _error_of(status, f"{self.service}: {_message_of(status, answer)}")
+
+
+async def _read_answer(connection: h11.Connection, reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    status = 0
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(await reader.read(READ_SIZE_BYTES))
+        elif isinstance(event, h11.Response):
+            status = event.status_code
+        elif isinstance(event, h11.Data):
+            parts.append(bytes(event.data))
+            size += len(event.data)
+            if size > ANSWER_SIZE_MAX:
+                raise EOFError(f"the answer is longer than {ANSWER_SIZE_MAX} bytes")
+        elif isinstance(event, h11.EndOfMessage):
+            return status, b"".join(parts)
+        elif isinstance(event, h11.ConnectionClosed):
+            raise EOFError("the connection was closed before the answer")
+
+
+def path_of(*parts: str) -> str:
+    """``path_of("v1", "tenant", name)`` -> ``/v1/tenant/name``, each part quoted."""
+    return "".join("/" + quote(part, safe="") for part in parts)
+
+
+def _plain_reason(reason: str) -> str:
+    """``Multiple exceptions: [Errno 111] Connect call failed …`` is asyncio's, not a person's, sentence."""
+    return "connection refused" if "Connect call failed" in reason else reason
+
+
+def _message_of(status: int, answer: bytes) -> str:
+    try:
+        message = msgspec.json.decode(answer)["message"]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        text = answer.decode("utf-8", "replace").strip()
+        return text.splitlines()[0][:500] if text else f"HTTP status {status}"
+    return str(message)
+
+
+def _error_of(status: int, message: str) -> ExcimerError:
+    if status >= 500:
+        return RemoteBusyError(message)
+    if status == 404:
+        return NotFoundError(message)
+    if status == 409:
+        return ConflictError(message)
+    return RemoteRefusedError(message)

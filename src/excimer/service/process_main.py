@@ -1,0 +1,101 @@
+"""The life of a service process: `python -m excimer.<service> SETTINGS.toml`.
+
+::
+
+    run_service("pageserver", PageserverSettings, serve)
+
+reads the settings, sets up the log, runs `serve(settings)` until SIGTERM or SIGINT, which cancels
+it; clean-up is in its `finally` blocks and contexts. A stop that takes longer than `stop_limit_s`
+ends the process hard, naming the tasks that did not come to an end.
+
+Exit codes: 0 clean stop, 1 expected failure (one line on standard error), 2 wrong usage or
+settings, 70 unexpected crash (with a traceback in the log).
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from excimer.base.errors import ExcimerError
+from excimer.service.logs import configure_logging, get_logger
+from excimer.service.settings import Settings, SettingsError, load_settings
+from excimer.service.tasks import failure_of
+
+EXIT_CLEAN: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_CRASHED: Final = 70
+
+STOP_LIMIT_S: Final = 5.0
+
+S = TypeVar("S", bound=Settings)
+
+log = get_logger(__name__)
+
+
+def run_service(
+    service: str,
+    settings_type: type[S],
+    serve: Callable[[S], Coroutine[Any, Any, None]],
+    *,
+    arguments: list[str] | None = None,
+    stop_limit_s: float = STOP_LIMIT_S,
+) -> int:
+    """Runs a service to its end and returns its exit code (for `sys.exit`)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print(f"usage: python -m excimer.{service} SETTINGS.toml", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        settings = load_settings(Path(arguments[0]), settings_type)
+    except SettingsError as error:
+        print(f"excimer {service}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    node_id = getattr(settings, "id", None)
+    configure_logging(service if node_id is None else f"{service}-{node_id}", settings.log_level)
+    failure = failure_of(lambda: asyncio.run(_until_signal(service, serve(settings), stop_limit_s)))
+    if failure is None:
+        return EXIT_CLEAN
+    log.error(f"{service} failed: {failure}", kind=type(failure).__name__)
+    return EXIT_FAILED if isinstance(failure, ExcimerError) else EXIT_CRASHED
+
+
+async def _until_signal(service: str, serving: Awaitable[None], stop_limit_s: float) -> None:
+    """Awaits `serving`; the first SIGTERM or SIGINT cancels it and starts the clock of the hard end."""
+    task = asyncio.current_task()
+    assert task is not None
+    stopping = False
+
+    def stop(name: str) -> None:
+        nonlocal stopping
+        if stopping:
+            return
+        stopping = True
+        log.info(f"{service} stops", signal=name)
+        timer = threading.Timer(stop_limit_s, _end_hard, (service, stop_limit_s, asyncio.get_running_loop()))
+        timer.daemon = True
+        timer.start()
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number.name)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+        task.uncancel()
+    log.info(f"{service} stopped")
+
+
+def _end_hard(service: str, stop_limit_s: float, loop: asyncio.AbstractEventLoop) -> None:
+    """Runs in the timer's thread, because the loop or a worker thread may be what hangs."""
+    pending = sorted(task.get_name() for task in asyncio.all_tasks(loop))
+    log.error(f"{service} did not stop in time", limit_s=stop_limit_s, tasks=pending)
+    os._exit(EXIT_FAILED)
