@@ -9,7 +9,7 @@ Not here: what the messages mean (`excimer.wire.broker`), and any guarantee of d
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -108,6 +108,7 @@ class BrokerClient:
         self._scope = TaskScope()
         self._subjects: set[str] = set()
         self._connected = asyncio.Event()
+        self._closing = False
         self.safekeepers: LatestStatuses[SafekeeperTimelineStatus] = LatestStatuses(clock)
         self.pageservers: LatestStatuses[PageserverTimelineStatus] = LatestStatuses(clock)
 
@@ -120,6 +121,7 @@ class BrokerClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closing = True
         try:
             with contextlib.suppress(OSError, NatsError, TimeoutError):
                 async with asyncio.timeout(1):
@@ -199,17 +201,11 @@ class BrokerClient:
         log.debug("broker connection trouble", error=error, address=_address(self._url))
 
     async def _disconnected(self) -> None:
-        log.warning("broker disconnected, will reconnect", address=_address(self._url))
+        if not self._closing:
+            log.warning("broker disconnected, will reconnect", address=_address(self._url))
 
     async def _reconnected(self) -> None:
         log.info("broker connected again", address=_address(self._url))
-
-
-@contextlib.asynccontextmanager
-async def broker_client(url: str, name: str, clock: Clock) -> AsyncIterator[BrokerClient]:
-    """`BrokerClient` as a function, for `async with`."""
-    async with BrokerClient(url, name, clock) as client:
-        yield client
 
 
 def _address(url: str) -> str:

@@ -16,16 +16,17 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette import types as asgi
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from excimer.base.clock import Clock
 from excimer.base.errors import (
     ConflictError,
     CorruptionError,
@@ -40,11 +41,18 @@ from excimer.service.health import Health
 from excimer.service.listen import HostPort, bind_listen, bound_address
 from excimer.service.logs import get_logger, log_context
 from excimer.service.tasks import TaskScope
+from excimer.wire.auth import AuthError, Claims, Scope, TokenVerifier, require_scope
 
 HTTP_UNAUTHORIZED: Final = 401
-HTTP_FORBIDDEN: Final = 403
+
+
+class UnauthorizedError(RefusedError):
+    """No valid bearer token came with the request."""
+
 
 STATUS_OF_FAMILY: Final[tuple[tuple[type[ExcimerError], int, str], ...]] = (
+    (UnauthorizedError, HTTP_UNAUTHORIZED, "unauthorized"),
+    (AuthError, 403, "forbidden"),
     (NotFoundError, 404, "not_found"),
     (ConflictError, 409, "conflict"),
     (RefusedError, 400, "refused"),
@@ -58,45 +66,32 @@ STATUS_OF_FAMILY: Final[tuple[tuple[type[ExcimerError], int, str], ...]] = (
 STOP_LIMIT_S: Final = 2
 KEEP_ALIVE_S: Final = 30
 
-C = TypeVar("C")
-
 log = get_logger(__name__)
-
-
-class UnauthorizedError(RefusedError):
-    """No valid bearer token came with the request."""
-
-
-class ForbiddenError(RefusedError):
-    """The token is valid but does not allow this."""
 
 
 def status_of(error: ExcimerError) -> tuple[int, str]:
     """HTTP status and family name of an error."""
-    if isinstance(error, UnauthorizedError):
-        return HTTP_UNAUTHORIZED, "unauthorized"
-    if isinstance(error, ForbiddenError):
-        return HTTP_FORBIDDEN, "forbidden"
     return next((status, family) for kind, status, family in STATUS_OF_FAMILY if isinstance(error, kind))
 
 
-def bearer_auth(verify: Callable[[str], C], allows: Callable[[C], bool]) -> Callable[[Request], C]:
+def bearer_auth(verifier: TokenVerifier, clock: Clock, *scopes: Scope) -> Callable[[Request], Claims]:
     """A FastAPI dependency that gives the claims of the request's bearer token.
 
-    `verify` raises a `RefusedError` for a bad token (401); `allows` says whether the claims suffice
-    (else 403). Use as ``app.include_router(router, dependencies=[Depends(bearer_auth(…))])``.
+    A missing or bad token is answered with 401, a scope not in `scopes` (`admin` always is) with 403.
+    Without `scopes` any valid token passes, and the route calls `require_tenant` itself. Use as
+    ``app.include_router(router, dependencies=[Depends(bearer_auth(…))])``.
     """
 
-    def authenticate(request: Request) -> C:
+    def authenticate(request: Request) -> Claims:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise UnauthorizedError("this needs a token: send the header 'Authorization: Bearer …'")
         try:
-            claims = verify(token.strip())
-        except RefusedError as error:
+            claims = verifier.verify(token.strip(), clock.now())
+        except AuthError as error:
             raise UnauthorizedError(str(error)) from error
-        if not allows(claims):
-            raise ForbiddenError("the token does not allow this")
+        if scopes:
+            require_scope(claims, *scopes)
         return claims
 
     return authenticate
@@ -168,7 +163,7 @@ class _Server(uvicorn.Server):
 class _RequestObserver:
     """Counts and times requests by route, and gives each an id in the log."""
 
-    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+    def __init__(self, app: asgi.ASGIApp, registry: CollectorRegistry) -> None:
         self._app = app
         labels = ["method", "route"]
         self._seconds = Histogram(
@@ -182,14 +177,14 @@ class _RequestObserver:
             "excimer_http_answers", "HTTP answers by status.", [*labels, "status"], registry=registry
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
         status = 500
 
-        async def observe(message: Message) -> None:
+        async def observe(message: asgi.Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

@@ -49,7 +49,7 @@ class _Sink:
         if self.as_json:
             time = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
             head = {"time": time, "level": level, "service": self.service, "event": event}
-            line = self.encode({**values, **head}).decode()
+            line = self.encode({**head, **values, **head}).decode()
         else:
             line = f"{now:%H:%M:%S} {level:<7} {event}" + "".join(f" {k}={v}" for k, v in values.items())
         stream = self.stream or sys.stderr
