@@ -2,11 +2,14 @@
 
 ::
 
-    STARTING --started--> RUNNING --stop--> STOPPING --exited--> STOPPED
-       ^  |                  |                                     ^
-       |  +--failed----------+--exited (crash)--> WAITING          |
-       +-------------------------delay over-------+                |
-    any --fenced----------------------------------------------------+
+    STARTING --started--> RUNNING --stop--> STOPPING --ended--> STOPPED
+       ^  |                  |                                    ^
+       |  +--failed----------+--ended (crash)--> WAITING ---stop--+
+       +-------------------------delay over------+                |
+    any --fenced, refused-----------------------------------------+
+
+An *attempt* is one start of postgres on one data directory. It ends with exactly one of `Ended`,
+`StartFailed` and `Fenced`, after its postgres is dead and its directory is gone.
 
 There is no recovery path: a crashed compute starts afresh at the new end of WAL, with a delay that
 doubles while it keeps failing. A fenced one never starts again, because a newer compute owns the
@@ -38,7 +41,7 @@ class Started(NamedTuple):
     at_s: float
 
 
-class PostgresExited(NamedTuple):
+class Ended(NamedTuple):
     at_s: float
     reason: str
 
@@ -60,16 +63,16 @@ class Fenced(NamedTuple):
     reason: str
 
 
-Event = Started | PostgresExited | StartFailed | DelayOver | StopRequested | Fenced
+AttemptEnd = Ended | StartFailed | Fenced
+Event = Started | AttemptEnd | DelayOver | StopRequested
 
 
 class Launch(NamedTuple):
-    """Make a new directory and start postgres on it."""
+    """Begin an attempt."""
 
 
-class StopPostgres(NamedTuple):
-    fast: bool
-    """Fast lets postgres write its shutdown checkpoint; otherwise it is killed at once."""
+class StopAttempt(NamedTuple):
+    """Let the running attempt come to its end: a fast shutdown, or no start at all."""
 
 
 class Wait(NamedTuple):
@@ -82,7 +85,7 @@ class Exit(NamedTuple):
     reason: str
 
 
-Effect = Launch | StopPostgres | Wait | Exit
+Effect = Launch | StopAttempt | Wait | Exit
 
 
 class Endpoint:
@@ -102,7 +105,7 @@ class Endpoint:
         match event:
             case Fenced(reason):
                 self.state = State.STOPPED
-                return [StopPostgres(fast=False), Exit(EXIT_FENCED, reason)]
+                return [Exit(EXIT_FENCED, reason)]
             case StopRequested():
                 return self._stop()
             case Started(at_s):
@@ -111,7 +114,7 @@ class Endpoint:
                 return []
             case StartFailed(reason, may_retry):
                 return self._failed(reason) if may_retry else self._refused(reason)
-            case PostgresExited(at_s, reason):
+            case Ended(at_s, reason):
                 if at_s - self._started_at_s > STABLE_AFTER_S:
                     self._delay_s = RESTART_DELAY_S_MIN
                 return self._failed(reason)
@@ -128,7 +131,7 @@ class Endpoint:
         if self.state is State.STOPPING:
             return []
         self.state = State.STOPPING
-        return [StopPostgres(fast=True)]
+        return [StopAttempt()]
 
     def _failed(self, reason: str) -> list[Effect]:
         if self.state is State.STOPPING:
@@ -136,9 +139,9 @@ class Endpoint:
             return [Exit(EXIT_CLEAN, "stopped")]
         self.state = State.WAITING
         delay_s, self._delay_s = self._delay_s, min(self._delay_s * 2, RESTART_DELAY_S_MAX)
-        return [StopPostgres(fast=False), Wait(delay_s, reason)]
+        return [Wait(delay_s, reason)]
 
     def _refused(self, reason: str) -> list[Effect]:
         stopping = self.state is State.STOPPING
         self.state = State.STOPPED
-        return [StopPostgres(fast=False), Exit(EXIT_CLEAN if stopping else EXIT_REFUSED, reason)]
+        return [Exit(EXIT_CLEAN if stopping else EXIT_REFUSED, reason)]

@@ -1,0 +1,213 @@
+"""One attempt: election, basebackup, data directory, postgres, and its WAL to the quorum.
+
+::
+
+    elect ---> E ---> basebackup at E ---> directory + arena ---> postgres ready ---> stream WAL
+                                                                        |
+    remove everything <--- postgres is dead <---------------------------+ (stop, crash, fenced)
+
+Whatever happens, an attempt ends with postgres dead and the directory gone.
+"""
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.lsn import MAX_LSN, Lsn, format_lsn
+from excimer.compute.arena import Arena, ArenaFile, build_arena, place_pages
+from excimer.compute.basebackup_client import fetch_basebackup
+from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
+from excimer.compute.data_directory import DataDirectoryPlan, plan_data_directory, write_data_directory
+from excimer.compute.places import ComputePlaces
+from excimer.compute.postgres_process import PostgresProcess, kill_left_behind
+from excimer.compute.postgres_settings import render_postgres_settings
+from excimer.compute.proposer import PostgresAddress, Proposer
+from excimer.io.processes import give_to_user
+from excimer.pgformat.basebackup import Basebackup
+from excimer.pgformat.checkpoint import CheckPoint
+from excimer.pgformat.control_file import ControlFile
+from excimer.pgformat.wal_prefix import build_wal_prefix
+from excimer.postgres import PostgresBuild
+from excimer.service.logs import get_logger
+from excimer.service.tasks import TaskScope
+
+SUPERUSER = "postgres"
+
+log = get_logger(__name__)
+
+
+class ComputeSpec(NamedTuple):
+    """What to start; settings already parsed and checked."""
+
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    static_lsn: Lsn | None
+    build: PostgresBuild
+    library: Path
+    """libhydrate.so, where PostgreSQL's user can read it."""
+    host: str
+    port: int
+    pageserver_address: str
+    safekeepers: list[str]
+    token: str
+    postgres_settings: dict[str, str]
+    places: ComputePlaces
+
+
+class Attempt:
+    """Run once: `run` returns how it ended; `stop` makes it end."""
+
+    def __init__(self, spec: ComputeSpec, on_started: Callable[[], None]) -> None:
+        self._spec = spec
+        self._on_started = on_started
+        self._process: PostgresProcess | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._stopping = False
+        self.arena: Arena | None = None
+        self.proposer: Proposer | None = None
+
+    async def run(self) -> AttemptEnd:
+        self._task = asyncio.current_task()
+        try:
+            async with TaskScope() as scope:
+                return await self._run(scope)
+        except FencedError as error:
+            return Fenced(str(error))
+        except (RefusedError, CorruptionError) as error:
+            return StartFailed(str(error), may_retry=False)
+        except (ExcimerError, OSError) as error:
+            return StartFailed(str(error), may_retry=True)
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+            return Ended(time.monotonic(), "stopped while it started")
+        finally:
+            await asyncio.shield(self._clean_up())
+
+    async def stop(self) -> None:
+        """Makes `run` end: a fast shutdown of postgres if there is one, else no start."""
+        self._stopping = True
+        if self._process is not None:
+            await self._process.stop(fast=True)
+        elif self._task is not None:
+            self._task.cancel()
+
+    async def _run(self, scope: TaskScope) -> AttemptEnd:
+        spec = self._spec
+        clock = _StepClock()
+        await self._clean_up()
+        end_lsn = spec.static_lsn
+        if end_lsn is None:
+            self.proposer = Proposer(
+                tenant_id=spec.tenant_id,
+                timeline_id=spec.timeline_id,
+                safekeepers=spec.safekeepers,
+                token=spec.token,
+            )
+            election = await self.proposer.elect()
+            end_lsn = election.start_lsn
+            clock.step("election")
+        backup = await fetch_basebackup(
+            spec.pageserver_address, spec.tenant_id, spec.timeline_id, spec.token, end_lsn
+        )
+        clock.step("basebackup")
+        await asyncio.to_thread(self._lay_directory, backup)
+        clock.step("directory")
+        self._process = process = await self._start_postgres()
+        await process.wait_ready()
+        assert self.arena is not None
+        self.arena.set_ready()
+        clock.step("postgres")
+        log.info("ready", lsn=format_lsn(backup.lsn), **clock.steps_ms)
+        if self.proposer is not None:
+            address = PostgresAddress(str(spec.places.socket_dir), spec.port, SUPERUSER)
+            scope.start("proposer", self.proposer.stream(address))
+        self._on_started()
+        status = await process.wait_exit()
+        return Ended(time.monotonic(), f"postgres exited with status {status}")
+
+    def _lay_directory(self, backup: Basebackup) -> None:
+        spec = self._spec
+        control = ControlFile.unpack(backup.control_file, backup.pg_version)
+        prefix = build_wal_prefix(
+            pg_version=backup.pg_version,
+            template=control,
+            checkpoint=CheckPoint.unpack(backup.checkpoint),
+            end_lsn=Lsn(backup.lsn),
+            prev_lsn=Lsn(backup.prev_lsn),
+            now_s=int(time.time()),
+            hot_standby=spec.static_lsn is not None,
+        )
+        configuration = render_postgres_settings(
+            pg_version=backup.pg_version,
+            host=spec.host,
+            port=spec.port,
+            socket_dir=str(spec.places.socket_dir),
+            control=control,
+            user_settings=spec.postgres_settings,
+            is_static=spec.static_lsn is not None,
+        )
+        plan = plan_data_directory(
+            backup, prefix, configuration, control.wal_segment_size, hot_standby=spec.static_lsn is not None
+        )
+        root = spec.places.data_dir
+        root.mkdir(mode=0o700)
+        write_data_directory(root, plan, control.wal_segment_size)
+        self._make_arena(plan, Lsn(backup.lsn))
+        for path in [root, *root.rglob("*"), spec.places.arena]:
+            give_to_user(path)
+
+    def _make_arena(self, plan: DataDirectoryPlan, lsn: Lsn) -> None:
+        spec = self._spec
+        self.arena = build_arena(
+            spec.places.arena,
+            files=[ArenaFile(file.path, file.blocks) for file in plan.lazy_files],
+            data_dir=spec.places.data_dir,
+            pageserver_address=spec.pageserver_address,
+            tenant_id=spec.tenant_id,
+            timeline_id=spec.timeline_id,
+            token=spec.token,
+            lsn=MAX_LSN if spec.static_lsn is None else lsn,
+            not_modified_since=lsn,
+        )
+        for run in plan.inline_runs:
+            place_pages(self.arena, spec.places.data_dir, run.path, run.block, run.data)
+
+    async def _start_postgres(self) -> PostgresProcess:
+        spec = self._spec
+        environment = spec.build.whole_environment(
+            {"LD_PRELOAD": str(spec.library), "EXCIMER_ARENA": str(spec.places.arena), "LC_ALL": "C.UTF-8"}
+        )
+        return await PostgresProcess.start(
+            spec.build.postgres, spec.places.data_dir, environment, spec.places.postgres_log
+        )
+
+    async def _clean_up(self) -> None:
+        """Kills what runs in the directory and removes it: the cache is never used twice (H2)."""
+        if self._process is not None:
+            await self._process.stop(fast=False)
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
+        places = self._spec.places
+        await kill_left_behind(places.data_dir)
+        await asyncio.to_thread(shutil.rmtree, places.data_dir, True)
+        places.arena.unlink(missing_ok=True)
+
+
+class _StepClock:
+    """Milliseconds of each step of a start, for the log."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.steps_ms: dict[str, float] = {}
+
+    def step(self, name: str) -> None:
+        now = time.monotonic()
+        self.steps_ms[f"{name}_ms"] = round((now - self._last) * 1000, 1)
+        self._last = now

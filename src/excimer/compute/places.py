@@ -1,0 +1,38 @@
+"""Where a compute keeps its files, all of them disposable.
+
+PostgreSQL runs as an unprivileged user when we are root, and must reach its data directory. An
+endpoint directory below /root, say, cannot be reached; its data directory then lies in the cache
+directory, under a name derived from the endpoint's. Unix sockets have paths of at most 107 bytes,
+so they get a short directory of their own.
+"""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from excimer.io.cache import cache_directory
+from excimer.io.processes import is_reachable, make_owned_dir, unprivileged_user
+
+
+class ComputePlaces(NamedTuple):
+    data_dir: Path
+    arena: Path
+    socket_dir: Path
+    postgres_log: Path
+
+
+def find_places(endpoint_dir: Path) -> ComputePlaces:
+    """The places of an endpoint; the same at each start, so that leftovers are found.
+
+    Makes the directories around them, not the data directory itself.
+    """
+    endpoint_dir = endpoint_dir.resolve()
+    name = hashlib.sha256(bytes(endpoint_dir)).hexdigest()[:16]
+    if unprivileged_user() is None or is_reachable(endpoint_dir):
+        run_dir = endpoint_dir / "run"
+    else:
+        run_dir = cache_directory() / "computes" / name
+    make_owned_dir(run_dir)
+    socket_dir = make_owned_dir(Path(tempfile.gettempdir()) / f"excimer-{name}")
+    return ComputePlaces(run_dir / "pgdata", run_dir / "arena", socket_dir, endpoint_dir / "postgres.log")

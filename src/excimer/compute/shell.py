@@ -1,0 +1,112 @@
+"""The manager's shell: carries out what `core` decides, and answers /healthz and /metrics."""
+
+import asyncio
+import time
+from pathlib import Path
+
+from excimer.base.ids import parse_tenant_id, parse_timeline_id
+from excimer.base.lsn import parse_lsn
+from excimer.compute.attempt import Attempt, ComputeSpec
+from excimer.compute.core import (
+    EXIT_CLEAN,
+    DelayOver,
+    Effect,
+    Endpoint,
+    Event,
+    Exit,
+    Launch,
+    Started,
+    State,
+    StopAttempt,
+    StopRequested,
+    Wait,
+)
+from excimer.compute.places import find_places
+from excimer.compute.settings import ComputeSettings
+from excimer.io.cache import reachable_file
+from excimer.postgres import find_build
+from excimer.service.health import Health
+from excimer.service.logs import get_logger
+from excimer.service.tasks import TaskScope
+
+LIBRARY = Path(__file__).parent.parent / "_native" / "libhydrate.so"
+
+log = get_logger(__name__)
+
+
+def make_spec(settings: ComputeSettings) -> ComputeSpec:
+    """Checks the settings and finds PostgreSQL. Raises `RefusedError`s that say what to change."""
+    host, _, port = settings.postgres_listen.rpartition(":")
+    return ComputeSpec(
+        tenant_id=parse_tenant_id(settings.tenant_id),
+        timeline_id=parse_timeline_id(settings.timeline_id),
+        static_lsn=parse_lsn(settings.lsn) if settings.lsn is not None else None,
+        build=find_build(settings.pg_version),
+        library=reachable_file(LIBRARY),
+        host=host,
+        port=int(port),
+        pageserver_address=settings.pageserver_address,
+        safekeepers=list(settings.safekeepers),
+        token=settings.token,
+        postgres_settings=dict(settings.postgres_settings),
+        places=find_places(Path(settings.endpoint_dir)),
+    )
+
+
+class Manager:
+    """Runs one endpoint until it is stopped, refused or fenced."""
+
+    def __init__(self, spec: ComputeSpec, health: Health) -> None:
+        self._spec = spec
+        self._health = health
+        self._endpoint = Endpoint()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._attempt: Attempt | None = None
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The attempt under way, for metrics."""
+        return self._attempt
+
+    async def run(self) -> Exit:
+        """Until the endpoint is over. Cancelling it is the request to stop; it then still ends cleanly."""
+        async with TaskScope() as scope:
+            try:
+                return await self._drive(scope, self._endpoint.begin())
+            except asyncio.CancelledError:
+                await self._drive(scope, self._endpoint.step(StopRequested()))
+                raise
+
+    async def _drive(self, scope: TaskScope, effects: list[Effect]) -> Exit:
+        while True:
+            for effect in effects:
+                if isinstance(effect, Exit):
+                    if effect.code != EXIT_CLEAN:
+                        log.error("the endpoint is over", reason=effect.reason)
+                    return effect
+                await self._carry_out(scope, effect)
+            event = await self._events.get()
+            effects = self._endpoint.step(event)
+            self._health.ready = self._endpoint.state is State.RUNNING
+
+    async def _carry_out(self, scope: TaskScope, effect: Launch | StopAttempt | Wait) -> None:
+        match effect:
+            case Launch():
+                self._attempt = Attempt(self._spec, self._started)
+                scope.start("attempt", self._report_end(self._attempt))
+            case StopAttempt():
+                if self._attempt is not None:
+                    await self._attempt.stop()
+            case Wait(delay_s, reason):
+                log.warning("postgres will be started afresh", reason=reason, delay_s=delay_s)
+                scope.start("delay", self._report_delay(delay_s))
+
+    def _started(self) -> None:
+        self._events.put_nowait(Started(time.monotonic()))
+
+    async def _report_end(self, attempt: Attempt) -> None:
+        self._events.put_nowait(await attempt.run())
+
+    async def _report_delay(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        self._events.put_nowait(DelayOver())
