@@ -6,15 +6,13 @@ and log an error each time.
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from excimer.base.errors import RetryableError
-from excimer.io.processes import User
+from excimer.io.processes import spawn_async
 
 START_TIMEOUT_S = 60.0
 FAST_STOP_TIMEOUT_S = 3.0
@@ -22,21 +20,10 @@ _READY_POLL_S = 0.002
 _KILL_ROUNDS = 500
 _KILL_POLL_S = 0.01
 _STATUS_LINE = 7
-_PR_SET_PDEATHSIG = 1
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class PostgresStartError(RetryableError):
     """postgres did not come up."""
-
-
-class PostgresCommand(NamedTuple):
-    binary: Path
-    data_dir: Path
-    environment: Mapping[str, str]
-    user: User | None
-    log_path: Path
 
 
 class PostgresProcess:
@@ -51,23 +38,20 @@ class PostgresProcess:
         return self._process.pid
 
     @classmethod
-    async def start(cls, command: PostgresCommand) -> "PostgresProcess":
-        """Launches postgres; `wait_ready` says when it serves."""
-        with command.log_path.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                str(command.binary),
-                "-D",
-                str(command.data_dir),
-                env=dict(command.environment),
-                stdin=asyncio.subprocess.DEVNULL,
+    async def start(
+        cls, postgres: Path, data_dir: Path, environment: Mapping[str, str], log_path: Path
+    ) -> "PostgresProcess":
+        """Launches postgres as the unprivileged user; `wait_ready` says when it serves."""
+        with log_path.open("ab") as log:
+            process = await spawn_async(
+                [postgres, "-D", data_dir],
+                environment=environment,
+                directory=data_dir,
                 stdout=log,
                 stderr=log,
-                cwd=command.data_dir,
-                start_new_session=True,  # Ctrl-C in a terminal reaches the manager alone
-                preexec_fn=_die_with_parent,
-                **_credentials(command.user),
+                parent_death_signal=signal.SIGQUIT,
             )
-        return cls(process, command.data_dir)
+        return cls(process, data_dir)
 
     async def wait_ready(self) -> None:
         """Until clients can connect. Raises `PostgresStartError` if postgres exits or takes too long."""
@@ -139,14 +123,3 @@ def _runs_in(pid: int, data_dir: Path) -> bool:
         return os.readlink(f"/proc/{pid}/cwd") == str(data_dir)
     except OSError:
         return False
-
-
-def _die_with_parent() -> None:
-    """The kernel sends SIGQUIT to postgres when its manager dies, however that happens."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
-
-
-def _credentials(user: User | None) -> dict[str, object]:
-    if user is None:
-        return {}
-    return {"user": user.uid, "group": user.gid, "extra_groups": []}

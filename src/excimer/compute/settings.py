@@ -1,12 +1,13 @@
 """What an operator (in practice the controller) writes for one endpoint: a TOML file."""
 
+from pathlib import Path
 from typing import Literal
 
-import msgspec
+from excimer.service.settings import Settings
 
 
-class ComputeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    endpoint_dir: str
+class ComputeSettings(Settings, frozen=True, kw_only=True):
+    endpoint_dir: Path
     """Where the endpoint keeps its lock and, while it runs, its data directory."""
     tenant_id: str
     timeline_id: str
@@ -25,4 +26,3 @@ class ComputeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """JWT with scope "tenant"."""
     postgres_settings: dict[str, str] = {}
     """Passed on to postgresql.conf; settings that Excimer's durability rests upon are refused."""
-    log_level: str = "info"

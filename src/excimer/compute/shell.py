@@ -49,7 +49,7 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         safekeepers=list(settings.safekeepers),
         token=settings.token,
         postgres_settings=dict(settings.postgres_settings),
-        places=find_places(Path(settings.endpoint_dir)),
+        places=find_places(settings.endpoint_dir),
     )
 
 

@@ -15,6 +15,7 @@ Not here: what such a user can *read* (`excimer.io.cache`), and what is run (`ex
 
 import asyncio
 import asyncio.subprocess
+import ctypes
 import functools
 import os
 import pwd
@@ -31,6 +32,9 @@ USER_VARIABLE = "EXCIMER_USER"
 OWN_USER = "excimer"
 KNOWN_USERS = (OWN_USER, "postgres")
 LAST_RESORT = "nobody"
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
 
 Stream = int | IO[bytes] | None
 
@@ -191,8 +195,12 @@ async def spawn_async(
     stderr: Stream = asyncio.subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
     new_session: bool = True,
+    parent_death_signal: int | None = None,
 ) -> asyncio.subprocess.Process:
-    """`spawn` for the event loop."""
+    """`spawn` for the event loop.
+
+    The kernel sends `parent_death_signal` to the program when we die, however that happens.
+    """
     return await asyncio.create_subprocess_exec(
         *[os.fspath(argument) for argument in arguments],
         env=dict(program_environment() if environment is None else environment),
@@ -202,8 +210,14 @@ async def spawn_async(
         stderr=stderr,
         pass_fds=pass_fds,
         start_new_session=new_session,
+        preexec_fn=None if parent_death_signal is None else lambda: _die_with_parent(parent_death_signal),
         **_drop_arguments(),
     )
+
+
+def _die_with_parent(number: int) -> None:
+    """Runs in the child, after it has changed its user: changing it clears the setting."""
+    _libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def run(
