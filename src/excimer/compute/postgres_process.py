@@ -91,7 +91,9 @@ class PostgresProcess:
             lines = (self._data_dir / "postmaster.pid").read_text().split("\n")
         except OSError:
             return False
-        return len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() in ("ready", "standby")
+        if len(lines) <= _STATUS_LINE or lines[0] != str(self._process.pid):
+            return False
+        return lines[_STATUS_LINE].strip() in ("ready", "standby")
 
 
 async def kill_left_behind(data_dir: Path) -> None:

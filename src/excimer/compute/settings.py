@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from excimer.service.settings import Settings
 
 
@@ -20,9 +22,9 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     http_listen: str
     """host:port of /healthz and /metrics."""
     pageserver_address: str
-    safekeepers: list[str] = []
+    safekeepers: list[str] = msgspec.field(default_factory=list)
     """Proposer addresses; empty only for a static endpoint."""
     token: str
     """JWT with scope "tenant"."""
-    postgres_settings: dict[str, str] = {}
+    postgres_settings: dict[str, str] = msgspec.field(default_factory=dict)
     """Passed on to postgresql.conf; settings that Excimer's durability rests upon are refused."""
