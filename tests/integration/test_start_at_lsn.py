@@ -159,9 +159,11 @@ def test_a_static_endpoint_opens_read_only(cluster: Cluster) -> None:
 def test_leftovers_are_killed_and_a_failed_start_is_an_error(cluster: Cluster) -> None:
     async def scenario() -> None:
         async with cluster.running() as process:
+            second = await PostgresProcess.start(
+                cluster.build.postgres, cluster.data_dir, cluster.build.whole_environment(), cluster.log
+            )
             with pytest.raises(PostgresStartError, match="exited with status"):
-                async with cluster.running():
-                    pass
+                await second.wait_ready()
             os.kill(process.pid, signal.SIGSTOP)
             await kill_left_behind(cluster.data_dir)
             assert await process.wait_exit() == -signal.SIGKILL
