@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Generic, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -96,7 +96,8 @@ class LatestStatuses(Generic[S]):
 
 
 class BrokerClient:
-    """One connection of a process. Use as a context; `url` is ``nats://user:password@host:port``.
+    """One connection of a process. Use as a context; `url` is ``nats://user:password@host:port``,
+    or several of a cluster with commas between; reserved characters are percent-encoded.
 
     `safekeepers` and `pageservers` fill once `listen_safekeepers` / `listen_pageservers` was called.
     """
@@ -165,8 +166,11 @@ class BrokerClient:
                 await self._client.subscribe(subject, cb=self._heard)
 
     async def _connect(self) -> None:
+        servers, user, password = _credentials(self._url)
         await self._client.connect(
-            self._url,
+            servers,
+            user=user,
+            password=password,
             name=self._name,
             max_reconnect_attempts=-1,
             reconnect_time_wait=RECONNECT_WAIT_S,
@@ -208,7 +212,20 @@ class BrokerClient:
         log.info("broker connected again", address=_address(self._url))
 
 
+def _credentials(url: str) -> tuple[list[str], str | None, str | None]:
+    """Servers without credentials, user, password; nats-py itself does not decode ``%24`` in URLs."""
+    user = password = None
+    servers = []
+    for text in url.split(","):
+        parts = urlsplit(text)
+        credentials, _, place = parts.netloc.rpartition("@")
+        if credentials:
+            name, _, secret = credentials.partition(":")
+            user, password = unquote(name), unquote(secret)
+        servers.append(urlunsplit(parts._replace(netloc=place)))
+    return servers, user, password
+
+
 def _address(url: str) -> str:
     """The URL without its password, for the log."""
-    parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port}"
+    return ",".join(urlsplit(text).netloc.rpartition("@")[2] for text in url.split(","))

@@ -2,7 +2,7 @@
 
 A service declares what an operator may write as a subclass of `Settings`, and nothing else::
 
-    class BrokerSettings(Settings):
+    class BrokerSettings(Settings, frozen=True):
         data_dir: Path
         listen: str = "127.0.0.1:4222"
 
@@ -71,7 +71,7 @@ def format_settings(settings: msgspec.Struct) -> str:
 def _decode_path(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
-    raise NotImplementedError(f"settings of type {kind}")
+    raise TypeError(f"expected {'str' if kind is Path else kind.__name__}, got {type(value).__name__}")
 
 
 def _lower_first(text: str) -> str:

@@ -1,0 +1,157 @@
+"""Runs the NATS server: starts it, forwards its log, watches its health, restarts it, stops it."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from excimer.base.errors import RetryableError
+from excimer.broker.nats_config import find_nats_server, metrics_of, nats_config, parse_log_line
+from excimer.broker.settings import BrokerSettings
+from excimer.service.health import Health
+from excimer.service.http_client import HttpClient
+from excimer.service.instance_lock import InstanceLock
+from excimer.service.light_http import serving_light_http
+from excimer.service.listen import bind_listen
+from excimer.service.logs import get_logger
+from excimer.service.plain_metrics import render_plain
+from excimer.service.tasks import TaskScope
+
+WATCH_INTERVAL_S: Final = 2.0
+START_LIMIT_S: Final = 5.0
+STOP_LIMIT_S: Final = 3.0
+
+log = get_logger(__name__)
+
+
+class NatsServerDiedError(RetryableError):
+    """The NATS server ended by itself; it is started again."""
+
+
+async def serve_broker(settings: BrokerSettings) -> None:
+    """The broker's life, until cancelled."""
+    with InstanceLock(settings.data_dir, "broker"):
+        server = NatsServer(settings)
+        server.stop_orphan()
+        bind_listen(settings.listen, "broker listen").close()
+        async with (
+            serving_light_http(settings.http_listen, server.health, server.metrics),
+            TaskScope() as scope,
+        ):
+            await scope.supervise("nats-server", server.run)
+
+
+class NatsServer:
+    """The child process and what is known of it."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._settings = settings
+        self._config_path = settings.data_dir / "nats.conf"
+        self._pid_path = settings.data_dir / "nats.pid"
+        self._varz: Mapping[str, Any] = {}
+        self._starts = 0
+        self.health = Health("broker")
+
+    def metrics(self) -> bytes:
+        return render_plain(metrics_of(self._varz, max(0, self._starts - 1)))
+
+    def stop_orphan(self) -> None:
+        """Ends a NATS server left by a broker that was killed; we hold the lock, so nobody else's. Blocks."""
+        try:
+            pid = int(self._pid_path.read_text())
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            return
+        if os.fsencode(self._config_path) not in arguments:
+            return
+        log.warning("stopping the NATS server of a broker that was killed", pid=pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        for _ in range(100):
+            if not Path(f"/proc/{pid}/exe").exists():
+                return
+            time.sleep(0.02)
+
+    async def run(self) -> None:
+        """One life of the child. Raises `NatsServerDiedError` when it ends by itself."""
+        monitor_port = free_port()
+        self._write_config(monitor_port)
+        self._starts += 1
+        process = await asyncio.create_subprocess_exec(
+            find_nats_server(),
+            "-c",
+            str(self._config_path),
+            "-P",
+            str(self._pid_path),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stderr is not None
+        try:
+            async with TaskScope() as scope:
+                scope.start("nats-server log", _forward_log(process.stderr))
+                scope.start("nats-server watch", self._watch(monitor_port))
+                code = await process.wait()
+                raise NatsServerDiedError(f"the NATS server ended with code {code}")
+        finally:
+            self.health.report("nats-server", "the NATS server is not running")
+            self._varz = {}
+            await _stop(process)
+
+    def _write_config(self, monitor_port: int) -> None:
+        self._config_path.unlink(missing_ok=True)
+        fd = os.open(self._config_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(fd, "w") as file:
+            file.write(nats_config(self._settings, monitor_port))
+
+    async def _watch(self, monitor_port: int) -> None:
+        """Keeps health and figures current."""
+        monitor = HttpClient("the NATS server", f"127.0.0.1:{monitor_port}", timeout_s=START_LIMIT_S)
+        while True:
+            try:
+                await monitor.get("/healthz")
+                self._varz = await monitor.get("/varz")
+            except RetryableError as error:
+                self._varz = {}
+                self.health.report("nats-server", str(error))
+                await asyncio.sleep(0.02 if not self.health.ready else WATCH_INTERVAL_S / 4)
+                continue
+            if not self.health.ready:
+                self.health.facts["nats_version"] = str(self._varz.get("version", ""))
+                log.info("broker ready", listen=self._settings.listen)
+            self.health.ready = True
+            self.health.report("nats-server", None)
+            await asyncio.sleep(WATCH_INTERVAL_S)
+
+
+async def _forward_log(stream: asyncio.StreamReader) -> None:
+    while line := await stream.readline():
+        level, message = parse_log_line(line.decode("utf-8", "replace"))
+        if message:
+            getattr(log, level)("nats-server", message=message)
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def free_port() -> int:
+    """A port that is free now; whoever takes it in between makes the server's start fail and be repeated."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,189 @@
+"""The real NATS server under our process's shell, and the client: delivery, authentication, restarts."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from excimer.base.ids import NodeId, TenantId, TimelineId
+from excimer.base.lsn import Lsn
+from excimer.broker.nats_config import parse_log_line
+from excimer.broker.settings import BrokerSettings
+from excimer.broker.shell import NatsServer, free_port, serve_broker
+from excimer.service.broker_client import BrokerClient
+from excimer.service.http_client import HttpClient
+from excimer.service.instance_lock import AlreadyRunningError
+from excimer.service.listen import ListenError, bind_listen
+from excimer.service.tasks import SystemClock, running
+from excimer.wire.broker import (
+    BrokerMessageError,
+    PageserverTimelineStatus,
+    SafekeeperTimelineStatus,
+    decode_status,
+    encode_status,
+    subject_of,
+)
+
+TENANT, TIMELINE = TenantId("a" * 32), TimelineId("b" * 32)
+SAFEKEEPER = SafekeeperTimelineStatus(
+    safekeeper_id=NodeId(1),
+    tenant_id=TENANT,
+    timeline_id=TIMELINE,
+    term=3,
+    flush_lsn=Lsn(2**63 + 1),
+    commit_lsn=Lsn(2**63),
+    replication_address="127.0.0.1:1",
+    http_address="127.0.0.1:2",
+)
+PAGESERVER = PageserverTimelineStatus(
+    pageserver_id=NodeId(7),
+    tenant_id=TENANT,
+    timeline_id=TIMELINE,
+    last_record_lsn=Lsn(30),
+    disk_consistent_lsn=Lsn(20),
+    remote_consistent_lsn=Lsn(10),
+)
+
+
+def new_settings(tmp_path: Path) -> BrokerSettings:
+    return BrokerSettings(
+        data_dir=tmp_path,
+        listen=f"127.0.0.1:{free_port()}",
+        http_listen=f"127.0.0.1:{free_port()}",
+        user="excimer",
+        password='quo"te$\\',
+    )
+
+
+def url(settings: BrokerSettings, password: str = "quo%22te$%5C") -> str:
+    return f"nats://excimer:{password}@{settings.listen}"
+
+
+@asynccontextmanager
+async def broker(settings: BrokerSettings) -> AsyncIterator[HttpClient]:
+    async with running("broker", serve_broker(settings)):
+        client = HttpClient("broker", settings.http_listen)
+        await wait_well(client)
+        yield client
+
+
+async def wait_well(client: HttpClient) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            status = 0
+            try:
+                status, _ = await client._exchange("GET", "/healthz", None)
+            except OSError:
+                await asyncio.sleep(0.02)
+            if status == 200:
+                return
+            await asyncio.sleep(0.02)
+
+
+def test_statuses_arrive_and_connections_survive_a_restart(tmp_path: Path) -> None:
+    settings = new_settings(tmp_path)
+
+    async def heard(sender: BrokerClient, receiver: BrokerClient) -> None:
+        async with asyncio.timeout(10):
+            while not receiver.safekeepers.of_timeline(TENANT, TIMELINE, fresh_s=0.5):
+                await sender.publish(SAFEKEEPER)
+                await receiver.safekeepers.wait_for_news(0.1)
+
+    async def main() -> None:
+        clock = SystemClock()
+        async with (
+            BrokerClient(url(settings), "sender", clock) as sender,
+            BrokerClient(url(settings), "receiver", clock) as receiver,
+        ):
+            await sender.publish(SAFEKEEPER)
+            await receiver.listen_safekeepers(TENANT, TIMELINE)
+            await receiver.listen_pageservers()
+            async with broker(settings) as http:
+                assert await sender.wait_until_connected(5)
+                assert await receiver.wait_until_connected(5)
+                await heard(sender, receiver)
+                await sender.publish(PAGESERVER)
+                assert await receiver.pageservers.wait_for_news(5)
+                assert receiver.safekeepers.of_timeline(TENANT, TIMELINE) == [SAFEKEEPER]
+                assert receiver.pageservers.of_timeline(TENANT, TIMELINE) == [PAGESERVER]
+                assert receiver.safekeepers.of_timeline(TENANT, TimelineId("c" * 32)) == []
+                os.kill(int((tmp_path / "nats.pid").read_text()), signal.SIGKILL)
+                await asyncio.sleep(0.6)
+                await wait_well(http)
+                await heard(sender, receiver)
+                _, metrics = await http._exchange("GET", "/metrics", None)
+                assert b"excimer_broker_restarts_total 1" in metrics
+
+    asyncio.run(main())
+
+
+def test_a_wrong_password_gets_nothing(tmp_path: Path) -> None:
+    settings = new_settings(tmp_path)
+
+    async def main() -> None:
+        async with (
+            broker(settings),
+            BrokerClient(url(settings, "wrong"), "intruder", SystemClock()) as client,
+        ):
+            assert not await client.wait_until_connected(0.5)
+
+    asyncio.run(main())
+    assert (tmp_path / "nats.conf").stat().st_mode & 0o777 == 0o600
+
+
+def test_port_taken_and_second_instance(tmp_path: Path) -> None:
+    settings = new_settings(tmp_path)
+    taken = bind_listen(settings.listen, "test")
+    with pytest.raises(ListenError, match="broker listen: port"):
+        asyncio.run(serve_broker(settings))
+    taken.close()
+
+    async def main() -> None:
+        async with broker(settings):
+            with pytest.raises(AlreadyRunningError):
+                await serve_broker(settings)
+
+    asyncio.run(main())
+
+
+def test_the_server_of_a_killed_broker_is_ended(tmp_path: Path) -> None:
+    settings = new_settings(tmp_path)
+
+    async def main() -> None:
+        async with running("broker", serve_broker(settings)):
+            await wait_well(HttpClient("broker", settings.http_listen))
+            pid = int((tmp_path / "nats.pid").read_text())
+            NatsServer(settings).stop_orphan()
+            assert not os.path.exists(f"/proc/{pid}/exe")  # noqa: ASYNC240
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("status", [SAFEKEEPER, PAGESERVER])
+def test_messages_round_trip(status: SafekeeperTimelineStatus | PageserverTimelineStatus) -> None:
+    assert decode_status(subject_of(status), encode_status(status)) == status
+
+
+def test_bad_messages_are_refused() -> None:
+    good = encode_status(SAFEKEEPER)
+    other = msgspec.structs.replace(SAFEKEEPER, timeline_id=TimelineId("c" * 32))
+    for subject, payload in (
+        ("other.subject", good),
+        (subject_of(SAFEKEEPER), b"\xff\x00"),
+        (subject_of(SAFEKEEPER), b"{}"),
+        (subject_of(SAFEKEEPER), encode_status(other)),
+        (subject_of(PAGESERVER), good),
+    ):
+        with pytest.raises(BrokerMessageError):
+            decode_status(subject, payload)
+
+
+def test_nats_log_lines() -> None:
+    line = "[12] 2026/01/31 12:00:00.000000 [ERR] Error trying to connect"
+    assert parse_log_line(line) == ("error", "Error trying to connect")
+    assert parse_log_line("nats-server: config error") == ("warning", "nats-server: config error")

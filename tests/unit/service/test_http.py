@@ -1,0 +1,193 @@
+"""Both HTTP servers and the client: health, metrics, errors over the wire, tokens, bad input."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from fastapi import Depends
+
+from excimer.base.errors import (
+    ConflictError,
+    CorruptionError,
+    ExcimerError,
+    FencedError,
+    NotFoundError,
+    RefusedError,
+    RetryableError,
+)
+from excimer.service.health import Health
+from excimer.service.http import bearer_auth, create_app, serving_http
+from excimer.service.http_client import (
+    HttpClient,
+    RemoteBusyError,
+    RemoteRefusedError,
+    UnreachableError,
+    path_of,
+)
+from excimer.service.light_http import serving_light_http
+from excimer.service.listen import HostPort, ListenError, bind_listen, bound_address, parse_host_port
+from excimer.service.metrics import new_registry
+from excimer.service.plain_metrics import PlainMetric, render_plain
+from excimer.service.tasks import SystemClock
+from excimer.wire.auth import Claims, Scope, TokenVerifier, encode_token, generate_key_pair
+
+KEYS = generate_key_pair()
+ERRORS: dict[str, ExcimerError] = {
+    "refused": RefusedError("no such option"),
+    "missing": NotFoundError("no tenant x"),
+    "conflict": ConflictError("name taken"),
+    "busy": RetryableError("later"),
+    "fenced": FencedError("newer generation"),
+    "corrupt": CorruptionError("bad layer"),
+}
+
+
+@asynccontextmanager
+async def full_server(health: Health) -> AsyncIterator[HostPort]:
+    app = create_app("test", "1", health, new_registry("test", "1"))
+    admin = Depends(bearer_auth(TokenVerifier(KEYS.public_pem), SystemClock(), Scope.PAGESERVER_API))
+
+    @app.get("/v1/fail/{how}")
+    async def fail(how: str) -> None:
+        raise ERRORS[how]
+
+    @app.get("/v1/number/{number}")
+    async def number(number: int) -> int:
+        return number
+
+    @app.get("/v1/secret", dependencies=[admin])
+    async def secret() -> str:
+        return "gold"
+
+    async with serving_http(app, "127.0.0.1:0", "test http_listen") as address:
+        yield address
+
+
+def test_error_families_cross_the_wire() -> None:
+    expected: dict[str, type[ExcimerError]] = {
+        "refused": RemoteRefusedError,
+        "missing": NotFoundError,
+        "conflict": ConflictError,
+        "busy": RemoteBusyError,
+        "fenced": RemoteRefusedError,
+        "corrupt": RemoteBusyError,
+    }
+
+    async def main() -> None:
+        async with full_server(Health("test")) as address:
+            client = HttpClient("pageserver 1", str(address))
+            for how, kind in expected.items():
+                with pytest.raises(kind, match=f"pageserver 1: {ERRORS[how]}"):
+                    await client.get(f"/v1/fail/{how}")
+            with pytest.raises(RemoteRefusedError, match=r"number: .*valid integer"):
+                await client.get("/v1/number/x")
+            with pytest.raises(NotFoundError, match="GET /nowhere: Not Found"):
+                await client.get("/nowhere")
+
+    asyncio.run(main())
+
+
+def test_tokens() -> None:
+    async def main() -> None:
+        async with full_server(Health("test")) as address:
+            for claims in (Claims(scope=Scope.PAGESERVER_API), Claims(scope=Scope.ADMIN)):
+                token = encode_token(KEYS.private_pem, claims)
+                assert await HttpClient("p", str(address), token).get("/v1/secret") == "gold"
+            wrong_scope = encode_token(KEYS.private_pem, Claims(scope=Scope.SAFEKEEPER_DATA))
+            foreign = encode_token(generate_key_pair().private_pem, Claims(scope=Scope.ADMIN))
+            for token, problem in (
+                ("", "needs a token"),
+                (foreign, "not one of this"),
+                (wrong_scope, "scope"),
+            ):
+                with pytest.raises(RemoteRefusedError, match=problem):
+                    await HttpClient("p", str(address), token).get("/v1/secret")
+
+    asyncio.run(main())
+
+
+def test_health_and_metrics_on_both_servers() -> None:
+    async def check(address: HostPort, health: Health) -> None:
+        client = HttpClient("x", str(address))
+        with pytest.raises(RemoteBusyError):
+            await client.get("/healthz")
+        health.ready = True
+        assert (await client.get("/healthz"))["status"] == "ok"
+        health.report("disk", "it is full")
+        with pytest.raises(RemoteBusyError):
+            await client.get("/healthz")
+        _, body = await client._exchange("GET", "/metrics", None)
+        assert b"# TYPE" in body
+        assert b"excimer_" in body
+
+    async def main() -> None:
+        health = Health("full")
+        async with full_server(health) as address:
+            await check(address, health)
+        health = Health("light")
+        metrics = render_plain([PlainMetric("excimer_x", "gauge", 'a "b"', 1.5, {"name": 'a"\n\\b'})])
+        assert metrics == (
+            b'# HELP excimer_x a \\"b\\"\n# TYPE excimer_x gauge\n' + b'excimer_x{name="a\\"\\n\\\\b"} 1.5\n'
+        )
+        async with serving_light_http("127.0.0.1:0", health, lambda: metrics) as address:
+            await check(address, health)
+            with pytest.raises(NotFoundError):
+                await HttpClient("x", str(address)).get("/other")
+            with pytest.raises(RemoteRefusedError, match="only GET"):
+                await HttpClient("x", str(address)).post("/healthz")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "sent", [b"\x00" * 100, b"GET /" + b"a" * 70_000, b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01"]
+)
+def test_light_server_survives_bad_input(sent: bytes) -> None:
+    async def main() -> None:
+        health = Health("light", ready=True)
+        async with serving_light_http("127.0.0.1:0", health, lambda: b"") as address:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(sent)
+            writer.write_eof()
+            answer = await asyncio.wait_for(reader.read(), 5)
+            assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+            writer.close()
+            assert (await HttpClient("x", str(address)).get("/healthz"))["status"] == "ok"
+
+    asyncio.run(main())
+
+
+def test_unreachable_and_silent_services() -> None:
+    async def main() -> None:
+        silent = bind_listen("127.0.0.1:0", "silent")
+        address = bound_address(silent)
+        with pytest.raises(UnreachableError, match=r"did not answer within 0\.1 s"):
+            await HttpClient("safekeeper 2", str(address), timeout_s=0.1).get("/")
+        silent.close()
+        with pytest.raises(
+            UnreachableError, match=r"safekeeper 2 is not reachable at .*: connection refused"
+        ):
+            await HttpClient("safekeeper 2", str(address)).get("/")
+
+    asyncio.run(main())
+
+
+def test_a_taken_port_is_named() -> None:
+    taken = bind_listen("127.0.0.1:0", "first")
+    port = bound_address(taken).port
+    with pytest.raises(ListenError, match=f"pageserver http_listen: port {port} of 127.0.0.1 is taken"):
+        bind_listen(f"127.0.0.1:{port}", "pageserver http_listen")
+    taken.close()
+
+
+@pytest.mark.parametrize("text", ["", "127.0.0.1", "127.0.0.1:", ":5", "h:65536", "h:-1", "h:٣"])
+def test_bad_addresses(text: str) -> None:
+    with pytest.raises(ListenError, match="is not an address"):
+        parse_host_port(text)
+
+
+def test_paths_are_quoted() -> None:
+    assert parse_host_port("[::1]:80") == HostPort("::1", 80)
+    assert str(HostPort("::1", 80)) == "[::1]:80"
+    assert path_of("v1", "a/b c") == "/v1/a%2Fb%20c"

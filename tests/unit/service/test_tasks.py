@@ -1,0 +1,119 @@
+"""Task scopes: nothing is left behind, errors come out as themselves, supervised jobs are restarted."""
+
+import asyncio
+import io
+import json
+
+import pytest
+
+from excimer.base.errors import FencedError, RetryableError
+from excimer.service.logs import configure_logging, get_logger, log_context
+from excimer.service.tasks import Backoff, TaskScope, running
+
+
+def test_leaving_the_scope_cancels_and_awaits() -> None:
+    ended: list[str] = []
+
+    async def wait_for_ever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append("cleaned up")
+
+    async def main() -> None:
+        async with TaskScope() as scope:
+            scope.start("waits", wait_for_ever())
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert ended == ["cleaned up"]
+
+
+def test_an_error_of_a_task_ends_the_block_as_itself() -> None:
+    async def fail() -> None:
+        raise RetryableError("not now")
+
+    async def main() -> None:
+        async with running("fails", fail()):
+            await asyncio.sleep(60)
+
+    with pytest.raises(RetryableError, match="not now"):
+        asyncio.run(asyncio.wait_for(main(), 5))
+
+
+def test_an_error_of_the_block_is_not_hidden() -> None:
+    async def main() -> None:
+        async with TaskScope() as scope:
+            scope.start("waits", asyncio.sleep(60))
+            raise RetryableError("from the block")
+
+    with pytest.raises(RetryableError, match="from the block"):
+        asyncio.run(main())
+
+
+def test_a_supervised_job_is_restarted_until_it_returns() -> None:
+    attempts: list[int] = []
+
+    async def job() -> None:
+        attempts.append(len(attempts))
+        if len(attempts) < 3:
+            raise ZeroDivisionError("a bug")
+
+    async def main() -> None:
+        async with TaskScope() as scope:
+            await scope.supervise("job", job, Backoff(first_s=0.001))
+
+    stream = io.StringIO()
+    configure_logging("test", "info", stream=stream)
+    asyncio.run(main())
+    configure_logging("test", "warning")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert attempts == [0, 1, 2]
+    assert [line["event"] for line in lines] == ["task crashed, will restart"] * 2
+    assert "ZeroDivisionError" in lines[0]["traceback"]
+
+
+def test_a_fenced_job_is_not_restarted() -> None:
+    attempts: list[int] = []
+
+    async def job() -> None:
+        attempts.append(1)
+        raise FencedError("a newer generation exists")
+
+    async def main() -> None:
+        async with TaskScope() as scope:
+            await asyncio.wait_for(scope.supervise("job", job, Backoff(first_s=0.001)), 5)
+
+    asyncio.run(main())
+    assert attempts == [1]
+
+
+def test_backoff_grows_to_its_limit() -> None:
+    backoff = Backoff(first_s=0.1, most_s=1.0)
+    assert [backoff.next_wait(n) for n in (1, 2, 3, 4, 5, 5000)] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+
+def test_log_lines_are_json_with_context_and_readable_lsns() -> None:
+    stream = io.StringIO()
+    configure_logging("safekeeper-1", "info", stream=stream)
+    log = get_logger("excimer.safekeeper.shell").bind(timeline_id="ab")
+    with log_context(request_id="r1"):
+        log.info("flushed", flush_lsn=0x16B3748, error=ValueError("bad"), event_time=1)
+        log.debug("not written")
+    log.info("after")
+    configure_logging("test", "warning")
+    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert first.pop("time").endswith("Z")
+    assert first == {
+        "level": "info",
+        "service": "safekeeper-1",
+        "event": "flushed",
+        "logger": "safekeeper.shell",
+        "timeline_id": "ab",
+        "request_id": "r1",
+        "flush_lsn": "0/16B3748",
+        "error": "ValueError: bad",
+        "event_time": 1,
+    }
+    assert "request_id" not in second
