@@ -111,6 +111,14 @@ async def supervised(name: str, job: Callable[[], Awaitable[None]], backoff: Bac
         await asyncio.sleep(wait_s)
 
 
+async def contained(name: str, coroutine: Coroutine[Any, Any, None]) -> None:
+    """One piece of work, a request for example, whose unexpected error is logged and goes no further."""
+    try:
+        await coroutine
+    except Exception as error:
+        log.exception("task crashed", task=name, error=error)
+
+
 @contextlib.asynccontextmanager
 async def running(name: str, coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
     """One task beside a block: cancelled when the block ends; its error ends the block."""

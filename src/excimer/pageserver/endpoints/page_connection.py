@@ -1,0 +1,311 @@
+"""The page service: one TCP connection of a compute, from its Hello to its end.
+
+::
+
+    connected --Hello--> authenticated --GetPages, GetBasebackup--> ... --> closed
+        |  wrong token, unknown timeline, no Hello in time     garbage, silence while
+        +---------------------> closed <---------------------- an answer cannot be sent
+
+Requests of one connection run at the same time, up to `REQUESTS_IN_FLIGHT_MAX`; while that many run, or
+while the peer does not take its answers, nothing more is read from the socket, so a connection's
+memory is bounded. A request that fails is answered with an error; only bytes that are not the
+protocol close the connection.
+
+Not here: finding timelines and reading pages (`tenants`, the store), frames (`wire.page_service`).
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol, cast
+
+from excimer.base.errors import CorruptionError, ExcimerError, RefusedError
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.keys import BLOCK_SIZE_BYTES
+from excimer.base.lsn import Lsn
+from excimer.pageserver.metrics import PageServiceMetrics
+from excimer.service.logs import get_logger
+from excimer.wire.auth import TokenVerifier, require_tenant
+from excimer.wire.page_service import (
+    BLOCKS_MAX,
+    CONNECTION_REQUEST_ID,
+    NEWEST_LSN,
+    PROTOCOL_VERSION,
+    ClientMessage,
+    ClientMessageParser,
+    ErrorAnswer,
+    ErrorCode,
+    GetBasebackup,
+    GetPages,
+    Hello,
+    HelloOk,
+    PageProtocolError,
+    basebackup_head,
+    encode_server_message,
+    error_code,
+    pages_head,
+)
+
+log = get_logger(__name__)
+
+REQUESTS_IN_FLIGHT_MAX: Final = 16
+WRITE_BUFFER_BYTES_MAX: Final = 4 << 20
+"""Above this much unsent, a connection starts no more requests and reads no more bytes."""
+JOIN_BYTES_MAX: Final = 64 << 10
+"""Answers up to this size go out as one joined write; larger ones are not copied."""
+HELLO_TIMEOUT_S: Final = 10.0
+STALL_TIMEOUT_S: Final = 120.0
+"""A peer that takes none of its answers for so long is disconnected."""
+
+
+class ServedTimeline(Protocol):
+    """What the page service asks of a timeline."""
+
+    @property
+    def last_record_lsn(self) -> Lsn: ...
+    def record_end(self, lsn: int, /) -> Lsn:
+        """`lsn` itself, or the record end before it if `lsn` is just behind a WAL page's header."""
+
+    async def wait_for_lsn(self, lsn: Lsn, timeout_s: float, /) -> None: ...
+    async def get_pages(self, key: bytes, count: int, lsn: Lsn, /) -> bytes: ...
+    async def basebackup(self, lsn: Lsn, /) -> bytes:
+        """Compressed; the LSN has arrived."""
+
+
+Spawn = Callable[[str, Coroutine[Any, Any, None]], object]
+"""Runs a coroutine in the background; it must not let an unexpected error end the service."""
+
+
+class PageService:
+    """What all connections share."""
+
+    def __init__(
+        self,
+        *,
+        find_timeline: Callable[[TenantId, TimelineId], ServedTimeline],
+        verifier: TokenVerifier,
+        spawn: Spawn,
+        metrics: PageServiceMetrics,
+        lsn_wait_timeout_s: float,
+    ) -> None:
+        self.find_timeline = find_timeline
+        self.verifier = verifier
+        self.spawn = spawn
+        self.metrics = metrics
+        self.lsn_wait_timeout_s = lsn_wait_timeout_s
+        self._connections: set[PageConnection] = set()
+
+    def connection(self) -> "PageConnection":
+        """A protocol factory for `loop.create_server`."""
+        return PageConnection(self)
+
+    def opened(self, connection: "PageConnection") -> None:
+        self._connections.add(connection)
+        self.metrics.connections.set(len(self._connections))
+
+    def closed(self, connection: "PageConnection") -> None:
+        self._connections.discard(connection)
+        self.metrics.connections.set(len(self._connections))
+
+    def close_all(self) -> None:
+        """Drops every connection; computes connect again by themselves."""
+        for connection in list(self._connections):
+            connection.abort()
+
+
+class PageConnection(asyncio.Protocol):
+    def __init__(self, service: PageService) -> None:
+        self._service = service
+        self._parser = ClientMessageParser()
+        self._transport: asyncio.Transport | None = None
+        self._peer: tuple[TenantId, TimelineId] | None = None
+        self._waiting: deque[GetPages | GetBasebackup] = deque()
+        self._in_flight = 0
+        self._is_reading = True
+        self._is_writable = True
+        self._timer: asyncio.TimerHandle | None = None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
+        self._service.opened(self)
+        self._set_timer(HELLO_TIMEOUT_S, "no Hello came in time")
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            messages = self._parser.feed(data)
+            for message in messages:
+                self._take(message)
+        except ExcimerError as error:
+            self._refuse(error)
+            return
+        self._start_requests()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._set_timer(None, "")
+        self._waiting.clear()
+        self._transport = None
+        self._service.closed(self)
+
+    def pause_writing(self) -> None:
+        self._is_writable = False
+        self._set_timer(STALL_TIMEOUT_S, "the peer does not take its answers")
+        self._start_requests()
+
+    def resume_writing(self) -> None:
+        self._is_writable = True
+        self._set_timer(None, "")
+        self._start_requests()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # Hello
+
+    def _take(self, message: ClientMessage) -> None:
+        if isinstance(message, Hello):
+            self._hello(message)
+        elif self._peer is None:
+            raise PageProtocolError("the first message must be Hello")
+        else:
+            self._waiting.append(message)
+
+    def _hello(self, hello: Hello) -> None:
+        if self._peer is not None:
+            raise PageProtocolError("a second Hello on one connection")
+        if hello.version != PROTOCOL_VERSION:
+            raise PageProtocolError(
+                f"protocol version {hello.version} is not known here, only {PROTOCOL_VERSION}"
+            )
+        claims = self._service.verifier.verify(hello.token, time.time())
+        require_tenant(claims, hello.tenant_id)
+        self._service.find_timeline(hello.tenant_id, hello.timeline_id)
+        self._peer = hello.tenant_id, hello.timeline_id
+        self._set_timer(None, "")
+        self._write(encode_server_message(HelloOk(BLOCKS_MAX)))
+
+    def _refuse(self, error: ExcimerError) -> None:
+        """Tells why, then closes: the connection has no further use."""
+        self._service.metrics.refused_connections.inc()
+        log.info("page connection refused", error=error, peer=self._address())
+        self._waiting.clear()
+        self._write(encode_server_message(ErrorAnswer(CONNECTION_REQUEST_ID, error_code(error), str(error))))
+        if self._transport is not None:
+            self._transport.close()
+
+    # Requests
+
+    def _start_requests(self) -> None:
+        while self._waiting and self._in_flight < REQUESTS_IN_FLIGHT_MAX and self._is_writable:
+            message = self._waiting.popleft()
+            self._in_flight += 1
+            self._service.spawn("page request", self._serve(message))
+        self._set_reading(self._is_writable and not self._waiting)
+
+    def _set_reading(self, is_wanted: bool) -> None:
+        if self._transport is None or self._transport.is_closing() or is_wanted == self._is_reading:
+            return
+        self._is_reading = is_wanted
+        if is_wanted:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    async def _serve(self, message: GetPages | GetBasebackup) -> None:
+        is_answered = False
+        try:
+            if isinstance(message, GetPages):
+                await self._get_pages(message)
+            else:
+                await self._get_basebackup(message)
+            is_answered = True
+        except ExcimerError as error:
+            self._answer_error(message.request_id, error)
+            is_answered = True
+        finally:
+            self._in_flight -= 1
+            if is_answered:
+                self._start_requests()
+            else:  # cancelled, or a defect: never leave the peer waiting for an answer
+                self.abort()
+
+    async def _get_pages(self, request: GetPages) -> None:
+        started = time.perf_counter()
+        if not 0 < request.count <= BLOCKS_MAX:
+            raise RefusedError(
+                f"{request.count} blocks were asked for; one request may have 1 to {BLOCKS_MAX}"
+            )
+        timeline = self._timeline()
+        lsn = request.lsn
+        if lsn == NEWEST_LSN:
+            if timeline.last_record_lsn < request.not_modified_since:
+                await self._wait(timeline, request.not_modified_since)
+            lsn = timeline.last_record_lsn
+        else:
+            lsn = await self._wait(timeline, lsn)
+        pages = await timeline.get_pages(request.key(), request.count, Lsn(lsn))
+        if len(pages) != request.count * BLOCK_SIZE_BYTES:
+            raise CorruptionError(f"{request.count} pages were read as {len(pages)} bytes")
+        self._write(pages_head(request.request_id, request.count), pages)
+        self._service.metrics.pages.inc(request.count)
+        self._service.metrics.get_pages_seconds.observe(time.perf_counter() - started)
+
+    async def _get_basebackup(self, request: GetBasebackup) -> None:
+        started = time.perf_counter()
+        timeline = self._timeline()
+        compressed = await timeline.basebackup(await self._wait(timeline, request.lsn))
+        self._write(basebackup_head(request.request_id, len(compressed)), compressed)
+        self._service.metrics.basebackup_seconds.observe(time.perf_counter() - started)
+
+    async def _wait(self, timeline: ServedTimeline, lsn: int) -> Lsn:
+        """The record end at or below `lsn`, once the timeline has it."""
+        end = timeline.record_end(lsn)
+        if timeline.last_record_lsn < end:
+            await timeline.wait_for_lsn(end, self._service.lsn_wait_timeout_s)
+        return end
+
+    def _timeline(self) -> ServedTimeline:
+        """Looked up for each request: a deleted timeline is refused from then on."""
+        if self._peer is None:
+            raise PageProtocolError("the first message must be Hello")
+        return self._service.find_timeline(*self._peer)
+
+    def _answer_error(self, request_id: int, error: ExcimerError) -> None:
+        code = error_code(error)
+        self._service.metrics.errors.labels(code.name.lower()).inc()
+        if code is ErrorCode.CORRUPTION:
+            log.error("page request failed", error=error, peer=self._address())
+        else:
+            log.info("page request failed", error=error, peer=self._address())
+        self._write(encode_server_message(ErrorAnswer(request_id, code, str(error))))
+
+    # Socket
+
+    def _write(self, head: bytes, body: bytes = b"") -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if len(body) <= JOIN_BYTES_MAX:
+            transport.write(head + body)
+        else:
+            transport.write(head)
+            transport.write(body)
+
+    def _set_timer(self, delay_s: float | None, why: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if delay_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._time_is_over, why)
+
+    def _time_is_over(self, why: str) -> None:
+        log.info("page connection dropped", reason=why, peer=self._address())
+        self.abort()
+
+    def _address(self) -> str:
+        name = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return f"{name[0]}:{name[1]}" if name else "gone"
