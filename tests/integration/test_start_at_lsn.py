@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from tests.kit.builds import ALL_VERSIONS, build_of
 
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, kill_left_behind
@@ -20,6 +19,7 @@ from excimer.io.processes import give_to_user, make_owned_dir
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.wal_prefix import build_wal_prefix, wal_segment_file_name
 from excimer.postgres import PostgresBuild, run_initdb
+from tests.kit.builds import ALL_VERSIONS, build_of
 
 SHUTDOWN_CHECKPOINT_BYTES = 120
 

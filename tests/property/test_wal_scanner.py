@@ -6,11 +6,11 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kit.wal_builder import WalBuilder
 
 from excimer._native.wal_scanner import WalScanner
 from excimer.pgformat.wal_reader import WalReader
 from excimer.pgformat.wal_segment import InvalidWalError
+from tests.kit.wal_builder import WalBuilder
 
 SEGMENT = 1 << 16
 SIZES = st.lists(

@@ -12,51 +12,9 @@ from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn, align_lsn, record_start
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ClusterState, ControlFile, ControlFileError
 from excimer.pgformat.wal_prefix import WalPrefix, build_wal_prefix, wal_segment_file_name
+from tests.kit.control_files import CHECKPOINT, CONTROL, SEGMENT
 
-SEGMENT = 1 << 20
 FIRST = 3 * SEGMENT
-
-CHECKPOINT = CheckPoint(
-    redo=0,
-    timeline=1,
-    prev_timeline=1,
-    full_page_writes=False,
-    wal_level=1,
-    next_xid=750,
-    next_oid=16384,
-    next_multi=1,
-    next_multi_offset=0,
-    oldest_xid=731,
-    oldest_xid_db=1,
-    oldest_multi=1,
-    oldest_multi_db=1,
-    time=0,
-    oldest_commit_ts_xid=0,
-    newest_commit_ts_xid=0,
-    oldest_active_xid=0,
-)
-
-CONTROL = ControlFile(
-    **{
-        name: 0
-        for name in ControlFile.__struct_fields__
-        if name
-        not in (
-            "checkpoint",
-            "control_version",
-            "wal_segment_size",
-            "nonce",
-            "char_signedness",
-            "float_format",
-        )
-    },
-    checkpoint=CHECKPOINT,
-    control_version=1800,
-    wal_segment_size=SEGMENT,
-    nonce=bytes(range(32)),
-    char_signedness=True,
-    float_format=1234567.0,
-)
 
 
 def build(end_lsn: int, prev_lsn: int) -> WalPrefix:
