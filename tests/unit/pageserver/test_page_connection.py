@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from prometheus_client import CollectorRegistry
-from tests.kit.memory_timeline import MemoryTimeline
-from tests.kit.page_client import PageClient, connect_pages
 
 from excimer.base.errors import NotFoundError, RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId, new_tenant_id, new_timeline_id
@@ -33,6 +31,8 @@ from excimer.wire.page_service import (
     Pages,
     encode_client_message,
 )
+from tests.kit.memory_timeline import MemoryTimeline
+from tests.kit.page_client import PageClient, connect_pages
 
 KEYS = generate_key_pair()
 TENANT = new_tenant_id(random.Random(1))
