@@ -1,0 +1,40 @@
+"""Quorum commit: how WAL survives the loss of a minority of its safekeepers. Pure: messages in, effects out.
+
+The problem is a replicated log with one writer at a time. The log is a timeline's WAL; the writer is
+a compute's proposer; the replicas are acceptors, one in each safekeeper. It is Raft's log
+replication with Paxos's names, as Neon showed it for PostgreSQL, with one twist: replicas never
+elect themselves, because only a compute can write WAL. So a *proposer* campaigns, and when a
+majority has voted for it, it must continue the log where the best of them ends::
+
+    a proposer's life                         an acceptor's log and history
+    -----------------                         -----------------------------
+    GREETING   hear promised terms            WAL  |=====|=========|====|..
+    CAMPAIGNING  ask for votes in T                0     80        300  340
+    LEADING    E := end of the best log       term 1     3         7
+               repair who lags, cut who       history [(1,0), (3,80), (7,300)]
+               diverges, append, commit
+    FENCED     someone has a higher term
+
+Two facts carry every proof. *Log matching*: an acceptor's bytes below its flush LSN, with its history
+cut at that LSN, are a prefix of what the proposer of the last term in it wrote or inherited. *Leader
+completeness*: majorities overlap, and voters vote once per term, so the best log of any majority
+holds everything that was ever committed.
+
+What these modules promise, by number (docs cite them too):
+
+* **D1** what the proposer calls committed is on disk at a majority, so every later election keeps it;
+* **C1** an acceptor never accepts WAL of a term older than the one it has promised;
+* **C2** a promise is on disk before it is spoken;
+* **C3** an acceptor's commit LSN, which readers may see, never exceeds what is committed.
+
+Modules: `quorum` (majorities), `term_history` (who wrote which WAL), `acceptor`, `proposer`,
+`wal_window` (the recent WAL that a proposer's shell keeps in memory).
+
+How a shell drives a core: call one method per event, then carry out the returned effects *in the
+order given*, each finished before the next begins (persist, then speak). If an effect fails (a full
+disk), the core is ahead of the disk: throw it away and build a new one from disk, as after a crash.
+
+Not here: I/O, time, tokens; membership change. The members of a timeline are a fixed set: an acceptor
+that has lost its disk must not come back as the member it was, since it would have forgotten promises
+and WAL that others count on.
+"""

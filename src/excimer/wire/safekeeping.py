@@ -1,0 +1,540 @@
+"""The quorum-commit protocol between a proposer and a safekeeper: bytes <-> frozen messages.
+
+One TCP connection carries one timeline. The proposer (beside PostgreSQL) speaks in upper-case
+types, the acceptor (the consensus half of a safekeeper) answers in lower-case ones::
+
+    proposer                                 acceptor
+       | G  greeting: version, token, timeline  |
+       |--------------------------------------->|
+       |        greeting: node, promised term g |
+       |<---------------------------------------|
+       | V  vote request: term                  |
+       |--------------------------------------->|
+       |  vote: granted?, log end, history    v |
+       |<---------------------------------------|
+       | E  elected: term, history              |
+       |--------------------------------------->|   cuts divergent WAL, adopts the history
+       |          "stream from my flush_lsn"  e |
+       |<---------------------------------------|
+       | A  append: WAL bytes, commit LSN       |
+       |--------------------------------------->|   write, fdatasync
+       |              flush LSN, commit LSN   a |
+       |<---------------------------------------|
+
+    R / w   reads WAL back from a donor, to bring up a safekeeper that lags
+    C       announces a commit LSN, no answer
+    j       an append that leaves a gap: "send from here"
+    x       an error; the safekeeper closes after it
+
+A frame is ``u32 length of what follows, u8 type, body``; integers are little-endian; bodies are
+drawn at their `struct.Struct` below. A term history is ``u32 count, count x (u64 term, u64 start
+LSN)``. Sizes are bounded before anything is buffered, and more tightly before the greeting, so that
+an unauthenticated peer cannot make a safekeeper hold memory.
+
+Not here: what the messages mean (`excimer.consensus`), sockets (`excimer.safekeeper`,
+`excimer.compute.proposer`), whether a token is good (`excimer.wire.auth`).
+"""
+
+import struct
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Final, Generic, NamedTuple, NewType, TypeVar
+
+import msgspec
+
+from excimer.base.errors import RefusedError
+from excimer.base.ids import ID_SIZE_BYTES, NodeId, TenantId, TimelineId
+from excimer.base.lsn import Lsn
+
+PROTOCOL_VERSION: Final = 1
+
+WAL_CHUNK_SIZE_BYTES_MAX: Final = 1 << 20
+"""Most WAL in one append or one chunk read back."""
+TERM_HISTORY_COUNT_MAX: Final = 1 << 16
+"""Most entries in a history; `TermHistory.trimmed` keeps real ones far below."""
+TOKEN_SIZE_BYTES_MAX: Final = 4096
+GREETING_SIZE_BYTES_MAX: Final = TOKEN_SIZE_BYTES_MAX + 256
+FRAME_SIZE_BYTES_MAX: Final = (1 << 20) + 512
+"""Most bytes after the length word, in any frame."""
+
+Term = NewType("Term", int)
+"""A proposer's reign. Numbers only grow; a majority elects at most one proposer per term."""
+
+ProposerId = NewType("ProposerId", bytes)
+"""16 random bytes, new for every start of a proposer."""
+
+NO_PROPOSER: Final = ProposerId(bytes(ID_SIZE_BYTES))
+
+
+class TermStart(NamedTuple):
+    """WAL at and above `start_lsn` (up to the next entry's) was written in `term`."""
+
+    term: Term
+    start_lsn: Lsn
+
+
+class MalformedFrameError(RefusedError):
+    """Bytes on the connection are not the safekeeping protocol: close it."""
+
+
+class ErrorCode:
+    """Error families on the wire, as in the page service."""
+
+    RETRYABLE: Final = 1
+    REFUSED: Final = 2
+    FENCED: Final = 3
+    CORRUPTION: Final = 4
+
+
+class TimelineIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What both ends must agree on. A zero in a greeting means "I do not know, tell me"."""
+
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    pg_version: int
+    """Major version, 14 to 18."""
+    system_id: int
+    wal_segment_size_bytes: int
+
+
+class ProposerGreeting(msgspec.Struct, frozen=True, kw_only=True):
+    """First frame of a connection."""
+
+    version: int = PROTOCOL_VERSION
+    identity: TimelineIdentity
+    proposer_id: ProposerId
+    token: str
+    """JWT; the shell checks it before the message reaches the acceptor."""
+
+
+class AcceptorGreeting(msgspec.Struct, frozen=True, kw_only=True):
+    version: int = PROTOCOL_VERSION
+    node_id: NodeId
+    identity: TimelineIdentity
+    """With nothing left at zero. Tenant and timeline do not travel: the proposer named them."""
+    term: Term
+    """The promised term: the proposer campaigns above the highest it hears of."""
+    timeline_start_lsn: Lsn
+    flush_lsn: Lsn
+    commit_lsn: Lsn
+
+
+class VoteRequest(msgspec.Struct, frozen=True):
+    term: Term
+    proposer_id: ProposerId
+    """Makes a repeated request of the same candidate harmless."""
+
+
+class VoteResponse(msgspec.Struct, frozen=True, kw_only=True):
+    term: Term
+    """The acceptor's promised term after the request; above the request's: the candidate has lost."""
+    granted: bool
+    flush_lsn: Lsn
+    last_record_end_lsn: Lsn
+    """End of the last complete, CRC-valid record it holds; at most `flush_lsn`."""
+    wal_start_lsn: Lsn
+    """Oldest WAL it can serve to a lagging peer."""
+    commit_lsn: Lsn
+    history: tuple[TermStart, ...]
+    """Of the WAL it holds: no entry starts above `flush_lsn`."""
+
+
+class ProposerElected(msgspec.Struct, frozen=True):
+    term: Term
+    history: tuple[TermStart, ...]
+    """Its last entry is (term, where this proposer's own WAL begins)."""
+
+
+class ElectedResponse(msgspec.Struct, frozen=True):
+    term: Term
+    """Above the proposer's own: it is fenced. Equal: the acceptor has adopted the history."""
+    flush_lsn: Lsn
+    """Stream from here."""
+    wal_start_lsn: Lsn
+    commit_lsn: Lsn
+
+
+class AppendRequest(msgspec.Struct, frozen=True):
+    term: Term
+    begin_lsn: Lsn
+    commit_lsn: Lsn
+    horizon_lsn: Lsn
+    """Every member has committed up to here: no peer will ever need WAL or history below it."""
+    wal: bytes
+    """Empty in a heartbeat; `begin_lsn` is then where the next WAL will begin."""
+
+
+class AppendResponse(msgspec.Struct, frozen=True):
+    term: Term
+    """Above the proposer's own: it is fenced, and the rest must not be counted."""
+    flush_lsn: Lsn
+    commit_lsn: Lsn
+
+
+class AppendRejected(msgspec.Struct, frozen=True):
+    term: Term
+    expected_lsn: Lsn
+    """Where the acceptor's WAL ends; 0 when it has not adopted the term's history yet."""
+
+
+class CommitAnnounce(msgspec.Struct, frozen=True):
+    term: Term
+    commit_lsn: Lsn
+    horizon_lsn: Lsn
+
+
+class ReadWalRequest(msgspec.Struct, frozen=True):
+    """Asks a donor for WAL [start_lsn, end_lsn), at most `WAL_CHUNK_SIZE_BYTES_MAX` of it."""
+
+    term: Term
+    start_lsn: Lsn
+    end_lsn: Lsn
+
+
+class WalChunk(msgspec.Struct, frozen=True):
+    """Answer to `ReadWalRequest`, as much as was read; empty when the donor cannot serve it."""
+
+    term: Term
+    start_lsn: Lsn
+    wal: bytes
+
+
+class ErrorResponse(msgspec.Struct, frozen=True):
+    code: int
+    """An `ErrorCode`."""
+    text: str
+
+
+ProposerMessage = (
+    ProposerGreeting | VoteRequest | ProposerElected | AppendRequest | CommitAnnounce | ReadWalRequest
+)
+AcceptorMessage = (
+    AcceptorGreeting
+    | VoteResponse
+    | ElectedResponse
+    | AppendResponse
+    | AppendRejected
+    | WalChunk
+    | ErrorResponse
+)
+
+_HEAD = struct.Struct("<IB")
+_LENGTH = struct.Struct("<I")
+
+# version 2, token length 2, tenant 16, timeline 16, pg_version 4, segment size 4, system id 8,
+# proposer id 16; then the token
+_PROPOSER_GREETING = struct.Struct("<HH16s16sIIQ16s")
+# version 2, zero 2, pg_version 4, segment size 4, system id 8, node id 8, term 8,
+# timeline start 8, flush 8, commit 8
+_ACCEPTOR_GREETING = struct.Struct("<HHIIQQQQQQ")
+# term 8, proposer id 16
+_VOTE_REQUEST = struct.Struct("<Q16s")
+# term 8, granted 1, flush 8, last record end 8, WAL start 8, commit 8; then the history
+_VOTE_RESPONSE = struct.Struct("<QBQQQQ")
+# term 8; then the history
+_TERM = struct.Struct("<Q")
+# term 8, flush 8, WAL start 8, commit 8
+_ELECTED_RESPONSE = struct.Struct("<QQQQ")
+# term 8, begin 8, commit 8, horizon 8; then WAL
+_APPEND_REQUEST = struct.Struct("<QQQQ")
+# term 8, two or one LSNs of 8
+_TERM_LSN_LSN = struct.Struct("<QQQ")
+_TERM_LSN = struct.Struct("<QQ")
+# code 2, zero 2; then UTF-8
+_ERROR = struct.Struct("<HH")
+_HISTORY_COUNT = struct.Struct("<I")
+_HISTORY_ENTRY = struct.Struct("<QQ")
+
+
+def encode_history(history: tuple[TermStart, ...]) -> bytes:
+    """``u32 count, count x (u64 term, u64 start LSN)``; also how the control file keeps it."""
+    if not 1 <= len(history) <= TERM_HISTORY_COUNT_MAX:
+        raise RefusedError(
+            f"a term history of {len(history)} entries; 1 to {TERM_HISTORY_COUNT_MAX} are possible"
+        )
+    return _HISTORY_COUNT.pack(len(history)) + b"".join(_HISTORY_ENTRY.pack(*entry) for entry in history)
+
+
+def decode_history(data: bytes) -> tuple[TermStart, ...]:
+    """Raises `MalformedFrameError` unless `data` is exactly one history: terms grow, starts never fall."""
+    if len(data) < _HISTORY_COUNT.size:
+        raise MalformedFrameError("a term history is cut short")
+    (count,) = _HISTORY_COUNT.unpack_from(data)
+    if (
+        not 1 <= count <= TERM_HISTORY_COUNT_MAX
+        or len(data) != _HISTORY_COUNT.size + count * _HISTORY_ENTRY.size
+    ):
+        raise MalformedFrameError(f"a term history of {count} entries does not fill {len(data)} bytes")
+    entries = tuple(
+        TermStart(Term(term), Lsn(start))
+        for term, start in _HISTORY_ENTRY.iter_unpack(data[_HISTORY_COUNT.size :])
+    )
+    if any(a.term >= b.term or a.start_lsn > b.start_lsn for a, b in pairwise(entries)):
+        raise MalformedFrameError("a term history's terms must grow and its starts must not fall")
+    return entries
+
+
+def _pack_proposer_greeting(message: ProposerGreeting) -> bytes:
+    token = message.token.encode()
+    if len(token) > TOKEN_SIZE_BYTES_MAX:
+        raise RefusedError(f"the token has {len(token)} bytes; at most {TOKEN_SIZE_BYTES_MAX}")
+    identity = message.identity
+    fixed = _PROPOSER_GREETING.pack(
+        message.version,
+        len(token),
+        bytes.fromhex(identity.tenant_id),
+        bytes.fromhex(identity.timeline_id),
+        identity.pg_version,
+        identity.wal_segment_size_bytes,
+        identity.system_id,
+        message.proposer_id,
+    )
+    return fixed + token
+
+
+def _unpack_proposer_greeting(body: bytes) -> ProposerGreeting:
+    version, token_length, tenant, timeline, pg_version, segment_size, system_id, proposer = (
+        _PROPOSER_GREETING.unpack_from(body)
+    )
+    token = body[_PROPOSER_GREETING.size :]
+    if len(token) != token_length:
+        raise MalformedFrameError(f"the greeting's token has {len(token)} bytes instead of {token_length}")
+    identity = TimelineIdentity(
+        tenant_id=TenantId(tenant.hex()),
+        timeline_id=TimelineId(timeline.hex()),
+        pg_version=pg_version,
+        system_id=system_id,
+        wal_segment_size_bytes=segment_size,
+    )
+    return ProposerGreeting(
+        version=version, identity=identity, proposer_id=ProposerId(proposer), token=token.decode("ascii")
+    )
+
+
+def _pack_acceptor_greeting(message: AcceptorGreeting) -> bytes:
+    return _ACCEPTOR_GREETING.pack(
+        message.version,
+        0,
+        message.identity.pg_version,
+        message.identity.wal_segment_size_bytes,
+        message.identity.system_id,
+        message.node_id,
+        message.term,
+        message.timeline_start_lsn,
+        message.flush_lsn,
+        message.commit_lsn,
+    )
+
+
+def _unpack_acceptor_greeting(body: bytes) -> AcceptorGreeting:
+    version, _, pg_version, segment_size, system_id, node_id, term, start, flush, commit = (
+        _ACCEPTOR_GREETING.unpack(body)
+    )
+    identity = TimelineIdentity(
+        tenant_id=TenantId(""),
+        timeline_id=TimelineId(""),
+        pg_version=pg_version,
+        system_id=system_id,
+        wal_segment_size_bytes=segment_size,
+    )
+    return AcceptorGreeting(
+        version=version,
+        node_id=NodeId(node_id),
+        identity=identity,
+        term=Term(term),
+        timeline_start_lsn=Lsn(start),
+        flush_lsn=Lsn(flush),
+        commit_lsn=Lsn(commit),
+    )
+
+
+def _pack_vote_response(message: VoteResponse) -> bytes:
+    fixed = _VOTE_RESPONSE.pack(
+        message.term,
+        message.granted,
+        message.flush_lsn,
+        message.last_record_end_lsn,
+        message.wal_start_lsn,
+        message.commit_lsn,
+    )
+    return fixed + encode_history(message.history)
+
+
+def _unpack_vote_response(body: bytes) -> VoteResponse:
+    term, granted, flush, record_end, wal_start, commit = _VOTE_RESPONSE.unpack_from(body)
+    if granted > 1:
+        raise MalformedFrameError(f"a vote is granted (1) or not (0), not {granted}")
+    return VoteResponse(
+        term=Term(term),
+        granted=bool(granted),
+        flush_lsn=Lsn(flush),
+        last_record_end_lsn=Lsn(record_end),
+        wal_start_lsn=Lsn(wal_start),
+        commit_lsn=Lsn(commit),
+        history=decode_history(body[_VOTE_RESPONSE.size :]),
+    )
+
+
+def _unpack_elected(body: bytes) -> ProposerElected:
+    (term,) = _TERM.unpack_from(body)
+    return ProposerElected(term, decode_history(body[_TERM.size :]))
+
+
+def _pack_append_request(message: AppendRequest) -> bytes:
+    _check_wal_size(len(message.wal))
+    head = _APPEND_REQUEST.pack(message.term, message.begin_lsn, message.commit_lsn, message.horizon_lsn)
+    return head + message.wal
+
+
+def _unpack_append_request(body: bytes) -> AppendRequest:
+    wal = body[_APPEND_REQUEST.size :]
+    _check_wal_size(len(wal))
+    term, begin, commit, horizon = _APPEND_REQUEST.unpack_from(body)
+    return AppendRequest(Term(term), Lsn(begin), Lsn(commit), Lsn(horizon), wal)
+
+
+def _pack_wal_chunk(message: WalChunk) -> bytes:
+    _check_wal_size(len(message.wal))
+    return _TERM_LSN.pack(message.term, message.start_lsn) + message.wal
+
+
+def _unpack_wal_chunk(body: bytes) -> WalChunk:
+    wal = body[_TERM_LSN.size :]
+    _check_wal_size(len(wal))
+    term, start = _TERM_LSN.unpack_from(body)
+    return WalChunk(Term(term), Lsn(start), wal)
+
+
+def _unpack_error(body: bytes) -> ErrorResponse:
+    code, _ = _ERROR.unpack_from(body)
+    return ErrorResponse(code, body[_ERROR.size :].decode())
+
+
+def _check_wal_size(size_bytes: int) -> None:
+    if size_bytes > WAL_CHUNK_SIZE_BYTES_MAX:
+        raise MalformedFrameError(
+            f"{size_bytes} bytes of WAL in one frame; at most {WAL_CHUNK_SIZE_BYTES_MAX}"
+        )
+
+
+_PROPOSER_DECODERS: Final[dict[int, Callable[[bytes], ProposerMessage]]] = {
+    ord("G"): _unpack_proposer_greeting,
+    ord("V"): lambda body: VoteRequest(*_VOTE_REQUEST.unpack(body)),
+    ord("E"): _unpack_elected,
+    ord("A"): _unpack_append_request,
+    ord("C"): lambda body: CommitAnnounce(*_TERM_LSN_LSN.unpack(body)),
+    ord("R"): lambda body: ReadWalRequest(*_TERM_LSN_LSN.unpack(body)),
+}
+_ACCEPTOR_DECODERS: Final[dict[int, Callable[[bytes], AcceptorMessage]]] = {
+    ord("g"): _unpack_acceptor_greeting,
+    ord("v"): _unpack_vote_response,
+    ord("e"): lambda body: ElectedResponse(*_ELECTED_RESPONSE.unpack(body)),
+    ord("a"): lambda body: AppendResponse(*_TERM_LSN_LSN.unpack(body)),
+    ord("j"): lambda body: AppendRejected(*_TERM_LSN.unpack(body)),
+    ord("w"): _unpack_wal_chunk,
+    ord("x"): _unpack_error,
+}
+
+
+def encode_proposer_message(message: ProposerMessage) -> bytes:
+    """One frame. Raises a `RefusedError` for a message beyond the bounds above."""
+    match message:
+        case AppendRequest():
+            return _frame(b"A", _pack_append_request(message))
+        case CommitAnnounce(term, commit_lsn, horizon_lsn):
+            return _frame(b"C", _TERM_LSN_LSN.pack(term, commit_lsn, horizon_lsn))
+        case ReadWalRequest(term, start_lsn, end_lsn):
+            return _frame(b"R", _TERM_LSN_LSN.pack(term, start_lsn, end_lsn))
+        case VoteRequest(term, proposer_id):
+            return _frame(b"V", _VOTE_REQUEST.pack(term, proposer_id))
+        case ProposerElected(term, history):
+            return _frame(b"E", _TERM.pack(term) + encode_history(history))
+        case ProposerGreeting():
+            return _frame(b"G", _pack_proposer_greeting(message))
+
+
+def encode_acceptor_message(message: AcceptorMessage) -> bytes:
+    """One frame. Raises a `RefusedError` for a message beyond the bounds above."""
+    match message:
+        case AppendResponse(term, flush_lsn, commit_lsn):
+            return _frame(b"a", _TERM_LSN_LSN.pack(term, flush_lsn, commit_lsn))
+        case AppendRejected(term, expected_lsn):
+            return _frame(b"j", _TERM_LSN.pack(term, expected_lsn))
+        case ElectedResponse(term, flush_lsn, wal_start_lsn, commit_lsn):
+            return _frame(b"e", _ELECTED_RESPONSE.pack(term, flush_lsn, wal_start_lsn, commit_lsn))
+        case WalChunk():
+            return _frame(b"w", _pack_wal_chunk(message))
+        case VoteResponse():
+            return _frame(b"v", _pack_vote_response(message))
+        case AcceptorGreeting():
+            return _frame(b"g", _pack_acceptor_greeting(message))
+        case ErrorResponse(code, text):
+            return _frame(b"x", _ERROR.pack(code, 0) + text.encode()[:4096])
+
+
+def _frame(kind: bytes, body: bytes) -> bytes:
+    return _LENGTH.pack(1 + len(body)) + kind + body
+
+
+_Message = TypeVar("_Message")
+
+
+class _FrameParser(Generic[_Message]):
+    """Cuts a byte stream into messages; holds at most one incomplete frame."""
+
+    def __init__(self, decoders: dict[int, Callable[[bytes], _Message]], greeting_type: int) -> None:
+        self._decoders = decoders
+        self._greeting_type = greeting_type
+        self._greeted = False
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[_Message]:
+        """The messages that `data` completes, in order.
+
+        Raises `MalformedFrameError`, after which the connection is of no further use; messages
+        that the same call had completed before the bad frame are dropped with it.
+        """
+        self._buffer += data
+        messages: list[_Message] = []
+        position = 0
+        while len(self._buffer) - position >= _HEAD.size:
+            length, kind = _HEAD.unpack_from(self._buffer, position)
+            self._check_head(length, kind)
+            end = position + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(self._decode(kind, bytes(self._buffer[position + _HEAD.size : end])))
+            position = end
+        del self._buffer[:position]
+        return messages
+
+    def _check_head(self, length: int, kind: int) -> None:
+        if kind not in self._decoders:
+            raise MalformedFrameError(f"frame type {kind:#04x} is not one that this side receives")
+        length_max = FRAME_SIZE_BYTES_MAX if self._greeted else GREETING_SIZE_BYTES_MAX
+        if not 1 <= length <= length_max:
+            raise MalformedFrameError(f"a frame of {length} bytes; at most {length_max} here")
+        if not self._greeted and kind not in (self._greeting_type, ord("x")):
+            raise MalformedFrameError(f"frame type {kind:#04x} before the greeting")
+
+    def _decode(self, kind: int, body: bytes) -> _Message:
+        try:
+            message = self._decoders[kind](body)
+        except (struct.error, UnicodeDecodeError) as error:
+            raise MalformedFrameError(f"a frame of type {chr(kind)!r} does not parse: {error}") from error
+        self._greeted = self._greeted or kind == self._greeting_type
+        return message
+
+
+class ProposerMessageParser(_FrameParser[ProposerMessage]):
+    """A safekeeper's receiving side: bytes from a proposer in, messages out."""
+
+    def __init__(self) -> None:
+        super().__init__(_PROPOSER_DECODERS, ord("G"))
+
+
+class AcceptorMessageParser(_FrameParser[AcceptorMessage]):
+    """A proposer's receiving side: bytes from a safekeeper in, messages out."""
+
+    def __init__(self) -> None:
+        super().__init__(_ACCEPTOR_DECODERS, ord("g"))
