@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from excimer.base.errors import RefusedError
-from excimer.io.processes import is_reachable, require_reachable, unprivileged_user
+from excimer.io.processes import is_reachable, make_owned_dir, require_reachable, unprivileged_user
 
 DIRECTORY_VARIABLE = "EXCIMER_CACHE_DIR"
 ROOT_DIRECTORY = Path("/var/cache/excimer")
@@ -157,3 +157,28 @@ def _tree_identity(base: Path, paths: list[Path]) -> str:
                 status = os.lstat(os.path.join(root, name))
                 digest.update(f"{root}/{name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def make_reachable_dir(path: Path) -> Path:
+    """`make_owned_dir(path)` where PostgreSQL's user can get to it; else a directory elsewhere.
+
+    For directories that PostgreSQL works in and that may be lost, such as a compute's data directory, when
+    `path` lies in root's closed home. It is made under the cache then, `path` becomes a symbolic link to
+    it, and the answer is the place to give to PostgreSQL. Safe to repeat.
+    """
+    parent = path.absolute().parent
+    parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if is_reachable(parent) and not path.is_symlink():
+        return make_owned_dir(path)
+    place = cache_directory() / "moved" / hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
+    make_owned_dir(place)
+    if not path.is_symlink():
+        path.symlink_to(place)
+    return place
+
+
+def remove_reachable_dir(path: Path, place: Path) -> None:
+    """Removes what `make_reachable_dir(path)` made at `place`, with all it holds."""
+    shutil.rmtree(place, ignore_errors=True)
+    if path.is_symlink():
+        path.unlink()
