@@ -1,0 +1,61 @@
+"""What timelines need from the world, and the engine's sizes. The host makes one and passes it in."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from excimer.io.filesystem import Filesystem
+from excimer.io.object_store import ObjectStore
+from excimer.storage.engine.block_cache import BlockCache
+from excimer.storage.format.layer_block import BLOCK_TARGET_SIZE_BYTES
+
+MIB = 1024 * 1024
+
+
+class RedoExecutor(Protocol):
+    """Turns redo requests into pages; `redo_pool.RedoPool` is the real one."""
+
+    async def redo(self, requests: Sequence[bytes]) -> Sequence[bytes | Exception]:
+        """One page, or the error that says why not, per request, in the same order."""
+
+
+NativeApplier = Callable[[bytearray, bytes, int], None]
+"""Applies one native record, made at the given LSN, to a page in place."""
+
+
+@dataclass(frozen=True)
+class StorageSettings:
+    """Sizes and times with a meaning to operators; defaults fit a laptop."""
+
+    flush_size_bytes: int = 64 * MIB
+    """Memory of the open layer at which it is frozen and flushed."""
+    flush_interval_s: float = 60.0
+    """An open layer with anything in it is flushed at the latest after this."""
+    frozen_layers_max: int = 3
+    """More frozen layers than this and ingest pauses."""
+    put_wait_s: float = 60.0
+    """How long ingest's thread is held up then before it is told to try again."""
+    block_size_bytes: int = BLOCK_TARGET_SIZE_BYTES
+    image_layer_size_bytes: int = 128 * MIB
+    """Raw size at which an image layer ends and the next begins."""
+    compaction_deltas: int = 8
+    """So many delta layers above the newest images are merged into images."""
+    metadata_cache_entries: int = 100_000
+    retry_delay_ms_first: int = 100
+    retry_delay_ms_max: int = 10_000
+
+
+@dataclass(frozen=True)
+class StorageContext:
+    """The world as the engine sees it. `executor` runs blocking work: give it several threads."""
+
+    store: ObjectStore
+    filesystem: Filesystem
+    local_dir: Path
+    redo: RedoExecutor
+    apply_native: NativeApplier
+    executor: Executor
+    cache: BlockCache = field(default_factory=BlockCache)
+    settings: StorageSettings = field(default_factory=StorageSettings)

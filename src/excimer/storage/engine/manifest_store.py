@@ -1,0 +1,107 @@
+"""Where a timeline's objects lie, and its manifests: writing the next, finding the newest.
+
+    tenants/TENANT/timelines/TIMELINE/index-GENERATION-SEQUENCE
+    tenants/TENANT/timelines/TIMELINE/layers/LAYER
+
+A manifest is only ever created (G1): a writer whose name is taken by other content has been
+overtaken by another process of the same generation and stops. A reader takes the greatest name, so
+what an older generation still writes is never looked at.
+"""
+
+from contextlib import suppress
+from typing import NamedTuple
+
+from excimer.base.errors import FencedError
+from excimer.io.object_store import ObjectExistsError, ObjectMissingError, ObjectStore, ObjectStoreError
+from excimer.storage.format.manifest import (
+    Manifest,
+    ManifestName,
+    pack_manifest,
+    parse_manifest_name,
+    unpack_manifest,
+)
+
+MANIFESTS_KEPT = 3
+"""Older ones of the same generation are deleted; a few stay for people who look for a cause."""
+
+
+class OvertakenError(FencedError):
+    """Another process writes this timeline's manifests with the same or a newer generation."""
+
+
+def tenant_prefix(tenant_id: str) -> str:
+    return f"tenants/{tenant_id}"
+
+
+def timeline_prefix(tenant_id: str, timeline_id: str) -> str:
+    return f"tenants/{tenant_id}/timelines/{timeline_id}"
+
+
+class FoundManifest(NamedTuple):
+    name: ManifestName
+    manifest: Manifest
+
+
+class ManifestStore:
+    """The manifests of one timeline, written by one thread at a time. Calls block."""
+
+    def __init__(
+        self, store: ObjectStore, tenant_id: str, timeline_id: str, generation: int, last_sequence: int = 0
+    ) -> None:
+        self._store = store
+        self._prefix = timeline_prefix(tenant_id, timeline_id)
+        self._generation = generation
+        self._sequence = last_sequence
+        self._unanswered: bytes | None = None
+
+    def write(self, manifest: Manifest) -> None:
+        """Makes the manifest the newest; durable on return.
+
+        Raises `OvertakenError`; `ObjectStoreError` after which it may or may not be there, and which
+        the next write copes with.
+        """
+        data = pack_manifest(manifest)
+        if self._unanswered is not None and self._is_there(self._sequence + 1, self._unanswered):
+            self._sequence += 1
+        self._unanswered = data
+        name = ManifestName(self._generation, self._sequence + 1)
+        try:
+            self._store.put(f"{self._prefix}/{name}", data)
+        except ObjectExistsError as error:
+            raise OvertakenError(
+                f"another process has written {self._prefix}/{name}: this one must stop"
+            ) from error
+        self._unanswered = None
+        self._sequence += 1
+        if self._sequence > MANIFESTS_KEPT:
+            old = ManifestName(self._generation, self._sequence - MANIFESTS_KEPT)
+            with suppress(ObjectStoreError):  # an old manifest too many does no harm
+                self._store.delete(f"{self._prefix}/{old}")
+
+    def _is_there(self, sequence: int, data: bytes) -> bool:
+        """Whether a write whose answer was lost has happened."""
+        name = ManifestName(self._generation, sequence)
+        try:
+            return self._store.get(f"{self._prefix}/{name}") == data
+        except ObjectMissingError:
+            return False
+
+
+def find_newest_manifest(
+    store: ObjectStore, tenant_id: str, timeline_id: str, generation: int
+) -> FoundManifest | None:
+    """None when the timeline has none. Raises `OvertakenError` if one is of a newer generation than ours."""
+    prefix = timeline_prefix(tenant_id, timeline_id)
+    names = sorted(
+        name
+        for info in store.list(prefix)
+        if (name := parse_manifest_name(info.name.rsplit("/", 1)[-1])) is not None
+    )
+    if not names:
+        return None
+    newest = names[-1]
+    if newest.generation > generation:
+        raise OvertakenError(
+            f"timeline {timeline_id} is owned by generation {newest.generation}, this is {generation}: stop"
+        )
+    return FoundManifest(newest, unpack_manifest(store.get(f"{prefix}/{newest}"), f"{prefix}/{newest}"))

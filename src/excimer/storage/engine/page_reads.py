@@ -1,0 +1,159 @@
+"""Restoring pages: collect the chains of adjacent blocks, then images, native records, redo.
+
+Collecting blocks (disk, sometimes object storage) and runs in worker threads; redo is awaited.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+import lz4.block
+import zstandard
+
+from excimer._native.page_chains import MalformedValueError, PageChains
+from excimer.base.errors import RetryableError
+from excimer.base.keys import KeyKind, Relation, make_key, parse_key, relation_size_key, slru_size_key
+from excimer.storage.engine.context import NativeApplier, StorageContext
+from excimer.storage.engine.errors import NoSuchPageError, PageRebuildError
+from excimer.storage.engine.value_reads import ValueSource, read_value
+from excimer.storage.format.layer_file import DamagedLayerError
+from excimer.storage.plan.read_path import plan_read
+
+COMPRESSION_LZ4 = 2
+COMPRESSION_ZSTD = 3
+
+
+class PageSource(ValueSource, Protocol):
+    """One timeline, as page reads see it."""
+
+    @property
+    def context(self) -> StorageContext: ...
+    @property
+    def ancestor(self) -> "PageSource | None": ...
+
+
+class PageRead:
+    """One read of `count` adjacent blocks at one LSN."""
+
+    def __init__(self, source: PageSource, key: bytes, count: int, lsn: int) -> None:
+        self._source = source
+        self._key = key
+        self._lsn = lsn
+        self._chains = PageChains(key, count, lsn)
+
+    async def run(self) -> bytes:
+        """The pages. Errors as `Timeline.get_pages`."""
+        context = self._source.context
+        loop = asyncio.get_running_loop()
+        slots, requests = await loop.run_in_executor(context.executor, self._collect_and_restore)
+        while requests:
+            pages = await context.redo.redo(requests)
+            slots, requests = self._place(slots, pages)
+        return self._chains.take_pages()
+
+    def _collect_and_restore(self) -> tuple[list[int], list[bytes]]:
+        check_blocks_exist(self._source, self._key, self._chains.count, self._lsn)
+        collect_chains(self._source, self._key, self._chains, self._lsn)
+        try:
+            for slot, compression, data, size in self._chains.restore_bases():
+                self._chains.set_image_data(slot, decompress_image(compression, data, size))
+        except (MalformedValueError, lz4.block.LZ4BlockError, zstandard.ZstdError) as error:
+            raise PageRebuildError(self._key, self._lsn, str(error)) from error
+        return self._next_redo()
+
+    def _next_redo(self) -> tuple[list[int], list[bytes]]:
+        try:
+            apply_native_records(self._chains, self._source.context.apply_native)
+            return self._chains.take_redo()
+        except ValueError as error:
+            raise PageRebuildError(self._key, self._lsn, str(error)) from error
+
+    def _place(self, slots: list[int], pages: Sequence[bytes | Exception]) -> tuple[list[int], list[bytes]]:
+        for slot, page in zip(slots, pages, strict=True):
+            if isinstance(page, RetryableError):
+                raise page
+            if isinstance(page, Exception):
+                raise PageRebuildError(block_key(self._key, slot), self._lsn, str(page)) from page
+            try:
+                self._chains.set_page(slot, page)
+            except MalformedValueError as error:
+                raise PageRebuildError(block_key(self._key, slot), self._lsn, str(error)) from error
+        return self._next_redo()
+
+
+def check_blocks_exist(source: ValueSource, key: bytes, count: int, lsn: int) -> None:
+    """Raises `NoSuchPageError` unless blocks [block, block + count) of the key's relation exist."""
+    size = read_size_blocks(source, key, lsn)
+    block = parse_key(key).block
+    if size is None or block + count > size:
+        first_missing = block if size is None else max(size, block)
+        raise NoSuchPageError(block_key(key, first_missing - block), lsn, size)
+
+
+def read_size_blocks(source: ValueSource, key: bytes, lsn: int) -> int | None:
+    """Size of the relation fork, or SLRU segment, that a block key belongs to; None if it does not exist."""
+    kind, spc, db, rel, fork, _ = parse_key(key)
+    if kind == KeyKind.RELATION_BLOCK:
+        size_key = relation_size_key(Relation(spc, db, rel), fork)
+    elif kind == KeyKind.SLRU_BLOCK:
+        size_key = slru_size_key(spc, rel)
+    else:
+        raise ValueError(f"key kind {kind:#x} has no blocks")
+    size = read_value(source, size_key, lsn)
+    return None if size is None else int.from_bytes(size, "little")
+
+
+def collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> None:
+    """Walks the timeline's layers and its ancestors', newest first, until every chain has its start."""
+    last_key = block_key(key, chains.count - 1)
+    at: PageSource | None = source
+    while at is not None:
+        stack = at.stack
+        for memory in stack.memory_layers:
+            if memory.start_lsn < lsn:
+                memory.collect(chains, lsn)
+        if chains.open_count == 0:
+            return
+        plan = plan_read(stack.disk, key, last_key, 0, lsn)
+        for visit in plan.visits:
+            file = stack.files[visit.layer.description.name]
+            for block in file.blocks(key, last_key, visit.low_lsn, visit.high_lsn):
+                try:
+                    chains.add_block(block, visit.low_lsn, visit.high_lsn)
+                except MalformedValueError as error:
+                    raise DamagedLayerError(str(file.local_path), str(error)) from error
+            if chains.open_count == 0:
+                return
+        if not plan.continues_in_ancestor:
+            break
+        lsn = min(lsn, at.ancestor_lsn)
+        at = at.ancestor
+    chains.close_all()
+
+
+def apply_native_records(chains: PageChains, apply_native: NativeApplier) -> None:
+    page = bytearray()
+    current = -1
+    for slot, lsn, payload in chains.take_native():
+        if slot != current:
+            if current >= 0:
+                chains.set_page(current, page)
+            page, current = bytearray(chains.page(slot)), slot
+        apply_native(page, payload, lsn)
+    if current >= 0:
+        chains.set_page(current, page)
+
+
+def decompress_image(compression: int, data: bytes, size_bytes: int) -> bytes:
+    """An image's content, compressed by PostgreSQL with lz4 or zstd. Raises their errors, or ValueError."""
+    if compression == COMPRESSION_LZ4:
+        return bytes(lz4.block.decompress(data, uncompressed_size=size_bytes))
+    if compression == COMPRESSION_ZSTD:
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size_bytes)
+    raise MalformedValueError(f"page image with unknown compression {compression}")
+
+
+def block_key(key: bytes, offset: int) -> bytes:
+    """The key of the block `offset` blocks further."""
+    fields = parse_key(key)
+    return make_key(*fields[:5], block=fields.block + offset)

@@ -1,0 +1,356 @@
+"""A timeline: one history of WAL as a versioned page store. The engine's public face.
+
+::
+
+    put_batch -> open memory layer -> frozen -> delta layer (file, object) -> manifest
+                        |               |              |
+    get_pages, get_value, scan: newest first, then the ancestor at the branch point
+
+Ingest is one thread calling `put_batch`; reads come from the event loop, any number at a time;
+`run` flushes and compacts in the background and belongs in a named task of the host's group.
+
+A flush leaves its memory layer readable until the manifest that names the new file is durable. If
+the disk is full or object storage is away, it is tried again, with growing pauses, for ever: reads
+go on, and ingest goes on until `frozen_layers_max` memory layers wait, then `put_batch` blocks. What
+memory holds is lost in a crash and asked for again from
+`disk_consistent_lsn`, which is why WAL may be removed elsewhere only below `remote_consistent_lsn` (D2).
+
+Not here: what WAL means (`excimer.pageserver.ingest`), which layers to merge (`excimer.storage.plan`).
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TypeVar
+
+import msgspec
+
+from excimer._native.memory_layer import MemoryLayer
+from excimer.base.errors import RetryableError
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.lsn import Lsn, format_lsn
+from excimer.storage.engine.context import StorageContext
+from excimer.storage.engine.errors import (
+    IngestPausedError,
+    LsnTimeoutError,
+    LsnTooOldError,
+    TimelineStoppedError,
+)
+from excimer.storage.engine.layer_stack import FrozenLayer, LayerHome, LayerStack
+from excimer.storage.engine.layer_writing import image_value, upload_layer, write_delta, write_images
+from excimer.storage.engine.manifest_store import ManifestStore
+from excimer.storage.engine.page_reads import PageRead, read_size_blocks
+from excimer.storage.engine.value_reads import ValueCache, read_value, read_value_and_lsn, scan_values
+from excimer.storage.format.manifest import LayerDescription, Manifest
+from excimer.storage.format.values import PackedBatch
+from excimer.storage.plan.layer_map import LayerMap
+
+_log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class WalPosition:
+    """The last record put: where it starts and ends. Replaced as a whole, so that it is always a pair."""
+
+    prev_record_lsn: Lsn
+    last_record_lsn: Lsn
+
+
+class Timeline:
+    """See the module, and `docs/architecture/interfaces.md`. Made by `TenantStorage` only."""
+
+    def __init__(
+        self,
+        context: StorageContext,
+        manifest: Manifest,
+        manifests: ManifestStore,
+        ancestor: "Timeline | None",
+        generation: int,
+    ) -> None:
+        self.context = context
+        self.tenant_id = TenantId(manifest.tenant_id)
+        self.timeline_id = TimelineId(manifest.timeline_id)
+        self.pg_version = manifest.pg_version
+        self.system_id = manifest.system_id
+        self.wal_segment_size_bytes = manifest.wal_segment_size_bytes
+        self.ancestor = ancestor
+        self.ancestor_lsn = Lsn(manifest.ancestor_lsn)
+        self.generation = generation
+        self.value_cache = ValueCache(context.settings.metadata_cache_entries)
+        self.home = LayerHome(context, manifest.tenant_id, manifest.timeline_id)
+        self.stack = LayerStack(
+            open=MemoryLayer(manifest.disk_consistent_lsn),
+            frozen=(),
+            disk=LayerMap.from_descriptions(manifest.layers),
+            files={layer.name: self.home.disk_layer(layer) for layer in manifest.layers},
+        )
+        self.position = WalPosition(Lsn(manifest.prev_record_lsn), Lsn(manifest.disk_consistent_lsn))
+        self.manifest = manifest
+        """The newest durable one."""
+        self._manifests = manifests
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+        self._write_lock = threading.Lock()
+        self._room_made = threading.Condition(self._write_lock)
+        self._flush_lock = asyncio.Lock()
+        self._flush_wanted = asyncio.Event()
+        self._room = asyncio.Event()
+        self._waiting: list[tuple[Lsn, asyncio.Future[None]]] = []
+        self._written: tuple[FrozenLayer, LayerDescription] | None = None
+        self._stopped = False
+
+    @property
+    def last_record_lsn(self) -> Lsn:
+        """End of the last record put."""
+        return self.position.last_record_lsn
+
+    @property
+    def prev_record_lsn(self) -> Lsn:
+        """Start of the last record put."""
+        return self.position.prev_record_lsn
+
+    @property
+    def oldest_lsn(self) -> Lsn:
+        """Reads below it are refused."""
+        return Lsn(self.manifest.oldest_lsn)
+
+    @property
+    def disk_consistent_lsn(self) -> Lsn:
+        """Everything at or below is in durable layers: where WAL is asked for again after a restart."""
+        return Lsn(self.manifest.disk_consistent_lsn)
+
+    @property
+    def remote_consistent_lsn(self) -> Lsn:
+        """Everything at or below is named by a durable manifest in object storage (D2)."""
+        return Lsn(self.manifest.disk_consistent_lsn)
+
+    def put_batch(self, batch: PackedBatch, end_lsn: Lsn, prev_record_lsn: Lsn) -> None:
+        """Adds the values of WAL up to `end_lsn`, the end of the record that starts at `prev_record_lsn`.
+
+        Any thread, one at a time. Readers see the batch when `last_record_lsn` has moved. While too much
+        waits to become durable it blocks, at most `put_wait_s` (in the event loop's thread not at all), and
+        then raises `IngestPausedError`: nothing was added, put it again after `wait_for_room`. Also raises
+        `TimelineStoppedError`, and ValueError for a malformed batch or one whose LSNs are not in
+        (last_record_lsn, end_lsn].
+        """
+        with self._write_lock:
+            self._wait_for_room_locked()
+            if self._stopped:
+                raise TimelineStoppedError(f"timeline {self.timeline_id} is closed")
+            if end_lsn < self.last_record_lsn:
+                raise ValueError(f"WAL up to {format_lsn(end_lsn)} was put before")
+            self.stack.open.put_batch(batch.entries, batch.data, self.last_record_lsn, end_lsn)
+            self.position = WalPosition(prev_record_lsn, end_lsn)
+            if self._open_is_full() and len(self.stack.frozen) < self.context.settings.frozen_layers_max:
+                self._freeze_locked()
+        if self._waiting:
+            self._loop.call_soon_threadsafe(self._wake_waiting)
+
+    async def wait_for_room(self) -> None:
+        """Returns when `put_batch` would take a batch."""
+        while not self._has_room():
+            self._room.clear()
+            await self._room.wait()
+
+    async def wait_for_lsn(self, lsn: Lsn, timeout_s: float) -> None:
+        """Returns when reads at `lsn` are possible. Raises `LsnTimeoutError`."""
+        deadline = self._loop.time() + timeout_s
+        if self.ancestor is not None:
+            await self.ancestor.wait_for_lsn(min(lsn, self.ancestor_lsn), timeout_s)
+        if lsn <= self.last_record_lsn:
+            return
+        arrived: asyncio.Future[None] = self._loop.create_future()
+        entry = (lsn, arrived)
+        self._waiting.append(entry)
+        try:
+            if lsn > self.last_record_lsn:
+                async with asyncio.timeout_at(deadline):
+                    await arrived
+        except TimeoutError:
+            raise LsnTimeoutError(self.timeline_id, lsn, self.last_record_lsn) from None
+        finally:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+
+    def get_value(self, key: bytes, lsn: Lsn) -> bytes | None:
+        """The newest value at or below `lsn` of a key whose values are whole; None if it does not exist then.
+
+        May block on disk the first time. Raises `LsnTimeoutError`, `LsnTooOldError`.
+        """
+        self._check_lsn(lsn)
+        return read_value(self, key, lsn)
+
+    def get_value_and_lsn(self, key: bytes, lsn: Lsn) -> tuple[Lsn, bytes] | None:
+        """Like `get_value`, with an LSN at which it had this value already."""
+        self._check_lsn(lsn)
+        found = read_value_and_lsn(self, key, lsn)
+        return None if found is None else (Lsn(found[0]), found[1])
+
+    def scan(self, start: bytes, end: bytes, lsn: Lsn) -> list[tuple[bytes, bytes]]:
+        """Keys in [start, end) that exist at `lsn`, in order, with their values. Errors as `get_value`."""
+        self._check_lsn(lsn)
+        return scan_values(self, start, end, lsn)
+
+    def size_blocks(self, key: bytes, lsn: Lsn) -> int | None:
+        """Blocks of the relation fork or SLRU segment of a block key; None if it does not exist at `lsn`."""
+        self._check_lsn(lsn)
+        return read_size_blocks(self, key, lsn)
+
+    async def get_pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:
+        """`count` adjacent blocks from `key` on, exactly as of `lsn` (S1).
+
+        Raises `NoSuchPageError` if any of them does not exist then, `LsnTimeoutError` (wait first),
+        `LsnTooOldError`, `PageRebuildError`, `DamagedLayerError`, `ObjectStoreError`.
+        """
+        self._check_lsn(lsn)
+        return await PageRead(self, key, count, lsn).run()
+
+    async def import_images(self, images: Iterable[tuple[bytes, bytes]]) -> None:
+        """The content of a new timeline as of its `disk_consistent_lsn`: every key and its whole value.
+
+        Any order; the images are held in memory together. Writes the timeline's first manifest: before
+        that it does not exist, whatever happens. Raises `ObjectStoreError`, OSError, ValueError.
+        """
+        async with self._flush_lock:
+            await self.in_thread(partial(self._import_images, images))
+
+    async def write_first_manifest(self) -> None:
+        """Makes a new branch exist."""
+        async with self._flush_lock:
+            await self.in_thread(partial(self.commit_layers, self.manifest, []))
+
+    async def mark_deleted(self) -> None:
+        """From here on the timeline counts as deleted, whatever is still there of it."""
+        async with self._flush_lock:
+            deleted = msgspec.structs.replace(self.manifest, deleted=True)
+            await self.in_thread(partial(self.commit_layers, deleted, []))
+
+    async def flush(self) -> None:
+        """All that was put before becomes durable, manifest included. One try: raises `RetryableError`
+        (`ObjectStoreError`), OSError, `FencedError`.
+        """
+        await self.in_thread(self._freeze)
+        await self._flush_frozen()
+
+    async def run(self) -> None:
+        """Flushes by size and by time until cancelled. Raises `FencedError` when overtaken."""
+        settings = self.context.settings
+        delay_ms = settings.retry_delay_ms_first
+        while True:
+            try:
+                async with asyncio.timeout(settings.flush_interval_s):
+                    await self._flush_wanted.wait()
+            except TimeoutError:
+                await self.in_thread(self._freeze)
+            self._flush_wanted.clear()
+            try:
+                await self._flush_frozen()
+                delay_ms = settings.retry_delay_ms_first
+            except (RetryableError, OSError) as error:
+                _log.warning("flush of timeline %s failed, trying again: %s", self.timeline_id, error)
+                await asyncio.sleep(delay_ms / 1000)
+                delay_ms = min(delay_ms * 2, settings.retry_delay_ms_max)
+                self._flush_wanted.set()
+
+    async def close(self) -> None:
+        """No more batches from here on; waits for a flush under way. What memory holds is not flushed."""
+        self._stopped = True
+        await self.in_thread(self._wake_writer)
+        async with self._flush_lock:
+            for file in self.stack.files.values():
+                file.close()
+
+    async def in_thread(self, function: Callable[[], _Result]) -> _Result:
+        return await self._loop.run_in_executor(self.context.executor, function)
+
+    def _check_lsn(self, lsn: Lsn) -> None:
+        if lsn > self.last_record_lsn:
+            raise LsnTimeoutError(self.timeline_id, lsn, self.last_record_lsn)
+        if lsn < self.manifest.oldest_lsn:
+            raise LsnTooOldError(self.timeline_id, lsn, self.manifest.oldest_lsn)
+        if self.ancestor is not None:
+            self.ancestor._check_lsn(min(lsn, self.ancestor_lsn))
+
+    def _wake_waiting(self) -> None:
+        for lsn, arrived in self._waiting:
+            if lsn <= self.last_record_lsn and not arrived.done():
+                arrived.set_result(None)
+
+    def _open_is_full(self) -> bool:
+        return self.stack.open.size_bytes >= self.context.settings.flush_size_bytes
+
+    def _has_room(self) -> bool:
+        return not self._open_is_full() or len(self.stack.frozen) < self.context.settings.frozen_layers_max
+
+    def _wake_writer(self) -> None:
+        with self._write_lock:
+            self._room_made.notify_all()
+
+    def _wait_for_room_locked(self) -> None:
+        wait_s = 0.0 if threading.get_ident() == self._loop_thread else self.context.settings.put_wait_s
+        if not self._room_made.wait_for(lambda: self._stopped or self._has_room(), wait_s):
+            raise IngestPausedError(
+                f"timeline {self.timeline_id} waits for {len(self.stack.frozen)} layers to become durable"
+            )
+
+    def _freeze(self) -> None:
+        with self._write_lock:
+            self._freeze_locked()
+
+    def _freeze_locked(self) -> None:
+        """Freezes the open layer if WAL has moved since it was opened, even if no value came of it."""
+        if self.last_record_lsn > self.stack.open.start_lsn:
+            self.stack = self.stack.with_frozen_open(self.last_record_lsn, self.prev_record_lsn)
+            self._loop.call_soon_threadsafe(self._flush_wanted.set)
+
+    async def _flush_frozen(self) -> None:
+        async with self._flush_lock:
+            while self.stack.frozen:
+                await self.in_thread(partial(self._flush_one, self.stack.frozen[0]))
+                self._room.set()
+
+    def _flush_one(self, frozen: FrozenLayer) -> None:
+        """File, object, manifest, and only then the exchange: each durable before the next."""
+        added: list[LayerDescription] = []
+        if frozen.memory.value_count:
+            if self._written is None or self._written[0] is not frozen:
+                self._written = (frozen, write_delta(self.home, frozen, self.generation))
+            upload_layer(self.home, self._written[1])
+            added.append(self._written[1])
+        manifest = msgspec.structs.replace(
+            self.manifest, disk_consistent_lsn=frozen.end_lsn, prev_record_lsn=frozen.prev_record_lsn
+        )
+        self.commit_layers(manifest, added, flushed=frozen)
+        self._written = None
+
+    def _import_images(self, images: Iterable[tuple[bytes, bytes]]) -> None:
+        lsn = self.manifest.disk_consistent_lsn
+        values = [image_value(key, lsn, data) for key, data in sorted(images)]
+        if any(value.key == following.key for value, following in pairwise(values)):
+            raise ValueError("a key has two images")
+        layers = write_images(self.home, values, lsn, self.generation, complete=True)
+        for layer in layers:
+            upload_layer(self.home, layer)
+        self.commit_layers(self.manifest, layers)
+
+    def commit_layers(
+        self, manifest: Manifest, added: list[LayerDescription], *, flushed: FrozenLayer | None = None
+    ) -> None:
+        """Makes uploaded layers part of the timeline: a durable manifest, then the layer stack.
+
+        Blocks. One caller at a time: hold the flush lock.
+        """
+        files = {layer.name: self.home.disk_layer(layer) for layer in added}
+        disk = self.stack.disk.changed(added=added)
+        manifest = msgspec.structs.replace(manifest, layers=disk.descriptions)
+        self._manifests.write(manifest)
+        with self._write_lock:
+            self.stack = self.stack.with_disk(disk, files, flushed)
+            self.manifest = manifest
+            self._room_made.notify_all()

@@ -1,0 +1,40 @@
+"""Whether and how a timeline may branch, as a pure decision: the manifest of the new timeline.
+
+A branch holds no data of its own: it reads its ancestor at or below the branch point (S2), so making
+one costs one small object whatever the ancestor's size.
+"""
+
+from excimer.base.errors import RefusedError
+from excimer.base.lsn import Lsn, format_lsn
+from excimer.storage.format.manifest import Manifest
+
+
+class BranchPointError(RefusedError):
+    """The ancestor has no such LSN, or no longer."""
+
+
+def plan_branch(
+    ancestor: Manifest, timeline_id: str, *, lsn: Lsn, prev_record_lsn: Lsn, ancestor_last_record_lsn: Lsn
+) -> Manifest:
+    """The first manifest of a branch whose history is the ancestor's up to `lsn`.
+
+    `lsn` must be the end of a record and `prev_record_lsn` its start: the caller knows WAL, this does not.
+    Raises `BranchPointError`.
+    """
+    if not ancestor.oldest_lsn <= lsn <= ancestor_last_record_lsn:
+        raise BranchPointError(
+            f"timeline {ancestor.timeline_id} cannot branch at {format_lsn(lsn)}: its history reaches from "
+            f"{format_lsn(ancestor.oldest_lsn)} to {format_lsn(ancestor_last_record_lsn)}"
+        )
+    return Manifest(
+        tenant_id=ancestor.tenant_id,
+        timeline_id=timeline_id,
+        pg_version=ancestor.pg_version,
+        system_id=ancestor.system_id,
+        wal_segment_size_bytes=ancestor.wal_segment_size_bytes,
+        oldest_lsn=ancestor.oldest_lsn,
+        disk_consistent_lsn=lsn,
+        prev_record_lsn=prev_record_lsn,
+        ancestor_timeline_id=ancestor.timeline_id,
+        ancestor_lsn=lsn,
+    )
