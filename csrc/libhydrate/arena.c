@@ -1,0 +1,92 @@
+#define _GNU_SOURCE
+#include "hydrate.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+
+struct arena arena = {.fd = -1};
+
+static const char *const TRACKED_PREFIXES[] = {"base/", "global/", "pg_xact/", "pg_multixact/", "pg_commit_ts/"};
+
+/* Checked as bytes from disk: a wrong arena must stop PostgreSQL, not corrupt it. */
+static const char *header_fault(const struct arena_header *header, uint64_t size)
+{
+    if (size < ARENA_FILES_OFFSET || header->magic != ARENA_MAGIC)
+        return "it is not an arena";
+    if (header->version != ARENA_VERSION)
+        return "it is of another version";
+    if (header->total_size != size || header->map_offset > size || header->misses_offset > header->map_offset ||
+        header->buckets_offset > header->misses_offset ||
+        header->buckets_offset < ARENA_FILES_OFFSET + (uint64_t)header->file_count * sizeof(struct arena_file) ||
+        header->bucket_count <= header->file_count || (header->bucket_count & (header->bucket_count - 1)) != 0)
+        return "its sizes disagree";
+    return NULL;
+}
+
+const char *arena_open(const char *path)
+{
+    struct stat status;
+    int fd = system_openat(AT_FDCWD, path, O_RDWR | O_CLOEXEC, 0);
+    if (fd < 0 || system_fstat(fd, &status) < 0)
+        return strerror(errno);
+    if (status.st_size < (off_t)ARENA_FILES_OFFSET)
+        return "it is not an arena";
+    fd = system_move_up(fd);
+    void *start = mmap(NULL, (size_t)status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (start == MAP_FAILED)
+        return strerror(errno);
+    struct arena_header *header = start;
+    const char *fault = header_fault(header, (uint64_t)status.st_size);
+    if (fault != NULL)
+        return fault;
+    arena.fd = fd; /* never opened twice: closing any descriptor of it would drop this process's locks */
+    arena.files = (struct arena_file *)((char *)start + ARENA_FILES_OFFSET);
+    arena.buckets = (const uint32_t *)((char *)start + header->buckets_offset);
+    arena.misses = (struct arena_miss *)((char *)start + header->misses_offset);
+    arena.map = (uint8_t *)start + header->map_offset;
+    arena.data_dir_size = strlen(header->data_dir);
+    arena.header = header;
+    return NULL;
+}
+
+const char *path_in_data_dir(const char *path)
+{
+    const struct arena_header *header = arena.header;
+    if (path[0] == '/') {
+        size_t size = arena.data_dir_size;
+        if (strncmp(path, header->data_dir, size) != 0 || path[size] != '/')
+            return NULL;
+        path += size + 1;
+    }
+    while (path[0] == '.' && path[1] == '/')
+        path += 2;
+    return path;
+}
+
+struct arena_file *find_file(const char *path)
+{
+    if (arena.header == NULL || path == NULL || (path = path_in_data_dir(path)) == NULL)
+        return NULL;
+    size_t prefixes = sizeof TRACKED_PREFIXES / sizeof *TRACKED_PREFIXES, index = 0;
+    while (index < prefixes && strncmp(path, TRACKED_PREFIXES[index], strlen(TRACKED_PREFIXES[index])) != 0)
+        index++;
+    if (index == prefixes)
+        return NULL;
+    uint32_t mask = arena.header->bucket_count - 1;
+    for (uint32_t bucket = arena_hash(path, strlen(path)) & mask; arena.buckets[bucket] != 0;
+         bucket = (bucket + 1) & mask) {
+        struct arena_file *file = &arena.files[arena.buckets[bucket] - 1];
+        if (strcmp(file->path, path) == 0)
+            return file_state(file) == ARENA_GONE ? NULL : file;
+    }
+    return NULL;
+}
+
+void record_miss(const struct arena_file *file, uint32_t block, uint32_t count, uint32_t needed)
+{
+    uint64_t slot = COUNT(misses, 1);
+    if (slot < arena.header->miss_capacity)
+        arena.misses[slot] = (struct arena_miss){(uint32_t)(file - arena.files), block, count, needed};
+}

@@ -1,0 +1,255 @@
+/* What the parts of libhydrate offer each other.
+ *
+ *   interposed_*.c   libc's names: what PostgreSQL calls
+ *     file_table.c     which descriptor is which arena file
+ *     file_states.c    files made on first use; deletion, renaming
+ *     local_changes.c  writes, truncation, allocation beside hydration
+ *     hydration.c      absent -> present; read_ahead.c and hints.c say what else to fetch
+ *       claims.c         who fetches, who may change a block (H1)
+ *       page_client.c    the page service's protocol; patience.c how long to wait
+ *   arena.c, system.c, report.c   below them all
+ *
+ * PostgreSQL's processes have one thread each; nothing here is safe for two.
+ */
+#ifndef HYDRATE_H
+#define HYDRATE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "arena.h"
+#include "system.h"
+
+#define BLOCK_SIZE ARENA_BLOCK_SIZE
+#define RUN_BLOCKS_MAX ARENA_READ_AHEAD_MAX
+#define RUNS_MAX 32u
+
+/* --- arena.c --- */
+
+struct arena {
+    struct arena_header *header; /* NULL: the library does nothing in this process */
+    struct arena_file *files;
+    const uint32_t *buckets;
+    struct arena_miss *misses;
+    uint8_t *map;
+    size_t data_dir_size;
+    int fd;
+};
+extern struct arena arena;
+
+/* Adds to a statistic; its old value. */
+#define COUNT(field, amount) __atomic_fetch_add(&arena.header->statistics.field, (amount), __ATOMIC_RELAXED)
+
+/* NULL, or why the arena cannot be used. */
+const char *arena_open(const char *path);
+
+/* The path relative to the data directory; NULL if it lies elsewhere. */
+const char *path_in_data_dir(const char *path);
+
+/* The live arena file of a path, or NULL. */
+struct arena_file *find_file(const char *path);
+
+void record_miss(const struct arena_file *file, uint32_t block, uint32_t count, uint32_t needed);
+
+static inline uint32_t file_state(const struct arena_file *file)
+{
+    return __atomic_load_n(&file->state, __ATOMIC_ACQUIRE);
+}
+
+static inline bool is_present(const struct arena_file *file, uint64_t block)
+{
+    return __atomic_load_n(&arena.map[file->map_offset + block], __ATOMIC_ACQUIRE) != ARENA_ABSENT;
+}
+
+/* Only under an install lock, and after the block's bytes are in the file. */
+static inline void set_present(const struct arena_file *file, uint64_t block)
+{
+    __atomic_store_n(&arena.map[file->map_offset + block], ARENA_PRESENT, __ATOMIC_RELEASE);
+}
+
+/* First absent block of [block, end), or end. */
+static inline uint64_t first_absent(const struct arena_file *file, uint64_t block, uint64_t end)
+{
+    while (block < end && is_present(file, block))
+        block++;
+    return block;
+}
+
+/* --- claims.c --- */
+
+/* A claim says "I am fetching these": readers only, held over the network. An install lock says "I am
+ * changing these": everyone, held for the time of a local system call. */
+bool try_claim(const struct arena_file *file, uint64_t block, uint64_t count);
+void release_claim(struct arena_file *file, uint64_t block, uint64_t count);
+int lock_install(const struct arena_file *file, uint64_t block, uint64_t count);
+void unlock_install(const struct arena_file *file, uint64_t block, uint64_t count);
+int lock_state(const struct arena_file *file);
+void unlock_state(const struct arena_file *file);
+
+/* --- patience.c --- */
+
+struct patience {
+    uint64_t start_ns;
+    uint64_t deadline_ns;
+    uint64_t cancelled_ns; /* when the query's cancellation was first seen; 0: not */
+    const char *ended;     /* NULL, or why waiting is over */
+};
+
+struct patience patience_of(uint64_t start_ns);
+
+/* Whether to give up: the deadline has passed, or the query was cancelled a moment ago. */
+bool patience_over(struct patience *patience);
+
+/* Most milliseconds to sleep before asking patience_over() again. */
+#define PATIENCE_SLICE_MS 100
+
+/* Waits until fd is ready for `events` or at most `limit_ns` (on the clock). 1 ready, 0 not; -1 patience is over
+ * or the manager changed the connection's settings. fd -1 only sleeps. */
+int wait_ready(int fd, short events, uint64_t limit_ns, struct patience *patience, uint32_t generation);
+
+/* --- page_client.c --- */
+
+struct run {
+    uint32_t block; /* within the file */
+    uint32_t count;
+    bool done;
+};
+
+enum page_result { PAGES_DELIVERED, PAGES_RETRY, PAGES_REFUSED, PAGES_GIVEN_UP };
+
+/* Takes a run's pages; false: they could not be stored (errno). */
+typedef bool (*page_sink)(void *context, const struct run *run, const char *pages);
+
+struct page_request {
+    const struct arena_file *file;
+    struct run *runs; /* the first one is needed, the others are welcome */
+    uint32_t run_count;
+    page_sink sink;
+    void *context;
+};
+
+/* One attempt: asks for all runs that are not done and hands over what comes. `reason` (>= 256 bytes) says why
+ * it is not PAGES_DELIVERED. GIVEN_UP is the sink's or the patience's doing. */
+enum page_result request_pages(const struct page_request *request, const struct arena_settings *settings,
+                               struct patience *patience, char *reason);
+
+#define REASON_SIZE 256
+
+/* --- read_ahead.c --- */
+
+/* How many blocks to fetch from a missing `block` on. */
+uint32_t read_ahead_window(struct arena_file *file, uint32_t block, uint32_t blocks_max);
+void read_ahead_advance(struct arena_file *file, uint32_t block, uint32_t next, uint32_t window);
+
+/* --- hints.c --- */
+
+void remember_hint(const struct arena_file *file, uint64_t block, uint64_t end);
+
+/* Up to `capacity` announced runs of the file that are still absent and outside `needed`; forgets them. */
+uint32_t take_hints(const struct arena_file *file, const struct run *needed, struct run *runs, uint32_t capacity);
+
+/* --- hydration.c --- */
+
+/* Makes [block, end) of a tracked descriptor's file present, as far as the file reaches; 0, or -1 and errno. */
+int hydrate(int fd, uint64_t block, uint64_t end);
+
+/* The same for the bytes [offset, offset + size). The warm path of every read: looks at the presence bytes only. */
+static inline int hydrate_bytes(int fd, off_t offset, size_t size);
+
+/* --- file_table.c --- */
+
+struct open_file {
+    struct arena_file *file;
+    uint64_t inode;
+    int flags;
+};
+
+#define DESCRIPTORS_MAX 65536
+extern struct open_file open_files[DESCRIPTORS_MAX];
+
+static inline struct open_file *open_file_of(int fd)
+{
+    if ((unsigned)fd >= DESCRIPTORS_MAX || open_files[fd].file == NULL)
+        return NULL;
+    return &open_files[fd];
+}
+
+/* The tracked blocks that [offset, offset + size) touches; empty for a negative offset. */
+struct block_range {
+    uint64_t block;
+    uint64_t end;
+};
+
+static inline struct block_range blocks_of(const struct arena_file *file, off_t offset, size_t size)
+{
+    struct block_range range = {0, 0};
+    if (offset < 0 || size == 0)
+        return range;
+    range.block = (uint64_t)offset / BLOCK_SIZE;
+    range.end = ((uint64_t)offset + size + BLOCK_SIZE - 1) / BLOCK_SIZE;
+    if (range.end > file->blocks)
+        range.end = file->blocks;
+    if (range.block > range.end)
+        range.block = range.end;
+    return range;
+}
+
+static inline int hydrate_bytes(int fd, off_t offset, size_t size)
+{
+    const struct open_file *open_file = open_file_of(fd);
+    if (open_file == NULL)
+        return 0;
+    struct block_range range = blocks_of(open_file->file, offset, size);
+    uint64_t block = first_absent(open_file->file, range.block, range.end);
+    return block == range.end ? 0 : hydrate(fd, block, range.end);
+}
+
+void track_descriptor(int fd, struct arena_file *file, int flags);
+void forget_descriptor(int fd);
+void copy_descriptor(int from, int to);
+
+/* Still the file that was opened? Descriptors closed inside glibc leave their entry behind. */
+bool is_same_file(int fd, struct stat *status);
+
+/* --- file_states.c --- */
+
+/* Makes the file if only the arena knows it yet. 0, or -1 and errno. */
+int make_file(struct arena_file *file);
+
+/* make_file() for every listed file directly in the directory, once PostgreSQL has started. */
+void complete_directory(const char *path);
+
+int open_tracked(struct arena_file *file, const char *path, int flags, mode_t mode);
+int remove_file(const char *path);
+int rename_file(const char *from, const char *to);
+
+/* Makes the whole file present, for readers inside glibc. 0, or -1 and errno; 0 for an untracked path. */
+int hydrate_path(const char *path);
+
+/* The arena's own path, absolute. */
+#define FULL_PATH_SIZE (ARENA_DATA_DIR_SIZE + ARENA_PATH_SIZE + 2)
+void full_path(const struct arena_file *file, char *buffer);
+
+/* --- local_changes.c --- */
+
+struct write_guard {
+    const struct arena_file *file; /* NULL: nothing absent is touched */
+    uint64_t block;
+    uint64_t end;
+    off_t offset;
+};
+
+/* Before a write of [offset, offset + size): 0, or -1 and errno. */
+int begin_write(int fd, off_t offset, size_t size, struct write_guard *guard);
+void end_write(const struct write_guard *guard, ssize_t written);
+
+int truncate_open_file(int fd, off_t size);
+int truncate_path(const char *path, off_t size);
+int allocate(int fd, int mode, off_t offset, off_t size);
+
+/* --- report.c --- */
+
+/* One line to stderr, which is PostgreSQL's log. */
+void report(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+#endif
