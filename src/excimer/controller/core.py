@@ -1,0 +1,294 @@
+"""The controller's decisions: names, what may be made of what, what may be deleted. No I/O, no clock.
+
+Everything takes the rows it needs and answers a row to write, or raises an error whose sentence
+the user sees.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from excimer.base.errors import RetryableError
+from excimer.base.ids import NodeId, TenantId, TimelineId
+from excimer.base.lsn import Lsn, format_lsn
+from excimer.controller.model import (
+    BadRequestError,
+    ComputeSpec,
+    Endpoint,
+    EndpointMode,
+    InUseError,
+    NameTakenError,
+    Pageserver,
+    Placement,
+    Safekeeper,
+    Tenant,
+    Timeline,
+    UnknownNameError,
+)
+
+PG_VERSIONS: Final = range(14, 19)
+SUGGESTION_CUTOFF: Final = 0.6
+ID_PREFIX_LENGTH_MIN: Final = 4
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}\Z")
+_ID_LIKE = re.compile(r"[0-9a-f]{32}\Z")
+
+
+class NoNodesError(RetryableError):
+    """No pageserver, or too few safekeepers, are known."""
+
+
+class IncompleteError(RetryableError):
+    """What is referred to is still being created."""
+
+
+def check_name(name: str, what: str, *, slash: bool = False) -> None:
+    """Raises `BadRequestError` unless `name` can be the name of a `what`; branches may have slashes."""
+    if _NAME.match(name) is None or ("/" in name and not slash) or name.endswith("/") or "//" in name:
+        allowed = "letters, digits, '.', '_', '-'" + (", '/'" if slash else "")
+        raise BadRequestError(
+            f"{name!r} cannot be a {what} name: use 1-63 of {allowed}, a letter or digit first"
+        )
+    if _ID_LIKE.match(name):
+        raise BadRequestError(f"{name!r} cannot be a {what} name: it looks like an id")
+
+
+def check_pg_version(pg_version: int) -> None:
+    if pg_version not in PG_VERSIONS:
+        raise BadRequestError(
+            f"PostgreSQL {pg_version} is not supported: use {PG_VERSIONS[0]} to {PG_VERSIONS[-1]}"
+        )
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A sentence that helps with a wrong name: the nearest one, or what there is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=SUGGESTION_CUTOFF)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    if not names:
+        return "; there are none yet"
+    listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return f"; there are: {listed}"
+
+
+def find_tenant(tenants: Iterable[Tenant], reference: str, default: TenantId | None) -> Tenant:
+    """The tenant of a name, an id, an id's beginning, or (empty) the default one."""
+    shown = [tenant for tenant in tenants if tenant.state != "deleting"]
+    if not reference:
+        found = [tenant for tenant in shown if tenant.tenant_id == default]
+        if not found:
+            raise UnknownNameError(
+                "there is no default tenant: name one, or make one with `excimer tenant create --set-default`"
+            )
+        return found[0]
+    for tenant in shown:
+        if reference in (tenant.name, tenant.tenant_id):
+            return tenant
+    if len(reference) >= ID_PREFIX_LENGTH_MIN:
+        found = [tenant for tenant in shown if tenant.tenant_id.startswith(reference.lower())]
+        if len(found) == 1:
+            return found[0]
+    raise UnknownNameError(f"no tenant {reference!r}" + suggestion(reference, [t.name for t in shown]))
+
+
+def find_branch(timelines: Iterable[Timeline], reference: str) -> Timeline:
+    """The branch of a name, a timeline id, or an id's beginning; `timelines` are one tenant's."""
+    shown = [timeline for timeline in timelines if timeline.state != "deleting"]
+    for timeline in shown:
+        if reference in (timeline.name, timeline.timeline_id):
+            return timeline
+    if len(reference) >= ID_PREFIX_LENGTH_MIN:
+        found = [timeline for timeline in shown if timeline.timeline_id.startswith(reference.lower())]
+        if len(found) == 1:
+            return found[0]
+    raise UnknownNameError(f"no branch {reference!r}" + suggestion(reference, [t.name for t in shown]))
+
+
+def find_endpoint(endpoints: Iterable[Endpoint], name: str) -> Endpoint:
+    known = {endpoint.name: endpoint for endpoint in endpoints}
+    if name not in known:
+        raise UnknownNameError(f"no endpoint {name!r}" + suggestion(name, known))
+    return known[name]
+
+
+def plan_tenant(
+    tenants: Sequence[Tenant], pageservers: Sequence[Pageserver], tenant_id: TenantId, name: str, now: float
+) -> Tenant:
+    """A new tenant, on the pageserver that has the fewest."""
+    if name != tenant_id:
+        check_name(name, "tenant")
+    if any(tenant.name == name and tenant.state != "deleting" for tenant in tenants):
+        raise NameTakenError(f"there is already a tenant {name!r}")
+    if not pageservers:
+        raise NoNodesError("no pageserver is known to the controller")
+    load = {pageserver.id: 0 for pageserver in pageservers}
+    for tenant in tenants:
+        if tenant.pageserver_id in load:
+            load[tenant.pageserver_id] += 1
+    chosen = min(pageservers, key=lambda pageserver: (load[pageserver.id], pageserver.id))
+    return Tenant(
+        tenant_id=tenant_id,
+        name=name,
+        state="creating",
+        pageserver_id=chosen.id,
+        generation=1,
+        created_at=now,
+    )
+
+
+def plan_timeline(
+    timelines: Sequence[Timeline],
+    tenant: Tenant,
+    timeline_id: TimelineId,
+    name: str,
+    pg_version: int,
+    ancestor: Timeline | None,
+    now: float,
+) -> Timeline:
+    """A new timeline among the tenant's: with an ancestor a branch of it, without one a fresh cluster."""
+    check_name(name, "branch", slash=True)
+    check_pg_version(pg_version)
+    if any(timeline.name == name and timeline.state != "deleting" for timeline in timelines):
+        raise NameTakenError(f"there is already a branch {name!r} in tenant {tenant.name!r}")
+    if ancestor is not None and ancestor.state != "active":
+        raise IncompleteError(f"branch {ancestor.name!r} is still being created: try again")
+    return Timeline(
+        tenant_id=tenant.tenant_id,
+        timeline_id=timeline_id,
+        name=name,
+        state="creating",
+        pg_version=pg_version,
+        ancestor_timeline_id=ancestor.timeline_id if ancestor else None,
+        ancestor_lsn=None,
+        start_lsn=None,
+        system_id=ancestor.system_id if ancestor else 0,
+        wal_segment_size=ancestor.wal_segment_size if ancestor else 0,
+        created_at=now,
+    )
+
+
+def check_timeline_deletable(
+    timeline: Timeline, timelines: Iterable[Timeline], endpoints: Iterable[Endpoint]
+) -> None:
+    """Raises `InUseError` that names what needs the timeline."""
+    children = [
+        other.name
+        for other in timelines
+        if other.ancestor_timeline_id == timeline.timeline_id and other.state != "deleting"
+    ]
+    if children:
+        raise InUseError(f"branch {timeline.name!r} has branches of its own: delete {_names(children)} first")
+    users = [endpoint.name for endpoint in endpoints if endpoint.timeline_id == timeline.timeline_id]
+    if users:
+        raise InUseError(f"branch {timeline.name!r} has endpoints: delete {_names(users)} first")
+
+
+def check_tenant_deletable(tenant: Tenant, endpoints: Iterable[Endpoint]) -> None:
+    """Raises `InUseError` that names the endpoints of the tenant."""
+    users = [endpoint.name for endpoint in endpoints if endpoint.tenant_id == tenant.tenant_id]
+    if users:
+        raise InUseError(f"tenant {tenant.name!r} has endpoints: delete {_names(users)} first")
+
+
+def deletion_order(timelines: Sequence[Timeline]) -> list[Timeline]:
+    """A tenant's timelines with every branch before its ancestor."""
+    depth: dict[TimelineId, int] = {}
+    by_id = {timeline.timeline_id: timeline for timeline in timelines}
+
+    def depth_of(timeline: Timeline) -> int:
+        if timeline.timeline_id not in depth:
+            ancestor = by_id.get(timeline.ancestor_timeline_id) if timeline.ancestor_timeline_id else None
+            depth[timeline.timeline_id] = 0 if ancestor is None else depth_of(ancestor) + 1
+        return depth[timeline.timeline_id]
+
+    return sorted(timelines, key=depth_of, reverse=True)
+
+
+def quorum(safekeeper_count: int) -> int:
+    return safekeeper_count // 2 + 1
+
+
+def plan_placements(timeline: Timeline, safekeepers: Sequence[Safekeeper]) -> list[Placement]:
+    """A timeline lives on every safekeeper of the installation."""
+    if not safekeepers:
+        raise NoNodesError("no safekeeper is known to the controller")
+    return [
+        Placement(
+            tenant_id=timeline.tenant_id,
+            timeline_id=timeline.timeline_id,
+            safekeeper_id=safekeeper.id,
+            ready=False,
+        )
+        for safekeeper in safekeepers
+    ]
+
+
+def plan_endpoint(
+    endpoints: Iterable[Endpoint],
+    timeline: Timeline,
+    *,
+    name: str,
+    mode: EndpointMode,
+    lsn: Lsn | None,
+    pg_version: int | None,
+    ports: tuple[int, int],
+    postgres_settings: dict[str, str],
+    now: float,
+) -> Endpoint:
+    """A new endpoint on a branch. `ports` are PostgreSQL's and the manager's."""
+    check_name(name, "endpoint")
+    if any(endpoint.name == name for endpoint in endpoints):
+        raise NameTakenError(f"there is already an endpoint {name!r}")
+    if pg_version is not None and pg_version != timeline.pg_version:
+        raise BadRequestError(
+            f"branch {timeline.name!r} is of PostgreSQL {timeline.pg_version}: "
+            f"an endpoint on it cannot be of {pg_version}"
+        )
+    if (mode == "static") != (lsn is not None):
+        raise BadRequestError("an LSN belongs to a static endpoint, and only to one")
+    if lsn is not None and timeline.ancestor_timeline_id is None and lsn < (timeline.start_lsn or 0):
+        raise BadRequestError(
+            f"LSN {format_lsn(lsn)} is before branch {timeline.name!r} begins "
+            f"at {format_lsn(timeline.start_lsn or 0)}"
+        )
+    if any(not 0 < port < 65536 for port in ports) or ports[0] == ports[1]:
+        raise BadRequestError("an endpoint needs two different ports between 1 and 65535")
+    return Endpoint(
+        name=name,
+        tenant_id=timeline.tenant_id,
+        timeline_id=timeline.timeline_id,
+        mode=mode,
+        lsn=lsn,
+        pg_version=timeline.pg_version,
+        postgres_port=ports[0],
+        http_port=ports[1],
+        postgres_settings=postgres_settings,
+        created_at=now,
+    )
+
+
+def build_spec(
+    endpoint: Endpoint,
+    timeline: Timeline,
+    pageserver: Pageserver,
+    placements: Iterable[Placement],
+    safekeepers: Iterable[Safekeeper],
+    token: str,
+) -> ComputeSpec:
+    """What a compute manager needs. All placed safekeepers, ready or not: a late one is caught up."""
+    placed: set[NodeId] = {placement.safekeeper_id for placement in placements}
+    return ComputeSpec(
+        endpoint=endpoint,
+        branch_name=timeline.name,
+        pageserver_address=pageserver.page_service_address,
+        safekeepers=tuple(s.proposer_address for s in safekeepers if s.id in placed),
+        wal_segment_size=timeline.wal_segment_size,
+        system_id=timeline.system_id,
+        token=token,
+    )
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names))

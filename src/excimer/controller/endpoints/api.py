@@ -1,0 +1,165 @@
+"""The controller's HTTP API, version 1. Tenants and branches are named by name, id, or an id's beginning."""
+
+from datetime import UTC
+from random import SystemRandom
+
+from fastapi import APIRouter
+
+from excimer.base.ids import TenantId, TimelineId, new_tenant_id, new_timeline_id
+from excimer.base.lsn import Lsn, parse_lsn
+from excimer.controller.endpoints.api_models import (
+    BranchAnswer,
+    BranchesAnswer,
+    CreateBranchBody,
+    CreateEndpointBody,
+    CreateTenantBody,
+    DefaultTenantBody,
+    DeletedAnswer,
+    EndpointAnswer,
+    EndpointsAnswer,
+    NodesAnswer,
+    SpecAnswer,
+    TenantAnswer,
+    TenantsAnswer,
+)
+from excimer.controller.model import BadRequestError
+from excimer.controller.shell import Controller
+
+HTTP_CREATED = 201
+
+
+def make_router(controller: Controller) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+    chance = SystemRandom()
+    _add_tenant_routes(router, controller, chance)
+    _add_branch_routes(router, controller, chance)
+    _add_endpoint_routes(router, controller)
+
+    @router.get("/nodes", tags=["nodes"])
+    async def list_nodes() -> NodesAnswer:
+        return NodesAnswer.of(*await controller.list_nodes())
+
+    return router
+
+
+def _add_tenant_routes(router: APIRouter, controller: Controller, chance: SystemRandom) -> None:
+    @router.get("/tenants", tags=["tenants"])
+    async def list_tenants() -> TenantsAnswer:
+        tenants, default = await controller.list_tenants()
+        return TenantsAnswer(tenants=[TenantAnswer.of(tenant, default) for tenant in tenants])
+
+    @router.post("/tenants", tags=["tenants"], status_code=HTTP_CREATED)
+    async def create_tenant(body: CreateTenantBody) -> TenantAnswer:
+        """Makes a tenant with a first branch `main`. Repeatable with the same ids."""
+        tenant = await controller.create_tenant(
+            TenantId(body.tenant_id) if body.tenant_id else new_tenant_id(chance),
+            TimelineId(body.timeline_id) if body.timeline_id else new_timeline_id(chance),
+            body.name,
+            body.pg_version,
+            body.set_default,
+        )
+        _, default = await controller.list_tenants()
+        return TenantAnswer.of(tenant, default)
+
+    @router.get("/tenants/{tenant}", tags=["tenants"])
+    async def get_tenant(tenant: str) -> TenantAnswer:
+        _, default = await controller.list_tenants()
+        return TenantAnswer.of(await controller.find_tenant(tenant), default)
+
+    @router.delete("/tenants/{tenant}", tags=["tenants"])
+    async def delete_tenant(tenant: str) -> DeletedAnswer:
+        """Deletes a tenant without endpoints, with all its branches."""
+        return DeletedAnswer(state="deleted" if await controller.delete_tenant(tenant) else "deleting")
+
+    @router.get("/default_tenant", tags=["tenants"])
+    async def get_default_tenant() -> TenantAnswer:
+        tenant = await controller.find_tenant("")
+        return TenantAnswer.of(tenant, tenant.tenant_id)
+
+    @router.put("/default_tenant", tags=["tenants"])
+    async def set_default_tenant(body: DefaultTenantBody) -> TenantAnswer:
+        tenant = await controller.set_default_tenant(body.tenant)
+        return TenantAnswer.of(tenant, tenant.tenant_id)
+
+
+def _add_branch_routes(router: APIRouter, controller: Controller, chance: SystemRandom) -> None:
+    @router.get("/tenants/{tenant}/branches", tags=["branches"])
+    async def list_branches(tenant: str) -> BranchesAnswer:
+        found = await controller.find_tenant(tenant)
+        timelines = await controller.list_timelines(found.tenant_id)
+        return BranchesAnswer(branches=[BranchAnswer.of(timeline) for timeline in timelines])
+
+    @router.post("/tenants/{tenant}/branches", tags=["branches"], status_code=HTTP_CREATED)
+    async def create_branch(tenant: str, body: CreateBranchBody) -> BranchAnswer:
+        """A branch of `ancestor` at an LSN, a time, or now; without `ancestor` a fresh cluster."""
+        timeline = await controller.create_timeline(
+            tenant,
+            TimelineId(body.timeline_id) if body.timeline_id else new_timeline_id(chance),
+            body.name,
+            ancestor=body.ancestor,
+            at=_branch_point(body),
+            pg_version=body.pg_version,
+        )
+        return BranchAnswer.of(timeline)
+
+    @router.get("/tenants/{tenant}/branches/{branch:path}", tags=["branches"])
+    async def get_branch(tenant: str, branch: str) -> BranchAnswer:
+        found = await controller.find_tenant(tenant)
+        return BranchAnswer.of(await controller.find_branch(found.tenant_id, branch))
+
+    @router.delete("/tenants/{tenant}/branches/{branch:path}", tags=["branches"])
+    async def delete_branch(tenant: str, branch: str) -> DeletedAnswer:
+        """Deletes a branch that has neither branches of its own nor endpoints."""
+        gone = await controller.delete_timeline(tenant, branch)
+        return DeletedAnswer(state="deleted" if gone else "deleting")
+
+
+def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:
+    @router.get("/endpoints", tags=["endpoints"])
+    async def list_endpoints() -> EndpointsAnswer:
+        listed = await controller.list_endpoints()
+        return EndpointsAnswer(endpoints=[EndpointAnswer.of(endpoint, name) for endpoint, name in listed])
+
+    @router.post("/endpoints", tags=["endpoints"], status_code=HTTP_CREATED)
+    async def create_endpoint(body: CreateEndpointBody) -> EndpointAnswer:
+        endpoint = await controller.create_endpoint(
+            body.name,
+            body.tenant,
+            body.branch,
+            mode=body.mode,
+            lsn=parse_lsn(body.lsn) if body.lsn else None,
+            pg_version=body.pg_version,
+            ports=(body.postgres_port, body.http_port),
+            postgres_settings=body.postgres_settings,
+        )
+        return EndpointAnswer.of(*await controller.find_endpoint(endpoint.name))
+
+    @router.get("/endpoints/{name}", tags=["endpoints"])
+    async def get_endpoint(name: str) -> EndpointAnswer:
+        return EndpointAnswer.of(*await controller.find_endpoint(name))
+
+    @router.delete("/endpoints/{name}", tags=["endpoints"])
+    async def delete_endpoint(name: str) -> DeletedAnswer:
+        """Forgets an endpoint; whoever runs its compute stops it first."""
+        await controller.delete_endpoint(name)
+        return DeletedAnswer(state="deleted")
+
+    @router.get("/endpoints/{name}/spec", tags=["endpoints"])
+    async def get_spec(name: str) -> SpecAnswer:
+        """All that a compute manager needs, with a token for the tenant's data."""
+        return SpecAnswer.of(await controller.read_spec(name))
+
+
+def _branch_point(body: CreateBranchBody) -> Lsn | str | None:
+    if body.at_lsn is not None and body.at_timestamp is not None:
+        raise BadRequestError("a branch starts at an LSN or at a time, not at both")
+    if body.ancestor is None and (body.at_lsn or body.at_timestamp):
+        raise BadRequestError("only a branch of an ancestor starts at a chosen point")
+    if body.at_lsn is not None:
+        return parse_lsn(body.at_lsn)
+    if body.at_timestamp is None:
+        return None
+    moment = body.at_timestamp
+    if moment.tzinfo is None:
+        raise BadRequestError("a time needs its zone, like 2026-01-31T12:00:00Z")
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

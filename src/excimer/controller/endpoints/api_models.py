@@ -1,0 +1,186 @@
+"""Bodies of the controller's HTTP API, as OpenAPI shows them. LSNs are PostgreSQL's text, times RFC 3339."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from excimer.base.lsn import format_lsn
+from excimer.controller.model import ComputeSpec, Endpoint, Pageserver, Safekeeper, Tenant, Timeline
+
+HexId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+LsnText = Annotated[str, StringConstraints(pattern=r"^[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Body(BaseModel):
+    """Unknown fields are errors: a misspelt option must not be ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class CreateTenantBody(Body):
+    tenant_id: HexId | None = Field(None, description="Chosen by the client, so that it may ask again.")
+    timeline_id: HexId | None = Field(None, description="Of the first branch, `main`.")
+    name: str = Field("", description="Empty: the id.")
+    pg_version: int = 18
+    set_default: bool = False
+
+
+class DefaultTenantBody(Body):
+    tenant: str = Field(description="Name or id.")
+
+
+class CreateBranchBody(Body):
+    timeline_id: HexId | None = Field(None, description="Chosen by the client, so that it may ask again.")
+    name: str
+    ancestor: str | None = Field(None, description="Branch name or id; none: a fresh cluster.")
+    at_lsn: LsnText | None = None
+    at_timestamp: datetime | None = None
+    pg_version: int | None = Field(None, description="For a fresh cluster; a branch has its ancestor's.")
+
+
+class CreateEndpointBody(Body):
+    name: str
+    tenant: str = Field("", description="Name or id; empty: the default tenant.")
+    branch: str = "main"
+    mode: Literal["primary", "static"] = "primary"
+    lsn: LsnText | None = Field(None, description="The moment a static endpoint shows.")
+    pg_version: int | None = None
+    postgres_port: Port
+    http_port: Port
+    postgres_settings: dict[str, str] = {}
+
+
+class TenantAnswer(BaseModel):
+    tenant_id: str
+    name: str
+    state: str
+    is_default: bool
+    pageserver_id: int
+    generation: int
+    created_at: datetime
+
+    @classmethod
+    def of(cls, tenant: Tenant, default: str | None) -> "TenantAnswer":
+        return cls(
+            tenant_id=tenant.tenant_id,
+            name=tenant.name,
+            state=tenant.state,
+            is_default=tenant.tenant_id == default,
+            pageserver_id=tenant.pageserver_id,
+            generation=tenant.generation,
+            created_at=_time(tenant.created_at),
+        )
+
+
+class TenantsAnswer(BaseModel):
+    tenants: list[TenantAnswer]
+
+
+class BranchAnswer(BaseModel):
+    timeline_id: str
+    tenant_id: str
+    name: str
+    state: str
+    pg_version: int
+    ancestor_timeline_id: str | None
+    ancestor_lsn: str | None
+    start_lsn: str | None
+    created_at: datetime
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> "BranchAnswer":
+        return cls(
+            timeline_id=timeline.timeline_id,
+            tenant_id=timeline.tenant_id,
+            name=timeline.name,
+            state=timeline.state,
+            pg_version=timeline.pg_version,
+            ancestor_timeline_id=timeline.ancestor_timeline_id,
+            ancestor_lsn=_lsn(timeline.ancestor_lsn),
+            start_lsn=_lsn(timeline.start_lsn),
+            created_at=_time(timeline.created_at),
+        )
+
+
+class BranchesAnswer(BaseModel):
+    branches: list[BranchAnswer]
+
+
+class EndpointAnswer(BaseModel):
+    name: str
+    tenant_id: str
+    timeline_id: str
+    branch: str
+    mode: str
+    lsn: str | None
+    pg_version: int
+    postgres_port: int
+    http_port: int
+    postgres_settings: dict[str, str]
+    created_at: datetime
+
+    @classmethod
+    def of(cls, endpoint: Endpoint, branch: str) -> "EndpointAnswer":
+        return cls(
+            name=endpoint.name,
+            tenant_id=endpoint.tenant_id,
+            timeline_id=endpoint.timeline_id,
+            branch=branch,
+            mode=endpoint.mode,
+            lsn=_lsn(endpoint.lsn),
+            pg_version=endpoint.pg_version,
+            postgres_port=endpoint.postgres_port,
+            http_port=endpoint.http_port,
+            postgres_settings=endpoint.postgres_settings,
+            created_at=_time(endpoint.created_at),
+        )
+
+
+class EndpointsAnswer(BaseModel):
+    endpoints: list[EndpointAnswer]
+
+
+class SpecAnswer(BaseModel):
+    endpoint: EndpointAnswer
+    pageserver_address: str
+    safekeepers: list[str]
+    wal_segment_size: int
+    system_id: str
+    token: str
+
+    @classmethod
+    def of(cls, spec: ComputeSpec) -> "SpecAnswer":
+        return cls(
+            endpoint=EndpointAnswer.of(spec.endpoint, spec.branch_name),
+            pageserver_address=spec.pageserver_address,
+            safekeepers=list(spec.safekeepers),
+            wal_segment_size=spec.wal_segment_size,
+            system_id=str(spec.system_id),
+            token=spec.token,
+        )
+
+
+class DeletedAnswer(BaseModel):
+    state: Literal["deleted", "deleting"]
+
+
+class NodesAnswer(BaseModel):
+    pageservers: list[dict[str, str | int]]
+    safekeepers: list[dict[str, str | int]]
+
+    @classmethod
+    def of(cls, pageservers: list[Pageserver], safekeepers: list[Safekeeper]) -> "NodesAnswer":
+        return cls(
+            pageservers=[{"id": node.id, "http_address": node.http_address} for node in pageservers],
+            safekeepers=[{"id": node.id, "http_address": node.http_address} for node in safekeepers],
+        )
+
+
+def _lsn(lsn: int | None) -> str | None:
+    return None if lsn is None else format_lsn(lsn)
+
+
+def _time(unix: float) -> datetime:
+    return datetime.fromtimestamp(unix, UTC)

@@ -1,0 +1,111 @@
+"""What the controller knows, as frozen values; each is one row of the metadata database."""
+
+from typing import Final, Literal
+
+import msgspec
+
+from excimer.base.errors import ConflictError, NotFoundError, RefusedError
+from excimer.base.ids import NodeId, TenantId, TimelineId
+from excimer.base.lsn import Lsn
+
+State = Literal["creating", "active", "deleting"]
+"""`creating`: rows exist, remote parts perhaps. `deleting`: the name is free, remote parts perhaps not gone.
+Both are driven to their end after a crash; what is `deleting` is not shown to users."""
+
+EndpointMode = Literal["primary", "static"]
+
+MAIN_BRANCH: Final = "main"
+
+
+class UnknownNameError(NotFoundError):
+    """No tenant, branch or endpoint has this name or id."""
+
+
+class NameTakenError(ConflictError):
+    """The name (or port) is in use."""
+
+
+class InUseError(ConflictError):
+    """Something still depends on what should be deleted."""
+
+
+class BadRequestError(RefusedError):
+    """A name is malformed, or options contradict each other."""
+
+
+class Tenant(msgspec.Struct, frozen=True, kw_only=True):
+    tenant_id: TenantId
+    name: str
+    """Unique among tenants; the id unless the user gave one."""
+    state: State
+    pageserver_id: NodeId
+    generation: int
+    """Grows with each attachment to a pageserver (G1)."""
+    created_at: float
+
+
+class Timeline(msgspec.Struct, frozen=True, kw_only=True):
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    name: str
+    """The branch's name, unique within its tenant."""
+    state: State
+    pg_version: int
+    ancestor_timeline_id: TimelineId | None
+    ancestor_lsn: Lsn | None
+    """Where it branched off; None before creation is complete, and for a timeline without ancestor."""
+    start_lsn: Lsn | None
+    """Where its own WAL begins; None before creation is complete."""
+    system_id: int
+    wal_segment_size: int
+    created_at: float
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """A safekeeper that is to have a timeline; `ready` once it said so."""
+
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    safekeeper_id: NodeId
+    ready: bool
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    mode: EndpointMode
+    lsn: Lsn | None
+    """The moment that a static endpoint shows; None for a primary."""
+    pg_version: int
+    postgres_port: int
+    http_port: int
+    postgres_settings: dict[str, str]
+    created_at: float
+
+
+class Pageserver(msgspec.Struct, frozen=True, kw_only=True):
+    id: NodeId
+    http_address: str
+    page_service_address: str
+
+
+class Safekeeper(msgspec.Struct, frozen=True, kw_only=True):
+    id: NodeId
+    http_address: str
+    proposer_address: str
+    replication_address: str
+
+
+class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a compute manager needs; the caller adds directories and listens."""
+
+    endpoint: Endpoint
+    branch_name: str
+    pageserver_address: str
+    safekeepers: tuple[str, ...]
+    """Proposer addresses of all the timeline's safekeepers."""
+    wal_segment_size: int
+    system_id: int
+    token: str
+    """Grants the tenant's data and nothing else."""

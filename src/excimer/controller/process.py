@@ -1,0 +1,60 @@
+"""The controller's process: lock, store, HTTP API, and the background round that finishes things."""
+
+from pathlib import Path
+
+from fastapi import Depends
+
+import excimer
+from excimer.base.errors import RefusedError
+from excimer.controller.endpoints.api import make_router
+from excimer.controller.remote import TokenMaker
+from excimer.controller.settings import ControllerSettings
+from excimer.controller.shell import Controller
+from excimer.controller.sqlite_store import SqliteStore
+from excimer.service.health import Health
+from excimer.service.http import bearer_auth, create_app, serving_http
+from excimer.service.instance_lock import InstanceLock
+from excimer.service.metrics import new_registry
+from excimer.service.tasks import SystemClock, TaskScope
+from excimer.wire.auth import Scope, TokenVerifier
+
+
+class KeyFileError(RefusedError):
+    """A key file cannot be read."""
+
+
+async def serve_controller(settings: ControllerSettings) -> None:
+    """The controller's life, until cancelled."""
+    clock = SystemClock()
+    health = Health("controller")
+    verifier = TokenVerifier(_read_key(settings.auth_public_key_path))
+    tokens = TokenMaker(_read_key(settings.auth_private_key_path), clock)
+    with InstanceLock(settings.data_dir, "controller"):
+        store = SqliteStore(settings.data_dir)
+        try:
+            store.put_nodes(settings.pageservers, settings.safekeepers)
+            controller = Controller(store, tokens, clock)
+            app = create_app(
+                "Excimer controller",
+                excimer.__version__,
+                health,
+                new_registry("controller", excimer.__version__),
+            )
+            app.include_router(
+                make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Scope.ADMIN))]
+            )
+            async with (
+                serving_http(app, settings.http_listen, "controller http_listen"),
+                TaskScope() as scope,
+            ):
+                health.ready = True
+                await scope.supervise("reconcile", controller.reconcile_for_ever)
+        finally:
+            store.close()
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise KeyFileError(f"cannot read key {path}: {error.strerror}") from error

@@ -1,0 +1,170 @@
+"""The management APIs of pageservers and safekeepers, as the controller calls them.
+
+Each call is safe to repeat: creating what exists and deleting what does not are successes.
+Paths and bodies: docs/architecture/interfaces.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from excimer.base.clock import Clock
+from excimer.base.errors import ConflictError, NotFoundError, RetryableError
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.lsn import Lsn, format_lsn, parse_lsn
+from excimer.controller.model import Pageserver, Safekeeper, Timeline
+from excimer.service.http_client import HttpClient, path_of
+from excimer.wire.auth import Claims, Scope, encode_token
+
+TOKEN_LIFETIME_S: Final = 600
+CREATE_TIMEOUT_S: Final = 120.0
+"""The first timeline of a PostgreSQL version runs initdb."""
+
+CALL_TIMEOUT_S: Final = 10.0
+
+T = TypeVar("T")
+
+
+class RemoteAnswerError(RetryableError):
+    """A service's answer is not what its interface promises."""
+
+
+class PageserverTimeline(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a pageserver's answer about a timeline the controller uses."""
+
+    timeline_id: TimelineId
+    pg_version: int
+    system_id: int
+    wal_segment_size: int
+    last_record_lsn: Lsn
+    ancestor_lsn: Lsn | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMaker:
+    """Makes short-lived tokens for calls, and lasting ones for computes."""
+
+    private_pem: bytes
+    clock: Clock
+
+    def for_call(self, scope: Scope) -> str:
+        expires = int(self.clock.now()) + TOKEN_LIFETIME_S
+        return encode_token(self.private_pem, Claims(scope=scope, exp=expires))
+
+    def for_tenant(self, tenant_id: TenantId) -> str:
+        return encode_token(self.private_pem, Claims(scope=Scope.TENANT, tenant_id=tenant_id))
+
+
+class PageserverApi:
+    """One pageserver's API."""
+
+    def __init__(self, pageserver: Pageserver, tokens: TokenMaker) -> None:
+        self._name = f"pageserver {pageserver.id}"
+        self._address = pageserver.http_address
+        self._tokens = tokens
+
+    def _client(self, timeout_s: float = CALL_TIMEOUT_S) -> HttpClient:
+        return HttpClient(self._name, self._address, self._tokens.for_call(Scope.PAGESERVER_API), timeout_s)
+
+    async def create_tenant(self, tenant_id: TenantId, generation: int) -> None:
+        try:
+            await self._client().post("/v1/tenant", {"tenant_id": tenant_id, "generation": generation})
+        except ConflictError:
+            return
+
+    async def delete_tenant(self, tenant_id: TenantId) -> None:
+        await _ignoring_absence(self._client(CREATE_TIMEOUT_S).delete(path_of("v1", "tenant", tenant_id)))
+
+    async def create_timeline(self, timeline: Timeline, start_lsn: Lsn | None) -> PageserverTimeline:
+        """`start_lsn` is where a branch starts; None for a fresh cluster."""
+        body: dict[str, object] = {
+            "new_timeline_id": timeline.timeline_id,
+            "pg_version": timeline.pg_version,
+        }
+        if timeline.ancestor_timeline_id is not None:
+            body["ancestor_timeline_id"] = timeline.ancestor_timeline_id
+        if start_lsn is not None:
+            body["ancestor_start_lsn"] = format_lsn(start_lsn)
+        path = path_of("v1", "tenant", timeline.tenant_id, "timeline")
+        client = self._client(CREATE_TIMEOUT_S)
+        try:
+            answer = await client.post(path, body)
+        except ConflictError:
+            answer = await client.get(f"{path}/{timeline.timeline_id}")
+        return _parse(self._name, answer, _pageserver_timeline)
+
+    async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
+        path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id)
+        await _ignoring_absence(self._client(CREATE_TIMEOUT_S).delete(path))
+
+    async def lsn_by_timestamp(self, tenant_id: TenantId, timeline_id: TimelineId, timestamp: str) -> Lsn:
+        """The last LSN at or before `timestamp` (RFC 3339). Refused outside the history."""
+        path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "get_lsn_by_timestamp")
+        answer = await self._client().get(path, {"timestamp": timestamp})
+        return _parse(self._name, answer, lambda value: _lsn(value["lsn"]))
+
+
+class SafekeeperApi:
+    """One safekeeper's API."""
+
+    def __init__(self, safekeeper: Safekeeper, tokens: TokenMaker) -> None:
+        self._name = f"safekeeper {safekeeper.id}"
+        self._address = safekeeper.http_address
+        self._tokens = tokens
+
+    def _client(self) -> HttpClient:
+        token = self._tokens.for_call(Scope.SAFEKEEPER_DATA)
+        return HttpClient(self._name, self._address, token, CALL_TIMEOUT_S)
+
+    async def create_timeline(self, timeline: Timeline) -> None:
+        """`timeline` must be complete (`start_lsn` known)."""
+        body = {
+            "start_lsn": format_lsn(timeline.start_lsn or 0),
+            "pg_version": timeline.pg_version,
+            "system_id": timeline.system_id,
+            "wal_segment_size": timeline.wal_segment_size,
+        }
+        try:
+            await self._client().post(_safekeeper_path(timeline.tenant_id, timeline.timeline_id), body)
+        except ConflictError:
+            return
+
+    async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
+        await _ignoring_absence(self._client().delete(_safekeeper_path(tenant_id, timeline_id)))
+
+    async def read_lsns(self, tenant_id: TenantId, timeline_id: TimelineId) -> tuple[Lsn, Lsn]:
+        """Flush LSN and commit LSN."""
+        answer = await self._client().get(_safekeeper_path(tenant_id, timeline_id))
+        return _parse(self._name, answer, lambda v: (_lsn(v["flush_lsn"]), _lsn(v["commit_lsn"])))
+
+
+def _safekeeper_path(tenant_id: TenantId, timeline_id: TimelineId) -> str:
+    return path_of("v1", "tenant", tenant_id, "timeline", timeline_id)
+
+
+async def _ignoring_absence(call: Any) -> None:
+    try:
+        await call
+    except NotFoundError:
+        return
+
+
+def _lsn(value: object) -> Lsn:
+    """LSNs travel as text; integers are understood too."""
+    return parse_lsn(value) if isinstance(value, str) else msgspec.convert(value, Lsn)
+
+
+def _pageserver_timeline(value: dict[str, Any]) -> PageserverTimeline:
+    lsns = {
+        key: _lsn(value[key]) for key in ("last_record_lsn", "ancestor_lsn") if value.get(key) is not None
+    }
+    return msgspec.convert({**value, "ancestor_lsn": None, **lsns}, PageserverTimeline, strict=False)
+
+
+def _parse(service: str, answer: Any, parse: Callable[[Any], T]) -> T:
+    try:
+        return parse(answer)
+    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        raise RemoteAnswerError(f"{service} gave an answer that is not understood: {error}") from error

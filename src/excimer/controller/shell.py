@@ -1,0 +1,442 @@
+"""The controller at work: carries out what `core` decides, on the store and on remote services.
+
+How creation survives failures: the row is written first, as `creating`, with an id that the
+client may have chosen; then the remote parts are made, each call safe to repeat; then the row
+becomes `active`. If a step fails, the row becomes `deleting` and the client gets the error: an
+answered failure leaves nothing behind that it could see. If the controller dies between,
+`reconcile` drives `creating` rows on and `deleting` rows to their end, as it does for
+safekeepers that were away when a timeline was made. Asking again with the same id is answered
+with what exists.
+
+Operations on one tenant follow one another; those on different tenants run side by side.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, ParamSpec, TypeVar
+
+import msgspec
+
+from excimer.base.clock import Clock
+from excimer.base.errors import ExcimerError, RetryableError
+from excimer.base.ids import NodeId, TenantId, TimelineId
+from excimer.base.lsn import Lsn
+from excimer.controller import core
+from excimer.controller.model import (
+    MAIN_BRANCH,
+    BadRequestError,
+    ComputeSpec,
+    Endpoint,
+    EndpointMode,
+    Pageserver,
+    Placement,
+    Safekeeper,
+    State,
+    Tenant,
+    Timeline,
+)
+from excimer.controller.remote import PageserverApi, SafekeeperApi, TokenMaker
+from excimer.controller.store import MetadataStore
+from excimer.service.logs import get_logger
+
+COMMIT_WAIT_S: Final = 0.3
+"""How long a branch at the head waits for WAL that is flushed somewhere to be known as committed."""
+
+COMMIT_POLL_S: Final = 0.02
+RECONCILE_INTERVAL_S: Final = 5.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+log = get_logger(__name__)
+
+
+class QuorumUnreachableError(RetryableError):
+    """Fewer than a majority of safekeepers answered."""
+
+
+class Controller:
+    """All operations. The store's calls run in threads, so that a slow disk stops nobody."""
+
+    def __init__(self, store: MetadataStore, tokens: TokenMaker, clock: Clock) -> None:
+        self._store = store
+        self._tokens = tokens
+        self._clock = clock
+        self._locks: dict[TenantId, asyncio.Lock] = {}
+
+    async def _db(self, call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+        return await asyncio.to_thread(call, *arguments, **options)
+
+    def _lock(self, tenant_id: TenantId) -> asyncio.Lock:
+        return self._locks.setdefault(tenant_id, asyncio.Lock())
+
+    # Reading
+
+    async def list_tenants(self) -> tuple[list[Tenant], TenantId | None]:
+        """Tenants that are not being deleted, and the default one."""
+        tenants = await self._db(self._store.list_tenants)
+        default = await self._db(self._store.read_default_tenant)
+        return [tenant for tenant in tenants if tenant.state != "deleting"], default
+
+    async def find_tenant(self, reference: str) -> Tenant:
+        tenants, default = await self.list_tenants()
+        return core.find_tenant(tenants, reference, default)
+
+    async def list_timelines(self, tenant_id: TenantId) -> list[Timeline]:
+        timelines = await self._db(self._store.list_timelines, tenant_id)
+        return [timeline for timeline in timelines if timeline.state != "deleting"]
+
+    async def find_branch(self, tenant_id: TenantId, reference: str) -> Timeline:
+        return core.find_branch(await self.list_timelines(tenant_id), reference)
+
+    async def list_endpoints(self) -> list[tuple[Endpoint, str]]:
+        """Endpoints with the names of their branches."""
+        endpoints = await self._db(self._store.list_endpoints)
+        names = {row.timeline_id: row.name for row in await self._db(self._store.list_timelines)}
+        return [(endpoint, names.get(endpoint.timeline_id, "")) for endpoint in endpoints]
+
+    async def find_endpoint(self, name: str) -> tuple[Endpoint, str]:
+        listed = await self.list_endpoints()
+        found = core.find_endpoint([endpoint for endpoint, _ in listed], name)
+        return next(pair for pair in listed if pair[0] == found)
+
+    async def list_nodes(self) -> tuple[list[Pageserver], list[Safekeeper]]:
+        return (
+            await self._db(self._store.list_pageservers),
+            await self._db(self._store.list_safekeepers),
+        )
+
+    # Tenants
+
+    async def create_tenant(
+        self, tenant_id: TenantId, timeline_id: TimelineId, name: str, pg_version: int, set_default: bool
+    ) -> Tenant:
+        """A tenant with its first branch, `main`. Repeatable with the same ids."""
+        async with self._lock(tenant_id):
+            tenants = await self._db(self._store.list_tenants)
+            existing = next((row for row in tenants if row.tenant_id == tenant_id), None)
+            if existing is not None and existing.state == "active":
+                return existing
+            _refuse_deleted(existing, "tenant", tenant_id)
+            core.check_pg_version(pg_version)
+            pageservers = await self._db(self._store.list_pageservers)
+            tenant = existing or core.plan_tenant(
+                tenants, pageservers, tenant_id, name or tenant_id, self._clock.now()
+            )
+            timeline = core.plan_timeline(
+                [], tenant, timeline_id, MAIN_BRANCH, pg_version, None, self._clock.now()
+            )
+            await self._db(self._store.put_tenant, tenant)
+            try:
+                if not any(row.name == MAIN_BRANCH for row in await self.list_timelines(tenant_id)):
+                    await self._db(self._store.put_timeline, timeline)
+                tenant = await self._complete_tenant(tenant)
+            except (ExcimerError, asyncio.CancelledError):
+                await asyncio.shield(self._db(self._store.put_tenant, _in_state(tenant, "deleting")))
+                raise
+        if set_default or (await self._db(self._store.read_default_tenant)) is None:
+            await self._db(self._store.set_default_tenant, tenant_id)
+        log.info("tenant created", tenant_id=tenant_id)
+        return tenant
+
+    async def _complete_tenant(self, tenant: Tenant) -> Tenant:
+        pageserver = await self._pageserver_of(tenant)
+        await pageserver.create_tenant(tenant.tenant_id, tenant.generation)
+        for timeline in await self.list_timelines(tenant.tenant_id):
+            if timeline.state == "creating" and timeline.ancestor_timeline_id is None:
+                await self._complete_timeline(tenant, timeline, None)
+        tenant = _in_state(tenant, "active")
+        await self._db(self._store.put_tenant, tenant)
+        return tenant
+
+    async def set_default_tenant(self, reference: str) -> Tenant:
+        tenant = await self.find_tenant(reference)
+        await self._db(self._store.set_default_tenant, tenant.tenant_id)
+        return tenant
+
+    async def delete_tenant(self, reference: str) -> bool:
+        """True when it is gone everywhere, False when unreachable parts are deleted later."""
+        tenant = await self.find_tenant(reference)
+        async with self._lock(tenant.tenant_id):
+            core.check_tenant_deletable(tenant, await self._db(self._store.list_endpoints))
+            await self._db(self._store.put_tenant, _in_state(tenant, "deleting"))
+            return await self._try_to_finish(self._finish_tenant_deletion(tenant))
+
+    async def _finish_tenant_deletion(self, tenant: Tenant) -> None:
+        timelines = await self._db(self._store.list_timelines, tenant.tenant_id)
+        for timeline in core.deletion_order(timelines):
+            await self._finish_timeline_deletion(tenant, timeline)
+        await (await self._pageserver_of(tenant)).delete_tenant(tenant.tenant_id)
+        await self._db(self._store.remove_tenant, tenant.tenant_id)
+        log.info("tenant deleted", tenant_id=tenant.tenant_id)
+
+    # Timelines
+
+    async def create_timeline(
+        self,
+        tenant_reference: str,
+        timeline_id: TimelineId,
+        name: str,
+        *,
+        ancestor: str | None,
+        at: Lsn | str | None,
+        pg_version: int | None,
+    ) -> Timeline:
+        """A branch of `ancestor` at an LSN, a timestamp (RFC 3339 text) or the head; a fresh cluster if None.
+
+        Repeatable with the same id.
+        """
+        tenant = await self.find_tenant(tenant_reference)
+        async with self._lock(tenant.tenant_id):
+            timelines = await self._db(self._store.list_timelines, tenant.tenant_id)
+            existing = next((row for row in timelines if row.timeline_id == timeline_id), None)
+            if existing is not None and existing.state == "active":
+                return existing
+            _refuse_deleted(existing, "branch", timeline_id)
+            parent = core.find_branch(timelines, ancestor) if ancestor is not None else None
+            if pg_version is None and parent is None:
+                raise BadRequestError("a timeline without an ancestor needs a PostgreSQL version")
+            version = parent.pg_version if parent is not None else pg_version
+            timeline = existing or core.plan_timeline(
+                timelines, tenant, timeline_id, name, version or 0, parent, self._clock.now()
+            )
+            start_lsn = await self._branch_point(tenant, parent, at) if parent is not None else None
+            await self._db(self._store.put_timeline, timeline)
+            try:
+                timeline = await self._complete_timeline(tenant, timeline, start_lsn)
+            except (ExcimerError, asyncio.CancelledError):
+                await asyncio.shield(self._db(self._store.put_timeline, _with_state(timeline, "deleting")))
+                raise
+        log.info("branch created", tenant_id=tenant.tenant_id, timeline_id=timeline_id, name=name)
+        return timeline
+
+    async def _branch_point(self, tenant: Tenant, parent: Timeline, at: Lsn | str | None) -> Lsn | None:
+        if isinstance(at, int):
+            return at
+        if isinstance(at, str):
+            pageserver = await self._pageserver_of(tenant)
+            return await pageserver.lsn_by_timestamp(tenant.tenant_id, parent.timeline_id, at)
+        return await self._newest_commit_lsn(parent)
+
+    async def _newest_commit_lsn(self, timeline: Timeline) -> Lsn:
+        """At least everything that a client was told is committed before this call.
+
+        Such a commit is flushed at a majority, so every majority has seen it flushed; its commit LSN
+        follows with the proposer's next message, which is waited for a little (it never comes if the
+        compute has just died, and then it was not yet known to be committed either).
+        """
+        flushed, committed = await self._read_quorum_lsns(timeline)
+        deadline = self._clock.monotonic() + COMMIT_WAIT_S
+        while committed < flushed and self._clock.monotonic() < deadline:
+            await asyncio.sleep(COMMIT_POLL_S)
+            _, committed = await self._read_quorum_lsns(timeline)
+        return max(committed, timeline.start_lsn or Lsn(0))
+
+    async def _read_quorum_lsns(self, timeline: Timeline) -> tuple[Lsn, Lsn]:
+        """The highest flush LSN and commit LSN at a majority."""
+        safekeepers = await self._safekeepers_of(timeline)
+        answers = await asyncio.gather(
+            *(
+                api.read_lsns(timeline.tenant_id, timeline.timeline_id)
+                for api in (SafekeeperApi(safekeeper, self._tokens) for safekeeper in safekeepers)
+            ),
+            return_exceptions=True,
+        )
+        heard = [answer for answer in answers if not isinstance(answer, BaseException)]
+        _require_quorum(len(heard), answers)
+        return max(flush for flush, _ in heard), max(commit for _, commit in heard)
+
+    async def _complete_timeline(self, tenant: Tenant, timeline: Timeline, start_lsn: Lsn | None) -> Timeline:
+        """Makes the remote parts of a `creating` timeline and activates it."""
+        made = await (await self._pageserver_of(tenant)).create_timeline(timeline, start_lsn)
+        timeline = msgspec.structs.replace(
+            timeline,
+            ancestor_lsn=made.ancestor_lsn if timeline.ancestor_timeline_id else None,
+            start_lsn=made.last_record_lsn,
+            system_id=made.system_id,
+            wal_segment_size=made.wal_segment_size,
+        )
+        await self._db(self._store.put_timeline, timeline)
+        placements = core.plan_placements(timeline, await self._db(self._store.list_safekeepers))
+        for placement in placements:
+            await self._db(self._store.put_placement, placement)
+        answers = await asyncio.gather(
+            *(self._place(timeline, placement) for placement in placements), return_exceptions=True
+        )
+        _require_quorum(sum(answer is None for answer in answers), answers)
+        timeline = _with_state(timeline, "active")
+        await self._db(self._store.put_timeline, timeline)
+        return timeline
+
+    async def _place(self, timeline: Timeline, placement: Placement) -> None:
+        safekeepers = {row.id: row for row in await self._db(self._store.list_safekeepers)}
+        api = SafekeeperApi(safekeepers[placement.safekeeper_id], self._tokens)
+        await api.create_timeline(timeline)
+        await self._db(self._store.put_placement, msgspec.structs.replace(placement, ready=True))
+
+    async def delete_timeline(self, tenant_reference: str, reference: str) -> bool:
+        """True when it is gone everywhere, False when unreachable parts are deleted later."""
+        tenant = await self.find_tenant(tenant_reference)
+        async with self._lock(tenant.tenant_id):
+            timelines = await self._db(self._store.list_timelines, tenant.tenant_id)
+            timeline = core.find_branch(timelines, reference)
+            core.check_timeline_deletable(timeline, timelines, await self._db(self._store.list_endpoints))
+            timeline = _with_state(timeline, "deleting")
+            await self._db(self._store.put_timeline, timeline)
+            return await self._try_to_finish(self._finish_timeline_deletion(tenant, timeline))
+
+    async def _finish_timeline_deletion(self, tenant: Tenant, timeline: Timeline) -> None:
+        await (await self._pageserver_of(tenant)).delete_timeline(tenant.tenant_id, timeline.timeline_id)
+        safekeepers = {row.id: row for row in await self._db(self._store.list_safekeepers)}
+        for placement in await self._db(self._store.list_placements, timeline.timeline_id):
+            api = SafekeeperApi(safekeepers[placement.safekeeper_id], self._tokens)
+            await api.delete_timeline(tenant.tenant_id, timeline.timeline_id)
+            await self._db(self._store.remove_placement, timeline.timeline_id, placement.safekeeper_id)
+        await self._db(self._store.remove_timeline, tenant.tenant_id, timeline.timeline_id)
+        log.info("branch deleted", tenant_id=tenant.tenant_id, timeline_id=timeline.timeline_id)
+
+    # Endpoints
+
+    async def create_endpoint(
+        self,
+        name: str,
+        tenant_reference: str,
+        branch: str,
+        *,
+        mode: EndpointMode,
+        lsn: Lsn | None,
+        pg_version: int | None,
+        ports: tuple[int, int],
+        postgres_settings: dict[str, str],
+    ) -> Endpoint:
+        tenant = await self.find_tenant(tenant_reference)
+        async with self._lock(tenant.tenant_id):
+            timeline = await self.find_branch(tenant.tenant_id, branch)
+            if timeline.state != "active":
+                raise core.IncompleteError(f"branch {timeline.name!r} is still being created: try again")
+            endpoint = core.plan_endpoint(
+                await self._db(self._store.list_endpoints),
+                timeline,
+                name=name,
+                mode=mode,
+                lsn=lsn,
+                pg_version=pg_version,
+                ports=ports,
+                postgres_settings=postgres_settings,
+                now=self._clock.now(),
+            )
+            await self._db(self._store.add_endpoint, endpoint)
+        log.info("endpoint created", endpoint=name, timeline_id=timeline.timeline_id)
+        return endpoint
+
+    async def delete_endpoint(self, name: str) -> None:
+        endpoint, _ = await self.find_endpoint(name)
+        await self._db(self._store.remove_endpoint, endpoint.name)
+        log.info("endpoint deleted", endpoint=name)
+
+    async def read_spec(self, name: str) -> ComputeSpec:
+        endpoint, _ = await self.find_endpoint(name)
+        tenants = {row.tenant_id: row for row in await self._db(self._store.list_tenants)}
+        tenant = tenants[endpoint.tenant_id]
+        timeline = await self.find_branch(tenant.tenant_id, endpoint.timeline_id)
+        pageservers = {row.id: row for row in await self._db(self._store.list_pageservers)}
+        return core.build_spec(
+            endpoint,
+            timeline,
+            pageservers[tenant.pageserver_id],
+            await self._db(self._store.list_placements, timeline.timeline_id),
+            await self._db(self._store.list_safekeepers),
+            self._tokens.for_tenant(tenant.tenant_id),
+        )
+
+    # Driving things to their end
+
+    async def reconcile_for_ever(self) -> None:
+        while True:
+            await self.reconcile()
+            await asyncio.sleep(RECONCILE_INTERVAL_S)
+
+    async def reconcile(self) -> None:
+        """One round over what is half made or half deleted. What fails waits for the next."""
+        for tenant in await self._db(self._store.list_tenants):
+            async with self._lock(tenant.tenant_id):
+                await self._try_to_finish(self._reconcile_tenant(tenant.tenant_id))
+
+    async def _reconcile_tenant(self, tenant_id: TenantId) -> None:
+        tenants = await self._db(self._store.list_tenants)
+        tenant = next((row for row in tenants if row.tenant_id == tenant_id), None)
+        if tenant is None:
+            return
+        if tenant.state == "deleting":
+            await self._finish_tenant_deletion(tenant)
+            return
+        if tenant.state == "creating":
+            tenant = await self._complete_tenant(tenant)
+        for timeline in await self._db(self._store.list_timelines, tenant_id):
+            if timeline.state == "deleting":
+                await self._try_to_finish(self._finish_timeline_deletion(tenant, timeline))
+            elif timeline.state == "creating":
+                await self._try_to_finish(self._abandon_or_complete(tenant, timeline))
+        await self._place_missing(tenant_id)
+
+    async def _abandon_or_complete(self, tenant: Tenant, timeline: Timeline) -> None:
+        """After a crash of ours in mid-creation; a branch whose point was not recorded is given up."""
+        if timeline.ancestor_timeline_id is not None and timeline.start_lsn is None:
+            timeline = _with_state(timeline, "deleting")
+            await self._db(self._store.put_timeline, timeline)
+            await self._finish_timeline_deletion(tenant, timeline)
+        else:
+            await self._complete_timeline(tenant, timeline, timeline.ancestor_lsn)
+
+    async def _place_missing(self, tenant_id: TenantId) -> None:
+        """Timelines on safekeepers that were away when these were made."""
+        timelines = {row.timeline_id: row for row in await self.list_timelines(tenant_id)}
+        for placement in await self._db(self._store.list_placements):
+            timeline = timelines.get(placement.timeline_id)
+            if not placement.ready and timeline is not None and timeline.state == "active":
+                await self._try_to_finish(self._place(timeline, placement))
+
+    async def _try_to_finish(self, work: Awaitable[object]) -> bool:
+        """Whether it came to its end; if not, that is logged and left to the next `reconcile`."""
+        try:
+            await work
+        except ExcimerError as error:
+            log.warning("left for later", error=error)
+            return False
+        return True
+
+    async def _pageserver_of(self, tenant: Tenant) -> PageserverApi:
+        pageservers = {row.id: row for row in await self._db(self._store.list_pageservers)}
+        return PageserverApi(pageservers[tenant.pageserver_id], self._tokens)
+
+    async def _safekeepers_of(self, timeline: Timeline) -> list[Safekeeper]:
+        placements = await self._db(self._store.list_placements, timeline.timeline_id)
+        placed: set[NodeId] = {placement.safekeeper_id for placement in placements}
+        return [row for row in await self._db(self._store.list_safekeepers) if row.id in placed]
+
+
+def _in_state(tenant: Tenant, state: State) -> Tenant:
+    return msgspec.structs.replace(tenant, state=state)
+
+
+def _with_state(timeline: Timeline, state: State) -> Timeline:
+    return msgspec.structs.replace(timeline, state=state)
+
+
+def _refuse_deleted(row: Tenant | Timeline | None, what: str, row_id: str) -> None:
+    if row is not None and row.state == "deleting":
+        raise BadRequestError(f"{what} {row_id} is being deleted: use a new id")
+
+
+def _require_quorum(succeeded: int, answers: Sequence[object]) -> None:
+    """Raises the first failure, or `QuorumUnreachableError`, unless a majority succeeded."""
+    if succeeded >= core.quorum(len(answers)):
+        return
+    failures = [answer for answer in answers if isinstance(answer, BaseException)]
+    for failure in failures:
+        if not isinstance(failure, RetryableError):
+            raise failure
+    raise QuorumUnreachableError(
+        f"{succeeded} of {len(answers)} safekeepers answered, "
+        f"{core.quorum(len(answers))} are needed: {failures[0]}"
+    )

@@ -1,0 +1,293 @@
+"""The metadata database in SQLite: one file, WAL mode, every change durable when its call returns.
+
+LSNs and system identifiers are kept as text, because SQLite's integers are signed. `MIGRATIONS`
+is the schema's whole history: a database of version n gets the scripts after the n-th, each in a
+transaction; the version is SQLite's own `user_version`.
+
+Rejected: an ORM. Six tables read whole (an installation has hundreds of rows, not millions) need none.
+"""
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from excimer.base.errors import CorruptionError, RefusedError, RetryableError
+from excimer.base.ids import NodeId, TenantId, TimelineId
+from excimer.base.lsn import format_lsn, parse_lsn
+from excimer.controller.model import (
+    Endpoint,
+    InUseError,
+    NameTakenError,
+    Pageserver,
+    Placement,
+    Safekeeper,
+    Tenant,
+    Timeline,
+)
+
+DATABASE_FILE_NAME: Final = "metadata.sqlite"
+BUSY_TIMEOUT_S: Final = 5.0
+
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE pageserver (
+        id INTEGER PRIMARY KEY, http_address TEXT NOT NULL, page_service_address TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE safekeeper (
+        id INTEGER PRIMARY KEY, http_address TEXT NOT NULL, proposer_address TEXT NOT NULL,
+        replication_address TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE tenant (
+        tenant_id TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL,
+        pageserver_id INTEGER NOT NULL REFERENCES pageserver, generation INTEGER NOT NULL,
+        created_at REAL NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX tenant_name ON tenant (name) WHERE state <> 'deleting';
+    CREATE TABLE timeline (
+        timeline_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL REFERENCES tenant, name TEXT NOT NULL,
+        state TEXT NOT NULL, pg_version INTEGER NOT NULL, ancestor_timeline_id TEXT REFERENCES timeline,
+        ancestor_lsn TEXT, start_lsn TEXT, system_id TEXT NOT NULL, wal_segment_size INTEGER NOT NULL,
+        created_at REAL NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX timeline_name ON timeline (tenant_id, name) WHERE state <> 'deleting';
+    CREATE TABLE placement (
+        timeline_id TEXT NOT NULL REFERENCES timeline ON DELETE CASCADE,
+        safekeeper_id INTEGER NOT NULL REFERENCES safekeeper, tenant_id TEXT NOT NULL REFERENCES tenant,
+        ready INTEGER NOT NULL, PRIMARY KEY (timeline_id, safekeeper_id)
+    ) STRICT;
+    CREATE TABLE endpoint (
+        name TEXT PRIMARY KEY, tenant_id TEXT NOT NULL REFERENCES tenant,
+        timeline_id TEXT NOT NULL REFERENCES timeline, mode TEXT NOT NULL, lsn TEXT,
+        pg_version INTEGER NOT NULL, postgres_port INTEGER NOT NULL UNIQUE, http_port INTEGER NOT NULL UNIQUE,
+        postgres_settings TEXT NOT NULL, created_at REAL NOT NULL
+    ) STRICT;
+    CREATE TABLE preference (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    """,
+)
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+_LSN_COLUMNS: Final = ("lsn", "ancestor_lsn", "start_lsn")
+_DEFAULT_TENANT: Final = "default_tenant"
+
+
+class StoreDamagedError(CorruptionError):
+    """The database file is not a sound SQLite database of ours."""
+
+
+class StoreTooNewError(RefusedError):
+    """A newer Excimer has written the database."""
+
+
+class StoreUnavailableError(RetryableError):
+    """The database cannot be written now: disk full, locked, no permission."""
+
+
+class SqliteStore:
+    """A `MetadataStore`. May be called from any thread; one transaction at a time."""
+
+    def __init__(self, data_dir: Path) -> None:
+        """Opens or makes the database, checks it, migrates it."""
+        self._path = data_dir / DATABASE_FILE_NAME
+        self._lock = threading.Lock()
+        with self._errors():
+            self._connection = sqlite3.connect(
+                self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+        with contextlib.ExitStack() as on_failure, self._errors():
+            on_failure.callback(self._connection.close)
+            self._prepare()
+            on_failure.pop_all()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _prepare(self) -> None:
+        self._connection.row_factory = sqlite3.Row
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            self._connection.execute(f"PRAGMA {pragma}")
+        problem = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise StoreDamagedError(f"{self._path} is damaged: {problem}")
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise StoreTooNewError(
+                f"{self._path} has schema version {version}, this Excimer knows {len(MIGRATIONS)}: upgrade it"
+            )
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            self._connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """SQLite's errors as ours."""
+        try:
+            yield
+        except sqlite3.IntegrityError as error:
+            raise _refusal(str(error)) from error
+        except sqlite3.OperationalError as error:
+            raise StoreUnavailableError(f"cannot use {self._path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise StoreDamagedError(f"{self._path} is damaged: {error}") from error
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._errors():
+            self._connection.execute("BEGIN IMMEDIATE")
+            with self._connection:  # commits, or rolls back on any error
+                yield self._connection
+
+    def _select(self, kind: type[S], where: str = "", values: Sequence[object] = ()) -> list[S]:
+        table = kind.__name__.lower()
+        with self._lock, self._errors():
+            rows = self._connection.execute(
+                f"SELECT * FROM {table} {where} ORDER BY rowid", tuple(values)
+            ).fetchall()
+        return [_from_row(kind, row) for row in rows]
+
+    def _put(self, connection: sqlite3.Connection, key: tuple[str, ...], value: msgspec.Struct) -> None:
+        row = _to_row(value)
+        changes = ", ".join(f"{column} = excluded.{column}" for column in row if column not in key)
+        connection.execute(
+            f"INSERT INTO {type(value).__name__.lower()} ({', '.join(row)})"
+            f" VALUES ({', '.join('?' * len(row))})"
+            f" ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}",
+            tuple(row.values()),
+        )
+
+    def put_nodes(self, pageservers: Sequence[Pageserver], safekeepers: Sequence[Safekeeper]) -> None:
+        with self._node_refusal(), self._transaction() as connection:
+            for table, nodes in (("pageserver", pageservers), ("safekeeper", safekeepers)):
+                kept = ", ".join(str(int(node.id)) for node in nodes)
+                connection.execute(f"DELETE FROM {table} WHERE id NOT IN ({kept})")
+                for node in nodes:
+                    self._put(connection, ("id",), node)
+
+    @contextlib.contextmanager
+    def _node_refusal(self) -> Iterator[None]:
+        try:
+            yield
+        except InUseError as error:
+            raise InUseError(
+                "a pageserver or safekeeper that the settings no longer name still holds timelines: "
+                "name it again"
+            ) from error
+
+    def list_pageservers(self) -> list[Pageserver]:
+        return self._select(Pageserver)
+
+    def list_safekeepers(self) -> list[Safekeeper]:
+        return self._select(Safekeeper)
+
+    def list_tenants(self) -> list[Tenant]:
+        return self._select(Tenant)
+
+    def put_tenant(self, tenant: Tenant) -> None:
+        with self._transaction() as connection:
+            self._put(connection, ("tenant_id",), tenant)
+
+    def remove_tenant(self, tenant_id: TenantId) -> None:
+        with self._transaction() as connection:
+            connection.execute(
+                "DELETE FROM preference WHERE name = ? AND value = ?", (_DEFAULT_TENANT, tenant_id)
+            )
+            connection.execute("DELETE FROM tenant WHERE tenant_id = ?", (tenant_id,))
+
+    def read_default_tenant(self) -> TenantId | None:
+        with self._lock, self._errors():
+            row = self._connection.execute(
+                "SELECT value FROM preference WHERE name = ?", (_DEFAULT_TENANT,)
+            ).fetchone()
+        return TenantId(row[0]) if row else None
+
+    def set_default_tenant(self, tenant_id: TenantId | None) -> None:
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM preference WHERE name = ?", (_DEFAULT_TENANT,))
+            if tenant_id is not None:
+                connection.execute("INSERT INTO preference VALUES (?, ?)", (_DEFAULT_TENANT, tenant_id))
+
+    def list_timelines(self, tenant_id: TenantId | None = None) -> list[Timeline]:
+        if tenant_id is None:
+            return self._select(Timeline)
+        return self._select(Timeline, "WHERE tenant_id = ?", (tenant_id,))
+
+    def put_timeline(self, timeline: Timeline) -> None:
+        with self._transaction() as connection:
+            self._put(connection, ("timeline_id",), timeline)
+
+    def remove_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
+        with self._transaction() as connection:
+            connection.execute(
+                "DELETE FROM timeline WHERE tenant_id = ? AND timeline_id = ?", (tenant_id, timeline_id)
+            )
+
+    def list_placements(self, timeline_id: TimelineId | None = None) -> list[Placement]:
+        if timeline_id is None:
+            return self._select(Placement)
+        return self._select(Placement, "WHERE timeline_id = ?", (timeline_id,))
+
+    def put_placement(self, placement: Placement) -> None:
+        with self._transaction() as connection:
+            self._put(connection, ("timeline_id", "safekeeper_id"), placement)
+
+    def remove_placement(self, timeline_id: TimelineId, safekeeper_id: NodeId) -> None:
+        with self._transaction() as connection:
+            connection.execute(
+                "DELETE FROM placement WHERE timeline_id = ? AND safekeeper_id = ?",
+                (timeline_id, safekeeper_id),
+            )
+
+    def list_endpoints(self) -> list[Endpoint]:
+        return self._select(Endpoint)
+
+    def add_endpoint(self, endpoint: Endpoint) -> None:
+        row = _to_row(endpoint)
+        with self._transaction() as connection:
+            connection.execute(
+                f"INSERT INTO endpoint ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",
+                tuple(row.values()),
+            )
+
+    def remove_endpoint(self, name: str) -> None:
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM endpoint WHERE name = ?", (name,))
+
+
+def _to_row(value: msgspec.Struct) -> dict[str, Any]:
+    row = msgspec.structs.asdict(value)
+    for column in _LSN_COLUMNS:
+        if row.get(column) is not None:
+            row[column] = format_lsn(row[column])
+    if "system_id" in row:
+        row["system_id"] = str(row["system_id"])
+    if "postgres_settings" in row:
+        row["postgres_settings"] = msgspec.json.encode(row["postgres_settings"]).decode()
+    return row
+
+
+def _from_row(kind: type[S], row: sqlite3.Row) -> S:
+    values: dict[str, Any] = dict(row)
+    for column in _LSN_COLUMNS:
+        if values.get(column) is not None:
+            values[column] = parse_lsn(values[column])
+    if "postgres_settings" in values:
+        values["postgres_settings"] = msgspec.json.decode(values["postgres_settings"])
+    if "ready" in values:
+        values["ready"] = bool(values["ready"])
+    return msgspec.convert(values, kind, strict=False)
+
+
+def _refusal(problem: str) -> NameTakenError | InUseError:
+    """``UNIQUE constraint failed: endpoint.name`` as a sentence."""
+    if "FOREIGN KEY" in problem:
+        return InUseError("something else still needs it")
+    column = problem.rpartition(": ")[2].rpartition(".")[2]
+    words = {
+        "postgres_port": "that PostgreSQL port belongs to another endpoint",
+        "http_port": "that HTTP port belongs to another endpoint",
+    }
+    return NameTakenError(words.get(column, "that name is taken"))

@@ -1,0 +1,174 @@
+"""In-memory pageserver and safekeepers that speak the documented HTTP interface, and can be told to fail."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI
+
+from excimer.base.errors import ConflictError, NotFoundError, RefusedError, RetryableError
+from excimer.base.ids import NodeId
+from excimer.base.lsn import format_lsn, parse_lsn
+from excimer.controller.model import Pageserver, Safekeeper
+from excimer.controller.remote import TokenMaker
+from excimer.controller.shell import Controller
+from excimer.controller.sqlite_store import SqliteStore
+from excimer.service.health import Health
+from excimer.service.http import bearer_auth, create_app, serving_http
+from excimer.service.metrics import new_registry
+from excimer.service.tasks import SystemClock
+from excimer.wire.auth import Scope, TokenVerifier, generate_key_pair
+
+KEYS = generate_key_pair()
+START_LSN = 0x1500060
+SYSTEM_ID = 2**63 + 17
+
+
+@dataclass
+class FakeNode:
+    """`failing` answers 503 to everything; `refusing` 400 to creations."""
+
+    failing: bool = False
+    refusing: bool = False
+    tenants: set[str] = field(default_factory=set)
+    timelines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    flush_lsn: int = START_LSN
+    commit_lsn: int = START_LSN
+
+    def check(self) -> None:
+        if self.failing:
+            raise RetryableError("out of order")
+
+    def check_creation(self) -> None:
+        self.check()
+        if self.refusing:
+            raise RefusedError("not to my taste")
+
+
+def pageserver_app(node: FakeNode) -> FastAPI:
+    app = new_app(Scope.PAGESERVER_API)
+
+    @app.post("/v1/tenant")
+    async def create_tenant(body: dict[str, Any]) -> None:
+        node.check_creation()
+        if body["tenant_id"] in node.tenants:
+            raise ConflictError("tenant exists")
+        node.tenants.add(body["tenant_id"])
+
+    @app.delete("/v1/tenant/{tenant}")
+    async def delete_tenant(tenant: str) -> None:
+        node.check()
+        if tenant not in node.tenants:
+            raise NotFoundError("no such tenant")
+        node.tenants.remove(tenant)
+
+    @app.post("/v1/tenant/{tenant}/timeline")
+    async def create_timeline(tenant: str, body: dict[str, Any]) -> dict[str, Any]:
+        node.check_creation()
+        if tenant not in node.tenants:
+            raise NotFoundError("no such tenant")
+        if body["new_timeline_id"] in node.timelines:
+            raise ConflictError("timeline exists")
+        lsn = body.get("ancestor_start_lsn", format_lsn(START_LSN))
+        if parse_lsn(lsn) < START_LSN:
+            raise RefusedError(f"LSN {lsn} is before the history")
+        node.timelines[body["new_timeline_id"]] = {
+            "timeline_id": body["new_timeline_id"],
+            "pg_version": body["pg_version"],
+            "system_id": SYSTEM_ID,
+            "wal_segment_size": 1 << 24,
+            "last_record_lsn": lsn,
+            "ancestor_lsn": lsn if "ancestor_timeline_id" in body else None,
+        }
+        return node.timelines[body["new_timeline_id"]]
+
+    @app.get("/v1/tenant/{tenant}/timeline/{timeline}")
+    async def get_timeline(tenant: str, timeline: str) -> dict[str, Any]:
+        return node.timelines[timeline]
+
+    @app.delete("/v1/tenant/{tenant}/timeline/{timeline}")
+    async def delete_timeline(tenant: str, timeline: str) -> None:
+        node.check()
+        if node.timelines.pop(timeline, None) is None:
+            raise NotFoundError("no such timeline")
+
+    @app.get("/v1/tenant/{tenant}/timeline/{timeline}/get_lsn_by_timestamp")
+    async def lsn_by_timestamp(tenant: str, timeline: str, timestamp: str) -> dict[str, str]:
+        return {"lsn": format_lsn(START_LSN + int(timestamp[0:4])), "kind": "present"}
+
+    return app
+
+
+def safekeeper_app(node: FakeNode) -> FastAPI:
+    app = new_app(Scope.SAFEKEEPER_DATA)
+    path = "/v1/tenant/{tenant}/timeline/{timeline}"
+
+    @app.post(path)
+    async def create_timeline(tenant: str, timeline: str, body: dict[str, Any]) -> None:
+        node.check_creation()
+        if timeline in node.timelines:
+            raise ConflictError("timeline exists")
+        node.timelines[timeline] = body
+
+    @app.get(path)
+    async def get_timeline(tenant: str, timeline: str) -> dict[str, str]:
+        node.check()
+        return {"flush_lsn": format_lsn(node.flush_lsn), "commit_lsn": format_lsn(node.commit_lsn)}
+
+    @app.delete(path)
+    async def delete_timeline(tenant: str, timeline: str) -> None:
+        node.check()
+        if node.timelines.pop(timeline, None) is None:
+            raise NotFoundError("no such timeline")
+
+    return app
+
+
+def new_app(scope: Scope) -> FastAPI:
+    app = create_app("fake", "1", Health("fake", ready=True), new_registry("fake", "1"))
+    verifier = TokenVerifier(KEYS.public_pem)
+    app.router.dependencies.append(Depends(bearer_auth(verifier, SystemClock(), scope)))
+    return app
+
+
+@dataclass
+class World:
+    controller: Controller
+    store: SqliteStore
+    pageserver: FakeNode
+    safekeepers: list[FakeNode]
+
+
+@asynccontextmanager
+async def fake_world(data_dir: Path) -> AsyncIterator[World]:
+    """A controller on a real store with one fake pageserver and three fake safekeepers."""
+    pageserver = FakeNode()
+    safekeepers = [FakeNode() for _ in range(3)]
+    store = SqliteStore(data_dir)
+    async with AsyncExitStack() as stack:
+        stack.callback(store.close)
+        address = await stack.enter_async_context(
+            serving_http(pageserver_app(pageserver), "127.0.0.1:0", "fake pageserver")
+        )
+        places = [
+            await stack.enter_async_context(
+                serving_http(safekeeper_app(safekeeper), "127.0.0.1:0", "fake safekeeper")
+            )
+            for safekeeper in safekeepers
+        ]
+        store.put_nodes(
+            [Pageserver(id=NodeId(1), http_address=str(address), page_service_address="127.0.0.1:6400")],
+            [
+                Safekeeper(
+                    id=NodeId(number),
+                    http_address=str(place),
+                    proposer_address=f"127.0.0.1:55{number}",
+                    replication_address=f"127.0.0.1:56{number}",
+                )
+                for number, place in enumerate(places, 1)
+            ],
+        )
+        controller = Controller(store, TokenMaker(KEYS.private_pem, SystemClock()), SystemClock())
+        yield World(controller, store, pageserver, safekeepers)
