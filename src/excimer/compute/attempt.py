@@ -191,6 +191,8 @@ class Attempt:
         """Kills what runs in the directory and removes it: the cache is never used twice (H2)."""
         if self._process is not None:
             await self._process.stop(fast=False)
+        if self.proposer is not None:
+            self.proposer.close()
         if self.arena is not None:
             self.arena.close()
             self.arena = None

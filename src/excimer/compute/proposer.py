@@ -1,0 +1,353 @@
+"""The proposer: takes WAL from the local postgres to the safekeepers and confirms it when a majority has it.
+
+::
+
+    postgres --walsender--> [window of recent WAL] --append--> safekeeper 1..N, each at its own pace
+        ^                                                          |
+        '---- status update: flushed up to the commit LSN <--------' a majority has synced it
+
+`elect` wins the election and repairs a majority; `stream` then carries WAL until it is cancelled. All
+decisions are `consensus.proposer`'s; this shell owns the sockets, the window, and time. What a commit
+waits for runs in socket callbacks: WAL in, frames out, acknowledgements in, status update out.
+
+A safekeeper that is slow or away delays nobody: at most `ProposerLimits.in_flight_size_bytes_max` is
+under way to it; it catches up from the window or, below that, from what another safekeeper has.
+When uncommitted WAL fills the window, postgres is read no further until commits go on.
+
+Not here: starting postgres; slowing writers for the pageserver's sake.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Sequence
+from typing import NamedTuple, Never, assert_never
+
+from excimer._native.wal_scanner import WalScanner
+from excimer.base.address import Address, parse_address
+from excimer.base.chance import Chance
+from excimer.base.errors import ExcimerError, FencedError, RefusedError, RetryableError
+from excimer.base.ids import ID_SIZE_BYTES, TenantId, TimelineId
+from excimer.base.lsn import INVALID_LSN, Lsn
+from excimer.compute.postgres_settings import PROPOSER_NAME
+from excimer.compute.safekeeper_peer import SafekeeperPeer
+from excimer.consensus import proposer as core
+from excimer.consensus.quorum import majority
+from excimer.consensus.wal_window import WalWindow
+from excimer.service.logs import get_logger
+from excimer.service.replication_client import ReplicationClient, connect_replication
+from excimer.service.tasks import Backoff, TaskScope
+from excimer.wire.safekeeping import (
+    AcceptorMessage,
+    AppendRequest,
+    CommitAnnounce,
+    ProposerId,
+    Term,
+    TimelineIdentity,
+    encode_proposer_message,
+)
+
+ELECTION_TIMEOUT_S = 30.0
+HEARTBEAT_INTERVAL_S = 1.0
+CAMPAIGN_DELAY_S_MAX = 0.3
+"""A lost election is tried again after a random part of this."""
+WRITABLE_SIZE_BYTES_MIN = 1 << 20
+"""Postgres is read only while the window has room for this much."""
+_WALSENDER = Backoff(first_s=0.05, most_s=1.0, reset_after_s=5.0)
+
+log = get_logger(__name__)
+
+
+class ElectionTimeoutError(RetryableError):
+    """No majority of safekeepers could be won in time."""
+
+
+class NewerProposerError(FencedError):
+    """Another compute has taken over the timeline: this one must stop."""
+
+
+class PostgresAddress(NamedTuple):
+    """The local postgres, by its Unix socket."""
+
+    socket_dir: str
+    port: int
+    user: str = "postgres"
+
+
+class Election(NamedTuple):
+    term: Term
+    start_lsn: Lsn
+    """E: end of the last record. Committed: a majority of safekeepers has everything below."""
+
+
+class Proposer:
+    """One life as the timeline's writer: `elect`, then `stream`, then `close`."""
+
+    def __init__(
+        self,
+        *,
+        tenant_id: TenantId,
+        timeline_id: TimelineId,
+        safekeepers: Sequence[Address | str],
+        token: str,
+        limits: core.ProposerLimits | None = None,
+        chance: Chance | None = None,
+    ) -> None:
+        """Raises MemberCountError, InvalidAddressError."""
+        identity = TimelineIdentity(
+            tenant_id=tenant_id, timeline_id=timeline_id, pg_version=0, system_id=0, wal_segment_size_bytes=0
+        )
+        self._chance = chance or random.SystemRandom()
+        self._core = core.Proposer(
+            identity=identity,
+            proposer_id=ProposerId(os.urandom(ID_SIZE_BYTES)),
+            token=token,
+            member_count=len(safekeepers),
+            limits=limits,
+        )
+        addresses = [parse_address(each) if isinstance(each, str) else each for each in safekeepers]
+        self._peers = [SafekeeperPeer(index, address, self) for index, address in enumerate(addresses)]
+        self._window = WalWindow(INVALID_LSN)
+        self._scanner: WalScanner | None = None
+        self._election: Election | None = None
+        self._client: ReplicationClient | None = None
+        self._is_paused = False
+        self._failure: ExcimerError | None = None
+        self._changed = asyncio.Event()  # elected, committed for the first time, failed, or source lost
+        self._source_error: ExcimerError | None = None
+        self._frame: tuple[core.SendWal, bytes] | None = None  # the last append, as bytes
+
+    @property
+    def commit_lsn(self) -> Lsn:
+        """WAL below is durable at a majority; 0 before the election."""
+        return self._core.commit_lsn
+
+    @property
+    def connected_count(self) -> int:
+        """Safekeepers that are connected now."""
+        return sum(peer.is_connected for peer in self._peers)
+
+    async def elect(self) -> Election:
+        """Wins an election, and returns when a majority has everything below E.
+
+        Raises `ElectionTimeoutError`, `NewerProposerError`, RefusedError when too many safekeepers
+        refuse for a majority to be possible.
+        """
+        try:
+            async with asyncio.timeout(ELECTION_TIMEOUT_S), TaskScope() as scope:
+                for peer in self._peers:
+                    scope.start(f"dial safekeeper {peer.address}", peer.maintain())
+                while self._election is None or self._core.commit_lsn < self._election.start_lsn:
+                    self._raise_failure()
+                    await self._wait_change()
+        except TimeoutError as error:
+            raise ElectionTimeoutError(f"no majority of safekeepers: {self._describe_failures()}") from error
+        log.info("elected", term=self._election.term, start_lsn=self._election.start_lsn)
+        return self._election
+
+    async def stream(self, postgres: PostgresAddress) -> Never:
+        """Carries WAL from E on until cancelled. Raises `NewerProposerError`, CorruptionError."""
+        if self._election is None:
+            raise ValueError("elect before streaming")
+        try:
+            async with TaskScope() as scope:
+                for peer in self._peers:
+                    scope.start(f"dial safekeeper {peer.address}", peer.maintain())
+                scope.start("heartbeat", self._beat())
+                await self._read_postgres(postgres)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Closes all connections; may be called at any time, also twice."""
+        self._close_source()
+        for peer in self._peers:
+            peer.close()
+
+    # Postgres
+
+    async def _read_postgres(self, postgres: PostgresAddress) -> Never:
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            started = loop.time()
+            try:
+                await self._read_once(postgres)
+            except (RetryableError, RefusedError) as error:
+                failures = 1 if loop.time() - started >= _WALSENDER.reset_after_s else failures + 1
+                log.warning("postgres sends no WAL", error=error)
+            finally:
+                self._close_source()
+            await asyncio.sleep(_WALSENDER.next_wait(failures))
+            self._raise_failure()
+
+    async def _read_once(self, postgres: PostgresAddress) -> Never:
+        """One walsender's life. Raises what ended it."""
+        self._source_error = None
+        self._client = client = await connect_replication(
+            Address(postgres.socket_dir, postgres.port), user=postgres.user, application_name=PROPOSER_NAME
+        )
+        await client.start_physical(self._window.end_lsn, self)
+        self._is_paused = False
+        self._confirm()
+        log.info("streaming", start_lsn=self._window.end_lsn)
+        while True:
+            self._raise_failure()
+            if self._source_error is not None:
+                raise self._source_error
+            await self._wait_change()
+
+    def _close_source(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def wal_received(self, start_lsn: Lsn, data: bytes) -> None:
+        """From the walsender's socket (WalSink)."""
+        if self._failure is not None or self._scanner is None:
+            return
+        try:
+            self._scanner.feed(data)
+            end_lsn = self._window.append(data)
+            self._carry_out(self._core.wal_appended(end_lsn, self._scanner.last_record_end))
+        except ExcimerError as error:
+            self._fail(error)
+        self._regulate()
+
+    def stream_ended(self, error: ExcimerError) -> None:
+        """From the walsender's socket (WalSink)."""
+        self._source_error = error
+        self._changed.set()
+
+    def _confirm(self) -> None:
+        """Releases the commits that wait for this LSN: nothing may stand between quorum and this."""
+        if self._client is not None:
+            lsn = self._core.commit_lsn
+            self._client.report(write_lsn=lsn, flush_lsn=lsn, apply_lsn=lsn)
+
+    def _regulate(self) -> None:
+        """Backpressure: postgres is read only while the window has room."""
+        has_room = self._core.writable_size_bytes >= WRITABLE_SIZE_BYTES_MIN
+        if self._client is not None and has_room == self._is_paused:
+            self._is_paused = not has_room
+            if has_room:
+                self._client.resume()
+            else:
+                self._client.pause()
+
+    # Safekeepers (PeerOwner)
+
+    def peer_connected(self, peer: SafekeeperPeer) -> None:
+        self._carry_out(self._core.peer_connected(peer.index))
+
+    def peer_disconnected(self, peer: SafekeeperPeer) -> None:
+        if self._failure is None:
+            self._carry_out(self._core.peer_disconnected(peer.index))
+        if peer.is_hopeless:
+            self._changed.set()
+
+    def peer_received(self, peer: SafekeeperPeer, message: AcceptorMessage) -> None:
+        if self._failure is not None:
+            return
+        try:
+            self._carry_out(self._core.receive(peer.index, message))
+        except RefusedError:
+            raise
+        except ExcimerError as error:
+            self._fail(error)
+        if self._is_paused:
+            self._regulate()
+
+    def _carry_out(self, effects: Sequence[core.ProposerEffect]) -> None:
+        for effect in effects:
+            match effect:
+                case core.SendWal():
+                    peer = self._peers[effect.peer]
+                    peer.drop_announcement()
+                    peer.send_frame(self._append_frame(effect))
+                case core.CommitAdvanced():
+                    self._confirm()
+                    self._changed.set()
+                case core.Send(index, message):
+                    if isinstance(message, CommitAnnounce):
+                        self._peers[index].hold_announcement(message)
+                    else:
+                        if isinstance(message, AppendRequest):
+                            self._peers[index].drop_announcement()
+                        self._peers[index].send_frame(encode_proposer_message(message))
+                case core.TrimWindow(lsn):
+                    self._window.trim(lsn)
+                case core.Elected(term, start_lsn, _):
+                    self._won(term, start_lsn)
+                case core.ElectionLost():
+                    delay_s = self._chance.random() * CAMPAIGN_DELAY_S_MAX
+                    asyncio.get_running_loop().call_later(delay_s, self._campaign)
+                case core.Fenced(term_seen):
+                    self._fail(
+                        NewerProposerError(f"another compute writes this timeline in term {term_seen}")
+                    )
+                case core.PeerStranded(index, missing_lsn):
+                    log.error(
+                        "no safekeeper has the WAL that one lacks",
+                        address=str(self._peers[index].address),
+                        missing_lsn=missing_lsn,
+                    )
+                case _:
+                    assert_never(effect)
+
+    def _append_frame(self, effect: core.SendWal) -> bytes:
+        """The same bytes go to every safekeeper that is up to date: made once."""
+        if self._frame is not None:
+            previous, frame = self._frame
+            if (
+                previous.begin_lsn == effect.begin_lsn
+                and previous.end_lsn == effect.end_lsn
+                and previous.commit_lsn == effect.commit_lsn
+                and previous.horizon_lsn == effect.horizon_lsn
+            ):
+                return frame
+        wal = self._window.slice(effect.begin_lsn, effect.end_lsn)
+        frame = encode_proposer_message(effect.message(wal))
+        self._frame = (effect, frame)
+        return frame
+
+    def _won(self, term: Term, start_lsn: Lsn) -> None:
+        identity = self._core.identity
+        self._election = Election(term, start_lsn)
+        self._window = WalWindow(start_lsn)
+        self._scanner = WalScanner(start_lsn, identity.pg_version, identity.wal_segment_size_bytes)
+        self._changed.set()
+
+    def _campaign(self) -> None:
+        if self._failure is None:
+            self._carry_out(self._core.campaign())
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            for peer in self._peers:
+                peer.check_alive()
+            if self._failure is None:
+                self._carry_out(self._core.tick())
+
+    def _fail(self, error: ExcimerError) -> None:
+        if self._failure is None:
+            self._failure = error
+            self._changed.set()
+
+    def _raise_failure(self) -> None:
+        """What ended this proposer; before the election also that a majority is impossible."""
+        if self._failure is not None:
+            raise self._failure
+        refusals = [peer.failure for peer in self._peers if peer.is_hopeless and peer.failure is not None]
+        if self._election is None and len(self._peers) - len(refusals) < majority(len(self._peers)):
+            raise refusals[-1]
+
+    def _describe_failures(self) -> str:
+        failures = [str(peer.failure) for peer in self._peers if peer.failure is not None]
+        state = f"{self.connected_count} of {len(self._peers)} connected"
+        return "; ".join([state, *failures])
+
+    async def _wait_change(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()

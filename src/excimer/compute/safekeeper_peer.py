@@ -1,0 +1,230 @@
+"""One safekeeper as the proposer sees it: a connection that is dialled again whenever it ends.
+
+Messages go to the proposer straight from the socket's callback, and frames go to the socket straight
+from the proposer: no task stands in the path of a commit. Commit announcements are held back a
+little, because the next append carries the commit LSN anyway.
+
+Not here: what messages mean (`consensus.proposer`).
+"""
+
+import asyncio
+from typing import Protocol, cast
+
+from excimer.base.address import Address
+from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
+from excimer.service.logs import get_logger
+from excimer.service.tasks import Backoff
+from excimer.wire.safekeeping import (
+    AcceptorMessage,
+    AcceptorMessageParser,
+    CommitAnnounce,
+    ErrorCode,
+    ErrorResponse,
+    encode_proposer_message,
+)
+
+CONNECT_TIMEOUT_S = 5.0
+SILENT_S_MAX = 10.0
+"""A connected safekeeper answers each heartbeat; one that is silent this long is dialled anew."""
+ANNOUNCE_DELAY_S = 0.005
+RECONNECT = Backoff(first_s=0.05, most_s=2.0, reset_after_s=10.0)
+
+log = get_logger(__name__)
+
+
+class SafekeeperFailedError(RetryableError):
+    """A safekeeper cannot serve now; its own sentence says why."""
+
+
+class SafekeeperRefusedError(RefusedError):
+    """A safekeeper will not have this proposer as it is: wrong token, unknown timeline, other PostgreSQL."""
+
+
+class SafekeeperFencedError(FencedError):
+    """A safekeeper says that this proposer must stop."""
+
+
+class SafekeeperDamagedError(CorruptionError):
+    """A safekeeper's copy of the timeline is damaged."""
+
+
+_FAILURES: dict[int, type[ExcimerError]] = {
+    ErrorCode.REFUSED: SafekeeperRefusedError,
+    ErrorCode.FENCED: SafekeeperFencedError,
+    ErrorCode.CORRUPTION: SafekeeperDamagedError,
+}
+
+
+class PeerOwner(Protocol):
+    """The proposer, to its peers. Called on the event loop; must not block."""
+
+    def peer_connected(self, peer: "SafekeeperPeer") -> None: ...
+    def peer_received(self, peer: "SafekeeperPeer", message: AcceptorMessage) -> None:
+        """Raises a RefusedError when this safekeeper cannot be used."""
+
+    def peer_disconnected(self, peer: "SafekeeperPeer") -> None: ...
+
+
+class SafekeeperPeer:
+    """`maintain` keeps it connected; `send` may be called at any time."""
+
+    def __init__(self, index: int, address: Address, owner: PeerOwner) -> None:
+        self.index = index
+        self.address = address
+        self.failure: ExcimerError | None = None
+        """Why it is not connected, as last heard; None while it is."""
+        self._owner = owner
+        self._connection: _Connection | None = None
+        self._announcement: CommitAnnounce | None = None
+        self._announce_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Not connected for a reason that time alone does not mend."""
+        return self.failure is not None and not isinstance(self.failure, RetryableError)
+
+    async def maintain(self) -> None:
+        """Dials until cancelled: at once, then later and later. An open connection outlives it."""
+        failures = 0
+        loop = asyncio.get_running_loop()
+        while True:
+            started = loop.time()
+            try:
+                if self._connection is None:
+                    await self._dial()
+                await self._wait_disconnected()
+            except (OSError, TimeoutError) as error:
+                self.failure = SafekeeperFailedError(
+                    f"cannot reach safekeeper {self.address}: {error or 'no answer'}"
+                )
+            failures = 1 if loop.time() - started >= RECONNECT.reset_after_s else failures + 1
+            if failures == 1 or failures % 10 == 0:
+                log.warning("safekeeper is away", address=str(self.address), error=self.failure)
+            await asyncio.sleep(RECONNECT.next_wait(failures))
+
+    def send_frame(self, frame: bytes) -> None:
+        """An append or another message that carries the commit LSN or needs none."""
+        if self._connection is not None:
+            self._connection.write(frame)
+
+    def hold_announcement(self, announcement: CommitAnnounce) -> None:
+        """Sends it within `ANNOUNCE_DELAY_S`, unless `drop_announcement` says that an append has told it."""
+        self._announcement = announcement
+        if self._announce_timer is None:
+            loop = asyncio.get_running_loop()
+            self._announce_timer = loop.call_later(ANNOUNCE_DELAY_S, self._announce)
+
+    def drop_announcement(self) -> None:
+        self._announcement = None
+
+    def check_alive(self) -> None:
+        """Drops a connection on which nothing has come for too long."""
+        connection = self._connection
+        if connection is not None and connection.silent_s > SILENT_S_MAX:
+            self.drop(SafekeeperFailedError(f"safekeeper {self.address} does not answer"))
+
+    def drop(self, failure: ExcimerError) -> None:
+        """Ends the connection, if there is one, for `failure`; `maintain` makes a new one."""
+        self.failure = failure
+        if self._connection is not None:
+            self._connection.abort()
+
+    def close(self) -> None:
+        if self._announce_timer is not None:
+            self._announce_timer.cancel()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _announce(self) -> None:
+        self._announce_timer = None
+        if self._announcement is not None:
+            self.send_frame(encode_proposer_message(self._announcement))
+            self._announcement = None
+
+    async def _dial(self) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await loop.create_connection(lambda: _Connection(self), self.address.host, self.address.port)
+
+    async def _wait_disconnected(self) -> None:
+        if self._connection is not None:
+            await self._connection.closed.wait()
+
+    def connection_made(self, connection: "_Connection") -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = connection
+        self._announcement = None
+        self._owner.peer_connected(self)
+
+    def received(self, message: AcceptorMessage) -> None:
+        self.failure = None
+        if isinstance(message, ErrorResponse):
+            kind = _FAILURES.get(message.code, SafekeeperFailedError)
+            self.drop(kind(f"safekeeper {self.address}: {message.text}"))
+            return
+        try:
+            self._owner.peer_received(self, message)
+        except RefusedError as error:
+            self.drop(error)
+
+    def connection_lost(self, connection: "_Connection", error: Exception | None) -> None:
+        if connection is not self._connection:
+            return
+        self._connection = None
+        if self.failure is None:
+            self.failure = SafekeeperFailedError(
+                f"safekeeper {self.address} closed the connection{f': {error}' if error else ''}"
+            )
+        self._owner.peer_disconnected(self)
+
+
+class _Connection(asyncio.Protocol):
+    """One socket of a peer."""
+
+    def __init__(self, peer: SafekeeperPeer) -> None:
+        self._peer = peer
+        self._parser = AcceptorMessageParser()
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._heard_at = self._loop.time()
+        self.closed = asyncio.Event()
+
+    @property
+    def silent_s(self) -> float:
+        return self._loop.time() - self._heard_at
+
+    def write(self, frame: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(frame)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._peer.connection_made(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
+        try:
+            messages = self._parser.feed(data)
+        except RefusedError as error:
+            self._peer.drop(error)
+            return
+        for message in messages:
+            self._peer.received(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set()
+        self._peer.connection_lost(self, exc)

@@ -1,0 +1,61 @@
+"""The system calls that make WAL durable, as an object, so that tests can make the N-th of them fail.
+
+Not here: what is written where (`wal_storage`, `control_file`).
+"""
+
+import os
+from pathlib import Path
+
+_ZEROS = bytes(1 << 20)
+
+
+class Disk:
+    """The real disk. All calls block and raise OSError."""
+
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+        """Writes all of `data`."""
+        with memoryview(data) as view:
+            done = 0
+            while done < len(view):
+                done += os.pwrite(fd, view[done:], offset + done)
+
+    def fdatasync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def create_zeros(self, path: Path, size_bytes: int) -> None:
+        """A durable file of real zeros: overwriting them later needs no new space and no journal.
+
+        Made under another name first, so that a file of that name is always whole.
+        """
+        temporary = path.with_name(path.name + ".new")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            for offset in range(0, size_bytes, len(_ZEROS)):
+                self.pwrite(fd, _ZEROS[: size_bytes - offset], offset)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+        self.sync_directory(path.parent)
+
+    def replace_file(self, path: Path, data: bytes) -> None:
+        """Puts `data` in the place of the whole file, durably: afterwards it is the old or the new."""
+        temporary = path.with_name(path.name + ".new")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            self.pwrite(fd, data, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+        self.sync_directory(path.parent)
+
+    def remove(self, path: Path) -> None:
+        os.unlink(path)
+
+    def sync_directory(self, directory: Path) -> None:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

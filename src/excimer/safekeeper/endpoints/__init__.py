@@ -1,0 +1,1 @@
+"""Where bytes of the outside become calls: proposers, WAL readers, HTTP management."""

@@ -1,0 +1,203 @@
+"""The port of proposers: one thread per connection, from the socket to the disk and back.
+
+A connection's first frame names its timeline and carries the token; until it is accepted the
+peer can hold neither memory nor a place for long (`GREETING_TIMEOUT_S`). Errors are answered with
+a frame that says which family they are of, then the connection closes; the safekeeper lives on.
+
+Not here: what the messages mean (`consensus.acceptor`, driven by `timeline`).
+"""
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import struct
+import threading
+from collections.abc import Callable, Sequence
+
+from excimer.base.clock import Clock
+from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
+from excimer.consensus.acceptor import ConnectionId
+from excimer.safekeeper.metrics import SafekeeperMetrics
+from excimer.safekeeper.registry import TimelineRegistry
+from excimer.safekeeper.timeline import Outgoing, SafekeeperTimeline
+from excimer.service.logs import get_logger
+from excimer.service.tasks import failure_of
+from excimer.wire.auth import Scope, TokenVerifier, require_tenant
+from excimer.wire.safekeeping import (
+    AcceptorMessage,
+    ErrorCode,
+    ErrorResponse,
+    ProposerGreeting,
+    ProposerMessage,
+    ProposerMessageParser,
+    encode_acceptor_message,
+)
+
+GREETING_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 30.0
+IDLE_TIMEOUT_S = 60.0
+"""A proposer sends a heartbeat each second; one that is silent this long is gone."""
+CONNECTIONS_MAX = 1000
+_RECEIVE_SIZE_BYTES = 1 << 18
+_CLOSE_TIMEOUT_S = 3.0
+
+log = get_logger(__name__)
+
+_CODE_OF_FAMILY: tuple[tuple[type[ExcimerError], int], ...] = (
+    (FencedError, ErrorCode.FENCED),
+    (RefusedError, ErrorCode.REFUSED),
+    (CorruptionError, ErrorCode.CORRUPTION),
+    (RetryableError, ErrorCode.RETRYABLE),
+)
+
+
+def error_response(error: ExcimerError) -> ErrorResponse:
+    code = next((code for family, code in _CODE_OF_FAMILY if isinstance(error, family)), ErrorCode.RETRYABLE)
+    return ErrorResponse(code, str(error))
+
+
+class ProposerPort:
+    """Accepts on the event loop; each connection then lives in its thread until `close`."""
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        timelines: TimelineRegistry,
+        verifier: TokenVerifier,
+        clock: Clock,
+        metrics: SafekeeperMetrics,
+    ) -> None:
+        self._listening = listening
+        self._timelines = timelines
+        self._verifier = verifier
+        self._clock = clock
+        self._metrics = metrics
+        self._ids = itertools.count(1)
+        self._connections: dict[ConnectionId, _Connection] = {}
+        self._lock = threading.Lock()
+
+    async def serve(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            accepted, _ = await loop.sock_accept(self._listening)
+            accepted.setblocking(True)
+            with self._lock:
+                if len(self._connections) >= CONNECTIONS_MAX:
+                    log.warning("too many proposer connections", limit=CONNECTIONS_MAX)
+                    accepted.close()
+                    continue
+                connection = _Connection(ConnectionId(next(self._ids)), accepted)
+                self._connections[connection.id] = connection
+            connection.thread = threading.Thread(
+                target=self._run, args=(connection,), name=f"proposer-{connection.id}", daemon=True
+            )
+            connection.thread.start()
+
+    def close(self) -> None:
+        """Ends all connections and waits for their threads. Blocks."""
+        with self._lock:
+            connections = list(self._connections.values())
+        for connection in connections:
+            connection.shut_down()
+        for connection in connections:
+            if connection.thread is not None:
+                connection.thread.join(_CLOSE_TIMEOUT_S)
+
+    def _run(self, connection: "_Connection") -> None:
+        self._metrics.proposers.inc()
+        try:
+            failure_of(lambda: self._serve_connection(connection))
+        finally:
+            self._metrics.proposers.dec()
+            with self._lock:
+                self._connections.pop(connection.id, None)
+            if connection.timeline is not None:
+                connection.timeline.disconnected(connection.id)
+            connection.close()
+
+    def _serve_connection(self, connection: "_Connection") -> None:
+        try:
+            connection.receive_all(lambda messages: self._handle(connection, messages))
+        except ExcimerError as error:
+            log.warning("proposer connection ends", connection=connection.id, error=error)
+            connection.send(error_response(error))
+        except OSError as error:
+            log.info("proposer connection lost", connection=connection.id, error=error)
+
+    def _handle(self, connection: "_Connection", messages: Sequence[ProposerMessage]) -> None:
+        if connection.timeline is None:
+            greeting = messages[0]
+            if not isinstance(greeting, ProposerGreeting):
+                raise RefusedError("a proposer greets first")
+            connection.timeline = self._authenticate(greeting)
+            connection.greeted()
+        self._send(connection.timeline.handle(connection.id, messages))
+
+    def _authenticate(self, greeting: ProposerGreeting) -> SafekeeperTimeline:
+        claims = self._verifier.verify(greeting.token, self._clock.now())
+        require_tenant(claims, greeting.identity.tenant_id, Scope.SAFEKEEPER_DATA)
+        return self._timelines.find(greeting.identity.tenant_id, greeting.identity.timeline_id)
+
+    def _send(self, outgoing: Sequence[Outgoing]) -> None:
+        for connection_id, message in outgoing:
+            with self._lock:
+                connection = self._connections.get(connection_id)
+            if connection is not None:
+                connection.send(message)
+
+
+class _Connection:
+    """One socket. Received by its own thread; other threads may send."""
+
+    def __init__(self, connection_id: ConnectionId, opened: socket.socket) -> None:
+        self.id = connection_id
+        self.timeline: SafekeeperTimeline | None = None
+        self.thread: threading.Thread | None = None
+        self._socket = opened
+        self._send_lock = threading.Lock()
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
+        self._set_receive_timeout(GREETING_TIMEOUT_S)
+
+    def greeted(self) -> None:
+        self._set_receive_timeout(IDLE_TIMEOUT_S)
+
+    def _set_receive_timeout(self, timeout_s: float) -> None:
+        """The kernel's own timeout: Python's would cost a poll before each recv."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
+
+    def receive_all(self, handle: Callable[[Sequence[ProposerMessage]], None]) -> None:
+        """Calls `handle` with the messages that each `recv` completed, until the peer closes.
+
+        Raises OSError, `MalformedFrameError`, and what `handle` raises.
+        """
+        parser = ProposerMessageParser()
+        buffer = bytearray(_RECEIVE_SIZE_BYTES)
+        view = memoryview(buffer)
+        while (size := self._socket.recv_into(buffer)) > 0:
+            messages = parser.feed(view[:size])
+            if messages:
+                handle(messages)
+
+    def send(self, message: AcceptorMessage) -> None:
+        """A failure is seen by the receiving thread, as the end of the connection."""
+        frame = encode_acceptor_message(message)
+        with self._send_lock:
+            try:
+                self._socket.sendall(frame)
+            except OSError as error:
+                log.debug("answer not sent", connection=self.id, error=error)
+                self.shut_down()
+
+    def shut_down(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))

@@ -1,0 +1,393 @@
+"""The port of WAL readers: PostgreSQL's physical replication protocol, for our services and stock tools.
+
+::
+
+    psql-style start-up with options='-c excimer.tenant_id=… -c excimer.timeline_id=…', the token as password
+    IDENTIFY_SYSTEM, SHOW …, READ_REPLICATION_SLOT …      (pg_receivewal, walreceiver)
+    START_REPLICATION … X/X      WAL up to the commit LSN (C3), then as it is committed
+
+WAL below the timeline's start is zeros, as far as the segment reaches that the start lies in: stock
+receivers begin with whole segments. Slots do not exist here: WAL is kept for everybody.
+
+Not here: what is committed (`consensus.acceptor`), protocol framing (`wire.pg_server`).
+"""
+
+import asyncio
+import contextlib
+import socket
+from typing import assert_never
+
+from excimer.base.clock import Clock, unix_to_timestamptz
+from excimer.base.errors import (
+    CorruptionError,
+    ExcimerError,
+    FencedError,
+    NotFoundError,
+    RefusedError,
+    RetryableError,
+)
+from excimer.base.ids import parse_tenant_id, parse_timeline_id
+from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn, format_lsn
+from excimer.safekeeper.metrics import SafekeeperMetrics
+from excimer.safekeeper.registry import TimelineRegistry
+from excimer.safekeeper.timeline import SafekeeperTimeline
+from excimer.service.logs import get_logger
+from excimer.service.tasks import TaskScope, contained
+from excimer.wire import pg_messages as pg
+from excimer.wire.auth import AuthError, Scope, TokenVerifier, require_tenant
+from excimer.wire.pg_server import (
+    CopyDataReceived,
+    CopyDoneReceived,
+    PasswordReceived,
+    QueryReceived,
+    ServerConnection,
+    ServerEvent,
+    StartupReceived,
+    Terminated,
+)
+from excimer.wire.replication import (
+    POSTGRES_TIMELINE,
+    CreateReplicationSlot,
+    EmptyCommand,
+    IdentifySystem,
+    Keepalive,
+    ReadReplicationSlot,
+    Show,
+    StandbyStatus,
+    StartReplication,
+    TimelineHistory,
+    decode_from_client,
+    encode_keepalive,
+    parse_command,
+    parse_options,
+    wal_data_head,
+)
+
+CONNECTIONS_MAX = 1000
+LOGIN_TIMEOUT_S = 10.0
+KEEPALIVE_INTERVAL_S = 1.0
+CHUNK_SIZE_BYTES = 128 << 10
+"""As PostgreSQL's own walsender (MAX_SEND_SIZE)."""
+_RECEIVE_SIZE_BYTES = 1 << 16
+_OPTION_TENANT = "excimer.tenant_id"
+_OPTION_TIMELINE = "excimer.timeline_id"
+
+log = get_logger(__name__)
+
+SQLSTATE_OF_FAMILY: tuple[tuple[type[ExcimerError], str], ...] = (
+    (AuthError, "28P01"),
+    (pg.ProtocolViolationError, "08P01"),
+    (NotFoundError, "3D000"),
+    (FencedError, "57P01"),
+    (RefusedError, "0A000"),
+    (RetryableError, "57P03"),
+    (CorruptionError, "XX001"),
+)
+"""First match counts."""
+
+
+class WalRemovedError(RefusedError):
+    """WAL below the oldest segment was asked for."""
+
+
+class WalAheadError(RetryableError):
+    """WAL was asked for that this safekeeper does not have yet: ask another, or later."""
+
+
+class SlotMissingError(NotFoundError):
+    """Safekeepers keep no replication slots."""
+
+
+def sqlstate_of(error: ExcimerError) -> str:
+    if isinstance(error, WalRemovedError):
+        return "58P01"
+    if isinstance(error, SlotMissingError):
+        return "42704"
+    return next((state for family, state in SQLSTATE_OF_FAMILY if isinstance(error, family)), "XX000")
+
+
+class ReplicationPort:
+    """Serves connections until its task is cancelled."""
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        timelines: TimelineRegistry,
+        verifier: TokenVerifier,
+        clock: Clock,
+        metrics: SafekeeperMetrics,
+    ) -> None:
+        self._listening = listening
+        self._timelines = timelines
+        self._verifier = verifier
+        self._clock = clock
+        self._metrics = metrics
+        self._connection_count = 0
+
+    async def serve(self) -> None:
+        """Until cancelled; then all connections end."""
+        loop = asyncio.get_running_loop()
+        async with TaskScope() as scope:
+            while True:
+                accepted, _ = await loop.sock_accept(self._listening)
+                if self._connection_count >= CONNECTIONS_MAX:
+                    log.warning("too many WAL readers", limit=CONNECTIONS_MAX)
+                    accepted.close()
+                    continue
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                scope.start("wal reader", contained("wal reader", self._serve_connection(accepted)))
+
+    async def _serve_connection(self, accepted: socket.socket) -> None:
+        self._connection_count += 1
+        self._metrics.readers.inc()
+        try:
+            reader, writer = await asyncio.open_connection(sock=accepted)
+            try:
+                await _Session(
+                    reader, writer, self._timelines, self._verifier, self._clock, self._metrics
+                ).run()
+            finally:
+                writer.close()
+        except OSError as error:
+            log.info("WAL reader lost", error=error)
+        finally:
+            self._connection_count -= 1
+            self._metrics.readers.dec()
+
+
+class _Session:
+    """One client, from start-up to its end."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        timelines: TimelineRegistry,
+        verifier: TokenVerifier,
+        clock: Clock,
+        metrics: SafekeeperMetrics,
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._timelines = timelines
+        self._verifier = verifier
+        self._clock = clock
+        self._metrics = metrics
+        self._protocol = ServerConnection()
+        self._sent_lsn = Lsn(0)
+
+    async def run(self) -> None:
+        """Answers errors as FATAL and returns. Raises OSError when the connection is lost."""
+        try:
+            async with asyncio.timeout(LOGIN_TIMEOUT_S):
+                timeline = await self._login()
+            if timeline is not None:
+                await self._serve_queries(timeline)
+        except TimeoutError:
+            log.info("WAL reader did not log in in time")
+        except ExcimerError as error:
+            log.warning("WAL reader refused", error=error)
+            self._writer.write(pg.encode_error(str(error), sqlstate_of(error), severity="FATAL"))
+            with contextlib.suppress(OSError):
+                await self._writer.drain()
+
+    async def _next_event(self) -> ServerEvent | None:
+        """None when the client has closed. Raises `ProtocolViolationError`, OSError."""
+        while True:
+            event = self._protocol.next_event()
+            self._writer.write(self._protocol.take_output())
+            if event is not None:
+                return None if isinstance(event, Terminated) else event
+            data = await self._reader.read(_RECEIVE_SIZE_BYTES)
+            if not data:
+                return None
+            self._protocol.feed(data)
+
+    async def _login(self) -> SafekeeperTimeline | None:
+        startup = await self._next_event()
+        if not isinstance(startup, StartupReceived):
+            return None
+        self._writer.write(pg.AUTHENTICATION_CLEARTEXT)
+        answer = await self._next_event()
+        if not isinstance(answer, PasswordReceived):
+            return None
+        timeline = self._authenticate(startup.parameters, answer.password)
+        self._protocol.authenticated()
+        version = f"{timeline.identity.pg_version}.0"
+        for name, value in (
+            ("server_version", version),
+            ("server_encoding", "UTF8"),
+            ("client_encoding", startup.parameters.get("client_encoding", "UTF8")),
+            ("integer_datetimes", "on"),
+            ("standard_conforming_strings", "on"),
+        ):
+            self._writer.write(pg.encode_parameter_status(name, value))
+        self._writer.write(pg.READY_FOR_QUERY)
+        return timeline
+
+    def _authenticate(self, parameters: dict[str, str], password: str) -> SafekeeperTimeline:
+        if parameters.get("replication", "").lower() not in ("true", "on", "yes", "1"):
+            raise RefusedError(
+                "a safekeeper answers replication connections only: connect with replication=true"
+            )
+        options = parse_options(parameters.get("options", ""))
+        if _OPTION_TENANT not in options or _OPTION_TIMELINE not in options:
+            raise RefusedError(f"name the timeline: options='-c {_OPTION_TENANT}=… -c {_OPTION_TIMELINE}=…'")
+        tenant_id = parse_tenant_id(options[_OPTION_TENANT])
+        timeline_id = parse_timeline_id(options[_OPTION_TIMELINE])
+        claims = self._verifier.verify(password, self._clock.now())
+        require_tenant(claims, tenant_id, Scope.SAFEKEEPER_DATA)
+        self._writer.write(pg.AUTHENTICATION_OK)
+        return self._timelines.find(tenant_id, timeline_id)
+
+    async def _serve_queries(self, timeline: SafekeeperTimeline) -> None:
+        while True:
+            await self._writer.drain()
+            event = await self._next_event()
+            if event is None:
+                return
+            if not isinstance(event, QueryReceived):
+                continue
+            try:
+                command = parse_command(event.query)
+                if isinstance(command, StartReplication):
+                    await self._stream(timeline, command)
+                else:
+                    self._writer.write(_answer(timeline, command))
+            except RefusedError as error:
+                self._writer.write(pg.encode_error(str(error), sqlstate_of(error)) + pg.READY_FOR_QUERY)
+
+    async def _stream(self, timeline: SafekeeperTimeline, command: StartReplication) -> None:
+        """CopyBoth until the client ends it. Raises errors before it begins, and fatal ones."""
+        _check_start(timeline, command)
+        self._sent_lsn = command.start_lsn
+        self._writer.write(pg.COPY_BOTH_RESPONSE)
+        self._protocol.begin_copy()
+        async with TaskScope() as scope:
+            sending = scope.start("send WAL", self._send_wal(timeline))
+            is_connected = await self._receive_status(timeline)
+            sending.cancel()
+        self._protocol.end_copy()
+        if is_connected:
+            done = pg.encode_command_complete("START_STREAMING") + pg.READY_FOR_QUERY
+            self._writer.write(pg.COPY_DONE + done)
+
+    async def _send_wal(self, timeline: SafekeeperTimeline) -> None:
+        """Until cancelled. Chunks end at page boundaries or at the commit LSN, which ends a record."""
+        segment_size_bytes = timeline.identity.wal_segment_size_bytes
+        while True:
+            commit_lsn = timeline.commit_lsn
+            if self._sent_lsn >= commit_lsn:
+                if not await timeline.commits.wait_beyond(self._sent_lsn, KEEPALIVE_INTERVAL_S):
+                    self._send_keepalive(timeline)
+                    await self._writer.drain()
+                continue
+            end_lsn = Lsn(min(commit_lsn, _page_start(self._sent_lsn + CHUNK_SIZE_BYTES)))
+            if commit_lsn - self._sent_lsn > segment_size_bytes:  # old WAL may not be in memory
+                wal = await asyncio.to_thread(timeline.read_wal, self._sent_lsn, end_lsn)
+            else:
+                wal = timeline.read_wal(self._sent_lsn, end_lsn)
+            head = wal_data_head(self._sent_lsn, commit_lsn, unix_to_timestamptz(self._clock.now()))
+            self._writer.writelines((pg.copy_data_head(len(head) + len(wal)), head, wal))
+            self._sent_lsn = end_lsn
+            self._metrics.sent_bytes.inc(len(wal))
+            await self._writer.drain()
+
+    def _send_keepalive(self, timeline: SafekeeperTimeline) -> None:
+        timeline.check_open()
+        message = Keepalive(timeline.commit_lsn, unix_to_timestamptz(self._clock.now()), False)
+        self._writer.write(pg.encode_copy_data(encode_keepalive(message)))
+
+    async def _receive_status(self, timeline: SafekeeperTimeline) -> bool:
+        """Reads the client's side of the copy; False when the connection ended with it."""
+        while True:
+            event = await self._next_event()
+            if event is None:
+                return False
+            if isinstance(event, CopyDoneReceived):
+                return True
+            if isinstance(event, CopyDataReceived):
+                message = decode_from_client(event.payload)
+                if isinstance(message, StandbyStatus) and message.is_reply_requested:
+                    self._send_keepalive(timeline)
+
+
+def _page_start(lsn: int) -> int:
+    return lsn - lsn % WAL_PAGE_SIZE_BYTES
+
+
+def _check_start(timeline: SafekeeperTimeline, command: StartReplication) -> None:
+    if command.slot is not None:
+        raise SlotMissingError(f'replication slot "{command.slot}" does not exist: safekeepers keep no slots')
+    if command.postgres_timeline not in (None, POSTGRES_TIMELINE):
+        raise RefusedError(f"there is no PostgreSQL timeline {command.postgres_timeline}; all WAL is on 1")
+    if command.start_lsn < timeline.first_lsn():
+        raise WalRemovedError(
+            f"requested WAL at {format_lsn(command.start_lsn)} is not kept: "
+            f"this timeline begins at {format_lsn(timeline.start_lsn)}"
+        )
+    newest_lsn = max(timeline.flush_lsn, timeline.commit_lsn)
+    if command.start_lsn > newest_lsn:
+        raise WalAheadError(
+            f"requested starting point {format_lsn(command.start_lsn)} is ahead of "
+            f"this safekeeper's WAL, which ends at {format_lsn(newest_lsn)}"
+        )
+
+
+def _answer(
+    timeline: SafekeeperTimeline,
+    command: IdentifySystem
+    | Show
+    | TimelineHistory
+    | CreateReplicationSlot
+    | ReadReplicationSlot
+    | EmptyCommand,
+) -> bytes:
+    """The whole answer to a command that is not START_REPLICATION. Raises RefusedError."""
+    match command:
+        case IdentifySystem():
+            return _identify_system(timeline)
+        case Show(name):
+            row: list[bytes | None] = [_setting(timeline, name).encode()]
+            return pg.encode_result([pg.Column(name)], [row], "SHOW")
+        case ReadReplicationSlot():
+            columns = [
+                pg.Column("slot_type"),
+                pg.Column("restart_lsn"),
+                pg.Column("restart_tli", pg.INT8_OID, 8),
+            ]
+            return pg.encode_result(columns, [[None, None, None]], "READ_REPLICATION_SLOT")
+        case TimelineHistory(number):
+            raise WalRemovedError(f"there is no history of PostgreSQL timeline {number}; all WAL is on 1")
+        case CreateReplicationSlot():
+            raise RefusedError("safekeepers keep no replication slots, and all WAL: connect without a slot")
+        case EmptyCommand():
+            return pg.EMPTY_QUERY_RESPONSE + pg.READY_FOR_QUERY
+        case _:
+            assert_never(command)
+
+
+def _identify_system(timeline: SafekeeperTimeline) -> bytes:
+    columns = [
+        pg.Column("systemid"),
+        pg.Column("timeline", pg.INT8_OID, 8),
+        pg.Column("xlogpos"),
+        pg.Column("dbname"),
+    ]
+    row = [
+        str(timeline.identity.system_id).encode(),
+        str(POSTGRES_TIMELINE).encode(),
+        format_lsn(timeline.commit_lsn).encode(),
+        None,
+    ]
+    return pg.encode_result(columns, [row], "IDENTIFY_SYSTEM")
+
+
+def _setting(timeline: SafekeeperTimeline, name: str) -> str:
+    if name == "wal_segment_size":
+        return f"{timeline.identity.wal_segment_size_bytes >> 20}MB"
+    if name == "data_directory_mode":
+        return "0700"
+    if name == "server_version":
+        return f"{timeline.identity.pg_version}.0"
+    raise RefusedError(f'unrecognized configuration parameter "{name}"')

@@ -1,0 +1,38 @@
+"""Finds where a timeline's WAL ends after any crash: at its last whole record.
+
+A crash leaves a tail that may be written in part, or out of order, with zeros behind. From a known
+record boundary (the commit LSN of the control file) records are read and checked, each by its
+checksum and by its pointer to the one before; the first that is not whole ends the WAL. What was
+found is written again and synced before it counts, since it may so far have been in the page
+cache only.
+
+Not here: cutting the rest off (the acceptor's first effect, `TruncateWal`).
+"""
+
+from excimer._native.wal_scanner import WalScanner
+from excimer.base.lsn import Lsn
+from excimer.pgformat.wal_segment import InvalidWalError
+from excimer.safekeeper.wal_storage import WalMissingError, WalStorage
+from excimer.wire.safekeeping import TimelineIdentity
+
+_SCAN_SIZE_BYTES = 1 << 20
+
+
+def new_scanner(identity: TimelineIdentity, start_lsn: Lsn) -> WalScanner:
+    return WalScanner(start_lsn, identity.pg_version, identity.wal_segment_size_bytes)
+
+
+def find_end_of_wal(storage: WalStorage, identity: TimelineIdentity, start_lsn: Lsn, limit_lsn: Lsn) -> Lsn:
+    """End of the last whole record between the boundary `start_lsn` and `limit_lsn`. Blocks."""
+    scanner = new_scanner(identity, start_lsn)
+    segment_size_bytes = identity.wal_segment_size_bytes
+    lsn = start_lsn
+    while lsn < limit_lsn:
+        segment_end_lsn = lsn - lsn % segment_size_bytes + segment_size_bytes
+        end_lsn = Lsn(min(lsn + _SCAN_SIZE_BYTES, segment_end_lsn, limit_lsn))
+        try:
+            scanner.feed(storage.read(lsn, end_lsn))
+        except (InvalidWalError, WalMissingError):
+            break
+        lsn = end_lsn
+    return scanner.last_record_end

@@ -1,0 +1,17 @@
+"""What an operator may write for a safekeeper."""
+
+from pathlib import Path
+
+from excimer.base.ids import NodeId
+from excimer.service.settings import Settings
+
+
+class SafekeeperSettings(Settings, frozen=True):
+    id: NodeId
+    """Unique in the installation and never reused: a safekeeper that lost its disk gets a new one."""
+    data_dir: Path
+    proposer_listen: str
+    replication_listen: str
+    http_listen: str
+    broker_url: str
+    auth_public_key_path: Path

@@ -1,0 +1,228 @@
+"""Stock PostgreSQL commits through three real safekeepers: D1, deaths, fencing, catching up."""
+
+import asyncio
+import contextlib
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from excimer.base.errors import RefusedError
+from excimer.base.lsn import Lsn, format_lsn
+from excimer.compute.proposer import NewerProposerError, Proposer
+from excimer.service.tasks import running
+from tests.kit.builds import NEWEST_VERSION, build_of
+from tests.kit.plain_postgres import PROPOSER_CONFIGURATION, PlainPostgres
+from tests.kit.safekeepers import (
+    TENANT,
+    TIMELINE,
+    SafekeeperCluster,
+    running_safekeepers,
+)
+
+pytestmark = pytest.mark.timeout(120)
+BLOCKED_S = 0.7
+"""A commit that has not come back by then counts as blocked."""
+SOON_S = 15.0
+
+
+@pytest.fixture(scope="session")
+def initdb_template() -> Iterator[Path]:
+    plain = PlainPostgres(build_of(NEWEST_VERSION))
+    plain.create()
+    (plain.data_dir / "postgresql.conf").write_text("")
+    yield plain.data_dir
+    plain.remove()
+
+
+@pytest.fixture
+def postgres(initdb_template: Path) -> Iterator[PlainPostgres]:
+    plain = PlainPostgres(build_of(NEWEST_VERSION))
+    plain.create(PROPOSER_CONFIGURATION, initdb_template)
+    yield plain
+    plain.remove()
+
+
+@pytest.fixture
+def safekeepers(tmp_path: Path) -> Iterator[SafekeeperCluster]:
+    with running_safekeepers(tmp_path) as cluster:
+        yield cluster
+
+
+def new_proposer(safekeepers: SafekeeperCluster, token: str | None = None) -> Proposer:
+    return Proposer(
+        tenant_id=TENANT,
+        timeline_id=TIMELINE,
+        safekeepers=safekeepers.addresses,
+        token=token or safekeepers.token,
+    )
+
+
+@contextlib.asynccontextmanager
+async def streaming(postgres: PlainPostgres, safekeepers: SafekeeperCluster) -> AsyncIterator[Proposer]:
+    """PostgreSQL runs, its timeline exists, and a proposer carries its WAL."""
+    async with postgres.running():
+        start_lsn = await postgres.flush_lsn()
+        safekeepers.create_timeline(start_lsn, NEWEST_VERSION, await postgres.system_id())
+        proposer = new_proposer(safekeepers)
+        try:
+            election = await proposer.elect()
+            assert election.start_lsn == start_lsn
+            async with running("proposer", proposer.stream(postgres.address)):
+                yield proposer
+        finally:
+            proposer.close()
+
+
+async def execute(postgres: PlainPostgres, *statements: str) -> None:
+    async with await postgres.connect() as connection:
+        for statement in statements:
+            await connection.execute(statement.encode())
+
+
+async def is_blocked(task: "asyncio.Task[None]") -> bool:
+    done, _ = await asyncio.wait((task,), timeout=BLOCKED_S)
+    return not done
+
+
+async def wait_until(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(int(SOON_S / 0.05)):
+        if condition():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"not in time: {what}")
+
+
+def test_one_dead_safekeeper_changes_nothing_and_two_block_commits(
+    postgres: PlainPostgres, safekeepers: SafekeeperCluster
+) -> None:
+    async def scenario() -> None:
+        async with streaming(postgres, safekeepers) as proposer, asyncio.TaskGroup() as group:
+            await execute(postgres, "create table t(i int)", "insert into t values (1)")
+            committed = await postgres.flush_lsn()
+            assert proposer.commit_lsn >= committed
+            first, second, _ = safekeepers.members
+            first.kill()
+            await execute(postgres, "insert into t values (2)")
+            second.kill()
+            blocked = group.create_task(execute(postgres, "insert into t values (3)"))
+            assert await is_blocked(blocked)
+            first.start()
+            await asyncio.wait_for(blocked, SOON_S)
+            second.start()
+            end = await postgres.flush_lsn()
+            members = safekeepers.members
+            await wait_until(lambda: all(each.flush_lsn() >= end for each in members), "all catch up")
+            await wait_until(lambda: all(each.commit_lsn() >= end for each in members), "all hear of it")
+            assert await postgres.value("select count(*) from t") == "3"
+
+    asyncio.run(scenario())
+
+
+def test_received_segments_are_what_postgres_wrote(
+    postgres: PlainPostgres, safekeepers: SafekeeperCluster
+) -> None:
+    async def scenario() -> tuple[Lsn, Lsn, list[bytes]]:
+        async with streaming(postgres, safekeepers):
+            start = safekeepers.members[0].flush_lsn()
+            await execute(
+                postgres,
+                "create table t as select g, repeat('x', 500) from generate_series(1, 60000) g",
+                "select pg_switch_wal()",
+                "insert into t values (0, '')",
+            )
+            end = await postgres.flush_lsn()
+            members = safekeepers.members
+            await wait_until(lambda: all(each.commit_lsn() >= end for each in members), "all have it")
+            segments = sorted((postgres.data_dir / "pg_wal").glob("0*"))
+            return start, end, [segment.name.encode() + segment.read_bytes() for segment in segments]
+
+    start, end, written = asyncio.run(scenario())
+    assert end - start > 2 << 24
+    for member in safekeepers.members:
+        assert member.stop() == 0
+        for segment in written:
+            name, wal = segment[:24].decode(), segment[24:]
+            stored = (member.timeline_dir / name).read_bytes()
+            lsn = int(name[8:16], 16) << 32 | int(name[16:], 16) << 24
+            low, high = max(start - lsn, 0), min(max(end - lsn, 0), len(wal))
+            assert stored[low:high] == wal[low:high]
+            assert not any(stored[:low])
+        # The page that the start lies in has no header here; from the next segment on all pages do.
+        whole = Lsn((start >> 24) + 1 << 24)
+        waldump = subprocess.run(
+            [
+                postgres.build.program("pg_waldump"),
+                *("-p", member.timeline_dir, "-q", "-s", format_lsn(whole), "-e", format_lsn(end)),
+            ],
+            env=postgres.build.whole_environment(),
+            capture_output=True,
+            check=False,
+        )
+        assert waldump.returncode == 0, waldump.stderr
+
+
+def test_a_second_proposer_fences_the_first_and_cuts_its_divergent_tail(
+    postgres: PlainPostgres, safekeepers: SafekeeperCluster
+) -> None:
+    async def scenario() -> None:
+        async with postgres.running():
+            start_lsn = await postgres.flush_lsn()
+            safekeepers.create_timeline(start_lsn, NEWEST_VERSION, await postgres.system_id())
+            first = new_proposer(safekeepers)
+            await first.elect()
+            lonely, *others = safekeepers.members
+            fenced: asyncio.Task[None] | None = None
+            async with asyncio.TaskGroup() as group:
+                fenced = group.create_task(expect_fenced(first, postgres))
+                await execute(postgres, "create table t(i int)")
+                committed = await postgres.flush_lsn()
+                for member in others:
+                    member.kill()
+                # Only one safekeeper gets this: it can never be acknowledged.
+                unacknowledged = group.create_task(expect_lost(postgres))
+                assert await is_blocked(unacknowledged)
+                tail = lonely.flush_lsn()
+                assert tail > committed
+                lonely.kill()
+                for member in others:
+                    member.start()
+                second = new_proposer(safekeepers)
+                election = await second.elect()
+                assert election.term == 2
+                assert committed <= election.start_lsn < tail
+                lonely.start()
+                await asyncio.wait_for(fenced, SOON_S)
+                second.close()
+                third = new_proposer(safekeepers)
+                assert (await third.elect()).start_lsn == election.start_lsn
+                await wait_until(lambda: lonely.flush_lsn() == election.start_lsn, "the tail is cut")
+                third.close()
+                assert postgres.process is not None
+                await postgres.process.stop(fast=False)
+
+    async def expect_fenced(proposer: Proposer, plain: PlainPostgres) -> None:
+        with pytest.raises(NewerProposerError):
+            await proposer.stream(plain.address)
+
+    async def expect_lost(plain: PlainPostgres) -> None:
+        with pytest.raises(psycopg.OperationalError):
+            await execute(plain, "insert into t values (1)")
+
+    asyncio.run(scenario())
+
+
+def test_refusals_are_told_in_one_sentence(safekeepers: SafekeeperCluster) -> None:
+    async def elect(token: str | None = None) -> None:
+        proposer = new_proposer(safekeepers, token)
+        try:
+            await proposer.elect()
+        finally:
+            proposer.close()
+
+    with pytest.raises(RefusedError, match="does not keep timeline"):
+        asyncio.run(elect())
+    with pytest.raises(RefusedError, match="token"):
+        asyncio.run(elect("not a token"))
