@@ -466,7 +466,7 @@ class Proposer:
 
     def _append_answered(self, peer: _Peer, answer: AppendResponse) -> list[ProposerEffect]:
         effects = self._fenced_by(answer.term)
-        if effects or self._reign is None or answer.term != self.term:
+        if effects or answer.term != self.term or not peer.adopted:
             return effects
         return self._acknowledged(peer, answer.flush_lsn, answer.commit_lsn)
 

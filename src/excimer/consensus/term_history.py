@@ -90,12 +90,14 @@ class TermHistory:
         raise HistoryMismatchError(f"no term in common: {mine} and {other.entries}")
 
     def trimmed(self, horizon_lsn: Lsn) -> "TermHistory":
-        """Without the entries whose WAL lies wholly below `horizon_lsn`.
+        """Without the entries that end below `horizon_lsn`; keeps the one that wrote the byte before it.
 
-        Safe when every member has committed up to there: no two of their logs can part below it,
-        and each of them keeps the entry that covers it. Keeps a history short however often a compute starts.
+        Safe when every member has committed up to there: all of them hold that byte, hence that
+        entry, and no two of their logs can part below it. An entry that only starts at the horizon
+        is no substitute, since a member may hold the WAL without having heard of that term.
+        Keeps a history short however often a compute starts.
         """
         first = 0
-        while first + 1 < len(self.entries) and self.entries[first + 1].start_lsn <= horizon_lsn:
+        while first + 1 < len(self.entries) and self.entries[first + 1].start_lsn < horizon_lsn:
             first += 1
         return self if first == 0 else TermHistory(self.entries[first:])
