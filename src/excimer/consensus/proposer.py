@@ -468,6 +468,9 @@ class Proposer:
         effects = self._fenced_by(answer.term)
         if effects or answer.term != self.term or not peer.adopted:
             return effects
+        if peer.sent_lsn is not None and peer.sent_lsn < answer.flush_lsn:
+            # A late rejection had set it back, perhaps below all that the window and donors still have.
+            peer.sent_lsn = answer.flush_lsn
         return self._acknowledged(peer, answer.flush_lsn, answer.commit_lsn)
 
     def _append_rejected(self, peer: _Peer, answer: AppendRejected) -> list[ProposerEffect]:
