@@ -1,0 +1,244 @@
+"""Cores with one rule broken each. The simulator must notice every one of them, or it proves nothing."""
+
+from dataclasses import dataclass, replace
+
+from excimer.base.errors import CorruptionError
+from excimer.base.lsn import Lsn
+from excimer.consensus.acceptor import (
+    Acceptor,
+    AcceptorEffect,
+    AcceptorState,
+    ConnectionId,
+    FlushWal,
+    PersistControl,
+    Send,
+    TruncateWal,
+    WriteWal,
+)
+from excimer.consensus.proposer import CommitAdvanced, Proposer, ProposerEffect
+from excimer.consensus.quorum import quorum_lsn
+from excimer.consensus.term_history import TermHistory
+from excimer.wire.safekeeping import (
+    AppendRequest,
+    AppendResponse,
+    ProposerElected,
+    ProposerMessage,
+    Term,
+    VoteRequest,
+    VoteResponse,
+)
+
+
+class SpeaksBeforePersisting(Acceptor):
+    """C2 broken: the vote leaves before it is on disk."""
+
+    def receive(self, connection: ConnectionId, message: ProposerMessage) -> list[AcceptorEffect]:
+        effects = super().receive(connection, message)
+        return sorted(effects, key=lambda effect: isinstance(effect, PersistControl))
+
+
+class NeverPersistsVotes(Acceptor):
+    """C2 broken: a promise lives in memory only."""
+
+    def _vote(self, connection: ConnectionId, request: VoteRequest) -> list[AcceptorEffect]:
+        effects = super()._vote(connection, request)
+        return [effect for effect in effects if not isinstance(effect, PersistControl)]
+
+
+class VotesWithoutChecking(Acceptor):
+    """Grants every vote, whatever it has promised."""
+
+    def _may_vote(self, request: VoteRequest) -> bool:
+        return True
+
+
+class AcceptsOlderTerms(Acceptor):
+    """C1 broken: WAL of the adopted term is still accepted, and acknowledged, after a newer promise."""
+
+    def _append(self, connection: ConnectionId, request: AppendRequest) -> list[AcceptorEffect]:
+        promised = self.state.promised_term
+        if request.term != self.adopted_term:
+            return super()._append(connection, request)
+        self.state = replace(self.state, promised_term=request.term)
+        effects = super()._append(connection, request)
+        self.state = replace(self.state, promised_term=promised)
+        return effects
+
+    def _append_response(self) -> AppendResponse:
+        return AppendResponse(self.adopted_term, self.flush_lsn, self.state.commit_lsn)
+
+
+class CutsBelowCommit(Acceptor):
+    """Cuts to the start of the log instead of to where it parts; the leader would send it all again."""
+
+    def _cut_lsn(self, history: TermHistory) -> Lsn | None:
+        cut_lsn = super()._cut_lsn(history)
+        return None if cut_lsn is None else self.timeline_start_lsn
+
+
+class CutsAgainWhenRepeated(Acceptor):
+    """Handles a repeated announcement of an election like the first."""
+
+    def _elected(self, connection: ConnectionId, elected: ProposerElected) -> list[AcceptorEffect]:
+        again: list[AcceptorEffect] = []
+        if elected.term == self.adopted_term == self.state.promised_term:
+            start_lsn = elected.history[-1].start_lsn
+            if start_lsn < self.write_lsn and start_lsn >= self.state.commit_lsn:
+                self.write_lsn = self.flush_lsn = self.last_record_end_lsn = start_lsn
+                self._truncation_count += 1
+                again.append(TruncateWal(start_lsn))
+        return again + super()._elected(connection, elected)
+
+
+class NeverCuts(Acceptor):
+    """Adopts a history and keeps WAL that does not belong to it."""
+
+    def _cut_lsn(self, history: TermHistory) -> Lsn | None:
+        return None
+
+
+class AdoptsBeforeCutting(Acceptor):
+    """The new history is on disk before the WAL that contradicts it is gone."""
+
+    def _adopt(self, elected: ProposerElected) -> list[AcceptorEffect]:
+        return sorted(super()._adopt(elected), key=lambda effect: isinstance(effect, TruncateWal))
+
+
+class KeepsLeftovers(Acceptor):
+    """Does not clear what a crash left behind the last complete record."""
+
+    def start(self) -> list[AcceptorEffect]:
+        return []
+
+
+class AcknowledgesUnflushed(Acceptor):
+    """D1 broken: says "flushed" when the write has only been handed to the system."""
+
+    def _append(self, connection: ConnectionId, request: AppendRequest) -> list[AcceptorEffect]:
+        effects = super()._append(connection, request)
+        if any(isinstance(effect, WriteWal) for effect in effects):
+            early = AppendResponse(self.state.promised_term, self.write_lsn, self.state.commit_lsn)
+            effects.append(Send(connection, early))
+        return effects
+
+
+class BelievesStaleFlushes(Acceptor):
+    """Takes a flush from before a truncation for one of the WAL that came after."""
+
+    def wal_flushed(self, flush: FlushWal, last_record_end_lsn: Lsn) -> list[AcceptorEffect]:
+        current = FlushWal(flush.end_lsn, self._truncation_count)
+        if flush.end_lsn > self.write_lsn or last_record_end_lsn < self.last_record_end_lsn:
+            current = flush
+        return super().wal_flushed(current, last_record_end_lsn)
+
+
+class ShowsUncommittedWal(Acceptor):
+    """C3 broken: lets readers see all that is durable here."""
+
+    def _advance_commit(self) -> list[AcceptorEffect]:
+        self._announced_commit_lsn = self.last_record_end_lsn
+        return super()._advance_commit()
+
+
+class TrimsHistoryAtItsOwnCommit(Acceptor):
+    """Forgets terms that another member, which lags, still needs to find where logs part."""
+
+    def _adopt(self, elected: ProposerElected) -> list[AcceptorEffect]:
+        effects = super()._adopt(elected)
+        self.state: AcceptorState = replace(
+            self.state, history=self.state.history.trimmed(self.state.commit_lsn)
+        )
+        return [PersistControl(self.state) if isinstance(e, PersistControl) else e for e in effects]
+
+
+class CountsByPresence(Proposer):
+    """Commits WAL because a majority holds that many bytes, whatever history they belong to."""
+
+    def _counted_flush_lsns(self) -> list[Lsn]:
+        return [max(peer.flush_lsn, peer.vote.flush_lsn if peer.vote else Lsn(0)) for peer in self._peers]
+
+
+class CommitsByMinority(Proposer):
+    """One member is enough."""
+
+    def _counted_flush_lsns(self) -> list[Lsn]:
+        return [max(super()._counted_flush_lsns())] * len(self._peers)
+
+
+class CommitsInsideRecords(Proposer):
+    """Takes the majority's flush LSN as it is."""
+
+    def _advance_commit(self) -> list[ProposerEffect]:
+        reign = self._leading()
+        flushed_lsn = quorum_lsn(self._counted_flush_lsns(), len(self._peers))
+        if flushed_lsn <= reign.commit_lsn or flushed_lsn < reign.start_lsn:
+            return []
+        reign.commit_lsn = flushed_lsn
+        return [CommitAdvanced(flushed_lsn)]
+
+
+class PrefersLongestLog(Proposer):
+    """Elects by length alone: an abandoned minority's log may be longer than the committed one."""
+
+    def _log_rank(self, vote: VoteResponse) -> tuple[Term, Lsn]:
+        return Term(0), vote.flush_lsn
+
+
+class PrefersNewestPromise(Proposer):
+    """Elects by last term alone: among its holders a shorter log may lack committed records."""
+
+    def _log_rank(self, vote: VoteResponse) -> tuple[Term, Lsn]:
+        return super()._log_rank(vote)[0], Lsn(0)
+
+
+class TrustsAnyVoter(Proposer):
+    """Continues whichever log answered first."""
+
+    def _log_rank(self, vote: VoteResponse) -> tuple[Term, Lsn]:
+        return Term(0), Lsn(0)
+
+
+class IgnoresHigherTerms(Proposer):
+    """Never fenced; counts what answers of a newer term say."""
+
+    def _append_answered(self, peer: object, answer: AppendResponse) -> list[ProposerEffect]:
+        own = AppendResponse(self.term, answer.flush_lsn, answer.commit_lsn)
+        return super()._append_answered(peer, own)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    acceptor_type: type[Acceptor] = Acceptor
+    proposer_type: type[Proposer] = Proposer
+
+    @property
+    def name(self) -> str:
+        broken = self.acceptor_type if self.acceptor_type is not Acceptor else self.proposer_type
+        return broken.__name__
+
+
+MUTANTS = (
+    Mutant(SpeaksBeforePersisting),
+    Mutant(NeverPersistsVotes),
+    Mutant(VotesWithoutChecking),
+    Mutant(AcceptsOlderTerms),
+    Mutant(CutsBelowCommit),
+    Mutant(CutsAgainWhenRepeated),
+    Mutant(NeverCuts),
+    Mutant(AdoptsBeforeCutting),
+    Mutant(KeepsLeftovers),
+    Mutant(AcknowledgesUnflushed),
+    Mutant(BelievesStaleFlushes),
+    Mutant(ShowsUncommittedWal),
+    Mutant(TrimsHistoryAtItsOwnCommit),
+    Mutant(proposer_type=CountsByPresence),
+    Mutant(proposer_type=CommitsByMinority),
+    Mutant(proposer_type=CommitsInsideRecords),
+    Mutant(proposer_type=PrefersLongestLog),
+    Mutant(proposer_type=PrefersNewestPromise),
+    Mutant(proposer_type=TrustsAnyVoter),
+    Mutant(proposer_type=IgnoresHigherTerms),
+)
+
+NOTICED = (AssertionError, CorruptionError)
+"""How a broken rule shows: the checker objects, or a sound part finds the damage itself."""
