@@ -156,6 +156,10 @@ class RedoWorker:
         return self._process
 
     @property
+    def process_id(self) -> int:
+        return self.process.pid
+
+    @property
     def request_count(self) -> int:
         """Requests sent so far."""
         return self._sent

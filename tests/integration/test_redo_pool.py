@@ -1,0 +1,264 @@
+"""The pool with real workers: order, damage, kills, silence, restarts."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from excimer.base.errors import CorruptionError
+from excimer.base.keys import BLOCK_SIZE_BYTES, Relation, relation_block_key
+from excimer.pgformat.wal_record import Rmgr, record_crc
+from excimer.postgres import redo_extension
+from excimer.postgres.redo_template import redo_control_file
+from excimer.storage.engine.redo_pool import RedoError, RedoPool, RedoUnavailableError
+from excimer.storage.engine.redo_worker import RedoWorker, RedoWorkerError
+from excimer.wire.redo import REQUEST_HEAD, STATISTICS_REQUEST, encode_redo_request
+from tests.kit.builds import ALL_VERSIONS, NEWEST_VERSION, build_of
+from tests.kit.directories import reachable_directory
+
+RELATION = Relation(1663, 5, 16384)
+FLAG_WILL_INIT, FLAG_HAS_DATA = 0x40, 0x20
+HEAP_INSERT, HEAP_INIT_PAGE = 0x00, 0x80
+START, END = 0x100_0028, 0x100_0080
+
+
+@contextlib.asynccontextmanager
+async def open_pool(
+    version: int = NEWEST_VERSION, workers: int = 2, **options: float
+) -> AsyncIterator[RedoPool]:
+    with reachable_directory() as root:
+        pool = RedoPool(build_of(version), root / "scratch", workers, **options)  # type: ignore[arg-type]
+        try:
+            yield pool
+        finally:
+            await pool.close()
+        assert not list((root / "scratch").glob("*/*")), "workers left their directories behind"
+
+
+def plain_page(number: int) -> bytes:
+    return struct.pack("<Q", number) * (BLOCK_SIZE_BYTES // 8)
+
+
+def plain_request(number: int) -> bytes:
+    """A request that changes nothing: its answer is its base."""
+    return encode_redo_request(RELATION, 0, number, plain_page(number), [])
+
+
+def insert_record(block: int, *, offset: int = 1, init: bool = True, rmgr: int = Rmgr.HEAP) -> bytes:
+    """A heap insert of a 32-byte tuple at line pointer `offset`."""
+    block_data = struct.pack("<HHB", 1, 0x0800, 24) + bytes(1) + b"excimer!"
+    flags = FLAG_HAS_DATA | (FLAG_WILL_INIT if init else 0)
+    body = struct.pack("<BBHIIII", 0, flags, len(block_data), *RELATION, block)
+    main = struct.pack("<HB", offset, 0)
+    body += bytes([255, len(main)]) + block_data + main
+    info = HEAP_INSERT | (HEAP_INIT_PAGE if init else 0)
+    record = struct.pack("<IIQBB2xI", 24 + len(body), 700, 0, info, rmgr, 0) + body
+    return record[:20] + struct.pack("<I", record_crc(record)) + record[24:]
+
+
+def insert_request(block: int, *records: bytes) -> bytes:
+    return encode_redo_request(RELATION, 0, block, None, [(START, END, record) for record in records])
+
+
+@pytest.mark.parametrize("version", ALL_VERSIONS)
+def test_a_record_makes_a_page(version: int) -> None:
+    async def scenario() -> None:
+        async with open_pool(version) as pool:
+            (page,) = await pool.redo([insert_request(7, insert_record(7))])
+            assert isinstance(page, bytes)
+            assert struct.unpack_from("<II", page) == (END >> 32, END & 0xFFFFFFFF)
+            assert page.endswith(b"excimer!")
+
+    asyncio.run(scenario())
+
+
+def test_answers_come_in_the_order_of_requests() -> None:
+    async def one(pool: RedoPool, first: int, count: int) -> None:
+        numbers = range(first, first + count)
+        assert await pool.redo([plain_request(number) for number in numbers]) == [
+            plain_page(number) for number in numbers
+        ]
+
+    async def scenario() -> None:
+        async with open_pool() as pool:
+            async with asyncio.TaskGroup() as group:
+                for index, count in enumerate((1, 3, 700, 16, 17, 1, 300, 40, 2, 1000, 5, 64)):
+                    group.create_task(one(pool, index * 10_000, count), name=f"ask-{index}")
+            assert pool.crew.started <= 2
+
+    asyncio.run(scenario())
+
+
+def damaged(record: bytes, at: int) -> bytes:
+    return record[:at] + bytes([record[at] ^ 0x10]) + record[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (b"garbage" * 20, "length is"),
+        (damaged(insert_record(7), 50), "checksum is wrong"),
+        (damaged(insert_record(7), 17), "checksum is wrong"),
+        (insert_record(8), "does not touch this page"),
+        (insert_record(7, rmgr=Rmgr.SMGR), "changes no page"),
+        (insert_record(7, rmgr=99), "changes no page"),
+        (insert_record(7, offset=200), "invalid max offset number"),
+    ],
+    ids=[
+        "garbage",
+        "flipped data",
+        "flipped header",
+        "other page",
+        "smgr",
+        "unknown manager",
+        "PANIC in redo",
+    ],
+)
+def test_a_bad_record_is_an_error_that_names_it(record: bytes, reason: str) -> None:
+    async def scenario() -> None:
+        async with open_pool() as pool:
+            good = [plain_request(number) for number in range(20)]
+            results = await pool.redo([*good[:5], insert_request(7, insert_record(7), record), *good[5:]])
+            error = results.pop(5)
+            assert results == [plain_page(number) for number in range(20)]
+            assert isinstance(error, RedoError)
+            assert isinstance(error, CorruptionError)
+            assert reason in str(error)
+            assert error.key == relation_block_key(RELATION, 0, 7)
+            assert (error.lsn, error.record_lsn) == (END, START)
+            assert "1663/5/16384 main 7" in str(error)
+            assert "0/1000028" in str(error)
+            started = pool.crew.started
+            assert await pool.redo(good) == results
+            assert pool.crew.started <= started + 2  # the two batches of these 20
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("version", [14, NEWEST_VERSION])
+def test_killed_workers_cost_time_and_nothing_else(version: int) -> None:
+    async def killer(pool: RedoPool, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            for process_id in pool.crew.process_ids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process_id, signal.SIGKILL)
+            await asyncio.sleep(0.07)
+
+    async def scenario() -> None:
+        async with open_pool(version) as pool:
+            stop = asyncio.Event()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(killer(pool, stop), name="killer")
+                for turn in range(30):
+                    numbers = range(turn * 1000, turn * 1000 + 600)
+                    results = await pool.redo([plain_request(number) for number in numbers])
+                    assert results == [plain_page(number) for number in numbers]
+                stop.set()
+            assert pool.crew.started > 4
+
+    asyncio.run(scenario())
+
+
+def test_a_silent_worker_is_replaced() -> None:
+    async def scenario() -> None:
+        async with open_pool(workers=1, request_timeout_s=0.5) as pool:
+            await pool.redo([plain_request(1)])
+            os.kill(pool.crew.process_ids()[0], signal.SIGSTOP)
+            assert await pool.redo([plain_request(2), plain_request(3)]) == [plain_page(2), plain_page(3)]
+            assert pool.crew.started == 2
+
+    asyncio.run(scenario())
+
+
+def test_batches_larger_than_both_pipes_do_not_stop() -> None:
+    with reachable_directory() as root:
+        build = build_of(NEWEST_VERSION)
+        worker = RedoWorker(build, redo_extension(build), redo_control_file(build), root)
+        try:
+            outcome = worker.exchange([plain_request(number) for number in range(1500)], 20)
+            assert outcome.failure is None
+            assert outcome.pages == [plain_page(number) for number in range(1500)]
+        finally:
+            worker.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        bytes(24),
+        struct.pack("<8I", 1663, 5, 1, 9, 0, 0, 0, 0),
+        struct.pack("<8I", 1663, 5, 1, 0, 0xFFFFFFFF, 0, 0, 0),
+        struct.pack("<8I", 1663, 5, 1, 0, 0, 2, 0, 0),
+        struct.pack("<8I", 1663, 5, 1, 0, 0, 1, 0, 0),
+        struct.pack("<8I", 1663, 5, 1, 0, 0, 0, 1, 0),
+        struct.pack("<8I", 1663, 5, 1, 0, 0, 0, 0xFFFFFFFF, 0),
+        struct.pack("<8I", 1663, 5, 1, 0, 0, 0, 0, 0) + bytes(8),
+        struct.pack("<8IQQII", 1663, 5, 1, 0, 0, 0, 1, 0, 1, 2, 0xFFFFFFFF, 0),
+        struct.pack("<8IQQII", 1663, 5, 1, 0, 0, 0, 1, 0, 1, 2, 24, 0),
+    ],
+)
+def test_malformed_requests_are_refused_and_answered(body: bytes) -> None:
+    with reachable_directory() as root:
+        build = build_of(NEWEST_VERSION)
+        worker = RedoWorker(build, redo_extension(build), redo_control_file(build), root)
+        try:
+            with pytest.raises(RedoWorkerError, match="malformed request"):
+                worker.ask(REQUEST_HEAD.pack(len(body), ord("R")) + body)
+            with pytest.raises(RedoWorkerError, match="unknown request"):
+                worker.ask(REQUEST_HEAD.pack(0, ord("?")))
+            assert b"errors=2" in worker.ask(STATISTICS_REQUEST)
+            with pytest.raises(RedoWorkerError, match="exited with code 5"):
+                worker.ask(REQUEST_HEAD.pack(0xFFFFFFF0, ord("R")))
+        finally:
+            worker.close()
+
+
+def test_blocks_and_forks_far_away() -> None:
+    async def scenario() -> None:
+        async with open_pool() as pool:
+            blocks = [0, 131_071, 131_072, 5_000_000, 0xFFFFFFFE]
+            requests = [
+                encode_redo_request(RELATION, fork, block, plain_page(block), [])
+                for fork in range(4)
+                for block in blocks
+            ]
+            assert await pool.redo(requests) == [plain_page(block) for _ in range(4) for block in blocks]
+
+    asyncio.run(scenario())
+
+
+def test_workers_are_locked_in() -> None:
+    """Limits and the filter of system calls hold, and a worker runs as somebody harmless."""
+    with reachable_directory() as root:
+        build = build_of(NEWEST_VERSION)
+        worker = RedoWorker(build, redo_extension(build), redo_control_file(build), root)
+        try:
+            status = Path(f"/proc/{worker.process_id}/status").read_text()
+            limits = Path(f"/proc/{worker.process_id}/limits").read_text()
+            environment = Path(f"/proc/{worker.process_id}/environ").read_bytes().split(b"\0")
+            assert b"filtered=1" in worker.ask(STATISTICS_REQUEST)
+        finally:
+            worker.close()
+    assert "NoNewPrivs:\t1" in status
+    assert "Uid:\t0" not in status
+    assert "Max core file size 0 0 bytes" in " ".join(limits.split())
+    assert "Max processes 0 0 processes" in " ".join(limits.split())
+    names = {variable.partition(b"=")[0] for variable in environment if variable}
+    assert names <= {b"LC_ALL", b"TZ", b"LD_LIBRARY_PATH", b"LD_PRELOAD"}
+
+
+def test_a_closed_pool_says_so() -> None:
+    async def scenario() -> None:
+        async with open_pool() as pool:
+            await pool.redo([plain_request(1)])
+            await pool.close()
+            with pytest.raises(RedoUnavailableError):
+                await pool.redo([plain_request(1)])
+
+    asyncio.run(scenario())
