@@ -59,7 +59,7 @@ class FakeRedo:
         self.requests = 0
         self.fail_next: Exception | None = None
 
-    async def redo(self, requests: Sequence[bytes]) -> list[bytes | Exception]:
+    async def redo(self, requests: Sequence[bytes], pg_version: int) -> list[bytes | Exception]:
         self.requests += len(requests)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None

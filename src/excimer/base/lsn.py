@@ -52,3 +52,15 @@ def record_start(end_lsn: int, segment_size_bytes: int) -> Lsn:
     if end_lsn % segment_size_bytes:
         return Lsn(end_lsn + WAL_PAGE_HEADER_SHORT_BYTES)
     return Lsn(end_lsn + WAL_PAGE_HEADER_LONG_BYTES)
+
+
+def record_end(lsn: int, segment_size_bytes: int) -> Lsn:
+    """`lsn` rounded down to where a record can end: a multiple of 8, not in or just behind a header.
+
+    The inverse of `record_start`. Between the ends of two records all such positions show the same state.
+    """
+    aligned = lsn & ~7
+    page = aligned - aligned % WAL_PAGE_SIZE_BYTES
+    is_long = page % segment_size_bytes == 0
+    header = WAL_PAGE_HEADER_LONG_BYTES if is_long else WAL_PAGE_HEADER_SHORT_BYTES
+    return Lsn(page if aligned - page <= header else aligned)

@@ -6,6 +6,7 @@ Not here: figures of the process itself, which `service.metrics` adds to every r
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from excimer.service.metrics import LATENCY_BUCKETS_S
+from excimer.wire.broker import PageserverTimelineStatus
 
 
 class PageServiceMetrics:
@@ -69,6 +70,13 @@ class TimelineMetrics:
         self.wal_connections = Counter(
             "excimer_wal_connections", "Times a safekeeper was connected to.", self._LABELS, registry=registry
         )
+
+    def tell(self, status: PageserverTimelineStatus) -> None:
+        """Sets the positions of a timeline."""
+        labels = status.tenant_id, status.timeline_id
+        self.last_record_lsn.labels(*labels).set(status.last_record_lsn)
+        self.disk_consistent_lsn.labels(*labels).set(status.disk_consistent_lsn)
+        self.remote_consistent_lsn.labels(*labels).set(status.remote_consistent_lsn)
 
     def forget(self, tenant_id: str, timeline_id: str) -> None:
         """Removes a timeline's series."""

@@ -15,9 +15,9 @@ MIB = 1024 * 1024
 
 
 class RedoExecutor(Protocol):
-    """Turns redo requests into pages; `redo_pool.RedoPool` is the real one."""
+    """Turns redo requests into pages; the host's `redo_pool.RedoPool`s, one per version, are the real one."""
 
-    async def redo(self, requests: Sequence[bytes]) -> Sequence[bytes | Exception]:
+    async def redo(self, requests: Sequence[bytes], pg_version: int, /) -> Sequence[bytes | Exception]:
         """One page, or the error that says why not, per request, in the same order."""
 
 

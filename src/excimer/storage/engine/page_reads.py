@@ -29,6 +29,8 @@ class PageSource(ValueSource, Protocol):
     @property
     def context(self) -> StorageContext: ...
     @property
+    def pg_version(self) -> int: ...
+    @property
     def ancestor(self) -> "PageSource | None": ...
 
 
@@ -47,7 +49,7 @@ class PageRead:
         loop = asyncio.get_running_loop()
         slots, requests = await loop.run_in_executor(context.executor, self._collect_and_restore)
         while requests:
-            pages = await context.redo.redo(requests)
+            pages = await context.redo.redo(requests, self._source.pg_version)
             slots, requests = self._place(slots, pages)
         return self._chains.take_pages()
 

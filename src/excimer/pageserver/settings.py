@@ -1,0 +1,34 @@
+"""What an operator may write in the pageserver's settings file."""
+
+from pathlib import Path
+
+import msgspec
+
+from excimer.service.settings import Settings
+
+
+class PageserverSettings(Settings, frozen=True):
+    id: int
+    """Unique among the installation's pageservers."""
+    data_dir: Path
+    """Local files: copies of what is elsewhere, and each tenant's generation."""
+    object_store_url: str
+    """``file:///path`` or any URL that obstore knows."""
+    page_service_listen: str
+    http_listen: str
+    auth_public_key_path: Path
+    auth_private_key_path: Path
+    """Signs the tokens with which this pageserver reads WAL from safekeepers."""
+    broker_url: str = ""
+    """``nats://user:password@host:port``; empty: safekeepers are only those in `wal_sources`."""
+    wal_sources: list[str] = msgspec.field(default_factory=list)
+    """Addresses (``host:port`` or ``/directory:port``) that serve the WAL of every timeline, besides
+    what the broker tells: safekeepers, or for tests a PostgreSQL server."""
+    lsn_wait_timeout_s: float = 60.0
+    """How long a request for pages may wait for WAL that has not arrived."""
+    redo_workers: int = 2
+    """PostgreSQL processes that apply WAL to pages, per PostgreSQL version in use."""
+    flush_size_mib: int = 64
+    """WAL values kept in memory per timeline before they become a layer."""
+    flush_interval_s: float = 60.0
+    """Values that waited for so long become a layer even if they are few."""
