@@ -19,7 +19,14 @@ from typing import NamedTuple
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import MAX_LSN, Lsn, format_lsn
-from excimer.compute.arena import Arena, ArenaFile, build_arena, place_pages
+from excimer.compute.arena import (
+    Arena,
+    ArenaFile,
+    ArenaSettings,
+    Owner,
+    build_arena,
+    preload_environment,
+)
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
 from excimer.compute.data_directory import DataDirectoryPlan, plan_data_directory, write_data_directory
@@ -27,7 +34,7 @@ from excimer.compute.places import ComputePlaces
 from excimer.compute.postgres_process import PostgresProcess, kill_left_behind
 from excimer.compute.postgres_settings import render_postgres_settings
 from excimer.compute.proposer import PostgresAddress, Proposer
-from excimer.io.processes import give_to_user
+from excimer.io.processes import unprivileged_user
 from excimer.pgformat.basebackup import Basebackup
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
@@ -155,33 +162,32 @@ class Attempt:
         plan = plan_data_directory(
             backup, prefix, configuration, control.wal_segment_size, hot_standby=spec.static_lsn is not None
         )
-        root = spec.places.data_dir
-        root.mkdir(mode=0o700)
-        write_data_directory(root, plan, control.wal_segment_size)
+        write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
         self._make_arena(plan, Lsn(backup.lsn))
-        for path in [root, *root.rglob("*"), spec.places.arena]:
-            give_to_user(path)
 
     def _make_arena(self, plan: DataDirectoryPlan, lsn: Lsn) -> None:
         spec = self._spec
+        user = unprivileged_user()
         self.arena = build_arena(
             spec.places.arena,
             files=[ArenaFile(file.path, file.blocks) for file in plan.lazy_files],
+            settings=ArenaSettings(
+                pageserver_address=spec.pageserver_address,
+                tenant_id=spec.tenant_id,
+                timeline_id=spec.timeline_id,
+                token=spec.token,
+                lsn=MAX_LSN if spec.static_lsn is None else lsn,
+                not_modified_since=lsn,
+            ),
             data_dir=spec.places.data_dir,
-            pageserver_address=spec.pageserver_address,
-            tenant_id=spec.tenant_id,
-            timeline_id=spec.timeline_id,
-            token=spec.token,
-            lsn=MAX_LSN if spec.static_lsn is None else lsn,
-            not_modified_since=lsn,
+            owner=None if user is None else Owner(user.uid, user.gid),
         )
-        for run in plan.inline_runs:
-            place_pages(self.arena, spec.places.data_dir, run.path, run.block, run.data)
+        self.arena.place_pages(plan.inline_runs)
 
     async def _start_postgres(self) -> PostgresProcess:
         spec = self._spec
         environment = spec.build.whole_environment(
-            {"LD_PRELOAD": str(spec.library), "EXCIMER_ARENA": str(spec.places.arena), "LC_ALL": "C.UTF-8"}
+            preload_environment(spec.places.arena, spec.library) | {"LC_ALL": "C.UTF-8"}
         )
         return await PostgresProcess.start(
             spec.build.postgres, spec.places.data_dir, environment, spec.places.postgres_log

@@ -18,6 +18,7 @@ from excimer.base.keys import (
     parse_key,
     relation_path,
 )
+from excimer.io.processes import give_to_user
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
 from excimer.pgformat.wal_prefix import WalPrefix, wal_segment_file_name
 
@@ -107,23 +108,28 @@ def plan_data_directory(
 
 
 def write_data_directory(root: Path, plan: DataDirectoryPlan, wal_segment_size: int) -> None:
-    """Writes everything but the lazy files and inline pages (the arena's business).
+    """Makes `root` with everything but the lazy files and inline pages (the arena's business).
 
-    Nothing is synced: a directory that does not survive is made anew (H2). Raises OSError.
+    All of it belongs to PostgreSQL's user. Nothing is synced: a directory that does not survive is
+    made anew (H2). Raises OSError, FileExistsError when `root` is there already.
     """
-    for directory in plan.directories:
-        (root / directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+    for directory in [root, *(root / name for name in plan.directories)]:
+        directory.mkdir(mode=0o700)
+        give_to_user(directory)
     for path, content in plan.files:
         (root / path).write_bytes(content)
+        give_to_user(root / path)
     segments: dict[str, list[tuple[int, bytes]]] = defaultdict(list)
     for name, offset, data in plan.wal:
         segments[name].append((offset, data))
     for name, chunks in segments.items():
-        with (root / "pg_wal" / name).open("wb") as segment:
+        segment_path = root / "pg_wal" / name
+        with segment_path.open("wb") as segment:
             segment.truncate(wal_segment_size)
             for offset, data in chunks:
                 segment.seek(offset)
                 segment.write(data)
+        give_to_user(segment_path)
 
 
 def lazy_path(key: bytes) -> tuple[str, int]:

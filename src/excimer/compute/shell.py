@@ -62,11 +62,16 @@ class Manager:
         self._endpoint = Endpoint()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._attempt: Attempt | None = None
+        self.starts = 0
 
     @property
     def attempt(self) -> Attempt | None:
         """The attempt under way, for metrics."""
         return self._attempt
+
+    @property
+    def is_running(self) -> bool:
+        return self._endpoint.state is State.RUNNING
 
     async def run(self) -> Exit:
         """Until the endpoint is over. Cancelling it is the request to stop; it then still ends cleanly."""
@@ -93,6 +98,7 @@ class Manager:
         match effect:
             case Launch():
                 self._attempt = Attempt(self._spec, self._started)
+                self.starts += 1
                 scope.start("attempt", self._report_end(self._attempt))
             case StopAttempt():
                 if self._attempt is not None:

@@ -1,0 +1,47 @@
+"""What a compute manager says at /metrics: the endpoint's state, hydration, and the commit LSN."""
+
+from collections.abc import Iterator
+
+from excimer.compute.shell import Manager
+from excimer.service.plain_metrics import PlainMetric, render_plain
+
+_COUNTERS = {
+    "fetches": "Requests to the pageserver that were answered",
+    "blocks": "Blocks hydrated",
+    "bytes": "Bytes hydrated",
+    "retries": "Requests to the pageserver that were tried again",
+    "errors": "Reads that failed because their blocks could not be fetched",
+    "cancelled": "Of those, reads given up because the query was cancelled",
+    "files_made": "Files made when PostgreSQL first opened them",
+}
+
+
+def read_metrics(manager: Manager) -> bytes:
+    return render_plain(_metrics(manager))
+
+
+def _metrics(manager: Manager) -> Iterator[PlainMetric]:
+    ready = manager.is_running
+    yield PlainMetric("excimer_compute_running", "gauge", "1 while postgres serves clients", float(ready))
+    yield PlainMetric("excimer_compute_starts_total", "counter", "Attempts to start postgres", manager.starts)
+    attempt = manager.attempt
+    if attempt is None:
+        return
+    if attempt.proposer is not None:
+        yield PlainMetric(
+            "excimer_compute_commit_lsn",
+            "gauge",
+            "End of the WAL that a majority of safekeepers has on disk",
+            float(attempt.proposer.commit_lsn),
+        )
+    if attempt.arena is not None:
+        statistics = attempt.arena.statistics()._asdict()
+        for name, description in _COUNTERS.items():
+            full_name = f"excimer_hydration_{name}_total"
+            yield PlainMetric(full_name, "counter", description, float(statistics[name]))
+        yield PlainMetric(
+            "excimer_hydration_wait_seconds_total",
+            "counter",
+            "Time that backends waited for blocks",
+            statistics["wait_ns"] / 1e9,
+        )
