@@ -7,7 +7,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psycopg
@@ -102,7 +102,7 @@ class Cluster:
 
 
 @pytest.fixture(params=ALL_VERSIONS, ids=lambda version: f"pg{version}")
-def cluster(request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     root = make_owned_dir(Path("/tmp") / f"excimer-start-{os.getpid()}-{request.param}")
     cluster = Cluster(build_of(request.param), root)
     run_initdb(cluster.build, cluster.data_dir)

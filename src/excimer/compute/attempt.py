@@ -13,7 +13,6 @@ import asyncio
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError
@@ -23,7 +22,6 @@ from excimer.compute.arena import (
     Arena,
     ArenaFile,
     ArenaSettings,
-    Owner,
     build_arena,
     preload_environment,
 )
@@ -34,7 +32,6 @@ from excimer.compute.places import ComputePlaces
 from excimer.compute.postgres_process import PostgresProcess, kill_left_behind
 from excimer.compute.postgres_settings import render_postgres_settings
 from excimer.compute.proposer import PostgresAddress, Proposer
-from excimer.io.processes import unprivileged_user
 from excimer.pgformat.basebackup import Basebackup
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
@@ -55,8 +52,6 @@ class ComputeSpec(NamedTuple):
     timeline_id: TimelineId
     static_lsn: Lsn | None
     build: PostgresBuild
-    library: Path
-    """libhydrate.so, where PostgreSQL's user can read it."""
     host: str
     port: int
     pageserver_address: str
@@ -167,7 +162,6 @@ class Attempt:
 
     def _make_arena(self, plan: DataDirectoryPlan, lsn: Lsn) -> None:
         spec = self._spec
-        user = unprivileged_user()
         self.arena = build_arena(
             spec.places.arena,
             files=[ArenaFile(file.path, file.blocks) for file in plan.lazy_files],
@@ -180,14 +174,13 @@ class Attempt:
                 not_modified_since=lsn,
             ),
             data_dir=spec.places.data_dir,
-            owner=None if user is None else Owner(user.uid, user.gid),
         )
         self.arena.place_pages(plan.inline_runs)
 
     async def _start_postgres(self) -> PostgresProcess:
         spec = self._spec
         environment = spec.build.whole_environment(
-            preload_environment(spec.places.arena, spec.library) | {"LC_ALL": "C.UTF-8"}
+            preload_environment(spec.places.arena) | {"LC_ALL": "C.UTF-8"}
         )
         return await PostgresProcess.start(
             spec.build.postgres, spec.places.data_dir, environment, spec.places.postgres_log

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from pathlib import Path
 
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import parse_lsn
@@ -23,13 +22,10 @@ from excimer.compute.core import (
 )
 from excimer.compute.places import find_places
 from excimer.compute.settings import ComputeSettings
-from excimer.io.cache import reachable_file
 from excimer.postgres import find_build
 from excimer.service.health import Health
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope
-
-LIBRARY = Path(__file__).parent.parent / "_native" / "libhydrate.so"
 
 log = get_logger(__name__)
 
@@ -42,7 +38,6 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         timeline_id=parse_timeline_id(settings.timeline_id),
         static_lsn=parse_lsn(settings.lsn) if settings.lsn is not None else None,
         build=find_build(settings.pg_version),
-        library=reachable_file(LIBRARY),
         host=host,
         port=int(port),
         pageserver_address=settings.pageserver_address,
