@@ -264,7 +264,7 @@ class Proposer:
 
     def peer_disconnected(self, peer: int) -> list[ProposerEffect]:
         self._forget_connection(self._peers[peer])
-        return self._pump_all()
+        return [*self._check_lost(), *self._pump_all()]
 
     def campaign(self) -> list[ProposerEffect]:
         """After `ElectionLost`: tries again above every term seen."""
@@ -410,17 +410,27 @@ class Proposer:
             return effects
         if not vote.granted:
             peer.refused = True
-            return self._count_refusals()
+            return self._check_lost()
         peer.vote = vote
         votes = [(other, other.vote) for other in self._peers if other.vote is not None]
         if len(votes) < majority(len(self._peers)):
             return []
         return self._win(votes)
 
-    def _count_refusals(self) -> list[ProposerEffect]:
-        """Another candidate of this term has their votes; with no majority left to win, this one has lost."""
-        refusals = sum(peer.refused for peer in self._peers)
-        if len(self._peers) - refusals >= majority(len(self._peers)):
+    def _check_lost(self) -> list[ProposerEffect]:
+        """Another candidate of this term has a vote, and those that could still answer are too few to win.
+
+        Members that are down do not count as hope: with one of three down, two candidates would
+        otherwise wait for ever with a vote each.
+        """
+        granted = sum(peer.vote is not None for peer in self._peers)
+        hoped = sum(peer.connected and peer.vote is None and not peer.refused for peer in self._peers)
+        refused = any(peer.refused for peer in self._peers)
+        if (
+            self.phase is not Phase.CAMPAIGNING
+            or not refused
+            or granted + hoped >= majority(len(self._peers))
+        ):
             return []
         self.phase = Phase.LOST
         return [ElectionLost(self.term_seen)]
