@@ -139,7 +139,7 @@ def _candidates() -> Iterator[tuple[str, Path]]:
 def _inspect_all(
     candidates: Iterator[tuple[str, Path]], version: int | None = None
 ) -> Iterator[PostgresBuild]:
-    seen: set[Path] = set()
+    seen: set[tuple[Path, bool]] = set()
     for origin, pg_config in candidates:
         if not pg_config.exists():
             continue
@@ -149,6 +149,7 @@ def _inspect_all(
             build = inspect_build(pg_config, origin)
         except BuildUnusableError:
             continue  # client-only, or a foreign version: `add_build` says why, a search passes on
-        if build.bin_dir.resolve() not in seen:
-            seen.add(build.bin_dir.resolve())
+        identity = (build.bin_dir.resolve(), build.features.headers)
+        if identity not in seen:
+            seen.add(identity)
             yield build

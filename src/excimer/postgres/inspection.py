@@ -10,11 +10,12 @@ import subprocess
 from pathlib import Path
 
 from excimer.io.cache import reachable_tree
-from excimer.io.processes import program_environment
+from excimer.io.processes import is_reachable, program_environment
 from excimer.postgres.build import SUPPORTED_VERSIONS, BuildFeatures, BuildUnusableError, PostgresBuild
 
 _VERSION = re.compile(r"PostgreSQL (\d+)\S*")
 _DEFINE = re.compile(r"^#define (USE_[A-Z0-9_]+) 1\b", re.MULTILINE)
+_INSTALLATION_PARTS = ("bin", "lib", "lib64", "share", "include")
 _CHECKED_PROGRAMS = ("postgres", "initdb", "psql")
 
 # feature -> (macro in pg_config.h, option of configure)
@@ -40,8 +41,11 @@ def inspect_build(pg_config: Path, origin: str) -> PostgresBuild:
     Raises `BuildUnusableError` when it does not answer, has no server, or is of an unsupported version.
     """
     pg_config = _reachable_pg_config(pg_config.absolute())
-    status = pg_config.stat()
-    return _inspect(pg_config, origin, status.st_mtime_ns)
+    try:
+        changed_ns = pg_config.stat().st_mtime_ns
+    except OSError as error:
+        raise BuildUnusableError(f"{pg_config} cannot be used: {error.strerror}") from error
+    return _inspect(pg_config, origin, changed_ns)
 
 
 def read_version(pg_config: Path) -> int:
@@ -62,19 +66,15 @@ def _reachable_pg_config(pg_config: Path) -> Path:
     keeps its shared libraries in a directory beside the package, which goes along.
     """
     # A wrapper or link (Debian's /usr/bin/pg_config) stands for the file it leads to.
-    prefix = pg_config.resolve().parent.parent
-    if prefix in (Path("/"), Path("/usr"), Path("/usr/local")):
+    target = pg_config.resolve()
+    if is_reachable(target) or not target.exists():
         return pg_config
-    package = prefix.parent
-    libraries = package.with_name(f"{package.name}.libs")
-    if libraries.is_dir():
-        base = package.parent
-        members: tuple[str, ...] = (str(prefix.relative_to(base)), libraries.name)
-    else:
-        base = prefix.parent
-        members = (prefix.name,)
-    place = reachable_tree(base, members)
-    return pg_config if place == base else place / members[0] / "bin" / pg_config.name
+    prefix = target.parent.parent
+    libraries = prefix.parent.with_name(f"{prefix.parent.name}.libs") if prefix.parent.name else prefix
+    base = prefix.parent.parent if libraries != prefix and libraries.is_dir() else prefix
+    parts = [prefix / name for name in _INSTALLATION_PARTS] + [libraries] * (base != prefix)
+    place = reachable_tree(base, tuple(str(part.relative_to(base)) for part in parts))
+    return place / target.relative_to(base)
 
 
 @functools.cache
