@@ -3,7 +3,7 @@
 #define HYDRATE_INTERPOSED_H
 
 #ifdef HYDRATE_PREFIXED
-#define INTERPOSED(name) hydrated_##name
+#define INTERPOSED(name) preloaded_##name
 #else
 #define INTERPOSED(name) name
 #endif
