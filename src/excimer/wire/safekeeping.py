@@ -292,11 +292,11 @@ def _pack_proposer_greeting(message: ProposerGreeting) -> bytes:
     return fixed + token
 
 
-def _unpack_proposer_greeting(body: bytes) -> ProposerGreeting:
+def _unpack_proposer_greeting(body: memoryview) -> ProposerGreeting:
     version, token_length, tenant, timeline, pg_version, segment_size, system_id, proposer = (
         _PROPOSER_GREETING.unpack_from(body)
     )
-    token = body[_PROPOSER_GREETING.size :]
+    token = bytes(body[_PROPOSER_GREETING.size :])
     if len(token) != token_length:
         raise MalformedFrameError(f"the greeting's token has {len(token)} bytes instead of {token_length}")
     identity = TimelineIdentity(
@@ -326,7 +326,7 @@ def _pack_acceptor_greeting(message: AcceptorGreeting) -> bytes:
     )
 
 
-def _unpack_acceptor_greeting(body: bytes) -> AcceptorGreeting:
+def _unpack_acceptor_greeting(body: memoryview) -> AcceptorGreeting:
     version, _, pg_version, segment_size, system_id, node_id, term, start, flush, commit = (
         _ACCEPTOR_GREETING.unpack(body)
     )
@@ -360,7 +360,7 @@ def _pack_vote_response(message: VoteResponse) -> bytes:
     return fixed + encode_history(message.history)
 
 
-def _unpack_vote_response(body: bytes) -> VoteResponse:
+def _unpack_vote_response(body: memoryview) -> VoteResponse:
     term, granted, flush, record_end, wal_start, commit = _VOTE_RESPONSE.unpack_from(body)
     if granted > 1:
         raise MalformedFrameError(f"a vote is granted (1) or not (0), not {granted}")
@@ -371,43 +371,32 @@ def _unpack_vote_response(body: bytes) -> VoteResponse:
         last_record_end_lsn=Lsn(record_end),
         wal_start_lsn=Lsn(wal_start),
         commit_lsn=Lsn(commit),
-        history=decode_history(body[_VOTE_RESPONSE.size :]),
+        history=decode_history(bytes(body[_VOTE_RESPONSE.size :])),
     )
 
 
-def _unpack_elected(body: bytes) -> ProposerElected:
+def _unpack_elected(body: memoryview) -> ProposerElected:
     (term,) = _TERM.unpack_from(body)
-    return ProposerElected(term, decode_history(body[_TERM.size :]))
+    return ProposerElected(term, decode_history(bytes(body[_TERM.size :])))
 
 
-def _pack_append_request(message: AppendRequest) -> bytes:
-    _check_wal_size(len(message.wal))
-    head = _APPEND_REQUEST.pack(message.term, message.begin_lsn, message.commit_lsn, message.horizon_lsn)
-    return head + message.wal
-
-
-def _unpack_append_request(body: bytes) -> AppendRequest:
-    wal = body[_APPEND_REQUEST.size :]
+def _unpack_append_request(body: memoryview) -> AppendRequest:
+    wal = bytes(body[_APPEND_REQUEST.size :])
     _check_wal_size(len(wal))
     term, begin, commit, horizon = _APPEND_REQUEST.unpack_from(body)
     return AppendRequest(Term(term), Lsn(begin), Lsn(commit), Lsn(horizon), wal)
 
 
-def _pack_wal_chunk(message: WalChunk) -> bytes:
-    _check_wal_size(len(message.wal))
-    return _TERM_LSN.pack(message.term, message.start_lsn) + message.wal
-
-
-def _unpack_wal_chunk(body: bytes) -> WalChunk:
-    wal = body[_TERM_LSN.size :]
+def _unpack_wal_chunk(body: memoryview) -> WalChunk:
+    wal = bytes(body[_TERM_LSN.size :])
     _check_wal_size(len(wal))
     term, start = _TERM_LSN.unpack_from(body)
     return WalChunk(Term(term), Lsn(start), wal)
 
 
-def _unpack_error(body: bytes) -> ErrorResponse:
+def _unpack_error(body: memoryview) -> ErrorResponse:
     code, _ = _ERROR.unpack_from(body)
-    return ErrorResponse(code, body[_ERROR.size :].decode())
+    return ErrorResponse(code, bytes(body[_ERROR.size :]).decode())
 
 
 def _check_wal_size(size_bytes: int) -> None:
@@ -417,7 +406,7 @@ def _check_wal_size(size_bytes: int) -> None:
         )
 
 
-_PROPOSER_DECODERS: Final[dict[int, Callable[[bytes], ProposerMessage]]] = {
+_PROPOSER_DECODERS: Final[dict[int, Callable[[memoryview], ProposerMessage]]] = {
     ord("G"): _unpack_proposer_greeting,
     ord("V"): lambda body: VoteRequest(*_VOTE_REQUEST.unpack(body)),
     ord("E"): _unpack_elected,
@@ -425,7 +414,7 @@ _PROPOSER_DECODERS: Final[dict[int, Callable[[bytes], ProposerMessage]]] = {
     ord("C"): lambda body: CommitAnnounce(*_TERM_LSN_LSN.unpack(body)),
     ord("R"): lambda body: ReadWalRequest(*_TERM_LSN_LSN.unpack(body)),
 }
-_ACCEPTOR_DECODERS: Final[dict[int, Callable[[bytes], AcceptorMessage]]] = {
+_ACCEPTOR_DECODERS: Final[dict[int, Callable[[memoryview], AcceptorMessage]]] = {
     ord("g"): _unpack_acceptor_greeting,
     ord("v"): _unpack_vote_response,
     ord("e"): lambda body: ElectedResponse(*_ELECTED_RESPONSE.unpack(body)),
@@ -439,8 +428,9 @@ _ACCEPTOR_DECODERS: Final[dict[int, Callable[[bytes], AcceptorMessage]]] = {
 def encode_proposer_message(message: ProposerMessage) -> bytes:
     """One frame. Raises a `RefusedError` for a message beyond the bounds above."""
     match message:
-        case AppendRequest():
-            return _frame(b"A", _pack_append_request(message))
+        case AppendRequest(term, begin_lsn, commit_lsn, horizon_lsn, wal):
+            _check_wal_size(len(wal))
+            return _frame(b"A", _APPEND_REQUEST.pack(term, begin_lsn, commit_lsn, horizon_lsn), wal)
         case CommitAnnounce(term, commit_lsn, horizon_lsn):
             return _frame(b"C", _TERM_LSN_LSN.pack(term, commit_lsn, horizon_lsn))
         case ReadWalRequest(term, start_lsn, end_lsn):
@@ -462,8 +452,9 @@ def encode_acceptor_message(message: AcceptorMessage) -> bytes:
             return _frame(b"j", _TERM_LSN.pack(term, expected_lsn))
         case ElectedResponse(term, flush_lsn, wal_start_lsn, commit_lsn):
             return _frame(b"e", _ELECTED_RESPONSE.pack(term, flush_lsn, wal_start_lsn, commit_lsn))
-        case WalChunk():
-            return _frame(b"w", _pack_wal_chunk(message))
+        case WalChunk(term, start_lsn, wal):
+            _check_wal_size(len(wal))
+            return _frame(b"w", _TERM_LSN.pack(term, start_lsn), wal)
         case VoteResponse():
             return _frame(b"v", _pack_vote_response(message))
         case AcceptorGreeting():
@@ -472,8 +463,8 @@ def encode_acceptor_message(message: AcceptorMessage) -> bytes:
             return _frame(b"x", _ERROR.pack(code, 0) + text.encode()[:4096])
 
 
-def _frame(kind: bytes, body: bytes) -> bytes:
-    return _LENGTH.pack(1 + len(body)) + kind + body
+def _frame(kind: bytes, body: bytes, wal: bytes = b"") -> bytes:
+    return b"".join((_LENGTH.pack(1 + len(body) + len(wal)), kind, body, wal))
 
 
 _Message = TypeVar("_Message")
@@ -482,31 +473,42 @@ _Message = TypeVar("_Message")
 class _FrameParser(Generic[_Message]):
     """Cuts a byte stream into messages; holds at most one incomplete frame."""
 
-    def __init__(self, decoders: dict[int, Callable[[bytes], _Message]], greeting_type: int) -> None:
+    def __init__(self, decoders: dict[int, Callable[[memoryview], _Message]], greeting_type: int) -> None:
         self._decoders = decoders
         self._greeting_type = greeting_type
         self._greeted = False
         self._buffer = bytearray()
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[_Message]:
-        """The messages that `data` completes, in order.
+        """The messages that `data` completes, in order; WAL in them is copied once.
 
         Raises `MalformedFrameError`, after which the connection is of no further use; messages
         that the same call had completed before the bad frame are dropped with it.
         """
-        self._buffer += data
+        if self._buffer:
+            self._buffer += data
+            data = self._buffer
         messages: list[_Message] = []
+        with memoryview(data) as view:
+            position = self._take_frames(view, messages)
+        if data is self._buffer:
+            del self._buffer[:position]
+        else:
+            self._buffer += data[position:]
+        return messages
+
+    def _take_frames(self, view: memoryview, messages: list[_Message]) -> int:
+        """Appends whole frames' messages; returns where the first incomplete frame starts."""
         position = 0
-        while len(self._buffer) - position >= _HEAD.size:
-            length, kind = _HEAD.unpack_from(self._buffer, position)
+        while len(view) - position >= _HEAD.size:
+            length, kind = _HEAD.unpack_from(view, position)
             self._check_head(length, kind)
             end = position + _LENGTH.size + length
-            if len(self._buffer) < end:
+            if len(view) < end:
                 break
-            messages.append(self._decode(kind, bytes(self._buffer[position + _HEAD.size : end])))
+            messages.append(self._decode(kind, view[position + _HEAD.size : end]))
             position = end
-        del self._buffer[:position]
-        return messages
+        return position
 
     def _check_head(self, length: int, kind: int) -> None:
         if kind not in self._decoders:
@@ -517,7 +519,7 @@ class _FrameParser(Generic[_Message]):
         if not self._greeted and kind not in (self._greeting_type, ord("x")):
             raise MalformedFrameError(f"frame type {kind:#04x} before the greeting")
 
-    def _decode(self, kind: int, body: bytes) -> _Message:
+    def _decode(self, kind: int, body: memoryview) -> _Message:
         try:
             message = self._decoders[kind](body)
         except (struct.error, UnicodeDecodeError) as error:
