@@ -1,0 +1,100 @@
+"""The root of the command line: which commands there are, and the options of all of them.
+
+A command's module is imported only when the command runs (or its own help is asked for): the
+table below is all that `excimer --help` needs.
+"""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import excimer
+from excimer.cli.session import DEFAULT_DIRECTORY, DIRECTORY_VARIABLE, Session
+
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "up": ("up", "Make an installation if there is none, start everything, print a postgres:// URL."),
+    "init": ("installation", "Make a new local installation."),
+    "start": ("installation", "Start the services that do not run."),
+    "stop": ("installation", "Stop endpoints and services."),
+    "status": ("installation", "Show which parts run."),
+    "tenant": ("tenant", "Tenants (projects): create, list, delete, set-default."),
+    "timeline": ("timeline", "Branches: create, branch, list, delete."),
+    "endpoint": ("endpoint", "Endpoints: create, start, stop, list, delete."),
+    "psql": ("psql", "Open psql on an endpoint."),
+    "pg": ("pg", "PostgreSQL builds: list, install, add."),
+    "logs": ("logs", "Show the log of a part."),
+    "doctor": ("doctor", "Check this machine and the installation."),
+}
+"""Name -> module of `excimer.cli.commands` (group of the same name, or holder of the command), help."""
+
+
+class LazyGroup(TyperGroup):
+    """Loads a command's module when the command is used; help lists the table."""
+
+    _is_listing = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        if cmd_name not in self.commands:
+            module_name, help_text = COMMANDS[cmd_name]
+            if self._is_listing:
+                return TyperCommand(cmd_name, help=help_text)
+            self.commands[cmd_name] = _load(cmd_name, module_name, help_text)
+        return self.commands[cmd_name]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._is_listing = True
+        super().format_help(ctx, formatter)
+
+
+def _load(name: str, module_name: str, help_text: str) -> Any:
+    group = typer.main.get_group(importlib.import_module(f"excimer.cli.commands.{module_name}").app)
+    command: Any = group.commands.get(name, group) if name != module_name or name in group.commands else group
+    command.name = name
+    command.help = command.help or help_text
+    return command
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"excimer {excimer.__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Serverless Postgres on stock PostgreSQL: storage apart from compute, branches in milliseconds.",
+    epilog="--dir and --json may stand anywhere on the line. "
+    "Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 not found, 4 not available now.",
+)
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir",
+            help=f"State directory; default: ${DIRECTORY_VARIABLE}, else {DEFAULT_DIRECTORY}.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write results as JSON.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    chosen = directory or Path(os.environ.get(DIRECTORY_VARIABLE) or DEFAULT_DIRECTORY)
+    context.obj = Session(chosen.absolute(), as_json)

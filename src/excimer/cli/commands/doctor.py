@@ -1,0 +1,169 @@
+"""`excimer doctor`: what on this machine, or of this installation, would not work, and what to do."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import typer
+from rich.console import Console
+
+from excimer.base.errors import ExcimerError
+from excimer.cli.errors import EXIT_FAILED
+from excimer.cli.installation import CONFIG_NAME, Installation, Part, is_free, load_installation
+from excimer.cli.local_processes import find_process, probe
+from excimer.cli.session import Session, session_of
+from excimer.service.listen import parse_host_port
+
+app = typer.Typer()
+
+FREE_SPACE_MIN_BYTES: Final = 2 << 30
+OPEN_FILES_MIN: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    check: str
+    verdict: Literal["ok", "warning", "problem"]
+    detail: str
+
+
+@app.command()
+def doctor(context: typer.Context) -> None:
+    """Check this machine and the installation; exit code 1 when there is a problem."""
+    session = session_of(context)
+    findings = list(examine(session))
+    session.answer(
+        {"findings": [asdict(finding) for finding in findings]}, lambda console: _show(console, findings)
+    )
+    if any(finding.verdict == "problem" for finding in findings):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def examine(session: Session) -> Iterator[Finding]:
+    yield Finding("Python", "ok", sys.version.split()[0])
+    for check in (_check_native, _check_nats, _check_compiler, _check_user, _check_open_files):
+        yield _guarded(check)
+    yield from _check_builds()
+    yield _check_space(session.directory)
+    if not (session.directory / CONFIG_NAME).exists():
+        yield Finding("installation", "ok", f"none in {session.directory}")
+        return
+    try:
+        installation = load_installation(session.directory)
+    except ExcimerError as error:
+        yield Finding("installation", "problem", str(error))
+        return
+    yield _check_keys(installation)
+    for part in installation.service_parts():
+        yield _check_part(installation, part)
+
+
+def _guarded(check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except (ExcimerError, OSError, ImportError) as error:
+        return Finding(check.__name__.removeprefix("_check_"), "problem", str(error))
+
+
+def _check_native() -> Finding:
+    import excimer
+
+    directory = Path(excimer.__file__).parent / "_native"
+    sources = sorted(path.stem for path in directory.glob("*.pyx"))
+    built = {path.name.partition(".")[0] for path in directory.glob("*.so")}
+    missing = [name for name in [*sources, "libhydrate"] if name not in built]
+    if missing:
+        return Finding("native parts", "problem", f"{', '.join(missing)} not built: run `make setup`")
+    return Finding("native parts", "ok", f"{len(built)} built")
+
+
+def _check_nats() -> Finding:
+    from excimer.broker.nats_config import find_nats_server
+
+    return Finding("NATS server", "ok", str(find_nats_server()))
+
+
+def _check_compiler() -> Finding:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return Finding("C compiler", "warning", "none: needed for a PostgreSQL build that is new here")
+    return Finding("C compiler", "ok", compiler)
+
+
+def _check_user() -> Finding:
+    from excimer.io.processes import unprivileged_user
+
+    user = unprivileged_user()
+    detail = "we are not root" if user is None else f"PostgreSQL runs as {user.name}, because we are root"
+    return Finding("user", "ok", detail)
+
+
+def _check_open_files() -> Finding:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < OPEN_FILES_MIN:
+        return Finding("open files", "warning", f"at most {soft}: raise it with ulimit -n {OPEN_FILES_MIN}")
+    return Finding("open files", "ok", f"at most {soft}")
+
+
+def _check_builds() -> Iterator[Finding]:
+    from excimer.postgres import SUPPORTED_VERSIONS, find_builds
+
+    builds = find_builds()
+    for version in reversed(SUPPORTED_VERSIONS):
+        found = next((build for build in builds if build.version == version), None)
+        if found is None:
+            yield Finding(f"PostgreSQL {version}", "ok", f"not here; excimer pg install {version}")
+        elif found.features.missing_libraries:
+            lacks = ", ".join(found.features.missing_libraries)
+            yield Finding(f"PostgreSQL {version}", "warning", f"cannot run here: needs {lacks}")
+        elif not found.features.headers:
+            yield Finding(
+                f"PostgreSQL {version}", "warning", "no server headers: redo workers cannot be built"
+            )
+        else:
+            yield Finding(f"PostgreSQL {version}", "ok", f"{found.full_version}, {found.origin}")
+
+
+def _check_space(directory: Path) -> Finding:
+    place = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if not os.access(place, os.W_OK):
+        return Finding("state directory", "problem", f"{place} is not writable")
+    if free < FREE_SPACE_MIN_BYTES:
+        return Finding("state directory", "warning", f"only {free >> 20} MiB free at {place}")
+    return Finding("state directory", "ok", f"{free >> 30} GiB free at {place}")
+
+
+def _check_keys(installation: Installation) -> Finding:
+    for name in ("private.pem", "public.pem", "admin.token"):
+        path = installation.keys_dir / name
+        if not path.exists():
+            return Finding("keys", "problem", f"{path} is missing: restore it, or excimer init --force")
+        if path.stat().st_mode & 0o077:
+            return Finding("keys", "warning", f"{path} can be read by others: chmod 600 {path}")
+    return Finding("keys", "ok", str(installation.keys_dir))
+
+
+def _check_part(installation: Installation, part: Part) -> Finding:
+    process = find_process(installation, part.name, part.lock_dir)
+    if process is None:
+        if not is_free(parse_host_port(part.http_address).port):
+            return Finding(part.name, "problem", f"does not run, and its port {part.http_address} is taken")
+        return Finding(part.name, "ok", "does not run")
+    status = probe(part.http_address)
+    if status == 200:
+        return Finding(part.name, "ok", f"runs, process {process.pid}")
+    said = f"says {status}" if status else "does not answer"
+    return Finding(part.name, "problem", f"process {process.pid} {said}: excimer logs {part.name}")
+
+
+def _show(console: Console, findings: list[Finding]) -> None:
+    marks = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "problem": "[red]✗[/red]"}
+    for finding in findings:
+        console.print(f"{marks[finding.verdict]} {finding.check:<16} {finding.detail}", highlight=False)

@@ -1,0 +1,216 @@
+"""`excimer init | start | stop | status`: the local installation as a whole."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from excimer.cli.controller_client import ControllerClient
+from excimer.cli.errors import (
+    EXIT_UNAVAILABLE,
+    NotRunningError,
+    StateDirectoryError,
+    StillRunningError,
+    UsageError,
+)
+from excimer.cli.installation import (
+    OWN_ENTRIES,
+    SAFEKEEPERS_MAX,
+    Installation,
+    create_installation,
+    endpoint_part_name,
+    load_installation,
+    new_config,
+)
+from excimer.cli.local_processes import (
+    ENDPOINT_STOP_LIMIT_S,
+    STOP_LIMIT_S,
+    exclusive,
+    find_process,
+    probe,
+    start_parts,
+    stop_part,
+)
+from excimer.cli.session import Session, session_of
+
+app = typer.Typer()
+
+
+@app.command()
+def init(
+    context: typer.Context,
+    pg_version: Annotated[int, typer.Option(help="PostgreSQL version of new tenants.")] = 18,
+    safekeepers: Annotated[int, typer.Option(help="How many safekeepers: 1 is light, 3 survive a loss.")] = 3,
+    force: Annotated[
+        bool, typer.Option(help="Delete an installation that is there, with all its data.")
+    ] = False,
+) -> None:
+    """Make a new local installation."""
+    session = session_of(context)
+    installation = make_installation(session, pg_version, safekeepers, force=force)
+    session.say(
+        f"made an installation in {installation.directory}; next: excimer start",
+        {"directory": str(installation.directory), "pg_version": pg_version, "safekeepers": safekeepers},
+    )
+
+
+def make_installation(session: Session, pg_version: int, safekeepers: int, *, force: bool) -> Installation:
+    from excimer.postgres import find_build
+
+    if not 1 <= safekeepers <= SAFEKEEPERS_MAX or safekeepers % 2 == 0:
+        raise UsageError(f"--safekeepers must be odd and at most {SAFEKEEPERS_MAX}: a majority decides")
+    find_build(pg_version)
+    directory = session.directory
+    if directory.is_dir() and any(directory.iterdir()):
+        if not force:
+            raise StateDirectoryError(
+                f"{directory} is not empty: name another with --dir, or delete what is there with --force"
+            )
+        _remove_installation(directory)
+    elif directory.exists() and not directory.is_dir():
+        raise StateDirectoryError(f"{directory} is not a directory")
+    return create_installation(directory, new_config(pg_version, safekeepers))
+
+
+def _remove_installation(directory: Path) -> None:
+    """Removes what is ours; refuses while anything runs, and when something is not ours."""
+    foreign = sorted(entry.name for entry in directory.iterdir() if entry.name not in OWN_ENTRIES)
+    if foreign:
+        raise StateDirectoryError(
+            f"{directory} holds {foreign[0]!r}, which is not Excimer's: remove it yourself"
+        )
+    for record in sorted((directory / "run").glob("*.pid")):
+        lock_dir = _lock_dir_of(directory, record.stem)
+        if find_process(_unconfigured(directory), record.stem, lock_dir) is not None:
+            raise StillRunningError(f"{record.stem} runs in {directory}: run `excimer stop` first")
+    for name in OWN_ENTRIES:
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _unconfigured(directory: Path) -> Installation:
+    """An installation whose configuration may be damaged; only its directories are used."""
+    return Installation(directory, new_config(0, 1))
+
+
+def _lock_dir_of(directory: Path, part: str) -> Path:
+    kind, _, name = part.partition("-")
+    return directory / {"safekeeper": "safekeepers", "endpoint": "endpoints"}.get(kind, kind) / name
+
+
+@app.command()
+def start(context: typer.Context) -> None:
+    """Start the services that do not run: broker, safekeepers, pageserver, controller."""
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    started = start_services(session, installation)
+    session.say(
+        f"{len(started)} started in {time.monotonic() - session.started:.2f} s"
+        if started
+        else "everything runs",
+        {"started": started},
+    )
+
+
+def start_services(session: Session, installation: Installation) -> list[str]:
+    with exclusive(installation, session.note):
+        return start_parts(installation, installation.service_parts(), session.done)
+
+
+@app.command()
+def stop(
+    context: typer.Context,
+    immediate: Annotated[
+        bool, typer.Option("--immediate", help="Kill at once, as a power failure would; no commit is lost.")
+    ] = False,
+) -> None:
+    """Stop endpoints, then services. Data stays."""
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    stopped = stop_everything(session, installation, immediate=immediate)
+    session.say(f"{len(stopped)} stopped" if stopped else "nothing ran", {"stopped": stopped})
+
+
+def stop_everything(session: Session, installation: Installation, *, immediate: bool) -> list[str]:
+    """Names of the parts that ran."""
+    stopped: list[str] = []
+    with exclusive(installation, session.note):
+        for part, lock_dir, limit_s in _parts_to_stop(installation):
+            begun = time.monotonic()
+            if stop_part(installation, part, lock_dir, limit_s, immediate=immediate):
+                stopped.append(part)
+                session.done(f"{part} stopped", time.monotonic() - begun)
+    return stopped
+
+
+def _parts_to_stop(installation: Installation) -> list[tuple[str, Path, float]]:
+    """Endpoints as the directory knows them, for the controller may be down; then services, last first."""
+    endpoints_dir = installation.directory / "endpoints"
+    endpoints = sorted(endpoints_dir.iterdir()) if endpoints_dir.is_dir() else []
+    return [
+        *((endpoint_part_name(path.name), path, ENDPOINT_STOP_LIMIT_S) for path in endpoints),
+        *((part.name, part.lock_dir, STOP_LIMIT_S) for part in reversed(installation.service_parts())),
+    ]
+
+
+@app.command()
+def status(context: typer.Context) -> None:
+    """Show which parts run. The exit code is 4 unless all services are well."""
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    rows = [
+        _status_row(installation, part.name, part.lock_dir, part.http_address)
+        for part in installation.service_parts()
+    ]
+    services_well = all(row["state"] == "running" for row in rows)
+    rows += _endpoint_rows(installation)
+    value = {"directory": str(installation.directory), "well": services_well, "parts": rows}
+    session.answer(value, lambda console: _show_status(console, rows))
+    if not services_well:
+        raise typer.Exit(EXIT_UNAVAILABLE)
+
+
+def _status_row(installation: Installation, part: str, lock_dir: Path, http_address: str) -> dict[str, Any]:
+    process = find_process(installation, part, lock_dir)
+    state = "stopped"
+    if process is not None:
+        state = {200: "running", 0: "starting"}.get(probe(http_address), "unwell")
+    return {"part": part, "state": state, "pid": process.pid if process else None, "http": http_address}
+
+
+def _endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
+    try:
+        endpoints = ControllerClient(installation).get("endpoints")["endpoints"]
+    except NotRunningError:
+        return []
+    return [
+        _status_row(
+            installation,
+            endpoint_part_name(endpoint["name"]),
+            installation.endpoint_dir(endpoint["name"]),
+            f"127.0.0.1:{endpoint['http_port']}",
+        )
+        | {"branch": endpoint["branch"], "postgres_port": endpoint["postgres_port"]}
+        for endpoint in endpoints
+    ]
+
+
+def _show_status(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("part", "state", "pid", "http", ""):
+        table.add_column(heading)
+    colors = {"running": "green", "stopped": "dim"}
+    for row in rows:
+        color = colors.get(row["state"], "yellow")
+        extra = f"branch {row['branch']}, port {row['postgres_port']}" if "branch" in row else ""
+        table.add_row(
+            row["part"], f"[{color}]{row['state']}[/{color}]", str(row["pid"] or ""), row["http"], extra
+        )
+    console.print(table)

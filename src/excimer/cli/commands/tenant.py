@@ -1,0 +1,105 @@
+"""`excimer tenant create | list | delete | set-default`."""
+
+import secrets
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from excimer.cli.controller_client import ControllerClient
+from excimer.cli.installation import load_installation
+from excimer.cli.session import Session, session_of
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A name; none: the id.", show_default=False)] = "",
+    set_default: Annotated[bool, typer.Option(help="Make it the tenant that commands mean.")] = False,
+    pg_version: Annotated[
+        int | None, typer.Option(help="PostgreSQL version; default: that of `init`.", show_default=False)
+    ] = None,
+) -> None:
+    """Make a tenant with a first branch `main`. The first tenant becomes the default one."""
+    session = session_of(context)
+    tenant = create_tenant(session, name, pg_version=pg_version, set_default=set_default)
+    default = ", now the default" if tenant["is_default"] else ""
+    session.say(f"tenant {tenant['name']} made with branch main{default}", tenant)
+
+
+def create_tenant(
+    session: Session, name: str, *, pg_version: int | None, set_default: bool
+) -> dict[str, Any]:
+    installation = load_installation(session.directory)
+    body = {
+        "tenant_id": secrets.token_hex(16),
+        "timeline_id": secrets.token_hex(16),
+        "name": name,
+        "pg_version": pg_version or installation.config.pg_version,
+        "set_default": set_default,
+    }
+    with session.step(f"tenant {name or body['tenant_id']}"):
+        tenant: dict[str, Any] = ControllerClient(installation).post("tenants", body=body)
+    return tenant
+
+
+@app.command("list")
+def list_tenants(context: typer.Context) -> None:
+    """List tenants; * marks the default one."""
+    session = session_of(context)
+    answer = ControllerClient(load_installation(session.directory)).get("tenants")
+    session.answer(answer, lambda console: _show_tenants(console, answer["tenants"]))
+
+
+def _show_tenants(console: Console, tenants: list[dict[str, Any]]) -> None:
+    if not tenants:
+        console.print("no tenants yet: excimer tenant create")
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "tenant", "id", "state", "made"):
+        table.add_column(heading)
+    for tenant in tenants:
+        table.add_row(
+            "*" if tenant["is_default"] else "",
+            tenant["name"],
+            tenant["tenant_id"],
+            tenant["state"],
+            tenant["created_at"][:19].replace("T", " "),
+        )
+    console.print(table)
+
+
+@app.command()
+def delete(
+    context: typer.Context,
+    tenant: Annotated[str, typer.Argument(help="Name or id.")],
+) -> None:
+    """Delete a tenant without endpoints, with all its branches."""
+    session = session_of(context)
+    client = ControllerClient(load_installation(session.directory))
+    with session.step(f"deleting tenant {tenant}"):
+        answer = client.delete("tenants", tenant)
+    session.say(f"tenant {tenant}: {answer['state']}", answer)
+
+
+@app.command("set-default")
+def set_default_tenant(
+    context: typer.Context,
+    tenant: Annotated[str, typer.Argument(help="Name or id.")],
+) -> None:
+    """Make a tenant the one that commands mean."""
+    session = session_of(context)
+    client = ControllerClient(load_installation(session.directory))
+    answer = client.put("default_tenant", body={"tenant": tenant})
+    session.say(f"tenant {answer['name']} is the default now", answer)
+
+
+def tenant_name(client: ControllerClient, option: str | None) -> str:
+    """The tenant that a command means: the option, or the default one."""
+    if option:
+        return option
+    name: str = client.get("default_tenant")["name"]
+    return name

@@ -1,0 +1,308 @@
+"""A local installation: its state directory, its configuration, and the parts that follow from it.
+
+::
+
+    .excimer/
+      config.toml               versions, ports, the broker's password
+      keys/                     private.pem, public.pem, admin.token
+      broker/ controller/ pageserver/ object_store/ safekeepers/N/ endpoints/NAME/
+      run/                      PART.toml (settings), PART.pid, cli.lock
+      logs/                     PART.log
+
+Not here: starting anything (`local_processes`).
+"""
+
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, Final
+
+import msgspec
+
+from excimer.base.ids import NodeId
+from excimer.cli.errors import StateDirectoryError
+from excimer.service.settings import SettingsError, load_settings, save_settings
+
+CONFIG_VERSION: Final = 1
+CONFIG_NAME: Final = "config.toml"
+OWN_ENTRIES: Final = (
+    *(CONFIG_NAME, "keys", "broker", "controller", "pageserver", "object_store"),
+    *("safekeepers", "endpoints", "run", "logs"),
+)
+"""All that an installation puts in its directory, and all that `init --force` removes."""
+
+HOST: Final = "127.0.0.1"
+PORTS: Final = range(15000, 30000)
+"""Below the range from which Linux takes ports of outgoing connections, so that ours stay free."""
+
+PORT_ATTEMPTS: Final = 2000
+SAFEKEEPERS_MAX: Final = 9
+
+
+class SafekeeperPorts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    id: int
+    proposer: int
+    replication: int
+    http: int
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`config.toml`: what `init` chose."""
+
+    version: int = CONFIG_VERSION
+    pg_version: int
+    broker_port: int
+    broker_http_port: int
+    broker_password: str
+    controller_port: int
+    page_service_port: int
+    pageserver_http_port: int
+    safekeepers: tuple[SafekeeperPorts, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One process of the installation."""
+
+    name: str
+    """As in `excimer logs NAME`: broker, controller, pageserver, safekeeper-1, endpoint-main."""
+    module: str
+    settings: msgspec.Struct
+    http_address: str
+    lock_dir: Path
+    """Where the process keeps its instance lock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    directory: Path
+    config: Config
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "run"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.directory / "logs"
+
+    @property
+    def keys_dir(self) -> Path:
+        return self.directory / "keys"
+
+    def endpoint_dir(self, name: str) -> Path:
+        return self.directory / "endpoints" / name
+
+    @property
+    def controller_address(self) -> str:
+        return f"{HOST}:{self.config.controller_port}"
+
+    def admin_token(self) -> str:
+        """The token of this machine's user for the controller. Raises `StateDirectoryError`."""
+        path = self.keys_dir / "admin.token"
+        try:
+            return path.read_text().strip()
+        except OSError as error:
+            raise StateDirectoryError(f"cannot read {path}: {error.strerror}") from error
+
+    def broker_url(self) -> str:
+        return f"nats://excimer:{self.config.broker_password}@{HOST}:{self.config.broker_port}"
+
+    def service_parts(self) -> list[Part]:
+        """All services, in an order in which they may start; they stop in the reverse one."""
+        return [
+            self._broker(),
+            *[self._safekeeper(ports) for ports in self.config.safekeepers],
+            self._pageserver(),
+            self._controller(),
+        ]
+
+    def _broker(self) -> Part:
+        from excimer.broker.settings import BrokerSettings
+
+        settings = BrokerSettings(
+            data_dir=self.directory / "broker",
+            listen=f"{HOST}:{self.config.broker_port}",
+            http_listen=f"{HOST}:{self.config.broker_http_port}",
+            user="excimer",
+            password=self.config.broker_password,
+        )
+        return Part("broker", "excimer.broker", settings, settings.http_listen, settings.data_dir)
+
+    def _safekeeper(self, ports: SafekeeperPorts) -> Part:
+        from excimer.safekeeper.settings import SafekeeperSettings
+
+        settings = SafekeeperSettings(
+            id=NodeId(ports.id),
+            data_dir=self.directory / "safekeepers" / str(ports.id),
+            proposer_listen=f"{HOST}:{ports.proposer}",
+            replication_listen=f"{HOST}:{ports.replication}",
+            http_listen=f"{HOST}:{ports.http}",
+            broker_url=self.broker_url(),
+            auth_public_key_path=self.keys_dir / "public.pem",
+        )
+        name = f"safekeeper-{ports.id}"
+        return Part(name, "excimer.safekeeper", settings, settings.http_listen, settings.data_dir)
+
+    def _pageserver(self) -> Part:
+        from excimer.pageserver.settings import PageserverSettings
+
+        settings = PageserverSettings(
+            id=1,
+            data_dir=self.directory / "pageserver",
+            object_store_url=(self.directory / "object_store").as_uri(),
+            page_service_listen=f"{HOST}:{self.config.page_service_port}",
+            http_listen=f"{HOST}:{self.config.pageserver_http_port}",
+            broker_url=self.broker_url(),
+            auth_public_key_path=self.keys_dir / "public.pem",
+            auth_private_key_path=self.keys_dir / "private.pem",
+        )
+        return Part("pageserver", "excimer.pageserver", settings, settings.http_listen, settings.data_dir)
+
+    def _controller(self) -> Part:
+        from excimer.controller.model import Pageserver, Safekeeper
+        from excimer.controller.settings import ControllerSettings
+
+        config = self.config
+        settings = ControllerSettings(
+            data_dir=self.directory / "controller",
+            http_listen=self.controller_address,
+            broker_url=self.broker_url(),
+            auth_public_key_path=self.keys_dir / "public.pem",
+            auth_private_key_path=self.keys_dir / "private.pem",
+            pageservers=(
+                Pageserver(
+                    id=NodeId(1),
+                    http_address=f"{HOST}:{config.pageserver_http_port}",
+                    page_service_address=f"{HOST}:{config.page_service_port}",
+                ),
+            ),
+            safekeepers=tuple(
+                Safekeeper(
+                    id=NodeId(ports.id),
+                    http_address=f"{HOST}:{ports.http}",
+                    proposer_address=f"{HOST}:{ports.proposer}",
+                    replication_address=f"{HOST}:{ports.replication}",
+                )
+                for ports in config.safekeepers
+            ),
+        )
+        return Part("controller", "excimer.controller", settings, settings.http_listen, settings.data_dir)
+
+    def endpoint_part(self, spec: dict[str, Any]) -> Part:
+        """The compute manager of a controller's spec."""
+        from excimer.compute.settings import ComputeSettings
+
+        endpoint = spec["endpoint"]
+        settings = ComputeSettings(
+            endpoint_dir=self.endpoint_dir(endpoint["name"]),
+            tenant_id=endpoint["tenant_id"],
+            timeline_id=endpoint["timeline_id"],
+            mode=endpoint["mode"],
+            lsn=endpoint["lsn"],
+            pg_version=endpoint["pg_version"],
+            postgres_listen=f"{HOST}:{endpoint['postgres_port']}",
+            http_listen=f"{HOST}:{endpoint['http_port']}",
+            pageserver_address=spec["pageserver_address"],
+            safekeepers=spec["safekeepers"],
+            token=spec["token"],
+            postgres_settings=endpoint["postgres_settings"],
+        )
+        name = endpoint_part_name(endpoint["name"])
+        return Part(name, "excimer.compute", settings, settings.http_listen, settings.endpoint_dir)
+
+
+def endpoint_part_name(endpoint: str) -> str:
+    return f"endpoint-{endpoint}"
+
+
+def load_installation(directory: Path) -> Installation:
+    """Raises `StateDirectoryError` that says what to do."""
+    path = directory / CONFIG_NAME
+    if not path.exists():
+        raise StateDirectoryError(
+            f"there is no installation in {directory}: make one with `excimer init`, or name one with --dir"
+        )
+    try:
+        config = load_settings(path, Config)
+    except SettingsError as error:
+        raise StateDirectoryError(
+            f"{error}: restore the file, or start anew with `excimer init --force`"
+        ) from error
+    if config.version != CONFIG_VERSION:
+        raise StateDirectoryError(
+            f"{path} is of version {config.version}, this Excimer understands {CONFIG_VERSION}"
+        )
+    return Installation(directory, config)
+
+
+def new_config(pg_version: int, safekeepers: int) -> Config:
+    """A configuration with free ports."""
+    ports = iter(free_ports(5 + 3 * safekeepers))
+    return Config(
+        pg_version=pg_version,
+        broker_port=next(ports),
+        broker_http_port=next(ports),
+        broker_password=secrets.token_urlsafe(24),
+        controller_port=next(ports),
+        page_service_port=next(ports),
+        pageserver_http_port=next(ports),
+        safekeepers=tuple(
+            SafekeeperPorts(id=number, proposer=next(ports), replication=next(ports), http=next(ports))
+            for number in range(1, safekeepers + 1)
+        ),
+    )
+
+
+def create_installation(directory: Path, config: Config) -> Installation:
+    """Writes keys and configuration into an empty directory; the configuration last, as it makes it one."""
+    from excimer.wire.auth import Claims, Scope, encode_token, generate_key_pair
+
+    installation = Installation(directory, config)
+    directory.mkdir(parents=True, exist_ok=True)
+    for made in (installation.run_dir, installation.logs_dir, installation.keys_dir):
+        made.mkdir(exist_ok=True)
+    installation.keys_dir.chmod(0o700)
+    installation.run_dir.chmod(0o700)
+    pair = generate_key_pair()
+    token = encode_token(pair.private_pem, Claims(scope=Scope.ADMIN))
+    for name, content in (
+        ("private.pem", pair.private_pem),
+        ("public.pem", pair.public_pem),
+        ("admin.token", token.encode()),
+    ):
+        path = installation.keys_dir / name
+        path.touch(mode=0o600)
+        path.write_bytes(content)
+    save_settings(
+        directory / CONFIG_NAME,
+        config,
+        "Written by excimer init. Ports may be changed while everything is stopped.",
+    )
+    (directory / CONFIG_NAME).chmod(0o600)
+    return installation
+
+
+def free_ports(count: int, taken: frozenset[int] = frozenset()) -> list[int]:
+    """Ports of the loopback address that nobody listens on now, none of `taken`."""
+    chance = SystemRandom()
+    found: list[int] = []
+    for _ in range(PORT_ATTEMPTS):
+        port = chance.choice(PORTS)
+        if port not in taken and port not in found and is_free(port):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise StateDirectoryError(f"found no {count} free ports between {PORTS[0]} and {PORTS[-1]}")
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,284 @@
+"""Detached processes of a local installation: start what does not run, wait until well, stop.
+
+Who is who: a pid alone may belong to somebody else after a restart of the machine, so `run/PART.pid`
+also holds the process's start time (and the boot's id). If the CLI was interrupted between starting a
+process and recording it, the process's own instance lock leads to it.
+
+Starting is idempotent, and two commands do not interleave: both hold `run/cli.lock`.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+import excimer
+from excimer.base.errors import RetryableError
+from excimer.cli.errors import BusyError, ProcessFailedError
+from excimer.cli.installation import Installation, Part
+from excimer.cli.log_lines import last_error
+from excimer.service.instance_lock import LOCK_FILE_NAME
+from excimer.service.settings import save_settings
+
+START_LIMIT_S: Final = 60.0
+STOP_LIMIT_S: Final = 10.0
+ENDPOINT_STOP_LIMIT_S: Final = 60.0
+KILL_LIMIT_S: Final = 10.0
+POLL_S: Final = 0.02
+BUSY_LIMIT_S: Final = 90.0
+PROBE_TIMEOUT_S: Final = 2.0
+LOG_SIZE_MAX: Final = 16 * 1024 * 1024
+
+STAT_START_TIME: Final = 19
+"""Index of a process's start time among the fields of /proc/PID/stat after the program's name."""
+
+
+class HealthTimeoutError(RetryableError):
+    """A process runs but does not become well in time."""
+
+
+class ProcessRecord(msgspec.Struct, frozen=True):
+    """Identifies one process on one boot of the machine."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+    def is_alive(self) -> bool:
+        return self.boot_id == _boot_id() and _start_ticks(self.pid) == self.start_ticks
+
+
+@contextlib.contextmanager
+def exclusive(installation: Installation, note: Callable[[str], None]) -> Iterator[None]:
+    """One command at a time starts and stops processes. Raises `BusyError` after `BUSY_LIMIT_S`."""
+    installation.run_dir.mkdir(parents=True, exist_ok=True)
+    with open(installation.run_dir / "cli.lock", "a") as file:
+        deadline = time.monotonic() + BUSY_LIMIT_S
+        is_noted = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise BusyError(
+                        "another excimer command works on this installation: try again"
+                    ) from error
+            if not is_noted:
+                note("waiting for another excimer command on this installation …")
+                is_noted = True
+            time.sleep(POLL_S * 5)
+        yield
+
+
+def find_process(installation: Installation, part: str, lock_dir: Path) -> ProcessRecord | None:
+    """The running process of a part, from its record or else from its instance lock."""
+    record = _read_record(_record_path(installation, part))
+    if record is not None and record.is_alive():
+        return record
+    return _find_by_lock(lock_dir, settings_path(installation, part))
+
+
+def settings_path(installation: Installation, part: str) -> Path:
+    return installation.run_dir / f"{part}.toml"
+
+
+def log_path(installation: Installation, part: str) -> Path:
+    return installation.logs_dir / f"{part}.log"
+
+
+def start_parts(
+    installation: Installation,
+    parts: Sequence[Part],
+    started: Callable[[str, float], None],
+    limit_s: float = START_LIMIT_S,
+) -> list[str]:
+    """Starts those that do not run, all at once, and waits until all are well; names of the started.
+
+    Calls `started` with a part's name and time as each becomes well. Raises `ProcessFailedError` or
+    `HealthTimeoutError` with the end of the part's log; the others go on running.
+    """
+    installation.logs_dir.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    launched = {part.name: _launch(installation, part) for part in parts if _is_absent(installation, part)}
+    waiting = list(parts)
+    while waiting:
+        for part in list(waiting):
+            if is_well(part.http_address):
+                waiting.remove(part)
+                if part.name in launched:
+                    started(part.name, time.monotonic() - begun)
+            else:
+                _check_progress(installation, part, launched.get(part.name), begun + limit_s)
+        if waiting:
+            time.sleep(POLL_S)
+    return list(launched)
+
+
+def _is_absent(installation: Installation, part: Part) -> bool:
+    return find_process(installation, part.name, part.lock_dir) is None
+
+
+def _launch(installation: Installation, part: Part) -> "subprocess.Popen[bytes]":
+    settings = settings_path(installation, part.name)
+    settings.touch(mode=0o600)
+    save_settings(settings, part.settings, "Written by excimer at each start; changes are lost.")
+    settings.chmod(0o600)
+    log = log_path(installation, part.name)
+    if log.exists() and log.stat().st_size > LOG_SIZE_MAX:
+        log.replace(log.with_suffix(".log.1"))
+    with open(log, "ab") as output, _interrupts_later():
+        process = subprocess.Popen(
+            [sys.executable, "-m", part.module, str(settings)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=_environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+        _write_record(_record_path(installation, part.name), process.pid)
+    return process
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the Excimer that runs here findable from the root directory too."""
+    source = str(Path(excimer.__file__).parent.parent)
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([source, *map(os.path.abspath, others)])}
+
+
+def _check_progress(
+    installation: Installation, part: Part, process: "subprocess.Popen[bytes] | None", deadline: float
+) -> None:
+    """Raises when a part that is not well has ended, or has had its time."""
+    log = log_path(installation, part.name)
+    if _is_absent(installation, part) if process is None else process.poll() is not None:
+        code = f" (exit code {process.returncode})" if process is not None else ""
+        raise ProcessFailedError(
+            f"{part.name} did not start{code}: {last_error(log)}; see `excimer logs {part.name}`"
+        )
+    if time.monotonic() > deadline:
+        raise HealthTimeoutError(
+            f"{part.name} runs but does not become ready: {last_error(log)}; see `excimer logs {part.name}`"
+        )
+
+
+def stop_part(
+    installation: Installation, part: str, lock_dir: Path, limit_s: float, *, immediate: bool
+) -> bool:
+    """SIGTERM, and SIGKILL after `limit_s` (at once if `immediate`). False if it did not run.
+
+    Raises `ProcessFailedError` for a process that not even SIGKILL ends.
+    """
+    record = find_process(installation, part, lock_dir)
+    if record is not None:
+        stages = [(signal.SIGKILL, KILL_LIMIT_S)]
+        if not immediate:
+            stages.insert(0, (signal.SIGTERM, limit_s))
+        if not any(_signal_and_wait(record, number, limit) for number, limit in stages):
+            raise ProcessFailedError(f"{part} (process {record.pid}) cannot be stopped")
+    _record_path(installation, part).unlink(missing_ok=True)
+    return record is not None
+
+
+def _signal_and_wait(record: ProcessRecord, number: signal.Signals, limit_s: float) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(record.pid, number)
+    deadline = time.monotonic() + limit_s
+    while record.is_alive():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def is_well(http_address: str) -> bool:
+    """Whether `/healthz` says 200."""
+    return probe(http_address) == 200
+
+
+def probe(http_address: str) -> int:
+    """The status of `/healthz`; 0 when nobody answers."""
+    import http.client
+
+    connection = http.client.HTTPConnection(http_address, timeout=PROBE_TIMEOUT_S)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return 0
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Keeps Ctrl-C from falling between the start of a process and its record."""
+    caught: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def _record_path(installation: Installation, part: str) -> Path:
+    return installation.run_dir / f"{part}.pid"
+
+
+def _write_record(path: Path, pid: int) -> None:
+    ticks = _start_ticks(pid)
+    if ticks is not None:
+        record = ProcessRecord(pid, ticks, _boot_id())
+        temporary = path.with_suffix(".new")
+        temporary.write_bytes(msgspec.json.encode(record))
+        temporary.replace(path)
+
+
+def _read_record(path: Path) -> ProcessRecord | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ProcessRecord)
+    except (OSError, msgspec.DecodeError):
+        return None  # none, or damaged: the instance lock knows too
+
+
+def _find_by_lock(lock_dir: Path, settings: Path) -> ProcessRecord | None:
+    try:
+        with open(lock_dir / LOCK_FILE_NAME) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = int(file.read())
+            else:
+                return None
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    ticks = _start_ticks(pid)
+    if ticks is None or os.fsencode(settings) not in arguments:
+        return None
+    return ProcessRecord(pid, ticks, _boot_id())
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When the process started, in ticks since boot; None if there is no such process or only its remains."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[STAT_START_TIME])
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

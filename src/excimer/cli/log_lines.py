@@ -1,0 +1,62 @@
+"""Log files of services for people: their JSON lines shortened, and the one that says what went wrong."""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+TAIL_SIZE_BYTES: Final = 64 * 1024
+HIDDEN_FIELDS: Final = ("time", "level", "service", "event", "traceback")
+
+
+def tail(path: Path, count: int) -> list[str]:
+    """The last `count` lines; none if there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            wanted = TAIL_SIZE_BYTES
+            while True:
+                file.seek(max(0, size - wanted))
+                lines = file.read().decode("utf-8", "replace").splitlines()
+                if len(lines) > count or wanted >= size:
+                    return lines[-count:] if count else []
+                wanted *= 4
+    except OSError:
+        return []
+
+
+def last_error(path: Path) -> str:
+    """The last error (else the last line) of a log, as one sentence."""
+    lines = tail(path, 200)
+    for line in reversed(lines):
+        fields = parse(line)
+        if fields is not None and fields.get("level") == "error":
+            return str(fields.get("event", "")).splitlines()[0]
+        if fields is None and line.startswith("excimer "):
+            return line.partition(": ")[2] or line
+    spoken = [line for line in lines if line.strip()]
+    if not spoken:
+        return "its log is empty"
+    fields = parse(spoken[-1])
+    return str(fields["event"]) if fields else spoken[-1].strip()
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The fields of a JSON line of ours, None for another line (a traceback, a library's print)."""
+    if not line.startswith("{"):
+        return None
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and "event" in value else None
+
+
+def pretty(line: str) -> str:
+    """``12:00:00 info    timeline opened timeline_id=…``; other lines as they are."""
+    fields = parse(line)
+    if fields is None:
+        return line
+    clock = str(fields.get("time", ""))[11:19]
+    rest = "".join(f" {key}={value}" for key, value in fields.items() if key not in HIDDEN_FIELDS)
+    text = f"{clock} {fields.get('level', ''):<7} {fields['event']}{rest}"
+    return text + ("\n" + str(fields["traceback"]).rstrip() if "traceback" in fields else "")
