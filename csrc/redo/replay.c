@@ -200,6 +200,12 @@ apply(const PageRequest *request, const Locator *wanted, const RecordHead *head,
     if (!redirect_blocks(blocks, count, request, wanted))
         elog(ERROR, "the record does not touch this page");
     RmgrTable[record->xl_rmid].rm_redo(reader);
+    /*
+     * During recovery a change to a page of zeros is noted and skipped: the page may be truncated further
+     * on. For us it means that the chain lacks its beginning.
+     */
+    if (XLogHaveInvalidPages())
+        elog(ERROR, "the record changes a page that neither the base nor an earlier record has filled");
     record_count++;
 }
 
@@ -210,6 +216,7 @@ check_request(const char *request_bytes, size_t size)
     const PageRequest *request = (const PageRequest *) request_bytes;
     const char *end = request_bytes + size;
     const char *records, *cursor;
+    uint64 last_lsn = 0;
 
     if (size < sizeof(PageRequest) || request->fork > MAX_FORKNUM || request->block > MaxBlockNumber ||
         request->has_base > 1 || size < sizeof(PageRequest) + request->has_base * BLCKSZ)
@@ -222,6 +229,10 @@ check_request(const char *request_bytes, size_t size)
         if ((size_t) (end - cursor) < sizeof(RecordHead) || head->length < SizeOfXLogRecord ||
             (size_t) (end - cursor) - sizeof(RecordHead) < MAXALIGN64((uint64) head->length))
             elog(ERROR, "malformed request for a page: record %u of %u", index + 1, request->record_count);
+        if (head->start_lsn < last_lsn || head->end_lsn <= head->start_lsn)
+            elog(ERROR, "malformed request for a page: record %u of %u is out of order", index + 1,
+                 request->record_count);
+        last_lsn = head->end_lsn;
         cursor += sizeof(RecordHead) + MAXALIGN64((uint64) head->length);
     }
     if (cursor != end)

@@ -62,7 +62,12 @@ def insert_record(block: int, *, offset: int = 1, init: bool = True, rmgr: int =
 
 
 def insert_request(block: int, *records: bytes) -> bytes:
-    return encode_redo_request(RELATION, 0, block, None, [(START, END, record) for record in records])
+    """The last record is at START to END, the others right before it."""
+    size = END - START
+    first = START - size * (len(records) - 1)
+    starts = [first + size * index for index in range(len(records))]
+    chain = [(start, start + size, record) for start, record in zip(starts, records, strict=True)]
+    return encode_redo_request(RELATION, 0, block, None, chain)
 
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
@@ -136,6 +141,29 @@ def test_a_bad_record_is_an_error_that_names_it(record: bytes, reason: str) -> N
             started = pool.crew.started
             assert await pool.redo(good) == results
             assert pool.crew.started <= started + 2  # the two batches of these 20
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("version", ALL_VERSIONS)
+def test_a_chain_without_its_beginning_is_an_error_not_an_empty_page(version: int) -> None:
+    async def scenario() -> None:
+        async with open_pool(version) as pool:
+            (error,) = await pool.redo([insert_request(7, insert_record(7, init=False))])
+            assert isinstance(error, RedoError)
+            assert "neither the base nor an earlier record has filled" in str(error)
+            chain = insert_request(7, insert_record(7), insert_record(7, offset=2, init=False))
+            assert isinstance((await pool.redo([chain]))[0], bytes)
+
+    asyncio.run(scenario())
+
+
+def test_records_out_of_order_are_refused() -> None:
+    async def scenario() -> None:
+        async with open_pool() as pool:
+            records = [(200, 300, insert_record(7)), (100, 200, insert_record(7))]
+            (error,) = await pool.redo([encode_redo_request(RELATION, 0, 7, None, records)])
+            assert "out of order" in str(error)
 
     asyncio.run(scenario())
 

@@ -25,7 +25,7 @@ from excimer.wire.redo import decode_redo_request, request_key
 
 REQUEST_TIMEOUT_S = 60.0
 ATTEMPTS = 3
-LIFE_REQUESTS = 200_000
+LIFE_REQUESTS = 1_000_000
 CHECK_EVERY_REQUESTS = 2_000
 MEMORY_BYTES_MAX = 192 << 20
 SCRATCH_BYTES_MAX = 64 << 20
