@@ -4,6 +4,7 @@ A command's module is imported only when the command runs (or its own help is as
 table below is all that `excimer --help` needs.
 """
 
+import difflib
 import importlib
 import os
 from pathlib import Path
@@ -49,6 +50,12 @@ class LazyGroup(TyperGroup):
                 return TyperCommand(cmd_name, help=help_text)
             self.commands[cmd_name] = _load(cmd_name, module_name, help_text)
         return self.commands[cmd_name]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._is_listing = True

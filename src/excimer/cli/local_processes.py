@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -109,6 +110,22 @@ def start_parts(
     installation.logs_dir.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     launched = {part.name: _launch(installation, part) for part in parts if _is_absent(installation, part)}
+    try:
+        _wait_well(installation, parts, launched, begun + limit_s, started)
+    finally:
+        for process in launched.values():
+            process.returncode = process.poll() or 0  # it outlives us on purpose: no warning about that
+    return list(launched)
+
+
+def _wait_well(
+    installation: Installation,
+    parts: Sequence[Part],
+    launched: "Mapping[str, subprocess.Popen[bytes]]",
+    deadline: float,
+    started: Callable[[str, float], None],
+) -> None:
+    begun = time.monotonic()
     waiting = list(parts)
     while waiting:
         for part in list(waiting):
@@ -117,10 +134,9 @@ def start_parts(
                 if part.name in launched:
                     started(part.name, time.monotonic() - begun)
             else:
-                _check_progress(installation, part, launched.get(part.name), begun + limit_s)
+                _check_progress(installation, part, launched.get(part.name), deadline)
         if waiting:
             time.sleep(POLL_S)
-    return list(launched)
 
 
 def _is_absent(installation: Installation, part: Part) -> bool:
@@ -172,28 +188,50 @@ def _check_progress(
         )
 
 
-def stop_part(
-    installation: Installation, part: str, lock_dir: Path, limit_s: float, *, immediate: bool
-) -> bool:
-    """SIGTERM, and SIGKILL after `limit_s` (at once if `immediate`). False if it did not run.
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What is to be stopped: a part's name, where its instance lock is, how long it may take."""
 
-    Raises `ProcessFailedError` for a process that not even SIGKILL ends.
+    part: str
+    lock_dir: Path
+    limit_s: float
+
+
+def stop_parts(
+    installation: Installation,
+    parts: Sequence[Running],
+    stopped: Callable[[str, float], None],
+    *,
+    immediate: bool,
+) -> list[str]:
+    """Stops parts at once: SIGTERM, SIGKILL after their limits (from the start if `immediate`).
+
+    Calls `stopped` with a part's name and time; answers the names of those that ran. Raises
+    `ProcessFailedError` for a process that not even SIGKILL ends.
     """
-    record = find_process(installation, part, lock_dir)
-    if record is not None:
-        stages = [(signal.SIGKILL, KILL_LIMIT_S)]
-        if not immediate:
-            stages.insert(0, (signal.SIGTERM, limit_s))
-        if not any(_signal_and_wait(record, number, limit) for number, limit in stages):
-            raise ProcessFailedError(f"{part} (process {record.pid}) cannot be stopped")
-    _record_path(installation, part).unlink(missing_ok=True)
-    return record is not None
+    begun = time.monotonic()
+    found = [(each, find_process(installation, each.part, each.lock_dir)) for each in parts]
+    running = [(each, record) for each, record in found if record is not None]
+    for _, record in running:
+        _signal(record, signal.SIGKILL if immediate else signal.SIGTERM)
+    for each, record in running:
+        if not _wait_gone(record, begun + each.limit_s):
+            _signal(record, signal.SIGKILL)
+            if not _wait_gone(record, time.monotonic() + KILL_LIMIT_S):
+                raise ProcessFailedError(f"{each.part} (process {record.pid}) cannot be stopped")
+        stopped(f"{each.part} stopped", time.monotonic() - begun)
+    for each in parts:
+        _record_path(installation, each.part).unlink(missing_ok=True)
+    return [each.part for each, _ in running]
 
 
-def _signal_and_wait(record: ProcessRecord, number: signal.Signals, limit_s: float) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(record.pid, number)
-    deadline = time.monotonic() + limit_s
+def _signal(record: ProcessRecord, number: signal.Signals) -> None:
+    if record.is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(record.pid, number)
+
+
+def _wait_gone(record: ProcessRecord, deadline: float) -> bool:
     while record.is_alive():
         if time.monotonic() > deadline:
             return False

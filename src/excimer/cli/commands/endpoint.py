@@ -19,11 +19,12 @@ from excimer.cli.installation import (
 )
 from excimer.cli.local_processes import (
     ENDPOINT_STOP_LIMIT_S,
+    Running,
     exclusive,
     find_process,
     probe,
     start_parts,
-    stop_part,
+    stop_parts,
 )
 from excimer.cli.session import Session, session_of
 
@@ -151,10 +152,7 @@ def stop(
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
     client.get("endpoints", name)
-    begun = time.monotonic()
     was_running = stop_endpoint(session, installation, name, immediate=immediate)
-    if was_running:
-        session.done(f"endpoint {name} stopped", time.monotonic() - begun)
     if destroy:
         delete_endpoint(installation, client, name)
     session.say(
@@ -164,14 +162,10 @@ def stop(
 
 
 def stop_endpoint(session: Session, installation: Installation, name: str, *, immediate: bool) -> bool:
+    """Whether it ran."""
+    part = Running(endpoint_part_name(name), installation.endpoint_dir(name), ENDPOINT_STOP_LIMIT_S)
     with exclusive(installation, session.note):
-        return stop_part(
-            installation,
-            endpoint_part_name(name),
-            installation.endpoint_dir(name),
-            ENDPOINT_STOP_LIMIT_S,
-            immediate=immediate,
-        )
+        return bool(stop_parts(installation, [part], session.done, immediate=immediate))
 
 
 def delete_endpoint(installation: Installation, client: ControllerClient, name: str) -> None:

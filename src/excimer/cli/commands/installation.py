@@ -3,7 +3,7 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -29,15 +29,18 @@ from excimer.cli.installation import (
 from excimer.cli.local_processes import (
     ENDPOINT_STOP_LIMIT_S,
     STOP_LIMIT_S,
+    Running,
     exclusive,
     find_process,
     probe,
     start_parts,
-    stop_part,
+    stop_parts,
 )
 from excimer.cli.session import Session, session_of
 
 app = typer.Typer()
+
+BROKER: Final = "broker"
 
 
 @app.command()
@@ -142,21 +145,20 @@ def stop_everything(session: Session, installation: Installation, *, immediate: 
     """Names of the parts that ran."""
     stopped: list[str] = []
     with exclusive(installation, session.note):
-        for part, lock_dir, limit_s in _parts_to_stop(installation):
-            begun = time.monotonic()
-            if stop_part(installation, part, lock_dir, limit_s, immediate=immediate):
-                stopped.append(part)
-                session.done(f"{part} stopped", time.monotonic() - begun)
+        for stage in _stop_stages(installation):
+            stopped += stop_parts(installation, stage, session.done, immediate=immediate)
     return stopped
 
 
-def _parts_to_stop(installation: Installation) -> list[tuple[str, Path, float]]:
-    """Endpoints as the directory knows them, for the controller may be down; then services, last first."""
+def _stop_stages(installation: Installation) -> list[list[Running]]:
+    """Endpoints as the directory knows them, for the controller may be down; services; the broker last."""
     endpoints_dir = installation.directory / "endpoints"
     endpoints = sorted(endpoints_dir.iterdir()) if endpoints_dir.is_dir() else []
+    services = [Running(part.name, part.lock_dir, STOP_LIMIT_S) for part in installation.service_parts()]
     return [
-        *((endpoint_part_name(path.name), path, ENDPOINT_STOP_LIMIT_S) for path in endpoints),
-        *((part.name, part.lock_dir, STOP_LIMIT_S) for part in reversed(installation.service_parts())),
+        [Running(endpoint_part_name(path.name), path, ENDPOINT_STOP_LIMIT_S) for path in endpoints],
+        [running for running in services if running.part != BROKER],
+        [running for running in services if running.part == BROKER],
     ]
 
 

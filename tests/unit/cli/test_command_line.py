@@ -1,0 +1,116 @@
+"""The command line without services: options, help, errors in one line, exit codes, speed of help."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from excimer.base.errors import NotFoundError, RefusedError, RetryableError
+from excimer.cli.app import COMMANDS
+from excimer.cli.commands.timeline import branch_point
+from excimer.cli.errors import UsageError, exit_code_of
+from excimer.cli.session import common_options_first
+
+
+def excimer(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "excimer.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "EXCIMER_DIR": str(directory)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["start", "--json"], ["--json", "start"]),
+        (["tenant", "list", "--dir", "/x", "-h"], ["--dir", "/x", "tenant", "list", "-h"]),
+        (["start", "--dir=/x"], ["--dir=/x", "start"]),
+        (["psql", "main", "--", "--json", "--dir", "y"], ["psql", "main", "--", "--json", "--dir", "y"]),
+        (["start", "--dir"], ["--dir", "start"]),
+        ([], []),
+    ],
+)
+def test_common_options_may_stand_anywhere(given: list[str], expected: list[str]) -> None:
+    assert common_options_first(given) == expected
+
+
+def test_help_lists_every_command_and_is_instant(tmp_path: Path) -> None:
+    times = []
+    for _ in range(3):
+        before = os.times()
+        shown = excimer(tmp_path, "--help")
+        after = os.times()
+        times.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in COMMANDS)
+    assert min(times) < 0.4
+
+
+def test_help_of_every_command_works(tmp_path: Path) -> None:
+    from excimer.cli.app import app
+
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            app([name, "--help"], prog_name="excimer")
+        assert ended.value.code == 0, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["tenat"], "Did you mean 'tenant'?"),
+        (["start", "--bad"], "No such option"),
+        (["timeline", "branch"], "Missing option '--branch-name'"),
+        (["init", "--safekeepers", "many"], "Invalid value for '--safekeepers'"),
+        (["init", "--safekeepers", "2"], "must be odd"),
+        (["endpoint", "create"], "Missing argument"),
+        (["logs"], "Missing argument"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = excimer(tmp_path / "none", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.startswith("excimer: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["start"], ["stop"], ["status"], ["tenant", "list"], ["psql"], ["logs", "x"], ["endpoint", "list"]],
+)
+def test_without_an_installation(tmp_path: Path, arguments: list[str]) -> None:
+    done = excimer(tmp_path / "none", *arguments, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stderr)["error"] == "StateDirectoryError"
+    assert not (tmp_path / "none").exists()
+
+
+def test_exit_codes_follow_families() -> None:
+    errors = (UsageError("x"), NotFoundError("x"), RetryableError("x"), RefusedError("x"), ValueError())
+    assert [exit_code_of(error) for error in errors] == [2, 3, 4, 1, 1]
+
+
+def test_branch_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Etc/GMT-2")
+    time.tzset()
+    assert branch_point(None) == {}
+    assert branch_point("0/16B3748") == {"at_lsn": "0/16B3748"}
+    assert branch_point("2026-01-31T12:00:00Z") == {"at_timestamp": "2026-01-31T12:00:00+00:00"}
+    assert branch_point("2026-01-31 12:00") == {"at_timestamp": "2026-01-31T10:00:00+00:00"}
+    for text in ("yesterday", "16B3748", "0/", "2026-13-01"):
+        with pytest.raises(UsageError, match="neither an LSN"):
+            branch_point(text)
+    monkeypatch.undo()
+    time.tzset()

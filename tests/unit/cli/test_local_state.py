@@ -1,0 +1,274 @@
+"""State directory, process records and log files: what is damaged or foreign is named and left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from excimer.base.errors import ExcimerError
+from excimer.cli import local_processes
+from excimer.cli.commands.installation import make_installation
+from excimer.cli.errors import BusyError, ProcessFailedError, StateDirectoryError, StillRunningError
+from excimer.cli.installation import (
+    PORTS,
+    Installation,
+    Part,
+    create_installation,
+    free_ports,
+    load_installation,
+    new_config,
+)
+from excimer.cli.local_processes import (
+    ProcessRecord,
+    Running,
+    exclusive,
+    find_process,
+    start_parts,
+    stop_parts,
+)
+from excimer.cli.log_lines import last_error, pretty, tail
+from excimer.cli.session import Session
+from excimer.service.settings import Settings
+
+SERVICE = """
+import asyncio, sys
+from pathlib import Path
+from excimer.base.errors import RefusedError
+from excimer.service.health import Health
+from excimer.service.instance_lock import InstanceLock
+from excimer.service.light_http import serving_light_http
+from excimer.service.process_main import run_service
+from excimer.service.settings import Settings
+
+class S(Settings, frozen=True):
+    data_dir: Path
+    http_listen: str
+    how: str = ""
+
+async def serve(settings):
+    if settings.how == "refuse":
+        raise RefusedError("port 5 of 127.0.0.1 is taken by another program")
+    with InstanceLock(settings.data_dir, "service"):
+        health = Health("service", ready=settings.how != "never ready")
+        async with serving_light_http(settings.http_listen, health, lambda: b""):
+            while True:
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    if settings.how != "stubborn":
+                        raise
+
+sys.exit(run_service("service", S, serve, stop_limit_s=60))
+"""
+
+
+class ServiceSettings(Settings, frozen=True):
+    data_dir: Path
+    http_listen: str
+    how: str = ""
+
+
+@pytest.fixture
+def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "small_service.py").write_text(SERVICE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    return create_installation(tmp_path / "state", new_config(18, 1))
+
+
+def part_of(installation: Installation, how: str = "", name: str = "small") -> Part:
+    listen = f"127.0.0.1:{free_ports(1)[0]}"
+    data_dir = installation.directory / name
+    settings = ServiceSettings(data_dir=data_dir, http_listen=listen, how=how)
+    return Part(name, "small_service", settings, listen, data_dir)
+
+
+def stop(
+    installation: Installation, part: Part, limit_s: float = 10, *, immediate: bool = False
+) -> list[str]:
+    running = Running(part.name, part.lock_dir, limit_s)
+    return stop_parts(installation, [running], lambda *_: None, immediate=immediate)
+
+
+def test_start_is_idempotent_and_stop_too(installation: Installation) -> None:
+    part = part_of(installation)
+    heard: list[str] = []
+    assert start_parts(installation, [part], lambda name, _: heard.append(name)) == ["small"]
+    first = find_process(installation, "small", part.lock_dir)
+    assert start_parts(installation, [part], lambda name, _: heard.append(name)) == []
+    assert find_process(installation, "small", part.lock_dir) == first
+    assert heard == ["small"]
+    assert stop(installation, part) == ["small"]
+    assert stop(installation, part) == []
+    assert find_process(installation, "small", part.lock_dir) is None
+
+
+def test_a_killed_part_is_started_again(installation: Installation) -> None:
+    part = part_of(installation)
+    start_parts(installation, [part], lambda *_: None)
+    first = find_process(installation, "small", part.lock_dir)
+    assert first is not None
+    os.kill(first.pid, signal.SIGKILL)
+    while first.is_alive():
+        time.sleep(0.01)
+    assert start_parts(installation, [part], lambda *_: None) == ["small"]
+    assert stop(installation, part, immediate=True) == ["small"]
+
+
+def test_a_process_without_a_record_is_found_by_its_lock(installation: Installation) -> None:
+    """As after a CLI that was killed between starting a process and recording it."""
+    part = part_of(installation)
+    start_parts(installation, [part], lambda *_: None)
+    record = installation.run_dir / "small.pid"
+    known = find_process(installation, "small", part.lock_dir)
+    for damaged in (b"", b"garbage", msgspec.json.encode({"pid": os.getpid()})):
+        record.write_bytes(damaged)
+        assert find_process(installation, "small", part.lock_dir) == known
+    record.unlink()
+    assert start_parts(installation, [part], lambda *_: None) == []
+    assert stop(installation, part) == ["small"]
+
+
+def test_a_pid_of_somebody_else_is_not_ours(installation: Installation) -> None:
+    part = part_of(installation)
+    path = installation.run_dir / "small.pid"
+    own_ticks = local_processes._start_ticks(os.getpid())
+    assert own_ticks is not None
+    for record in (
+        ProcessRecord(os.getpid(), own_ticks + 1, local_processes._boot_id()),
+        ProcessRecord(os.getpid(), own_ticks, "another boot"),
+        ProcessRecord(2**22 + 5, own_ticks, local_processes._boot_id()),
+    ):
+        path.write_bytes(msgspec.json.encode(record))
+        assert find_process(installation, "small", part.lock_dir) is None
+        assert stop(installation, part) == []
+
+
+def test_a_stubborn_process_is_killed(installation: Installation) -> None:
+    part = part_of(installation, "stubborn")
+    start_parts(installation, [part], lambda *_: None)
+    assert stop(installation, part, limit_s=0.3) == ["small"]
+    assert find_process(installation, "small", part.lock_dir) is None
+
+
+def test_failures_show_what_the_service_said(installation: Installation) -> None:
+    with pytest.raises(
+        ProcessFailedError, match=r"small did not start \(exit code 1\): .*port 5 of 127.0.0.1 is taken"
+    ):
+        start_parts(installation, [part_of(installation, "refuse")], lambda *_: None)
+    waits = part_of(installation, "never ready", "waits")
+    with pytest.raises(ExcimerError, match="waits runs but does not become ready"):
+        start_parts(installation, [waits], lambda *_: None, limit_s=1.5)
+    assert stop(installation, waits) == ["waits"]
+
+
+def test_one_command_at_a_time(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_processes, "BUSY_LIMIT_S", 0.2)
+    notes: list[str] = []
+    with (
+        exclusive(installation, notes.append),
+        pytest.raises(BusyError),
+        exclusive(installation, notes.append),
+    ):
+        pass
+    assert len(notes) == 1
+    with exclusive(installation, notes.append):
+        pass
+
+
+def test_an_interrupt_while_starting_is_not_lost(installation: Installation) -> None:
+    def start_and_interrupt() -> None:
+        with local_processes._interrupts_later():
+            os.kill(os.getpid(), signal.SIGINT)
+            recorded.append("process started and recorded")
+
+    recorded: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        start_and_interrupt()
+    assert recorded
+
+
+def test_init_refuses_what_is_not_empty_or_not_ours(tmp_path: Path) -> None:
+    session = Session(tmp_path / "state")
+    made = make_installation(session, 18, 3, force=False)
+    assert load_installation(made.directory) == made
+    assert (made.keys_dir / "private.pem").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(StateDirectoryError, match="is not empty"):
+        make_installation(session, 18, 3, force=False)
+    again = make_installation(session, 18, 1, force=True)
+    assert len(again.config.safekeepers) == 1
+    (made.directory / "thesis.txt").write_text("years of work")
+    with pytest.raises(StateDirectoryError, match=r"holds 'thesis\.txt', which is not Excimer's"):
+        make_installation(session, 18, 3, force=True)
+    assert load_installation(made.directory) == again
+
+
+def test_init_does_not_pull_the_ground_from_a_running_part(installation: Installation) -> None:
+    part = part_of(installation, name="broker")
+    start_parts(installation, [part], lambda *_: None)
+    with pytest.raises(StillRunningError, match="broker runs in"):
+        make_installation(Session(installation.directory), 18, 3, force=True)
+    stop(installation, part)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("pg_version = ", "not valid TOML"),
+        ("pg_version = 'x'", "pg_version: expected int"),
+        ("", "missing required field"),
+    ],
+)
+def test_a_damaged_configuration_is_named(installation: Installation, text: str, problem: str) -> None:
+    path = installation.directory / "config.toml"
+    path.write_text(text)
+    with pytest.raises(StateDirectoryError, match=problem) as caught:
+        load_installation(installation.directory)
+    assert str(path) in str(caught.value)
+    assert "--force" in str(caught.value)
+
+
+def test_free_ports_are_distinct_and_avoid_the_known() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    assert all(port in PORTS for port in ports)
+    assert not set(free_ports(50, frozenset(ports))) & set(ports)
+
+
+def test_log_lines(tmp_path: Path) -> None:
+    path = tmp_path / "part.log"
+    assert tail(path, 5) == []
+    assert last_error(path) == "its log is empty"
+    line = {"time": "2026-01-31T12:00:01.5Z", "level": "info", "service": "x", "event": "ready", "port": 5}
+    error = {**line, "level": "error", "event": "x failed: it broke", "traceback": "Traceback\n  boom"}
+    path.write_text("chatter\n" + json.dumps(error) + "\n" + json.dumps(line) + "\n{broken\n")
+    assert last_error(path) == "x failed: it broke"
+    assert pretty(json.dumps(line)) == "12:00:01 info    ready port=5"
+    assert pretty(json.dumps(error)).endswith("\nTraceback\n  boom")
+    assert pretty("{broken") == "{broken"
+    path.write_text("".join(f"line {number}\n" for number in range(100_000)))
+    assert tail(path, 3) == ["line 99997", "line 99998", "line 99999"]
+    assert tail(path, 0) == []
+    assert len(tail(path, 50_000)) == 50_000
+    assert last_error(path) == "line 99999"
+
+
+def test_children_find_this_excimer() -> None:
+    code = "import excimer; print(excimer.__file__)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env=local_processes._environment(),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    import excimer
+
+    assert shown.stdout.strip() == excimer.__file__
