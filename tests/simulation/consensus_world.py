@@ -106,7 +106,7 @@ class World:
         """(node, candidate, term) -> the voter's log when it voted."""
         self.checker = Checker(START_LSN, [node.disk for node in self.nodes], outcomes_only=outcomes_only)
         choice = self.chance.choice
-        self.crash_probability = choice((0.0, 0.002, 0.01))
+        self.crash_probability = choice((0.0, 0.002, 0.01, 0.05))
         """Before any effect; ten times as likely around a change of promise or a cut."""
         self.drop_probability = choice((0.0, 0.01, 0.05))
         self.duplicate_probability = choice((0.0, 0.05, 0.2))
@@ -118,7 +118,7 @@ class World:
             (self._write_wal, choice((5, 15))),
             (self._reconnect_some, choice((1, 3, 6))),
             (self._tick, 4),
-            (self._start_or_crash, choice((1, 3, 6))),
+            (self._start_or_crash, choice((1, 3, 9))),
             (self._change_partition, choice((0, 1, 2))),
             (self._change_candidates, choice((0.3, 1, 3))),
         )
@@ -192,6 +192,7 @@ class World:
 
     def _start_node(self, node: Node) -> None:
         disk = node.disk
+        disk.sync(len(disk.unsynced))
         end_lsn = Lsn(scan(disk.durable, disk.control.commit_lsn))
         node.record_end_lsn = end_lsn
         node.acceptor = self.acceptor_type(
@@ -205,10 +206,13 @@ class World:
         self._run_node(node, node.acceptor.start(), None)
 
     def _crash_node(self, node: Node) -> None:
+        """The machine loses power, or only the process is killed: then the system still has its writes."""
         node.acceptor = None
         node.flushes.clear()
-        node.disk.crash(self.chance)
-        self.trace.append(("crash", node.index))
+        killed = self.chance.random() < 0.15
+        if not killed:
+            node.disk.crash(self.chance)
+        self.trace.append(("kill" if killed else "crash", node.index))
 
     def _start_or_crash(self) -> None:
         node = self.chance.choice(self.nodes)

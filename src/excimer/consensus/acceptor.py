@@ -167,7 +167,8 @@ class Acceptor:
     """Drive it from one task. A method that raises has changed nothing; the connection is to be closed.
 
     `recovered_end_lsn` is the end of the last complete, CRC-valid record on disk, found by scanning
-    from `state.commit_lsn`. Carry out `start()` before anything else.
+    from `state.commit_lsn`, and synced since: a killed process leaves WAL that only the page cache
+    has, and what is scanned counts as durable from here on. Carry out `start()` before anything else.
     """
 
     def __init__(
