@@ -549,6 +549,8 @@ class Proposer:
             return
         while sent_lsn < min(reign.window_end_lsn, room_end_lsn):
             end_lsn = Lsn(min(sent_lsn + self._limits.chunk_size_bytes, reign.window_end_lsn))
+            if sent_lsn > peer.flush_lsn and end_lsn - sent_lsn < self._limits.chunk_size_bytes:
+                break  # group commit: little WAL waits for the answer to what is under way
             yield SendWal(peer.index, self.term, sent_lsn, end_lsn, reign.commit_lsn, reign.horizon_lsn)
             peer.announced_commit_lsn = reign.commit_lsn
             peer.sent_lsn = sent_lsn = end_lsn
