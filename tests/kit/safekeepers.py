@@ -104,8 +104,15 @@ class SafekeeperProcess:
         if self.process is not None and self.process.poll() is None:
             self.kill()
 
-    def create_timeline(self, start_lsn: Lsn, pg_version: int, system_id: int) -> None:
-        body = {"start_lsn": format_lsn(start_lsn), "pg_version": pg_version, "system_id": system_id}
+    def create_timeline(
+        self, start_lsn: Lsn, pg_version: int, system_id: int, wal_segment_size: int = 16 << 20
+    ) -> None:
+        body = {
+            "start_lsn": format_lsn(start_lsn),
+            "pg_version": pg_version,
+            "system_id": system_id,
+            "wal_segment_size": wal_segment_size,
+        }
         answer = httpx.post(self._url(), json=body, headers=self._admin)
         assert answer.status_code == 201, answer.text
 
