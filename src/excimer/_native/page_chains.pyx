@@ -451,3 +451,38 @@ def scan_block(
             if key not in found:
                 found[key] = (lsn, at[18], <bytes> (at + VALUE_HEAD_SIZE)[:length])
         at += VALUE_HEAD_SIZE + length
+
+
+def key_runs(bytes block) -> list:
+    """The block's distinct keys as (first key, count) of keys whose block numbers follow each other.
+
+    Raises `MalformedValueError` if the block's structure is broken.
+    """
+    cdef const unsigned char* at = <const unsigned char*> PyBytes_AS_STRING(block)
+    cdef const unsigned char* end = at + len(block)
+    cdef const unsigned char* first = NULL
+    cdef const unsigned char* last = NULL
+    cdef unsigned int length, count = 0
+    cdef list runs = []
+    while at < end:
+        if end - at < VALUE_HEAD_SIZE:
+            raise MalformedValueError("a value reaches past the end of its block")
+        memcpy(&length, at + 20, 4)
+        if end - at - VALUE_HEAD_SIZE < <long long> length:
+            raise MalformedValueError("a value reaches past the end of its block")
+        if last is NULL or memcmp(at, last, KEY_SIZE) != 0:
+            if (
+                last is not NULL and memcmp(at, last, KEY_SIZE - 4) == 0
+                and block_of_key(at) == block_of_key(last) + 1
+            ):
+                count += 1
+            else:
+                if first is not NULL:
+                    runs.append((<bytes> first[:KEY_SIZE], count))
+                first = at
+                count = 1
+            last = at
+        at += VALUE_HEAD_SIZE + length
+    if first is not NULL:
+        runs.append((<bytes> first[:KEY_SIZE], count))
+    return runs

@@ -38,7 +38,7 @@ class StorageSettings:
     put_wait_s: float = 60.0
     """How long ingest's thread is held up then before it is told to try again."""
     block_size_bytes: int = BLOCK_TARGET_SIZE_BYTES
-    image_layer_size_bytes: int = 128 * MIB
+    image_layer_size_bytes: int = 64 * MIB
     """Raw size at which an image layer ends and the next begins."""
     compaction_deltas: int = 8
     """So many delta layers above the newest images are merged into images."""

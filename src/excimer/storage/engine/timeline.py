@@ -21,7 +21,7 @@ Not here: what WAL means (`excimer.pageserver.ingest`), which layers to merge (`
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -30,9 +30,10 @@ from typing import TypeVar
 import msgspec
 
 from excimer._native.memory_layer import MemoryLayer
-from excimer.base.errors import RetryableError
+from excimer.base.errors import CorruptionError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn
+from excimer.storage.engine.compaction_job import run_compaction
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import (
     IngestPausedError,
@@ -47,6 +48,7 @@ from excimer.storage.engine.page_reads import PageRead, read_size_blocks
 from excimer.storage.engine.value_reads import ValueCache, read_value, read_value_and_lsn, scan_values
 from excimer.storage.format.manifest import LayerDescription, Manifest
 from excimer.storage.format.values import PackedBatch
+from excimer.storage.plan.compaction_plan import plan_compaction
 from excimer.storage.plan.layer_map import LayerMap
 
 _log = logging.getLogger(__name__)
@@ -100,6 +102,8 @@ class Timeline:
         self._room_made = threading.Condition(self._write_lock)
         self._flush_lock = asyncio.Lock()
         self._flush_wanted = asyncio.Event()
+        self._compaction_wanted = asyncio.Event()
+        self._compaction_wanted.set()
         self._room = asyncio.Event()
         self._waiting: list[tuple[Lsn, asyncio.Future[None]]] = []
         self._written: tuple[FrozenLayer, LayerDescription] | None = None
@@ -119,6 +123,12 @@ class Timeline:
     def oldest_lsn(self) -> Lsn:
         """Reads below it are refused."""
         return Lsn(self.manifest.oldest_lsn)
+
+    @property
+    def size_bytes(self) -> int:
+        """What its layers take in object storage, its ancestors' included."""
+        own = sum(layer.size_bytes for layer in self.stack.disk.descriptions)
+        return own + (self.ancestor.size_bytes if self.ancestor is not None else 0)
 
     @property
     def disk_consistent_lsn(self) -> Lsn:
@@ -238,25 +248,64 @@ class Timeline:
         await self.in_thread(self._freeze)
         await self._flush_frozen()
 
+    async def compact(self) -> bool:
+        """Writes the image layers that are due, if any; says whether. Errors as `flush` and reads have."""
+        settings = self.context.settings
+        plan = plan_compaction(
+            self.stack.disk,
+            deltas_max=settings.compaction_deltas,
+            inherited_size_bytes=self.ancestor.size_bytes if self.ancestor is not None else 0,
+        )
+        if plan is None:
+            return False
+        self._check_lsn(plan.lsn)
+        layers = await run_compaction(self, plan)
+        for layer in layers:
+            await self.in_thread(partial(upload_layer, self.home, layer))
+        async with self._flush_lock:
+            if layers:
+                await self.in_thread(lambda: self.commit_layers(self.manifest, layers))
+        return bool(layers)
+
     async def run(self) -> None:
-        """Flushes by size and by time until cancelled. Raises `FencedError` when overtaken."""
+        """Flushes by size and by time, and compacts, until cancelled. Raises `FencedError` when overtaken."""
+        async with asyncio.TaskGroup() as group:
+            flushing = self._again_after_errors("flush", self._flush_when_due)
+            group.create_task(flushing, name=f"flush {self.timeline_id}")
+            compacting = self._again_after_errors("compaction", self._compact_when_due)
+            group.create_task(compacting, name=f"compact {self.timeline_id}")
+
+    async def _again_after_errors(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
+        """The step over and over; after an error that may pass, with a pause that grows."""
         settings = self.context.settings
         delay_ms = settings.retry_delay_ms_first
         while True:
             try:
-                async with asyncio.timeout(settings.flush_interval_s):
+                await step()
+                delay_ms = settings.retry_delay_ms_first
+            except (RetryableError, OSError) as error:
+                _log.warning("%s of timeline %s failed, trying again: %s", what, self.timeline_id, error)
+                await asyncio.sleep(delay_ms / 1000)
+                delay_ms = min(delay_ms * 2, settings.retry_delay_ms_max)
+
+    async def _flush_when_due(self) -> None:
+        if not self.stack.frozen:
+            try:
+                async with asyncio.timeout(self.context.settings.flush_interval_s):
                     await self._flush_wanted.wait()
             except TimeoutError:
                 await self.in_thread(self._freeze)
             self._flush_wanted.clear()
-            try:
-                await self._flush_frozen()
-                delay_ms = settings.retry_delay_ms_first
-            except (RetryableError, OSError) as error:
-                _log.warning("flush of timeline %s failed, trying again: %s", self.timeline_id, error)
-                await asyncio.sleep(delay_ms / 1000)
-                delay_ms = min(delay_ms * 2, settings.retry_delay_ms_max)
-                self._flush_wanted.set()
+        await self._flush_frozen()
+
+    async def _compact_when_due(self) -> None:
+        await self._compaction_wanted.wait()
+        self._compaction_wanted.clear()
+        try:
+            if await self.compact():
+                self._compaction_wanted.set()
+        except CorruptionError as error:
+            _log.error("compaction of timeline %s stops until the next flush: %s", self.timeline_id, error)
 
     async def close(self) -> None:
         """No more batches from here on; waits for a flush under way. What memory holds is not flushed."""
@@ -314,6 +363,7 @@ class Timeline:
             while self.stack.frozen:
                 await self.in_thread(partial(self._flush_one, self.stack.frozen[0]))
                 self._room.set()
+                self._compaction_wanted.set()
 
     def _flush_one(self, frozen: FrozenLayer) -> None:
         """File, object, manifest, and only then the exchange: each durable before the next."""
