@@ -226,6 +226,20 @@ async def test_scan_and_get_value(tmp_path: Path) -> None:
 
 
 @in_event_loop
+async def test_values_of_the_ancestor_are_not_cached_past_their_time(tmp_path: Path) -> None:
+    """Found by the oracle: a value cached for an LSN below the branch point served above it."""
+    async with storage_context(tmp_path) as context:
+        tenant = await attach(context)
+        main = await tenant.create_timeline(new_main(), IMPORTED)
+        put(main, [size_value(SIZE, 0x1010, 5)])
+        put(main, [size_value(SIZE, 0x1020, 6)])
+        branch = await tenant.branch_timeline(BRANCH, MAIN)
+        put(branch, [size_value(VM_SIZE, 0x1030, 1)])
+        sizes = [branch.size_blocks(block(0), Lsn(lsn)) for lsn in (0x1000, 0x1010, 0x1020, 0x1030)]
+        assert sizes == [4, 5, 6, 6]
+
+
+@in_event_loop
 async def test_waiting_for_an_lsn(tmp_path: Path) -> None:
     async with storage_context(tmp_path) as context:
         timeline = await (await attach(context)).create_timeline(new_main(), IMPORTED)

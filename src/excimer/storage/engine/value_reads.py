@@ -94,6 +94,9 @@ def scan_values(source: ValueSource, start: bytes, end: bytes, lsn: int) -> list
 
 
 def _read_cached(source: ValueSource, key: bytes, lsn: int) -> CachedValue:
+    if source.ancestor is not None and lsn <= source.ancestor_lsn:
+        # Not cached here: what follows would have to be looked for in the ancestor too.
+        return _read_cached(source.ancestor, key, lsn)
     known = source.value_cache.try_get(key)
     if known is not None and known.found_lsn <= lsn <= known.checked_lsn:
         return known
