@@ -1,6 +1,8 @@
 """Redo workers rebuild pages as a stock server of each version wrote them, from nothing but its WAL."""
 
 import asyncio
+import os
+import random
 import shutil
 import struct
 from collections import Counter
@@ -17,6 +19,7 @@ from excimer.storage.engine.redo_worker import RedoWorker
 from excimer.wire.redo import encode_mask_request, encode_redo_request
 from tests.kit.builds import ALL_VERSIONS, build_of
 from tests.kit.directories import reachable_directory
+from tests.kit.redo_mutation import interleave, mutated_request
 from tests.kit.redo_truth import (
     MASKING_MANAGER,
     SEGMENT_SIZE_BYTES,
@@ -32,6 +35,9 @@ from tests.kit.redo_workload import BLOOM, END, RELATIONS, ROUND, SETUP
 from tests.kit.stock_server import stock_server
 
 ROUNDS = 3
+DAMAGE_ROUNDS = int(os.environ.get("EXCIMER_REDO_DAMAGE_ROUNDS", "5"))
+DAMAGE_SEED = int(os.environ.get("EXCIMER_REDO_DAMAGE_SEED", "1"))
+DAMAGE_VERSIONS = (15, 18)
 KINDS = {"heap", "btree", "hash", "gin", "gist", "spgist", "brin", "sequence"}
 SETTINGS = {
     "fsync": "off",
@@ -133,6 +139,28 @@ def mask_worker(build: PostgresBuild, scratch: Path) -> RedoWorker:
     return RedoWorker(build, redo_extension(build), redo_control_file(build), scratch)
 
 
+async def survive_damage(truth: Truth, scratch: Path, seed: int) -> None:
+    """Records that redo chokes on give an error or, where it does not notice, a page; never a wrong
+    answer to anybody else."""
+    chance = random.Random(seed)
+    cases = [(page, chain) for page, chain, _ in truth.cases() if chain.is_new and page.fork == Fork.MAIN]
+    good = [truth.request(page, chain) for page, chain in chance.sample(cases, 60)]
+    pool = RedoPool(truth.build, scratch, 2, request_timeout_s=10)
+    try:
+        right = await pool.redo(good)
+        errors = 0
+        for _ in range(DAMAGE_ROUNDS):
+            bad = [mutated_request(chance, *chance.choice(cases)) for _ in range(6)]
+            mixed = interleave(good, bad, chance)
+            results = await pool.redo([request for request, _ in mixed])
+            for (_, index), result in zip(mixed, results, strict=True):
+                assert index < 0 or result == right[index], f"seed {seed}: {result!r:.200}"
+                errors += isinstance(result, RedoError)
+        assert errors >= DAMAGE_ROUNDS, f"seed {seed}: hardly any damage was noticed"
+    finally:
+        await pool.close()
+
+
 def check(version: int, settings: dict[str, str]) -> None:
     with reachable_directory() as root:
         truth = Truth(build_of(version), root, settings)
@@ -143,6 +171,8 @@ def check(version: int, settings: dict[str, str]) -> None:
             counts = assert_equal_to_truth(truth, results, mask)
         finally:
             mask.close()
+        if version in DAMAGE_VERSIONS and not settings:
+            asyncio.run(survive_damage(truth, root / "scratch", DAMAGE_SEED))
     wanted = KINDS | {"visibility map"} | ({"bloom"} & truth.build.features.extensions)
     assert all(counts[kind] >= 2 for kind in wanted), counts
 
