@@ -3,7 +3,9 @@
 Not here: what is written where (`wal_storage`, `control_file`).
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 _ZEROS = bytes(1 << 20)
@@ -23,31 +25,30 @@ class Disk:
         os.fdatasync(fd)
 
     def create_zeros(self, path: Path, size_bytes: int) -> None:
-        """A durable file of real zeros: overwriting them later needs no new space and no journal.
-
-        Made under another name first, so that a file of that name is always whole.
-        """
-        temporary = path.with_name(path.name + ".new")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
+        """A durable file of real zeros: overwriting them later needs no new space and no journal."""
+        with self._new_file(path) as fd:
             for offset in range(0, size_bytes, len(_ZEROS)):
                 self.pwrite(fd, _ZEROS[: size_bytes - offset], offset)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)
-        self.sync_directory(path.parent)
 
     def replace_file(self, path: Path, data: bytes) -> None:
         """Puts `data` in the place of the whole file, durably: afterwards it is the old or the new."""
+        with self._new_file(path) as fd:
+            self.pwrite(fd, data, 0)
+
+    @contextlib.contextmanager
+    def _new_file(self, path: Path) -> Iterator[int]:
+        """A file that gets its name once it is whole and on disk; a failed one leaves nothing behind."""
         temporary = path.with_name(path.name + ".new")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            self.pwrite(fd, data, 0)
+            yield fd
             os.fsync(fd)
+            os.rename(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         finally:
             os.close(fd)
-        os.rename(temporary, path)
         self.sync_directory(path.parent)
 
     def remove(self, path: Path) -> None:

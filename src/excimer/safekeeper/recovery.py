@@ -10,7 +10,8 @@ Not here: cutting the rest off (the acceptor's first effect, `TruncateWal`).
 """
 
 from excimer._native.wal_scanner import WalScanner
-from excimer.base.lsn import Lsn
+from excimer.base.errors import CorruptionError
+from excimer.base.lsn import Lsn, format_lsn
 from excimer.pgformat.wal_segment import InvalidWalError
 from excimer.safekeeper.wal_storage import WalMissingError, WalStorage
 from excimer.wire.safekeeping import TimelineIdentity
@@ -18,8 +19,24 @@ from excimer.wire.safekeeping import TimelineIdentity
 _SCAN_SIZE_BYTES = 1 << 20
 
 
+class CommittedWalLostError(CorruptionError):
+    """A file with committed WAL is gone: this copy of the timeline must not be used."""
+
+
 def new_scanner(identity: TimelineIdentity, start_lsn: Lsn) -> WalScanner:
     return WalScanner(start_lsn, identity.pg_version, identity.wal_segment_size_bytes)
+
+
+def check_committed(storage: WalStorage, identity: TimelineIdentity, start_lsn: Lsn, commit_lsn: Lsn) -> None:
+    """Every segment that holds committed WAL must be there. Raises `CommittedWalLostError`."""
+    size_bytes = identity.wal_segment_size_bytes
+    for number in range(start_lsn // size_bytes, -(-commit_lsn // size_bytes)):
+        path = storage.path_of(number)
+        if start_lsn < commit_lsn and not (path.exists() and path.stat().st_size == size_bytes):
+            raise CommittedWalLostError(
+                f"{path} is missing or cut short, but WAL is committed up to {format_lsn(commit_lsn)}: "
+                "rebuild this safekeeper from its peers, under a new id"
+            )
 
 
 def find_end_of_wal(storage: WalStorage, identity: TimelineIdentity, start_lsn: Lsn, limit_lsn: Lsn) -> Lsn:

@@ -40,7 +40,7 @@ from excimer.safekeeper.commit_watch import CommitWatch
 from excimer.safekeeper.control_file import ControlRecord, read_control_file, write_control_file
 from excimer.safekeeper.disk import Disk
 from excimer.safekeeper.metrics import SafekeeperMetrics
-from excimer.safekeeper.recovery import find_end_of_wal, new_scanner
+from excimer.safekeeper.recovery import check_committed, find_end_of_wal, new_scanner
 from excimer.safekeeper.wal_storage import WalStorage
 from excimer.service.logs import get_logger
 from excimer.wire.safekeeping import (
@@ -195,6 +195,7 @@ class SafekeeperTimeline:
     def _load(self, state: AcceptorState, limit_lsn: Lsn) -> None:
         """Makes the acceptor from what is durable; WAL at and above `limit_lsn` does not count."""
         start_lsn = state.commit_lsn
+        check_committed(self._storage, self.identity, self.start_lsn, start_lsn)
         end_lsn = find_end_of_wal(self._storage, self.identity, start_lsn, limit_lsn)
         self._storage.rewrite(start_lsn, end_lsn)
         acceptor = Acceptor(

@@ -1,0 +1,101 @@
+"""Every disk call of a safekeeper fails once: nothing acknowledged is lost, and it goes on afterwards."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from excimer.base.errors import ExcimerError
+from excimer.base.lsn import Lsn
+from excimer.safekeeper.disk import Disk
+from excimer.wire.safekeeping import AppendResponse
+from tests.kit.acceptor_driver import SEGMENT_SIZE_BYTES, START, Driver, create_timeline, opened
+from tests.kit.wal_builder import WalBuilder
+
+
+class FaultyDisk(Disk):
+    """Fails its N-th call with the given error."""
+
+    def __init__(self, fail_at: int, error: int) -> None:
+        self.calls = 0
+        self.has_failed = False
+        self._fail_at = fail_at
+        self._error = error
+
+    def _call(self) -> None:
+        self.calls += 1
+        if self.calls == self._fail_at:
+            self.has_failed = True
+            raise OSError(self._error, "injected")
+
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+        self._call()
+        super().pwrite(fd, data, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        self._call()
+        super().fdatasync(fd)
+
+    def replace_file(self, path: Path, data: bytes) -> None:
+        self._call()
+        super().replace_file(path, data)
+
+    def remove(self, path: Path) -> None:
+        self._call()
+        super().remove(path)
+
+
+def build_wal() -> WalBuilder:
+    builder = WalBuilder(START, 18, SEGMENT_SIZE_BYTES)
+    while len(builder.stream) < SEGMENT_SIZE_BYTES + 40_000:
+        builder.add(10, 0x10, b"x" * 1900)
+    return builder
+
+
+def run(directory: Path, disk: Disk, wal: bytes) -> Lsn:
+    """A stubborn proposer: reconnects after each failure. What was acknowledged at most."""
+    acknowledged = START
+    with opened(directory, disk) as timeline:
+        while acknowledged < START + len(wal):
+            try:
+                driver = Driver(timeline)
+                begin_lsn = driver.win()
+                assert begin_lsn >= acknowledged - 2100, "acknowledged WAL is gone"
+                while begin_lsn < START + len(wal):
+                    part = wal[begin_lsn - START :][:100_000]
+                    (answer,) = driver.append(begin_lsn, part)
+                    assert isinstance(answer, AppendResponse)
+                    acknowledged = begin_lsn = answer.flush_lsn
+            except (ExcimerError, OSError):
+                assert isinstance(disk, FaultyDisk)
+                assert disk.has_failed
+    return acknowledged
+
+
+def count_calls(work: Callable[[Disk], object]) -> int:
+    disk = FaultyDisk(0, 0)
+    work(disk)
+    return disk.calls
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_each_disk_call_may_fail_once(tmp_path: Path, error: int) -> None:
+    builder = build_wal()
+    wal = bytes(builder.stream)
+    directory = tmp_path / "clean" / "timeline"
+    create_timeline(directory)
+    total = count_calls(lambda disk: run(directory, disk, wal))
+    assert total > 20
+    for fail_at in range(1, total + 1):
+        directory = tmp_path / f"{fail_at}" / "timeline"
+        create_timeline(directory)
+        disk = FaultyDisk(fail_at, error)
+        try:
+            run(directory, disk, wal)
+        except (ExcimerError, OSError):
+            assert disk.calls == fail_at, "only opening a timeline may raise, and only at once"
+            run(directory, Disk(), wal)
+        with opened(directory) as timeline:
+            assert timeline.flush_lsn == builder.lsn
+            assert timeline.read_wal(START, Lsn(builder.lsn)) == wal
