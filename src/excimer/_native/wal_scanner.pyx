@@ -11,6 +11,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
+from excimer._native.little_endian cimport u16, u32, u64
+
 from excimer.base.lsn import format_lsn
 from excimer.pgformat.control_file import WAL_PAGE_MAGICS
 from excimer.pgformat.wal_segment import InvalidWalError
@@ -50,24 +52,6 @@ cdef enum:
     BAD_PREVIOUS
     BAD_CRC
     NO_MEMORY
-
-
-cdef inline uint16_t u16(const uint8_t* data) noexcept nogil:
-    cdef uint16_t value
-    memcpy(&value, data, 2)
-    return value
-
-
-cdef inline uint32_t u32(const uint8_t* data) noexcept nogil:
-    cdef uint32_t value
-    memcpy(&value, data, 4)
-    return value
-
-
-cdef inline uint64_t u64(const uint8_t* data) noexcept nogil:
-    cdef uint64_t value
-    memcpy(&value, data, 8)
-    return value
 
 
 cdef class WalScanner:

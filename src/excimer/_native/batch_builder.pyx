@@ -1,0 +1,105 @@
+"""Grows a `PackedBatch` (`excimer.storage.format.values`): entries and payloads, without the GIL.
+
+Running out of memory is remembered and raised when the batch is taken, so that callers in the
+middle of a record need not look.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy
+
+from excimer._native.little_endian cimport put_u32, put_u64
+from excimer.base.keys import parse_key
+from excimer.storage.format.values import PackedBatch
+
+cdef enum:
+    ENTRY_SIZE = 40
+    INITIAL_SIZE = 1 << 16
+
+
+cdef inline void put_big_endian(uint8_t* data, uint32_t value) noexcept nogil:
+    data[0] = value >> 24
+    data[1] = value >> 16 & 0xFF
+    data[2] = value >> 8 & 0xFF
+    data[3] = value & 0xFF
+
+
+cdef class BatchBuilder:
+    def __dealloc__(self):
+        free(self.entries)
+        free(self.data)
+
+    @property
+    def value_count(self):
+        return self.entries_size // ENTRY_SIZE
+
+    def add(self, bytes key, uint64_t lsn, uint8_t kind, bint starts_chain, bytes payload):
+        """One value from Python."""
+        cdef StorageKey packed
+        cdef size_t offset = self.data_size
+        cdef size_t size = PyBytes_GET_SIZE(payload)
+        cdef uint8_t* place = self.add_data(size)
+        fields = parse_key(key)
+        packed.kind, packed.fork = fields.kind, fields.fork
+        packed.spc, packed.db, packed.rel, packed.block = fields.spc, fields.db, fields.rel, fields.block
+        if place != NULL:
+            memcpy(place, PyBytes_AS_STRING(payload), size)
+        self.add_entry(&packed, kind, STARTS_CHAIN if starts_chain else 0, lsn, offset, <uint32_t> size)
+
+    def take(self):
+        """The batch so far; the builder is empty afterwards. Raises MemoryError if any value was lost."""
+        if self.is_out_of_memory:
+            raise MemoryError("no memory for a batch of values")
+        batch = PackedBatch(
+            PyBytes_FromStringAndSize(<char*> self.entries, self.entries_size),
+            PyBytes_FromStringAndSize(<char*> self.data, self.data_size),
+        )
+        self.entries_size = 0
+        self.data_size = 0
+        return batch
+
+    cdef void add_entry(
+        self, const StorageKey* key, uint8_t kind, uint8_t flags, uint64_t lsn, uint64_t offset, uint32_t size
+    ) noexcept nogil:
+        cdef size_t capacity
+        cdef uint8_t* grown
+        cdef uint8_t* entry
+        if self.entries_size + ENTRY_SIZE > self.entries_capacity:
+            capacity = 2 * self.entries_capacity if self.entries_capacity else INITIAL_SIZE
+            grown = <uint8_t*> realloc(self.entries, capacity)
+            if grown == NULL:
+                self.is_out_of_memory = True
+                return
+            self.entries = grown
+            self.entries_capacity = capacity
+        entry = self.entries + self.entries_size
+        self.entries_size += ENTRY_SIZE
+        entry[0] = key.kind
+        put_big_endian(entry + 1, key.spc)
+        put_big_endian(entry + 5, key.db)
+        put_big_endian(entry + 9, key.rel)
+        entry[13] = key.fork
+        put_big_endian(entry + 14, key.block)
+        entry[18] = kind
+        entry[19] = flags
+        put_u32(entry + 20, size)
+        put_u64(entry + 24, lsn)
+        put_u64(entry + 32, offset)
+
+    cdef uint8_t* add_data(self, size_t size) noexcept nogil:
+        """Room for `size` bytes at `data_size` as it was; NULL when memory is out."""
+        cdef size_t capacity
+        cdef uint8_t* grown
+        if self.data_size + size > self.data_capacity:
+            capacity = 2 * (self.data_size + size)
+            if capacity < INITIAL_SIZE:
+                capacity = INITIAL_SIZE
+            grown = <uint8_t*> realloc(self.data, capacity)
+            if grown == NULL:
+                self.is_out_of_memory = True
+                return NULL
+            self.data = grown
+            self.data_capacity = capacity
+        self.data_size += size
+        return self.data + self.data_size - size

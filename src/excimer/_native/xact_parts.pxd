@@ -1,0 +1,21 @@
+"""What other native modules use of `xact_parts`."""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+
+from excimer._native.record_parts cimport RecordParts
+
+
+cdef struct XactParts:
+    uint32_t xid  # that ends: of a prepared transaction the prepared one
+    uint8_t is_commit
+    uint8_t is_prepared
+    uint16_t origin
+    int64_t time
+    int64_t commit_time  # what commit timestamps record: the origin's time if there is an origin
+    uint32_t subxact_count
+    const uint8_t* subxacts
+    uint32_t relation_count
+    const uint8_t* relations
+
+
+cdef int split_xact(const RecordParts* record, int pg_version, XactParts* xact) noexcept nogil
