@@ -47,8 +47,8 @@ class FakeNode:
             raise RefusedError("not to my taste")
 
 
-def pageserver_app(node: FakeNode) -> FastAPI:
-    app = new_app(Scope.PAGESERVER_API)
+def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastAPI:
+    app = new_app(Scope.PAGESERVER_API, public_pem)
 
     @app.post("/v1/tenant")
     async def create_tenant(body: dict[str, Any]) -> None:
@@ -101,8 +101,8 @@ def pageserver_app(node: FakeNode) -> FastAPI:
     return app
 
 
-def safekeeper_app(node: FakeNode) -> FastAPI:
-    app = new_app(Scope.SAFEKEEPER_DATA)
+def safekeeper_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastAPI:
+    app = new_app(Scope.SAFEKEEPER_DATA, public_pem)
     path = "/v1/tenant/{tenant}/timeline/{timeline}"
 
     @app.post(path)
@@ -126,9 +126,9 @@ def safekeeper_app(node: FakeNode) -> FastAPI:
     return app
 
 
-def new_app(scope: Scope) -> FastAPI:
+def new_app(scope: Scope, public_pem: bytes) -> FastAPI:
     app = create_app("fake", "1", Health("fake", ready=True), new_registry("fake", "1"))
-    verifier = TokenVerifier(KEYS.public_pem)
+    verifier = TokenVerifier(public_pem)
     app.router.dependencies.append(Depends(bearer_auth(verifier, SystemClock(), scope)))
     return app
 

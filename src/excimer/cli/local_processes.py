@@ -26,6 +26,7 @@ from excimer.base.errors import RetryableError
 from excimer.cli.errors import BusyError, ProcessFailedError
 from excimer.cli.installation import Installation, Part
 from excimer.cli.log_lines import last_error
+from excimer.service.health import HTTP_OK
 from excimer.service.instance_lock import LOCK_FILE_NAME
 from excimer.service.settings import save_settings
 
@@ -44,6 +45,12 @@ STAT_START_TIME: Final = 19
 
 class HealthTimeoutError(RetryableError):
     """A process runs but does not become well in time."""
+
+
+class HealthAnswer(msgspec.Struct, frozen=True):
+    """What of `/healthz` is used here."""
+
+    pid: int
 
 
 class ProcessRecord(msgspec.Struct, frozen=True):
@@ -129,7 +136,7 @@ def _wait_well(
     waiting = list(parts)
     while waiting:
         for part in list(waiting):
-            if is_well(part.http_address):
+            if _is_well(installation, part):
                 waiting.remove(part)
                 if part.name in launched:
                     started(part.name, time.monotonic() - begun)
@@ -141,6 +148,11 @@ def _wait_well(
 
 def _is_absent(installation: Installation, part: Part) -> bool:
     return find_process(installation, part.name, part.lock_dir) is None
+
+
+def _is_well(installation: Installation, part: Part) -> bool:
+    process = find_process(installation, part.name, part.lock_dir)
+    return process is not None and probe(part.http_address, process.pid) == HTTP_OK
 
 
 def _launch(installation: Installation, part: Part) -> "subprocess.Popen[bytes]":
@@ -239,23 +251,20 @@ def _wait_gone(record: ProcessRecord, deadline: float) -> bool:
     return True
 
 
-def is_well(http_address: str) -> bool:
-    """Whether `/healthz` says 200."""
-    return probe(http_address) == 200
-
-
-def probe(http_address: str) -> int:
-    """The status of `/healthz`; 0 when nobody answers."""
+def probe(http_address: str, pid: int | None) -> int:
+    """The status that `/healthz` of process `pid` answers; 0 when nobody, or another process, answers."""
     import http.client
 
     connection = http.client.HTTPConnection(http_address, timeout=PROBE_TIMEOUT_S)
     try:
         connection.request("GET", "/healthz")
-        return connection.getresponse().status
-    except (OSError, http.client.HTTPException):
+        answer = connection.getresponse()
+        body = msgspec.json.decode(answer.read(), type=HealthAnswer)
+    except (OSError, http.client.HTTPException, msgspec.DecodeError):
         return 0
     finally:
         connection.close()
+    return answer.status if body.pid == pid else 0
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Not here: restarting anything; that is the business of whoever asks.
 """
 
+import os
 from dataclasses import dataclass, field
 
 import msgspec
@@ -32,7 +33,13 @@ class Health:
         return self.ready and not self.problems
 
     def answer(self) -> tuple[int, bytes]:
-        """HTTP status and JSON body."""
+        """HTTP status and JSON body. The pid tells a service from another one that took its port."""
         status = "starting" if not self.ready else "unhealthy" if self.problems else "ok"
-        body = {"status": status, "service": self.service, "problems": self.problems, **self.facts}
+        body = {
+            "status": status,
+            "service": self.service,
+            "pid": os.getpid(),
+            "problems": self.problems,
+            **self.facts,
+        }
         return (HTTP_OK if self.is_well else HTTP_UNAVAILABLE), msgspec.json.encode(body)

@@ -156,7 +156,7 @@ def _check_part(installation: Installation, part: Part) -> Finding:
         if not is_free(parse_host_port(part.http_address).port):
             return Finding(part.name, "problem", f"does not run, and its port {part.http_address} is taken")
         return Finding(part.name, "ok", "does not run")
-    status = probe(part.http_address)
+    status = probe(part.http_address, process.pid)
     if status == 200:
         return Finding(part.name, "ok", f"runs, process {process.pid}")
     said = f"says {status}" if status else "does not answer"

@@ -19,6 +19,7 @@ from excimer.cli.installation import (
 )
 from excimer.cli.local_processes import (
     ENDPOINT_STOP_LIMIT_S,
+    ProcessRecord,
     Running,
     exclusive,
     find_process,
@@ -27,6 +28,7 @@ from excimer.cli.local_processes import (
     stop_parts,
 )
 from excimer.cli.session import Session, session_of
+from excimer.service.health import HTTP_OK
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -134,8 +136,11 @@ def _refuse_second_primary(
 
 
 def is_running(installation: Installation, name: str) -> bool:
-    part, lock_dir = endpoint_part_name(name), installation.endpoint_dir(name)
-    return find_process(installation, part, lock_dir) is not None
+    return _process_of(installation, name) is not None
+
+
+def _process_of(installation: Installation, name: str) -> ProcessRecord | None:
+    return find_process(installation, endpoint_part_name(name), installation.endpoint_dir(name))
 
 
 @app.command()
@@ -188,9 +193,10 @@ def list_endpoints(context: typer.Context) -> None:
 
 
 def state_of(installation: Installation, endpoint: dict[str, Any]) -> str:
-    if not is_running(installation, endpoint["name"]):
+    process = _process_of(installation, endpoint["name"])
+    if process is None:
         return "stopped"
-    return "running" if probe(f"{HOST}:{endpoint['http_port']}") == 200 else "starting"
+    return "running" if probe(f"{HOST}:{endpoint['http_port']}", process.pid) == HTTP_OK else "starting"
 
 
 def _show_endpoints(console: Console, rows: list[dict[str, Any]]) -> None:

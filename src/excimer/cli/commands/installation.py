@@ -183,7 +183,7 @@ def _status_row(installation: Installation, part: str, lock_dir: Path, http_addr
     process = find_process(installation, part, lock_dir)
     state = "stopped"
     if process is not None:
-        state = {200: "running", 0: "starting"}.get(probe(http_address), "unwell")
+        state = {200: "running", 0: "starting"}.get(probe(http_address, process.pid), "unwell")
     return {"part": part, "state": state, "pid": process.pid if process else None, "http": http_address}
 
 
