@@ -1,0 +1,240 @@
+"""One timeline in service: its store, the ingest that feeds it, and the tasks that keep it going.
+
+::
+
+    WalReceiver --begin_stream, ingest--> ActiveTimeline --put_batch--> storage Timeline
+    page service --wait, get_pages, basebackup--> ActiveTimeline --reads--> storage Timeline
+
+Two tasks run per timeline: the receiver and the store's own flushing. If one of them meets something
+that trying again cannot heal, the timeline is *broken*: it says why, serves what it has, and takes no more.
+
+Not here: creating and deleting timelines (`tenants`), choosing safekeepers (`wal_receiver`).
+"""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from excimer.base.clock import Clock
+from excimer.base.errors import CorruptionError, FencedError
+from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, kind_range, make_key
+from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
+from excimer.pageserver.basebackup_job import BasebackupPoint, build_basebackup
+from excimer.pageserver.ingest import WalIngest
+from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp, find_lsn_at_timestamp
+from excimer.pageserver.metrics import TimelineMetrics
+from excimer.pageserver.model import TimelineDetail
+from excimer.pageserver.receiver_plan import Source
+from excimer.pageserver.wal_receiver import Connect, WalReceiver
+from excimer.pgformat.checkpoint_state import CheckpointState
+from excimer.pgformat.control_file import ControlFile
+from excimer.service.health import Health
+from excimer.service.logs import get_logger, log_context
+from excimer.service.tasks import TaskScope
+from excimer.storage.engine.errors import IngestPausedError, TimelineStoppedError
+from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.values import PackedBatch
+
+log = get_logger(__name__)
+
+ANCESTOR_WAIT_S = 3600.0
+ROOM_CHECK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineWorld:
+    """What an active timeline needs from the process it runs in."""
+
+    scope: TaskScope
+    executor: Executor
+    """Runs ingest: one thread per timeline that receives WAL at the same time."""
+    clock: Clock
+    health: Health
+    metrics: TimelineMetrics
+    connect: Callable[[Timeline], Connect]
+    sources: Callable[[Timeline], list[Source]]
+    wait_for_news: Callable[[float], Awaitable[object]]
+
+
+class ActiveTimeline:
+    def __init__(self, store: Timeline, world: TimelineWorld) -> None:
+        self.store = store
+        self.problem: str | None = None
+        """Why it is broken; None while all is well."""
+        self._world = world
+        self._loop = asyncio.get_running_loop()
+        self._ingest: WalIngest | None = None
+        self._stopping = threading.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._basebackup_lock = asyncio.Lock()
+        self._last_basebackup: tuple[Lsn, bytes] | None = None
+        labels = store.tenant_id, store.timeline_id
+        self._wal_bytes = world.metrics.wal_bytes.labels(*labels)
+        self.receiver = WalReceiver(
+            consumer=self,
+            sources=lambda: world.sources(store),
+            wait_for_news=world.wait_for_news,
+            connect=world.connect(store),
+            executor=world.executor,
+            clock=world.clock,
+            on_progress=self._wal_bytes.inc,
+        )
+
+    # Life
+
+    def start(self) -> None:
+        """Begins to receive WAL and to flush."""
+        name = self.store.timeline_id
+        self._tasks = [
+            self._world.scope.supervise(f"receive {name}", lambda: self._guarded(self._receive)),
+            self._world.scope.supervise(f"flush {name}", lambda: self._guarded(self.store.run)),
+        ]
+
+    async def stop(self) -> None:
+        """Ends the tasks; the store can be closed or deleted then. May be called twice."""
+        self._stopping.set()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._tasks = []
+        self._world.health.report(self._check_name, None)
+        self._world.metrics.forget(self.store.tenant_id, self.store.timeline_id)
+
+    async def _receive(self) -> None:
+        """A branch first waits for its ancestor to have the WAL that the branch begins with."""
+        await self.store.wait_for_lsn(self.store.last_record_lsn, ANCESTOR_WAIT_S)
+        await self.receiver.run()
+
+    async def _guarded(self, job: Callable[[], Awaitable[None]]) -> None:
+        with log_context(tenant_id=self.store.tenant_id, timeline_id=self.store.timeline_id):
+            try:
+                await job()
+            except (CorruptionError, FencedError) as error:
+                self.problem = f"{type(error).__name__}: {error}"
+                self._world.health.report(self._check_name, self.problem)
+                raise
+
+    @property
+    def _check_name(self) -> str:
+        return f"timeline {self.store.timeline_id}"
+
+    # What WAL is fed to (called in a thread)
+
+    def begin_stream(self) -> Lsn:
+        """Forgets a record that came in part. The state of ingest is read anew from the store."""
+        self._ingest = WalIngest(self.store, put_batch=self._put_batch)
+        return self.store.last_record_lsn
+
+    def ingest(self, start_lsn: Lsn, data: bytes) -> None:
+        if self._ingest is None:
+            raise AssertionError("WAL before begin_stream")
+        self._ingest.feed(start_lsn, data)
+
+    def positions(self) -> tuple[Lsn, Lsn]:
+        return self.store.last_record_lsn, self.store.remote_consistent_lsn
+
+    def _put_batch(self, batch: PackedBatch, end_lsn: Lsn, prev_record_lsn: Lsn) -> None:
+        """Waits while too much is in memory: the safekeepers keep what is not taken."""
+        while True:
+            try:
+                self.store.put_batch(batch, end_lsn, prev_record_lsn)
+            except IngestPausedError:
+                self._wait_for_room()
+            else:
+                return
+
+    def _wait_for_room(self) -> None:
+        room = asyncio.run_coroutine_threadsafe(self.store.wait_for_room(), self._loop)
+        while not self._stopping.is_set():
+            try:
+                return room.result(ROOM_CHECK_S)
+            except TimeoutError:
+                continue
+        room.cancel()
+        raise TimelineStoppedError(f"timeline {self.store.timeline_id} stops")
+
+    # What the page service asks
+
+    @property
+    def last_record_lsn(self) -> Lsn:
+        return self.store.last_record_lsn
+
+    def record_end(self, lsn: int) -> Lsn:
+        return record_end(lsn, self.store.wal_segment_size_bytes)
+
+    async def wait_for_lsn(self, lsn: Lsn, timeout_s: float) -> None:
+        await self.store.wait_for_lsn(lsn, timeout_s)
+
+    async def get_pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:
+        return await self.store.get_pages(key, count, lsn)
+
+    async def basebackup(self, lsn: Lsn) -> bytes:
+        """Compressed. The last one is kept: computes start again and again at an LSN that stands still."""
+        async with self._basebackup_lock:
+            if self._last_basebackup is not None and self._last_basebackup[0] == lsn:
+                return self._last_basebackup[1]
+            point = await asyncio.to_thread(self._point_at, lsn)
+            compressed = await build_basebackup(self.store, point)
+            self._last_basebackup = lsn, compressed
+            return compressed
+
+    def _point_at(self, lsn: Lsn) -> BasebackupPoint:
+        position = self.store.position
+        prev_lsn = position.prev_record_lsn if position.last_record_lsn == lsn else INVALID_LSN
+        control = self.store.get_value(make_key(KeyKind.CONTROL_FILE), lsn)
+        state = self.store.get_value(make_key(KeyKind.CHECKPOINT), lsn)
+        if control is None or state is None:
+            raise CorruptionError(
+                f"timeline {self.store.timeline_id} has no pg_control or checkpoint at {format_lsn(lsn)}"
+            )
+        checkpoint = CheckpointState.unpack(state)
+        control_file = checkpoint.apply_to(ControlFile.unpack(control, self.store.pg_version))
+        return BasebackupPoint(lsn, prev_lsn, control_file.pack(), checkpoint.checkpoint)
+
+    # What operators ask
+
+    def detail(self) -> TimelineDetail:
+        store = self.store
+        source = self.receiver.source
+        return TimelineDetail(
+            tenant_id=store.tenant_id,
+            timeline_id=store.timeline_id,
+            pg_version=store.pg_version,
+            system_id=store.system_id,
+            wal_segment_size=store.wal_segment_size_bytes,
+            ancestor_timeline_id=None if store.ancestor is None else store.ancestor.timeline_id,
+            ancestor_lsn=None if store.ancestor is None else store.ancestor_lsn,
+            last_record_lsn=store.last_record_lsn,
+            prev_record_lsn=store.prev_record_lsn,
+            disk_consistent_lsn=store.disk_consistent_lsn,
+            remote_consistent_lsn=store.remote_consistent_lsn,
+            oldest_lsn=store.oldest_lsn,
+            physical_size_bytes=sum(layer.size_bytes for layer in store.manifest.layers),
+            wal_source=None if source is None else str(source),
+            problem=self.problem,
+        )
+
+    async def logical_size_bytes(self) -> int:
+        """All relations' blocks at the newest LSN."""
+        return await asyncio.to_thread(self._logical_size_bytes)
+
+    def _logical_size_bytes(self) -> int:
+        sizes = self.store.scan(*kind_range(KeyKind.RELATION_SIZE), self.store.last_record_lsn)
+        return sum(int.from_bytes(value, "little") for _, value in sizes) * BLOCK_SIZE_BYTES
+
+    async def lsn_at_timestamp(self, timestamptz: int) -> LsnAtTimestamp:
+        return await asyncio.to_thread(self._lsn_at_timestamp, timestamptz)
+
+    def _lsn_at_timestamp(self, timestamptz: int) -> LsnAtTimestamp:
+        store = self.store
+
+        def commit_time(lsn: Lsn) -> int | None:
+            value = store.get_value(make_key(KeyKind.COMMIT_TIME), lsn)
+            return None if value is None else int.from_bytes(value, "little", signed=True)
+
+        return find_lsn_at_timestamp(
+            commit_time, store.oldest_lsn, store.last_record_lsn, timestamptz, store.wal_segment_size_bytes
+        )

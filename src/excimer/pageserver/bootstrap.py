@@ -1,0 +1,65 @@
+"""New clusters: PostgreSQL's own initdb, run once per build and kept, then imported for each timeline.
+
+The kept directory is a template: every timeline made from it gets a system identifier of its own, so
+that WAL of one can never be taken for another's.
+
+Not here: reading the directory's files (`initdb_import`), storing the images (`storage`).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from excimer.base.chance import Chance
+from excimer.base.errors import RefusedError
+from excimer.base.keys import KeyKind, make_key
+from excimer.io.cache import cache_entry
+from excimer.pageserver.initdb_import import ImportedCluster, import_initdb
+from excimer.pgformat.control_file import ControlFile
+from excimer.postgres import SUPPORTED_VERSIONS, PostgresBuild, find_build, run_initdb
+
+DEFAULT_VERSION = max(SUPPORTED_VERSIONS)
+TEMPLATE_REVISION = 1
+"""Grows when `run_initdb` makes clusters differently: older templates are then left unused."""
+
+
+class PostgresVersionError(RefusedError):
+    """Excimer does not support this PostgreSQL version."""
+
+
+def initdb_template(build: PostgresBuild) -> Path:
+    """The kept data directory of a build, made if it is not there. Blocks, some seconds the first time.
+
+    Raises `BuildUnusableError`, `ProgramFailedError`, `CacheUnusableError`.
+    """
+    identity = hashlib.sha256(f"{TEMPLATE_REVISION} {build.identity()}".encode()).hexdigest()[:16]
+
+    def make(directory: Path) -> None:
+        run_initdb(build, directory / "data")
+
+    return cache_entry("initdb", f"{build.version}-{identity}", make) / "data"
+
+
+def new_cluster(pg_version: int, chance: Chance) -> ImportedCluster:
+    """Everything that a new timeline of this version begins with. Blocks.
+
+    Raises `PostgresVersionError`, `PostgresMissingError` and what `initdb_template` raises.
+    """
+    if pg_version not in SUPPORTED_VERSIONS:
+        supported = ", ".join(map(str, SUPPORTED_VERSIONS))
+        raise PostgresVersionError(f"PostgreSQL {pg_version} is not supported: choose one of {supported}")
+    cluster = import_initdb(initdb_template(find_build(pg_version)), pg_version)
+    system_id = chance.randrange(1, 1 << 63)
+    control = msgspec.structs.replace(cluster.control_file, system_id=system_id)
+    return cluster._replace(control_file=control, images=list(_with_control_file(cluster.images, control)))
+
+
+def _with_control_file(
+    images: list[tuple[bytes, bytes]], control: ControlFile
+) -> Iterator[tuple[bytes, bytes]]:
+    """The same images, but for pg_control."""
+    control_key = make_key(KeyKind.CONTROL_FILE)
+    for key, value in images:
+        yield key, (control.pack() if key == control_key else value)

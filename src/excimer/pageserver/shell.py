@@ -1,0 +1,214 @@
+"""The running pageserver: sockets, threads, the broker, and the tasks that join them; and its end.
+
+Start: the data directory is locked, both ports are bound, then everything else begins, so that a second
+instance or a taken port is found before anything is touched. Stop: ports close, computes are
+disconnected, timelines stop; what is only in memory comes again as WAL from the safekeepers.
+
+Not here: decisions. This module only connects parts.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from fastapi import Depends
+from prometheus_client import CollectorRegistry
+
+from excimer import __version__
+from excimer.base.address import Address, parse_address
+from excimer.base.ids import NodeId, TenantId, TimelineId
+from excimer.base.lsn import INVALID_LSN
+from excimer.io.filesystem import LocalFilesystem
+from excimer.io.object_store import ObstoreObjectStore
+from excimer.pageserver.active_timeline import TimelineWorld
+from excimer.pageserver.endpoints.http_api import make_router
+from excimer.pageserver.endpoints.page_connection import PageService
+from excimer.pageserver.metrics import PageServiceMetrics, TimelineMetrics
+from excimer.pageserver.receiver_plan import Source
+from excimer.pageserver.redo_pools import RedoPools
+from excimer.pageserver.settings import PageserverSettings
+from excimer.pageserver.tenant_records import TenantRecords
+from excimer.pageserver.tenants import Tenants
+from excimer.pageserver.wal_receiver import Connect
+from excimer.pgformat.native_records import apply_native
+from excimer.service.broker_client import BrokerClient
+from excimer.service.health import Health
+from excimer.service.http import bearer_auth, create_app, serving_http
+from excimer.service.instance_lock import InstanceLock
+from excimer.service.listen import bind_listen, bound_address
+from excimer.service.logs import get_logger
+from excimer.service.metrics import new_registry
+from excimer.service.replication_client import ReplicationClient, connect_replication
+from excimer.service.tasks import SystemClock, TaskScope, contained
+from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
+from excimer.storage.engine.timeline import Timeline
+from excimer.wire.auth import Claims, Scope, TokenVerifier, encode_token
+from excimer.wire.broker import PUBLISH_INTERVAL_S, PageserverTimelineStatus
+from excimer.wire.replication import format_options
+
+log = get_logger(__name__)
+
+STORAGE_THREADS = 8
+INGEST_THREADS_MAX = 64
+"""Timelines that can be ingesting at the same moment; more take turns."""
+WAL_TOKEN_LIFE_S = 3600
+WAL_USER = "postgres"
+CHANGE_CHECK_S = 0.1
+
+
+async def serve(settings: PageserverSettings) -> None:
+    """Runs until cancelled. Raises `AlreadyRunningError`, `ListenError`, RefusedError for wrong settings."""
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(InstanceLock(settings.data_dir, "pageserver"))
+        listening = bind_listen(settings.page_service_listen, "page service")
+        stack.callback(listening.close)
+        health = Health("pageserver")
+        registry = new_registry("pageserver", __version__)
+        tenants, service = await stack.enter_async_context(_parts(settings, health, registry))
+        app = create_app("Excimer pageserver", __version__, health, registry)
+        auth = bearer_auth(service.verifier, SystemClock(), Scope.PAGESERVER_API)
+        app.include_router(make_router(tenants), dependencies=[Depends(auth)])
+        http = await stack.enter_async_context(serving_http(app, settings.http_listen, "pageserver API"))
+        server = await asyncio.get_running_loop().create_server(service.connection, sock=listening)
+        stack.callback(service.close_all)
+        stack.callback(server.close)
+        health.ready = True
+        log.info("pageserver serves", page_service=str(bound_address(listening)), http=str(http))
+        await asyncio.Event().wait()
+
+
+@contextlib.asynccontextmanager
+async def _parts(
+    settings: PageserverSettings, health: Health, registry: CollectorRegistry
+) -> AsyncIterator[tuple[Tenants, PageService]]:
+    async with contextlib.AsyncExitStack() as stack:
+        storage_threads = ThreadPoolExecutor(STORAGE_THREADS, thread_name_prefix="storage")
+        stack.callback(storage_threads.shutdown, wait=False, cancel_futures=True)
+        ingest_threads = ThreadPoolExecutor(INGEST_THREADS_MAX, thread_name_prefix="ingest")
+        stack.callback(ingest_threads.shutdown, wait=False, cancel_futures=True)
+        pools = RedoPools(settings.data_dir / "redo", settings.redo_workers)
+        stack.push_async_callback(pools.close)
+        broker = await _broker(settings, stack)
+        scope = await stack.enter_async_context(TaskScope())
+        world = TimelineWorld(
+            scope=scope,
+            executor=ingest_threads,
+            clock=SystemClock(),
+            health=health,
+            metrics=TimelineMetrics(registry),
+            connect=partial(_connector, settings),
+            sources=partial(_sources, [parse_address(text) for text in settings.wal_sources], broker),
+            wait_for_news=asyncio.sleep if broker is None else broker.safekeepers.wait_for_news,
+        )
+        tenants = Tenants(
+            context=_storage_context(settings, pools, storage_threads),
+            records=TenantRecords(settings.data_dir / "tenants"),
+            world=world,
+            chance=random.SystemRandom(),
+        )
+        stack.push_async_callback(tenants.stop)
+        await tenants.start()
+        scope.supervise("statuses", partial(_publish_statuses, settings, tenants, world.metrics, broker))
+        yield tenants, _page_service(settings, tenants, scope, registry)
+
+
+async def _broker(settings: PageserverSettings, stack: contextlib.AsyncExitStack) -> BrokerClient | None:
+    if not settings.broker_url:
+        return None
+    client = BrokerClient(settings.broker_url, f"pageserver-{settings.id}", SystemClock())
+    broker = await stack.enter_async_context(client)
+    await broker.listen_safekeepers()
+    return broker
+
+
+def _storage_context(
+    settings: PageserverSettings, pools: RedoPools, threads: ThreadPoolExecutor
+) -> StorageContext:
+    return StorageContext(
+        store=ObstoreObjectStore(settings.object_store_url),
+        filesystem=LocalFilesystem(),
+        local_dir=settings.data_dir / "layers",
+        redo=pools,
+        apply_native=apply_native,
+        executor=threads,
+        settings=StorageSettings(
+            flush_size_bytes=settings.flush_size_mib * MIB, flush_interval_s=settings.flush_interval_s
+        ),
+    )
+
+
+def _page_service(
+    settings: PageserverSettings, tenants: Tenants, scope: TaskScope, registry: CollectorRegistry
+) -> PageService:
+    def spawn(name: str, coroutine: Coroutine[Any, Any, None]) -> None:
+        scope.start(name, contained(name, coroutine))
+
+    return PageService(
+        find_timeline=tenants.active,
+        verifier=TokenVerifier(settings.auth_public_key_path.read_bytes()),
+        spawn=spawn,
+        metrics=PageServiceMetrics(registry),
+        lsn_wait_timeout_s=settings.lsn_wait_timeout_s,
+    )
+
+
+def _connector(settings: PageserverSettings, timeline: Timeline) -> Connect:
+    """How a timeline connects to a source of its WAL: with a fresh token each time."""
+    private_pem = settings.auth_private_key_path.read_bytes()
+    options = format_options(timeline.tenant_id, timeline.timeline_id)
+
+    async def connect(address: Address) -> ReplicationClient:
+        claims = Claims(scope=Scope.SAFEKEEPER_DATA, exp=int(SystemClock().now()) + WAL_TOKEN_LIFE_S)
+        return await connect_replication(
+            address,
+            user=WAL_USER,
+            application_name=f"pageserver-{settings.id}",
+            password=encode_token(private_pem, claims),
+            options=options,
+        )
+
+    return connect
+
+
+def _sources(static: list[Address], broker: BrokerClient | None, timeline: Timeline) -> list[Source]:
+    sources = [Source(address, INVALID_LSN) for address in static]
+    if broker is not None:
+        for status in broker.safekeepers.of_timeline(timeline.tenant_id, timeline.timeline_id):
+            sources.append(Source(parse_address(status.replication_address), status.commit_lsn))
+    return sources
+
+
+async def _publish_statuses(
+    settings: PageserverSettings, tenants: Tenants, metrics: TimelineMetrics, broker: BrokerClient | None
+) -> None:
+    """Tells every timeline's progress: at once (within `CHANGE_CHECK_S`) on change, else each second."""
+    loop = asyncio.get_running_loop()
+    told: dict[tuple[TenantId, TimelineId], tuple[PageserverTimelineStatus, float]] = {}
+    while True:
+        active = tenants.all_active()
+        for timeline in active:
+            store = timeline.store
+            key = store.tenant_id, store.timeline_id
+            status = PageserverTimelineStatus(
+                pageserver_id=NodeId(settings.id),
+                tenant_id=store.tenant_id,
+                timeline_id=store.timeline_id,
+                last_record_lsn=store.last_record_lsn,
+                disk_consistent_lsn=store.disk_consistent_lsn,
+                remote_consistent_lsn=store.remote_consistent_lsn,
+            )
+            last = told.get(key)
+            if last is not None and last[0] == status and loop.time() - last[1] < PUBLISH_INTERVAL_S:
+                continue
+            told[key] = status, loop.time()
+            metrics.tell(status)
+            if broker is not None:
+                await broker.publish(status)
+        for key in told.keys() - {(each.store.tenant_id, each.store.timeline_id) for each in active}:
+            del told[key]
+            metrics.forget(*key)
+        await asyncio.sleep(CHANGE_CHECK_S)

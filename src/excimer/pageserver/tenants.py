@@ -1,0 +1,314 @@
+"""The tenants attached to this pageserver and their timelines: attach, create, branch, delete.
+
+What survives a restart locally is one small record per tenant with its generation; everything else is
+read from object storage when the tenant is attached again. Attaching runs in the background, one
+task per tenant, and goes on trying while object storage is away; requests meanwhile get a retryable error.
+
+Changes of one tenant happen one after the other; reads never wait for them.
+
+Not here: what a timeline does once it is there (`active_timeline`); HTTP and TCP (`endpoints`).
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from excimer.base.chance import Chance
+from excimer.base.clock import unix_to_timestamptz
+from excimer.base.errors import CorruptionError, FencedError, RefusedError, RetryableError
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.lsn import INVALID_LSN, format_lsn, record_end
+from excimer.pageserver.active_timeline import ActiveTimeline, TimelineWorld
+from excimer.pageserver.bootstrap import DEFAULT_VERSION, new_cluster
+from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp, TimestampOutsideHistoryError
+from excimer.pageserver.model import (
+    GenerationTooOldError,
+    NewTimeline,
+    TenantMissingError,
+    TenantRecord,
+    TimelineDetail,
+    TimelineExistsError,
+    TimelineInUseError,
+    TimelineMissingError,
+)
+from excimer.pageserver.tenant_records import TenantRecords
+from excimer.service.logs import get_logger, log_context
+from excimer.storage.engine import tenant as storage
+from excimer.storage.engine.context import StorageContext
+from excimer.storage.engine.tenant import TenantStorage
+from excimer.storage.engine.timeline import Timeline
+
+log = get_logger(__name__)
+
+BRANCH_POINT_WAIT_S = 10.0
+"""How long creating a branch waits for the ancestor to receive WAL up to the branch point."""
+
+T = TypeVar("T")
+
+
+class TenantAttachingError(RetryableError):
+    """The tenant is being attached: its timelines are not known yet."""
+
+
+@dataclass(slots=True)
+class _Tenant:
+    record: TenantRecord
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    store: TenantStorage | None = None
+    """None while it is being attached."""
+    timelines: dict[TimelineId, ActiveTimeline] = field(default_factory=dict)
+    problem: str | None = None
+    attaching: asyncio.Task[None] | None = None
+
+
+class Tenants:
+    """All methods belong on the event loop's thread."""
+
+    def __init__(
+        self, *, context: StorageContext, records: TenantRecords, world: TimelineWorld, chance: Chance
+    ) -> None:
+        self._context = context
+        self._records = records
+        self._world = world
+        self._chance = chance
+        self._tenants: dict[TenantId, _Tenant] = {}
+
+    # Tenants
+
+    async def start(self) -> None:
+        """Begins to attach every tenant that was attached when the process last ended."""
+        for record in await asyncio.to_thread(self._records.read_all):
+            tenant = self._tenants[record.tenant_id] = _Tenant(record)
+            name = f"attach {record.tenant_id}"
+            tenant.attaching = self._world.scope.supervise(name, partial(self._attach_known, tenant))
+
+    async def stop(self) -> None:
+        """Ends all timelines' tasks and closes the stores. What is only in memory comes again as WAL."""
+        for tenant in self._tenants.values():
+            if tenant.attaching is not None:
+                tenant.attaching.cancel()
+        await asyncio.gather(*(self._detach(tenant) for tenant in list(self._tenants.values())))
+
+    async def attach(self, tenant_id: TenantId, generation: int) -> TenantRecord:
+        """Creates the tenant or attaches what object storage has of it.
+
+        Raises `GenerationTooOldError`, FencedError, CorruptionError, `ObjectStoreError`.
+        """
+        tenant = self._tenants.get(tenant_id)
+        if tenant is None:
+            tenant = self._tenants.setdefault(
+                tenant_id, _Tenant(TenantRecord(tenant_id=tenant_id, generation=0))
+            )
+        async with tenant.changing:
+            if generation < tenant.record.generation:
+                raise GenerationTooOldError(
+                    f"tenant {tenant_id} is attached with generation {tenant.record.generation}, "
+                    f"not {generation}"
+                )
+            if generation == tenant.record.generation and tenant.store is not None:
+                return tenant.record
+            record = TenantRecord(tenant_id=tenant_id, generation=generation)
+            try:
+                await self._in_thread(partial(storage.create_tenant, self._context.store, tenant_id))
+                await self._in_thread(partial(self._records.write, record))
+                tenant.record = record
+                await self._detach(tenant)
+                await self._attach(tenant)
+            finally:
+                if tenant.record.generation == 0:
+                    self._tenants.pop(tenant_id, None)
+        return record
+
+    async def _attach_known(self, tenant: _Tenant) -> None:
+        with log_context(tenant_id=tenant.record.tenant_id):
+            async with tenant.changing:
+                if tenant.store is None and self._tenants.get(tenant.record.tenant_id) is tenant:
+                    await self._attach(tenant)
+
+    async def _attach(self, tenant: _Tenant) -> None:
+        record = tenant.record
+        check = f"tenant {record.tenant_id}"
+        try:
+            store = await TenantStorage.attach(self._context, record.tenant_id, record.generation)
+        except (CorruptionError, FencedError) as error:
+            tenant.problem = f"{type(error).__name__}: {error}"
+            self._world.health.report(check, tenant.problem)
+            raise
+        tenant.store = store
+        tenant.problem = None
+        self._world.health.report(check, None)
+        for timeline in store.timelines.values():
+            self._activate(tenant, timeline)
+        log.info("tenant attached", tenant_id=record.tenant_id, timelines=len(tenant.timelines))
+
+    async def _detach(self, tenant: _Tenant) -> None:
+        """Stops and closes whatever is attached; the record stays."""
+        active, tenant.timelines = list(tenant.timelines.values()), {}
+        await asyncio.gather(*(timeline.stop() for timeline in active))
+        store, tenant.store = tenant.store, None
+        if store is not None:
+            await store.close()
+
+    def tenants(self) -> list[TenantRecord]:
+        return sorted(
+            (tenant.record for tenant in self._tenants.values()), key=lambda record: record.tenant_id
+        )
+
+    async def delete_tenant(self, tenant_id: TenantId) -> None:
+        """Deletes everything of the tenant. Raises `TenantMissingError`, `ObjectStoreError` (call again)."""
+        tenant = self._known(tenant_id)
+        async with tenant.changing:
+            await self._detach(tenant)
+            await self._in_thread(partial(storage.delete_tenant, self._context, tenant_id))
+            await self._in_thread(partial(self._records.remove, tenant_id))
+            self._tenants.pop(tenant_id, None)
+            self._world.health.report(f"tenant {tenant_id}", None)
+
+    # Timelines
+
+    def active(self, tenant_id: TenantId, timeline_id: TimelineId) -> ActiveTimeline:
+        """Raises `TenantMissingError`, `TimelineMissingError`, `TenantAttachingError`. Cheap."""
+        tenant = self._tenants.get(tenant_id)
+        found = None if tenant is None else tenant.timelines.get(timeline_id)
+        if found is None:
+            self._attached(tenant_id)
+            raise TimelineMissingError(tenant_id, timeline_id)
+        return found
+
+    def all_active(self) -> list[ActiveTimeline]:
+        return [timeline for tenant in self._tenants.values() for timeline in tenant.timelines.values()]
+
+    async def create_timeline(self, tenant_id: TenantId, new: NewTimeline) -> TimelineDetail:
+        """Makes a timeline; answers with the one that exists if it was made in the same way.
+
+        Raises `TimelineExistsError`, RefusedError, RetryableError and what the store raises.
+        """
+        tenant, _ = self._attached(tenant_id)
+        if new.ancestor_timeline_id is not None and new.ancestor_start_lsn is not None:
+            ancestor = self.active(tenant_id, new.ancestor_timeline_id)
+            lsn = ancestor.record_end(new.ancestor_start_lsn)
+            await ancestor.wait_for_lsn(lsn, BRANCH_POINT_WAIT_S)
+        async with tenant.changing:
+            _, store = self._attached(tenant_id)
+            existing = tenant.timelines.get(new.timeline_id)
+            if existing is not None:
+                _check_made_alike(existing.store, new)
+                return existing.detail()
+            if new.ancestor_timeline_id is None:
+                timeline = await self._bootstrap(store, new)
+            else:
+                timeline = await self._branch(tenant_id, store, new)
+            return self._activate(tenant, timeline).detail()
+
+    async def _bootstrap(self, store: TenantStorage, new: NewTimeline) -> Timeline:
+        pg_version = new.pg_version or DEFAULT_VERSION
+        cluster = await self._in_thread(partial(new_cluster, pg_version, self._chance))
+        return await store.create_timeline(
+            storage.NewTimeline(
+                timeline_id=new.timeline_id,
+                pg_version=pg_version,
+                system_id=cluster.control_file.system_id,
+                wal_segment_size_bytes=cluster.control_file.wal_segment_size,
+                last_record_lsn=cluster.end_lsn,
+                prev_record_lsn=cluster.prev_record_lsn,
+            ),
+            cluster.images,
+        )
+
+    async def _branch(self, tenant_id: TenantId, store: TenantStorage, new: NewTimeline) -> Timeline:
+        assert new.ancestor_timeline_id is not None
+        ancestor = self.active(tenant_id, new.ancestor_timeline_id)
+        pg_version = ancestor.store.pg_version
+        if new.pg_version not in (None, pg_version):
+            raise RefusedError(f"a branch has its ancestor's PostgreSQL version, {pg_version}")
+        if new.ancestor_start_lsn is None:
+            return await store.branch_timeline(new.timeline_id, new.ancestor_timeline_id)
+        lsn = ancestor.record_end(new.ancestor_start_lsn)
+        position = ancestor.store.position
+        if lsn == position.last_record_lsn:
+            return await store.branch_timeline(
+                new.timeline_id, new.ancestor_timeline_id, lsn=lsn, prev_record_lsn=position.prev_record_lsn
+            )
+        return await store.branch_timeline(
+            new.timeline_id, new.ancestor_timeline_id, lsn=lsn, prev_record_lsn=INVALID_LSN
+        )
+
+    def _activate(self, tenant: _Tenant, timeline: Timeline) -> ActiveTimeline:
+        active = tenant.timelines[timeline.timeline_id] = ActiveTimeline(timeline, self._world)
+        active.start()
+        return active
+
+    def timelines(self, tenant_id: TenantId) -> list[TimelineDetail]:
+        tenant, _ = self._attached(tenant_id)
+        return [timeline.detail() for _, timeline in sorted(tenant.timelines.items())]
+
+    def timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail:
+        return self.active(tenant_id, timeline_id).detail()
+
+    async def logical_size_bytes(self, tenant_id: TenantId, timeline_id: TimelineId) -> int:
+        return await self.active(tenant_id, timeline_id).logical_size_bytes()
+
+    async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
+        """Raises `TimelineMissingError`, `TimelineInUseError`, `ObjectStoreError` (call again)."""
+        tenant, _ = self._attached(tenant_id)
+        async with tenant.changing:
+            active = self.active(tenant_id, timeline_id)
+            branches = [
+                other.store.timeline_id
+                for other in tenant.timelines.values()
+                if other.store.ancestor is active.store
+            ]
+            if branches:
+                raise TimelineInUseError(
+                    f"timeline {timeline_id} cannot be deleted: {', '.join(sorted(branches))} branch from it"
+                )
+            _, store = self._attached(tenant_id)
+            await active.stop()
+            await store.delete_timeline(timeline_id)
+            del tenant.timelines[timeline_id]
+
+    async def flush(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail:
+        """Everything received becomes durable."""
+        active = self.active(tenant_id, timeline_id)
+        await active.store.flush()
+        return active.detail()
+
+    async def lsn_at_timestamp(
+        self, tenant_id: TenantId, timeline_id: TimelineId, timestamptz: int
+    ) -> LsnAtTimestamp:
+        """Raises `TimestampOutsideHistoryError` also for a moment that has not come yet."""
+        if timestamptz > unix_to_timestamptz(self._world.clock.now()):
+            raise TimestampOutsideHistoryError("the timestamp lies in the future")
+        return await self.active(tenant_id, timeline_id).lsn_at_timestamp(timestamptz)
+
+    def _known(self, tenant_id: TenantId) -> _Tenant:
+        try:
+            return self._tenants[tenant_id]
+        except KeyError:
+            raise TenantMissingError(tenant_id) from None
+
+    def _attached(self, tenant_id: TenantId) -> tuple[_Tenant, TenantStorage]:
+        tenant = self._known(tenant_id)
+        if tenant.store is None:
+            why = f" ({tenant.problem})" if tenant.problem else ""
+            raise TenantAttachingError(f"tenant {tenant_id} is not attached yet{why}: try again")
+        return tenant, tenant.store
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._context.executor, work)
+
+
+def _check_made_alike(store: Timeline, new: NewTimeline) -> None:
+    """Raises `TimelineExistsError` if `new` asks for something else than what exists under its id."""
+    ancestor = None if store.ancestor is None else store.ancestor.timeline_id
+    is_alike = ancestor == new.ancestor_timeline_id and new.pg_version in (None, store.pg_version)
+    if is_alike and new.ancestor_start_lsn is not None:
+        is_alike = record_end(new.ancestor_start_lsn, store.wal_segment_size_bytes) == store.ancestor_lsn
+    if not is_alike:
+        at = f" at {format_lsn(store.ancestor_lsn)}" if ancestor else ""
+        raise TimelineExistsError(
+            f"timeline {store.timeline_id} exists already: PostgreSQL {store.pg_version}, "
+            + (f"a branch of {ancestor}{at}" if ancestor else "without ancestor")
+        )
