@@ -12,7 +12,6 @@ Not here: creating and deleting timelines (`tenants`), choosing safekeepers (`wa
 """
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -33,14 +32,11 @@ from excimer.pgformat.control_file import ControlFile
 from excimer.service.health import Health
 from excimer.service.logs import get_logger, log_context
 from excimer.service.tasks import TaskScope
-from excimer.storage.engine.errors import IngestPausedError, TimelineStoppedError
 from excimer.storage.engine.timeline import Timeline
-from excimer.storage.format.values import PackedBatch
 
 log = get_logger(__name__)
 
 ANCESTOR_WAIT_S = 3600.0
-ROOM_CHECK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +60,7 @@ class ActiveTimeline:
         self.problem: str | None = None
         """Why it is broken; None while all is well."""
         self._world = world
-        self._loop = asyncio.get_running_loop()
         self._ingest: WalIngest | None = None
-        self._stopping = threading.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._basebackup_lock = asyncio.Lock()
         self._last_basebackup: tuple[Lsn, bytes] | None = None
@@ -93,13 +87,11 @@ class ActiveTimeline:
         ]
 
     async def stop(self) -> None:
-        """Ends the tasks; the store can be closed or deleted then. May be called twice."""
-        self._stopping.set()
-        for task in self._tasks:
+        """Ends the tasks and closes the store, which frees a thread that waits for room in it."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        self._tasks = []
+        await asyncio.gather(self.store.close(), *tasks, return_exceptions=True)
         self._world.health.report(self._check_name, None)
         self._world.metrics.forget(self.store.tenant_id, self.store.timeline_id)
 
@@ -125,7 +117,7 @@ class ActiveTimeline:
 
     def begin_stream(self) -> Lsn:
         """Forgets a record that came in part. The state of ingest is read anew from the store."""
-        self._ingest = WalIngest(self.store, put_batch=self._put_batch)
+        self._ingest = WalIngest(self.store)
         return self.store.last_record_lsn
 
     def ingest(self, start_lsn: Lsn, data: bytes) -> None:
@@ -135,26 +127,6 @@ class ActiveTimeline:
 
     def positions(self) -> tuple[Lsn, Lsn]:
         return self.store.last_record_lsn, self.store.remote_consistent_lsn
-
-    def _put_batch(self, batch: PackedBatch, end_lsn: Lsn, prev_record_lsn: Lsn) -> None:
-        """Waits while too much is in memory: the safekeepers keep what is not taken."""
-        while True:
-            try:
-                self.store.put_batch(batch, end_lsn, prev_record_lsn)
-            except IngestPausedError:
-                self._wait_for_room()
-            else:
-                return
-
-    def _wait_for_room(self) -> None:
-        room = asyncio.run_coroutine_threadsafe(self.store.wait_for_room(), self._loop)
-        while not self._stopping.is_set():
-            try:
-                return room.result(ROOM_CHECK_S)
-            except TimeoutError:
-                continue
-        room.cancel()
-        raise TimelineStoppedError(f"timeline {self.store.timeline_id} stops")
 
     # What the page service asks
 
