@@ -12,6 +12,7 @@ Not here: creating and deleting timelines (`tenants`), choosing safekeepers (`wa
 """
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from excimer.base.errors import CorruptionError, FencedError
 from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, kind_range, make_key
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
 from excimer.pageserver.basebackup_job import BasebackupPoint, build_basebackup
-from excimer.pageserver.ingest import WalIngest
+from excimer.pageserver.ingest import WalGapError, WalIngest
 from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp, find_lsn_at_timestamp
 from excimer.pageserver.metrics import TimelineMetrics
 from excimer.pageserver.model import TimelineDetail
@@ -37,6 +38,8 @@ from excimer.storage.engine.timeline import Timeline
 log = get_logger(__name__)
 
 ANCESTOR_WAIT_S = 3600.0
+BASEBACKUP_KEPT_S = 60.0
+"""How long the last basebackup is kept, should a compute start at the same LSN again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,12 @@ class ActiveTimeline:
         self.problem: str | None = None
         """Why it is broken; None while all is well."""
         self._world = world
+        self._loop = asyncio.get_running_loop()
         self._ingest: WalIngest | None = None
+        self._ingest_lock = threading.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._basebackup_lock = asyncio.Lock()
+        self._is_complete = False
         self._last_basebackup: tuple[Lsn, bytes] | None = None
         labels = store.tenant_id, store.timeline_id
         self._wal_bytes = world.metrics.wal_bytes.labels(*labels)
@@ -117,13 +123,18 @@ class ActiveTimeline:
 
     def begin_stream(self) -> Lsn:
         """Forgets a record that came in part. The state of ingest is read anew from the store."""
-        self._ingest = WalIngest(self.store)
-        return self.store.last_record_lsn
+        with self._ingest_lock:
+            self._ingest = WalIngest(self.store, read_pages=self._read_pages)
+            return self._ingest.last_record_lsn
 
     def ingest(self, start_lsn: Lsn, data: bytes) -> None:
-        if self._ingest is None:
-            raise AssertionError("WAL before begin_stream")
-        self._ingest.feed(start_lsn, data)
+        with self._ingest_lock:
+            if self._ingest is None:
+                raise WalGapError("WAL came before the stream had begun")
+            self._ingest.ingest(data, start_lsn)
+
+    def _read_pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:
+        return asyncio.run_coroutine_threadsafe(self.store.get_pages(key, count, lsn), self._loop).result()
 
     def positions(self) -> tuple[Lsn, Lsn]:
         return self.store.last_record_lsn, self.store.remote_consistent_lsn
@@ -132,13 +143,16 @@ class ActiveTimeline:
 
     @property
     def last_record_lsn(self) -> Lsn:
-        return self.store.last_record_lsn
+        """0 while an ancestor has not received, again, all WAL up to where this history leaves it."""
+        if not self._is_complete:
+            self._is_complete = _has_all_ancestry(self.store)
+        return self.store.last_record_lsn if self._is_complete else INVALID_LSN
 
     def record_end(self, lsn: int) -> Lsn:
         return record_end(lsn, self.store.wal_segment_size_bytes)
 
     async def wait_for_lsn(self, lsn: Lsn, timeout_s: float) -> None:
-        await self.store.wait_for_lsn(lsn, timeout_s)
+        await self.store.wait_for_lsn(max(lsn, self.store.ancestor_lsn), timeout_s)
 
     async def get_pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:
         return await self.store.get_pages(key, count, lsn)
@@ -151,20 +165,39 @@ class ActiveTimeline:
             point = await asyncio.to_thread(self._point_at, lsn)
             compressed = await build_basebackup(self.store, point)
             self._last_basebackup = lsn, compressed
+            self._loop.call_later(BASEBACKUP_KEPT_S, self._forget_basebackup, compressed)
             return compressed
+
+    def _forget_basebackup(self, compressed: bytes) -> None:
+        if self._last_basebackup is not None and self._last_basebackup[1] is compressed:
+            self._last_basebackup = None
 
     def _point_at(self, lsn: Lsn) -> BasebackupPoint:
         position = self.store.position
         prev_lsn = position.prev_record_lsn if position.last_record_lsn == lsn else INVALID_LSN
         control = self.store.get_value(make_key(KeyKind.CONTROL_FILE), lsn)
-        state = self.store.get_value(make_key(KeyKind.CHECKPOINT), lsn)
+        state = self._exact_state(lsn) or self._stored_state(lsn)
         if control is None or state is None:
             raise CorruptionError(
                 f"timeline {self.store.timeline_id} has no pg_control or checkpoint at {format_lsn(lsn)}"
             )
-        checkpoint = CheckpointState.unpack(state)
-        control_file = checkpoint.apply_to(ControlFile.unpack(control, self.store.pg_version))
-        return BasebackupPoint(lsn, prev_lsn, control_file.pack(), checkpoint.checkpoint)
+        control_file = state.apply_to(ControlFile.unpack(control, self.store.pg_version))
+        return BasebackupPoint(lsn, prev_lsn, control_file.pack(), state.checkpoint)
+
+    def _stored_state(self, lsn: Lsn) -> CheckpointState | None:
+        state = self.store.get_value(make_key(KeyKind.CHECKPOINT), lsn)
+        return None if state is None else CheckpointState.unpack(state)
+
+    def _exact_state(self, lsn: Lsn) -> CheckpointState | None:
+        """What ingest knows, if it stands still at `lsn`: the stored state rounds the next xid up."""
+        if not self._ingest_lock.acquire(blocking=False):
+            return None
+        try:
+            if self._ingest is None or self._ingest.last_record_lsn != lsn:
+                return None
+            return self._ingest.checkpoint_state
+        finally:
+            self._ingest_lock.release()
 
     # What operators ask
 
@@ -210,3 +243,14 @@ class ActiveTimeline:
         return find_lsn_at_timestamp(
             commit_time, store.oldest_lsn, store.last_record_lsn, timestamptz, store.wal_segment_size_bytes
         )
+
+
+def _has_all_ancestry(store: Timeline) -> bool:
+    """Whether each ancestor has come as far as its branch needs."""
+    ancestor, needed = store.ancestor, store.ancestor_lsn
+    while ancestor is not None:
+        if ancestor.last_record_lsn < needed:
+            return False
+        needed = min(needed, ancestor.ancestor_lsn)
+        ancestor = ancestor.ancestor
+    return True

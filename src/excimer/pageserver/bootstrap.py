@@ -7,17 +7,16 @@ Not here: reading the directory's files (`initdb_import`), storing the images (`
 """
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from excimer.base.chance import Chance
+from excimer.base.clock import UnixTime, unix_to_timestamptz
 from excimer.base.errors import RefusedError
 from excimer.base.keys import KeyKind, make_key
 from excimer.io.cache import cache_entry
 from excimer.pageserver.initdb_import import ImportedCluster, import_initdb
-from excimer.pgformat.control_file import ControlFile
 from excimer.postgres import SUPPORTED_VERSIONS, PostgresBuild, find_build, run_initdb
 
 DEFAULT_VERSION = max(SUPPORTED_VERSIONS)
@@ -42,8 +41,8 @@ def initdb_template(build: PostgresBuild) -> Path:
     return cache_entry("initdb", f"{build.version}-{identity}", make) / "data"
 
 
-def new_cluster(pg_version: int, chance: Chance) -> ImportedCluster:
-    """Everything that a new timeline of this version begins with. Blocks.
+def new_cluster(pg_version: int, chance: Chance, now: UnixTime) -> ImportedCluster:
+    """Everything that a new timeline of this version begins with; its history begins `now`. Blocks.
 
     Raises `PostgresVersionError`, `PostgresMissingError` and what `initdb_template` raises.
     """
@@ -53,13 +52,7 @@ def new_cluster(pg_version: int, chance: Chance) -> ImportedCluster:
     cluster = import_initdb(initdb_template(find_build(pg_version)), pg_version)
     system_id = chance.randrange(1, 1 << 63)
     control = msgspec.structs.replace(cluster.control_file, system_id=system_id)
-    return cluster._replace(control_file=control, images=list(_with_control_file(cluster.images, control)))
-
-
-def _with_control_file(
-    images: list[tuple[bytes, bytes]], control: ControlFile
-) -> Iterator[tuple[bytes, bytes]]:
-    """The same images, but for pg_control."""
-    control_key = make_key(KeyKind.CONTROL_FILE)
-    for key, value in images:
-        yield key, (control.pack() if key == control_key else value)
+    images = dict(cluster.images)
+    images[make_key(KeyKind.CONTROL_FILE)] = control.pack()
+    images[make_key(KeyKind.COMMIT_TIME)] = unix_to_timestamptz(now).to_bytes(8, "little", signed=True)
+    return cluster._replace(control_file=control, images=list(images.items()))

@@ -23,7 +23,8 @@ from excimer.base.lsn import Lsn
 STALL_TIMEOUT_S = 3.0
 """A source that sends nothing for so long is left if another is known to have more."""
 BACKOFF_S_MIN = 0.2
-BACKOFF_S_MAX = 10.0
+BACKOFF_S_MAX = 2.0
+"""Short, because computes wait for the pageserver when all safekeepers come back together."""
 
 
 class Source(NamedTuple):

@@ -81,8 +81,7 @@ class Tenants:
         """Begins to attach every tenant that was attached when the process last ended."""
         for record in await asyncio.to_thread(self._records.read_all):
             tenant = self._tenants[record.tenant_id] = _Tenant(record)
-            name = f"attach {record.tenant_id}"
-            tenant.attaching = self._world.scope.supervise(name, partial(self._attach_known, tenant))
+            self._attach_in_background(tenant)
 
     async def stop(self) -> None:
         """Ends all timelines' tasks and closes the stores. What is only in memory comes again as WAL."""
@@ -113,13 +112,26 @@ class Tenants:
             try:
                 await self._in_thread(partial(storage.create_tenant, self._context.store, tenant_id))
                 await self._in_thread(partial(self._records.write, record))
-                tenant.record = record
-                await self._detach(tenant)
-                await self._attach(tenant)
-            finally:
+            except (RetryableError, OSError):
                 if tenant.record.generation == 0:
                     self._tenants.pop(tenant_id, None)
+                raise
+            tenant.record = record
+            self._tenants[tenant_id] = tenant
+            await self._detach(tenant)
+            try:
+                await self._attach(tenant)
+            except RetryableError:
+                self._attach_in_background(tenant)
+                raise
         return record
+
+    def _attach_in_background(self, tenant: _Tenant) -> None:
+        """Goes on trying; until it is done `/healthz` says so."""
+        tenant_id = tenant.record.tenant_id
+        self._world.health.report(f"tenant {tenant_id}", "it is being attached")
+        job = partial(self._attach_known, tenant)
+        tenant.attaching = self._world.scope.supervise(f"attach {tenant_id}", job)
 
     async def _attach_known(self, tenant: _Tenant) -> None:
         with log_context(tenant_id=tenant.record.tenant_id):
@@ -152,9 +164,8 @@ class Tenants:
             await store.close()
 
     def tenants(self) -> list[TenantRecord]:
-        return sorted(
-            (tenant.record for tenant in self._tenants.values()), key=lambda record: record.tenant_id
-        )
+        records = (tenant.record for tenant in self._tenants.values() if tenant.record.generation)
+        return sorted(records, key=lambda record: record.tenant_id)
 
     async def delete_tenant(self, tenant_id: TenantId) -> None:
         """Deletes everything of the tenant. Raises `TenantMissingError`, `ObjectStoreError` (call again)."""
@@ -204,7 +215,9 @@ class Tenants:
 
     async def _bootstrap(self, store: TenantStorage, new: NewTimeline) -> Timeline:
         pg_version = new.pg_version or DEFAULT_VERSION
-        cluster = await self._in_thread(partial(new_cluster, pg_version, self._chance))
+        cluster = await self._in_thread(
+            partial(new_cluster, pg_version, self._chance, self._world.clock.now())
+        )
         return await store.create_timeline(
             storage.NewTimeline(
                 timeline_id=new.timeline_id,

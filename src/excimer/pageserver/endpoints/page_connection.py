@@ -54,6 +54,8 @@ WRITE_BUFFER_BYTES_MAX: Final = 4 << 20
 """Above this much unsent, a connection starts no more requests and reads no more bytes."""
 JOIN_BYTES_MAX: Final = 64 << 10
 """Answers up to this size go out as one joined write; larger ones are not copied."""
+FIRST_LSN: Final = 8
+"""Any timeline that can be read at all has got further."""
 HELLO_TIMEOUT_S: Final = 10.0
 STALL_TIMEOUT_S: Final = 120.0
 """A peer that takes none of its answers for so long is disconnected."""
@@ -63,7 +65,9 @@ class ServedTimeline(Protocol):
     """What the page service asks of a timeline."""
 
     @property
-    def last_record_lsn(self) -> Lsn: ...
+    def last_record_lsn(self) -> Lsn:
+        """The newest LSN that can be read; 0 while it has to wait for an ancestor's WAL."""
+
     def record_end(self, lsn: int, /) -> Lsn:
         """`lsn` itself, or the record end before it if `lsn` is just behind a WAL page's header."""
 
@@ -242,8 +246,9 @@ class PageConnection(asyncio.Protocol):
         timeline = self._timeline()
         lsn = request.lsn
         if lsn == NEWEST_LSN:
-            if timeline.last_record_lsn < request.not_modified_since:
-                await self._wait(timeline, request.not_modified_since)
+            wanted = max(request.not_modified_since, FIRST_LSN)
+            if timeline.last_record_lsn < wanted:
+                await self._wait(timeline, wanted)
             lsn = timeline.last_record_lsn
         else:
             lsn = await self._wait(timeline, lsn)
