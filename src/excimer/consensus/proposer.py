@@ -26,6 +26,9 @@ only members that have adopted this term's history, and never below E. Counting 
 mere presence would be wrong: a later election may still prefer another log over it (Raft, figure 8).
 The first `CommitAdvanced`, to E, says that the repair has reached a majority.
 
+**Group commit.** While an append is under way to a member, further WAL gathers until its answer unless it
+fills a chunk: one append and one fdatasync for many commits. A heartbeat brings an answer that was lost.
+
 **Fencing.** Any answer of a higher term ends a leader: `Fenced` once, then silence.
 
 Not here: sockets, retries and their delays, the WAL bytes (a shell keeps a `WalWindow`), PostgreSQL.
@@ -40,11 +43,22 @@ from typing import assert_never
 from excimer.base.errors import CorruptionError, FencedError, RefusedError
 from excimer.base.ids import NodeId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
+from excimer.consensus.proposer_effects import (
+    CommitAdvanced,
+    Elected,
+    ElectionLost,
+    Fenced,
+    PeerStranded,
+    ProposerEffect,
+    ProposerLimits,
+    Send,
+    SendWal,
+    TrimWindow,
+)
 from excimer.consensus.quorum import check_member_count, majority, quorum_lsn
 from excimer.consensus.term_history import BOOTSTRAP_TERM, TermHistory
 from excimer.wire.safekeeping import (
     PROTOCOL_VERSION,
-    WAL_CHUNK_SIZE_BYTES_MAX,
     AcceptorGreeting,
     AcceptorMessage,
     AppendRejected,
@@ -56,7 +70,6 @@ from excimer.wire.safekeeping import (
     ProposerElected,
     ProposerGreeting,
     ProposerId,
-    ProposerMessage,
     ReadWalRequest,
     Term,
     TimelineIdentity,
@@ -64,6 +77,23 @@ from excimer.wire.safekeeping import (
     VoteResponse,
     WalChunk,
 )
+
+__all__ = [
+    "CommitAdvanced",
+    "DuplicateMemberError",
+    "Elected",
+    "ElectionLost",
+    "Fenced",
+    "PeerStranded",
+    "Phase",
+    "Proposer",
+    "ProposerEffect",
+    "ProposerLimits",
+    "SafetyViolationError",
+    "Send",
+    "SendWal",
+    "TrimWindow",
+]
 
 
 class SafetyViolationError(CorruptionError):
@@ -80,87 +110,6 @@ class Phase(Enum):
     LOST = auto()
     LEADING = auto()
     FENCED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class ProposerLimits:
-    chunk_size_bytes: int = 128 << 10
-    """WAL per append from the window."""
-    repair_chunk_size_bytes: int = WAL_CHUNK_SIZE_BYTES_MAX
-    in_flight_size_bytes_max: int = 8 << 20
-    """WAL sent to one member and not yet flushed by it."""
-    window_size_bytes_max: int = 32 << 20
-    """Recent WAL in memory. Committed WAL leaves from half of it on; uncommitted WAL may fill it all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    peer: int
-    message: ProposerMessage
-
-
-@dataclass(frozen=True, slots=True)
-class SendWal:
-    """Send `message(wal)` with WAL [begin_lsn, end_lsn) of the window."""
-
-    peer: int
-    term: Term
-    begin_lsn: Lsn
-    end_lsn: Lsn
-    commit_lsn: Lsn
-    horizon_lsn: Lsn
-
-    def message(self, wal: bytes) -> AppendRequest:
-        return AppendRequest(self.term, self.begin_lsn, self.commit_lsn, self.horizon_lsn, wal)
-
-
-@dataclass(frozen=True, slots=True)
-class Elected:
-    """Won. Open a `WalWindow` at `start_lsn`; wait for the first `CommitAdvanced` before writing WAL."""
-
-    term: Term
-    start_lsn: Lsn
-    """E: end of the last record of the best log. PostgreSQL's new WAL begins here."""
-    donor: int
-
-
-@dataclass(frozen=True, slots=True)
-class ElectionLost:
-    """Another candidate is ahead. Back off for a random while, then `campaign()`, or give up."""
-
-    term_seen: Term
-
-
-@dataclass(frozen=True, slots=True)
-class CommitAdvanced:
-    """WAL below `commit_lsn`, a record boundary, is durable at a majority (D1): tell PostgreSQL."""
-
-    commit_lsn: Lsn
-
-
-@dataclass(frozen=True, slots=True)
-class TrimWindow:
-    """WAL below `lsn` will not be asked of the window again."""
-
-    lsn: Lsn
-
-
-@dataclass(frozen=True, slots=True)
-class Fenced:
-    """A newer proposer has `term_seen`: stop PostgreSQL, write nothing more."""
-
-    term_seen: Term
-
-
-@dataclass(frozen=True, slots=True)
-class PeerStranded:
-    """No member can serve the WAL that `peer` lacks: rebuild it from object storage."""
-
-    peer: int
-    missing_from_lsn: Lsn
-
-
-ProposerEffect = Send | SendWal | Elected | ElectionLost | CommitAdvanced | TrimWindow | Fenced | PeerStranded
 
 
 @dataclass(slots=True)

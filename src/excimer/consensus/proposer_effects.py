@@ -1,0 +1,90 @@
+"""What a proposer may ask of its shell, and the limits it keeps to: values only.
+
+Not here: when it asks (`excimer.consensus.proposer`, which also exports these names).
+"""
+
+from dataclasses import dataclass
+
+from excimer.base.lsn import Lsn
+from excimer.wire.safekeeping import WAL_CHUNK_SIZE_BYTES_MAX, AppendRequest, ProposerMessage, Term
+
+
+@dataclass(frozen=True, slots=True)
+class ProposerLimits:
+    chunk_size_bytes: int = 128 << 10
+    """WAL per append from the window."""
+    repair_chunk_size_bytes: int = WAL_CHUNK_SIZE_BYTES_MAX
+    in_flight_size_bytes_max: int = 8 << 20
+    """WAL sent to one member and not yet flushed by it."""
+    window_size_bytes_max: int = 32 << 20
+    """Recent WAL in memory. Committed WAL leaves from half of it on; uncommitted WAL may fill it all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    peer: int
+    message: ProposerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class SendWal:
+    """Send `message(wal)` with WAL [begin_lsn, end_lsn) of the window."""
+
+    peer: int
+    term: Term
+    begin_lsn: Lsn
+    end_lsn: Lsn
+    commit_lsn: Lsn
+    horizon_lsn: Lsn
+
+    def message(self, wal: bytes) -> AppendRequest:
+        return AppendRequest(self.term, self.begin_lsn, self.commit_lsn, self.horizon_lsn, wal)
+
+
+@dataclass(frozen=True, slots=True)
+class Elected:
+    """Won. Open a `WalWindow` at `start_lsn`; wait for the first `CommitAdvanced` before writing WAL."""
+
+    term: Term
+    start_lsn: Lsn
+    """E: end of the last record of the best log. PostgreSQL's new WAL begins here."""
+    donor: int
+
+
+@dataclass(frozen=True, slots=True)
+class ElectionLost:
+    """Another candidate is ahead. Back off for a random while, then `campaign()`, or give up."""
+
+    term_seen: Term
+
+
+@dataclass(frozen=True, slots=True)
+class CommitAdvanced:
+    """WAL below `commit_lsn`, a record boundary, is durable at a majority (D1): tell PostgreSQL."""
+
+    commit_lsn: Lsn
+
+
+@dataclass(frozen=True, slots=True)
+class TrimWindow:
+    """WAL below `lsn` will not be asked of the window again."""
+
+    lsn: Lsn
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """A newer proposer has `term_seen`: stop PostgreSQL, write nothing more."""
+
+    term_seen: Term
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStranded:
+    """No member can serve the WAL that `peer` lacks: rebuild it from object storage."""
+
+    peer: int
+    missing_from_lsn: Lsn
+
+
+ProposerEffect = Send | SendWal | Elected | ElectionLost | CommitAdvanced | TrimWindow | Fenced | PeerStranded
