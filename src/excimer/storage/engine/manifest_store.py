@@ -68,9 +68,10 @@ class ManifestStore:
         try:
             self._store.put(f"{self._prefix}/{name}", data)
         except ObjectExistsError as error:
-            raise OvertakenError(
-                f"another process has written {self._prefix}/{name}: this one must stop"
-            ) from error
+            if not self._is_there(self._sequence + 1, data):  # else: this very one, its answer lost
+                raise OvertakenError(
+                    f"another process has written {self._prefix}/{name}: this one must stop"
+                ) from error
         self._unanswered = None
         self._sequence += 1
         if self._sequence > MANIFESTS_KEPT:
