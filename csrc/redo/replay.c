@@ -159,11 +159,12 @@ redirect_blocks(DecodedBkpBlock *blocks, int count, const PageRequest *request, 
     for (int index = 0; index < count; index++)
     {
         DecodedBkpBlock *block = &blocks[index];
-        bool same_relation = LOCATORS_EQUAL(BLOCK_LOCATOR(block), *wanted);
-        bool overwritten = (block->flags & BKPBLOCK_WILL_INIT) || (block->has_image && block->apply_image);
+        bool same_relation, overwritten;
 
-        if (!block->in_use)
+        if (!block->in_use) /* its other fields are not set */
             continue;
+        same_relation = LOCATORS_EQUAL(BLOCK_LOCATOR(block), *wanted);
+        overwritten = (block->flags & BKPBLOCK_WILL_INIT) || (block->has_image && block->apply_image);
         if (same_relation && block->blkno == request->block && block->forknum == (ForkNumber) request->fork)
         {
             BLOCK_LOCATOR(block) = scratch_target.locator;

@@ -37,6 +37,8 @@ from tests.kit.directories import reachable_directory
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory with a cache and a configuration of its own."""
+    for version in ALL_VERSIONS:
+        build_of(version)  # found, or brought, before the cache is another one
     with reachable_directory() as directory:
         monkeypatch.setenv("EXCIMER_CACHE_DIR", str(directory / "cache"))
         monkeypatch.setenv("EXCIMER_CONFIG_DIR", str(directory / "config"))

@@ -247,9 +247,10 @@ def test_malformed_requests_are_refused_and_answered(body: bytes) -> None:
             worker.close()
 
 
-def test_blocks_and_forks_far_away() -> None:
+@pytest.mark.parametrize("version", ALL_VERSIONS)
+def test_blocks_and_forks_far_away(version: int) -> None:
     async def scenario() -> None:
-        async with open_pool() as pool:
+        async with open_pool(version) as pool:
             blocks = [0, 131_071, 131_072, 5_000_000, 0xFFFFFFFE]
             requests = [
                 encode_redo_request(RELATION, fork, block, plain_page(block), [])

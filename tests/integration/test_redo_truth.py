@@ -13,6 +13,7 @@ import pytest
 from excimer.base.keys import Fork, Relation
 from excimer.pgformat.control_file import ControlFile
 from excimer.postgres import PostgresBuild, redo_extension, run_initdb
+from excimer.postgres.redo_extension import LIBRARY_NAME, compile_redo, source_directory
 from excimer.postgres.redo_template import redo_control_file
 from excimer.storage.engine.redo_pool import RedoError, RedoPool
 from excimer.storage.engine.redo_worker import RedoWorker
@@ -34,6 +35,8 @@ from tests.kit.redo_truth import (
 from tests.kit.redo_workload import BLOOM, END, RELATIONS, ROUND, SETUP
 from tests.kit.stock_server import stock_server
 
+UNDEFINED_BEHAVIOUR_TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+"""The library under test dies of whatever C leaves undefined; needs no run-time library."""
 ROUNDS = 3
 DAMAGE_ROUNDS = int(os.environ.get("EXCIMER_REDO_DAMAGE_ROUNDS", "5"))
 DAMAGE_SEED = int(os.environ.get("EXCIMER_REDO_DAMAGE_SEED", "1"))
@@ -128,7 +131,11 @@ def has_own_lsn(method: str, page: PageId, real: bytes) -> bool:
 
 
 async def rebuild(truth: Truth, scratch: Path, wal_log_hints: bool = False) -> list[bytes | RedoError]:
-    pool = RedoPool(truth.build, scratch, 2, wal_log_hints=wal_log_hints)
+    checked = scratch.with_name("checked")
+    checked.mkdir(mode=0o755)
+    compile_redo(truth.build, source_directory(), checked, UNDEFINED_BEHAVIOUR_TRAPS)
+    library = checked / LIBRARY_NAME
+    pool = RedoPool(truth.build, scratch, 2, wal_log_hints=wal_log_hints, extension=library)
     try:
         return await pool.redo([truth.request(page, chain) for page, chain, _ in truth.cases()])
     finally:

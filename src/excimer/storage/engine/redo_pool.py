@@ -45,6 +45,7 @@ class RedoPool:
     constructor blocks while the redo extension is compiled (once per build) and raises
     `BuildUnusableError` when it cannot be. `wal_log_hints` must say whether the timelines' clusters log
     hint bits (by that setting or by data checksums): it decides which LSN some records leave on a page.
+    `extension` is one that was compiled otherwise than usual.
     """
 
     def __init__(
@@ -55,15 +56,17 @@ class RedoPool:
         *,
         request_timeout_s: float = REQUEST_TIMEOUT_S,
         wal_log_hints: bool = False,
+        extension: Path | None = None,
     ) -> None:
         self._workers = workers
         self._scratch_name = scratch_dir / f"redo-{build.version}{'-hints' if wal_log_hints else ''}"
-        extension, control_file = redo_extension(build), redo_control_file(build)
+        library = extension or redo_extension(build)
+        control_file = redo_control_file(build)
         place = self._scratch_dir = make_reachable_dir(self._scratch_name)
         for leftover in place.glob("worker-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         self.crew = RedoCrew(
-            lambda: RedoWorker(build, extension, control_file, place, wal_log_hints=wal_log_hints),
+            lambda: RedoWorker(build, library, control_file, place, wal_log_hints=wal_log_hints),
             request_timeout_s=request_timeout_s,
         )
         # As many threads as workers: a thread always finds an idle worker, or room for one more.
