@@ -259,7 +259,8 @@ def make_owned_dir(path: Path, mode: int = 0o700) -> Path:
     """Makes a directory that belongs to the unprivileged user (PostgreSQL demands to own its data).
 
     Missing parents are made too; they belong to us and can be passed through. An existing directory
-    is given to that user. Raises `UnreachableError` when that user cannot get to it.
+    of ours is given to that user. Raises `UnreachableError` when that user cannot get to it, or it is a
+    link or somebody else's.
     """
     missing = [parent for parent in path.parents if not parent.exists()]
     for parent in reversed(missing):
@@ -267,9 +268,20 @@ def make_owned_dir(path: Path, mode: int = 0o700) -> Path:
         parent.chmod(0o755)
     path.mkdir(mode=mode, exist_ok=True)
     user = unprivileged_user()
-    if user is not None:
-        os.chown(path, user.uid, user.gid)
-    path.chmod(mode)
+    owner = os.geteuid() if user is None else user.uid
+    try:
+        # Held open, not followed: somebody may replace a name in /tmp by a link to /etc at any moment.
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnreachableError(f"{path} cannot be used: {error.strerror}; choose another place") from error
+    try:
+        if os.fstat(directory).st_uid not in (owner, os.geteuid()):
+            raise UnreachableError(f"{path} belongs to somebody else: remove it or choose another place")
+        if user is not None:
+            os.fchown(directory, user.uid, user.gid)
+        os.fchmod(directory, mode)
+    finally:
+        os.close(directory)
     require_reachable(path)
     return path
 

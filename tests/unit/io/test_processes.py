@@ -115,6 +115,21 @@ def test_owned_directories_belong_to_the_user_and_must_be_reachable() -> None:
 
 
 @as_root
+def test_a_directory_of_somebody_else_is_not_taken() -> None:
+    """A name in /tmp that another user made first must not give that user's target away."""
+    with reachable_directory() as root:
+        (root / "system").mkdir()
+        (root / "link").symlink_to(root / "system")
+        with pytest.raises(UnreachableError, match="cannot be used"):
+            make_owned_dir(root / "link")
+        assert (root / "system").stat().st_uid == 0
+        (root / "foreign").mkdir()
+        os.chown(root / "foreign", 54321, 54321)
+        with pytest.raises(UnreachableError, match="somebody else"):
+            make_owned_dir(root / "foreign")
+
+
+@as_root
 def test_closed_directories_are_moved_to_where_the_user_gets(own_cache: Path) -> None:
     closed = own_cache / "closed"
     closed.mkdir(mode=0o700)
