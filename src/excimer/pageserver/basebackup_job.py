@@ -17,7 +17,6 @@ import zstandard
 from excimer.base.errors import CorruptionError
 from excimer.base.keys import (
     BLOCK_SIZE_BYTES,
-    DEFAULT_TABLESPACE,
     GLOBAL_TABLESPACE,
     KeyKind,
     kind_range,
@@ -25,7 +24,13 @@ from excimer.base.keys import (
     parse_key,
 )
 from excimer.base.lsn import Lsn, format_lsn
-from excimer.pageserver.basebackup_plan import Manifest, PageRun, plan_manifest, plan_pages
+from excimer.pageserver.basebackup_plan import (
+    BUILT_IN_TABLESPACES,
+    Manifest,
+    PageRun,
+    plan_manifest,
+    plan_pages,
+)
 from excimer.pgformat.basebackup import (
     Basebackup,
     InlinePage,
@@ -83,18 +88,20 @@ def _read_metadata(source: BasebackupSource, point: BasebackupPoint) -> _Metadat
     manifest = plan_manifest(
         source.scan(*kind_range(KeyKind.RELATION_SIZE), lsn), source.scan(*kind_range(KeyKind.SLRU_SIZE), lsn)
     )
+    prepared: list[PreparedTransaction] = []
     files: list[tuple[str, bytes]] = []
     maps: dict[tuple[int, int], dict[int, int]] = {}
     for key, value in source.scan(*kind_range(KeyKind.RELATION_MAP), lsn):
         _, spc, db, *_ = parse_key(key)
-        maps[spc, db] = parse_relation_map(value)
-        files.append((f"{_directory(spc, db)}/pg_filenode.map", value))
+        if spc in BUILT_IN_TABLESPACES:
+            maps[spc, db] = parse_relation_map(value)
+            files.append((f"{_directory(spc, db)}/pg_filenode.map", value))
     if (GLOBAL_TABLESPACE, 0) not in maps:
         raise BasebackupError(f"no global/pg_filenode.map is known at {format_lsn(lsn)}")
     for key, value in source.scan(*kind_range(KeyKind.DATABASE), lsn):
         _, spc, db, *_ = parse_key(key)
-        files.append((f"{_directory(spc, db)}/PG_VERSION", value))
-    prepared: list[PreparedTransaction] = []
+        if spc in BUILT_IN_TABLESPACES:
+            files.append((f"{_directory(spc, db)}/PG_VERSION", value))
     for key, value in source.scan(*kind_range(KeyKind.TWO_PHASE), lsn):
         fields = parse_key(key)
         files.append((two_phase_path(fields.db << 32 | fields.rel, source.pg_version), value))
@@ -103,11 +110,7 @@ def _read_metadata(source: BasebackupSource, point: BasebackupPoint) -> _Metadat
 
 
 def _directory(spc: int, db: int) -> str:
-    if spc == GLOBAL_TABLESPACE:
-        return "global"
-    if spc == DEFAULT_TABLESPACE:
-        return f"base/{db}"
-    raise BasebackupError(f"database {db} lies in tablespace {spc}, but computes have no user tablespaces")
+    return "global" if spc == GLOBAL_TABLESPACE else f"base/{db}"
 
 
 async def _read_pages(source: BasebackupSource, runs: list[PageRun], lsn: Lsn) -> list[InlinePage]:

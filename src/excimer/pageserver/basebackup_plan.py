@@ -24,11 +24,13 @@ from excimer.base.keys import (
     Slru,
     parse_key,
     relation_block_key,
-    slru_block_key,
 )
 from excimer.pgformat.basebackup import RelationFork, SlruSegment
 from excimer.pgformat.checkpoint import CheckPoint
+from excimer.pgformat.slru import ENTRIES_PER_PAGE, MEMBERS_PER_PAGE, OFFSETS_PER_PAGE, page_key
 from excimer.pgformat.two_phase import PreparedTransaction
+
+BUILT_IN_TABLESPACES = frozenset((DEFAULT_TABLESPACE, GLOBAL_TABLESPACE))
 
 RUN_BLOCKS_MAX = 64
 """Most blocks read in one call while a basebackup is built."""
@@ -38,12 +40,6 @@ WARM_DATABASES_MAX = 8
 
 TEMPLATE_DATABASES = frozenset((1, 4))
 """template1 and (from 15 on) template0: nobody connects there at start."""
-
-XACT_PAGE_XIDS = 8192 * 4
-COMMIT_TS_PAGE_XIDS = 8192 // 10
-MULTIXACT_PAGE_OFFSETS = 8192 // 4
-MULTIXACT_PAGE_MEMBERS = 8192 // 20 * 4
-"""Members lie in groups of four: 4 flag bytes and 4 xids of 4 bytes (multixact.c)."""
 
 _XID_MASK = 0xFFFFFFFF
 
@@ -93,12 +89,14 @@ def plan_manifest(
 ) -> Manifest:
     """The manifest from live RELATION_SIZE and SLRU_SIZE keys and their u32 values.
 
-    Forks of unlogged relations other than their init fork are left out: start-up resets them.
+    Forks of unlogged relations other than their init fork are left out: start-up resets them. So is
+    what lies in user tablespaces, which computes do not have.
     """
     from_bytes = int.from_bytes
     forks = [
         RelationFork(spc, db, rel, fork, from_bytes(value, "little"))
         for (_, spc, db, rel, fork, _), value in ((parse_key(key), value) for key, value in relation_sizes)
+        if spc in BUILT_IN_TABLESPACES
     ]
     unlogged = {fork[:3] for fork in forks if fork.fork == Fork.INIT}
     if unlogged:
@@ -155,12 +153,11 @@ def commit_pages(checkpoint: CheckPoint, prepared: Sequence[PreparedTransaction]
     xids = {next_xid, (next_xid - 1) & _XID_MASK}
     for transaction in prepared:
         xids.update((transaction.xid, *transaction.subxids))
-    pages = {(Slru.XACT, xid // XACT_PAGE_XIDS) for xid in xids}
-    pages |= {(Slru.COMMIT_TS, xid // COMMIT_TS_PAGE_XIDS) for xid in xids}
+    pages = {(slru, xid // ENTRIES_PER_PAGE[slru]) for slru in (Slru.XACT, Slru.COMMIT_TS) for xid in xids}
     for multi in (checkpoint.next_multi - 1, checkpoint.next_multi, checkpoint.next_multi + 1):
-        pages.add((Slru.MULTIXACT_OFFSETS, (multi & _XID_MASK) // MULTIXACT_PAGE_OFFSETS))
+        pages.add((Slru.MULTIXACT_OFFSETS, (multi & _XID_MASK) // OFFSETS_PER_PAGE))
     for member in (checkpoint.next_multi_offset - 1, checkpoint.next_multi_offset):
-        pages.add((Slru.MULTIXACT_MEMBERS, (member & _XID_MASK) // MULTIXACT_PAGE_MEMBERS))
+        pages.add((Slru.MULTIXACT_MEMBERS, (member & _XID_MASK) // MEMBERS_PER_PAGE))
     return pages
 
 
@@ -178,5 +175,4 @@ def _slru_runs(segments: Iterable[SlruSegment], pages: set[tuple[Slru, int]]) ->
     ):
         run = [page for _, page in group]
         slru, first = run[0]
-        segment, block = divmod(first, SLRU_SEGMENT_BLOCKS)
-        yield PageRun(slru_block_key(slru, segment, block), len(run))
+        yield PageRun(page_key(slru, first), len(run))

@@ -47,12 +47,14 @@ def size(blocks: int) -> bytes:
 
 def test_manifest_keeps_empty_files_and_leaves_unlogged_ones_to_their_init_fork() -> None:
     logged, unlogged = Relation(1663, 5, 100), Relation(1663, 5, 200)
+    elsewhere = Relation(16400, 5, 300)
     manifest = plan_manifest(
         [
             (relation_size_key(logged, Fork.MAIN), size(0)),
             (relation_size_key(logged, Fork.VM), size(1)),
             (relation_size_key(unlogged, Fork.MAIN), size(9)),
             (relation_size_key(unlogged, Fork.INIT), size(1)),
+            (relation_size_key(elsewhere, Fork.MAIN), size(1)),
         ],
         [(slru_size_key(Slru.XACT, 3), size(32))],
     )

@@ -1,0 +1,231 @@
+"""Attachment: generations, restarts, an object store that is away, deletion. The store is real, in memory."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from excimer.base.address import Address
+from excimer.base.errors import CorruptionError, FencedError
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.keys import Relation, relation_block_key
+from excimer.base.lsn import Lsn
+from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, ObjectStore, ObjectStoreError
+from excimer.pageserver.active_timeline import TimelineWorld
+from excimer.pageserver.metrics import TimelineMetrics
+from excimer.pageserver.model import (
+    GenerationTooOldError,
+    NewTimeline,
+    TenantMissingError,
+    TimelineExistsError,
+    TimelineInUseError,
+    TimelineMissingError,
+)
+from excimer.pageserver.receiver_plan import Source
+from excimer.pageserver.tenant_records import DamagedTenantRecordError, TenantRecords
+from excimer.pageserver.tenants import TenantAttachingError, Tenants
+from excimer.pageserver.wal_receiver import Connect
+from excimer.service.health import Health
+from excimer.service.replication_client import ReplicationClient, ReplicationLostError
+from excimer.service.tasks import SystemClock, TaskScope
+from tests.kit.builds import NEWEST_VERSION, build_of
+from tests.kit.storage_world import in_event_loop, storage_context
+
+TENANT = TenantId("0a" * 16)
+MAIN, BRANCH = TimelineId("11" * 16), TimelineId("22" * 16)
+
+
+class Node:
+    """One pageserver's tenants, without its sockets."""
+
+    def __init__(self, tenants: Tenants, health: Health) -> None:
+        self.tenants = tenants
+        self.health = health
+
+    async def make_main(self) -> Lsn:
+        build_of(NEWEST_VERSION)
+        new = NewTimeline(timeline_id=MAIN, pg_version=NEWEST_VERSION)
+        return (await self.tenants.create_timeline(TENANT, new)).last_record_lsn
+
+    async def until_well(self) -> None:
+        self.health.ready = True
+        for _ in range(500):
+            if self.health.is_well:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(self.health.problems)
+
+
+async def unreachable(address: Address) -> ReplicationClient:
+    raise ReplicationLostError(f"{address} is not there")
+
+
+@contextlib.asynccontextmanager
+async def node(directory: Path, store: ObjectStore, connect: Connect = unreachable) -> AsyncIterator[Node]:
+    health = Health("pageserver")
+    async with contextlib.AsyncExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(2))
+        context = await stack.enter_async_context(storage_context(directory / "layers", store=store))
+        scope = await stack.enter_async_context(TaskScope())
+        world = TimelineWorld(
+            scope=scope,
+            executor=threads,
+            clock=SystemClock(),
+            health=health,
+            metrics=TimelineMetrics(CollectorRegistry()),
+            connect=lambda _: connect,
+            sources=lambda _: [Source(Address("nowhere", 1), Lsn(0))],
+            wait_for_news=asyncio.sleep,
+        )
+        records = TenantRecords(directory / "tenants")
+        tenants = Tenants(context=context, records=records, world=world, chance=random.Random(1))
+        stack.push_async_callback(tenants.stop)
+        await tenants.start()
+        yield Node(tenants, health)
+
+
+@in_event_loop
+async def test_what_was_attached_is_attached_again_after_a_restart(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    async with node(tmp_path, store) as first:
+        await first.tenants.attach(TENANT, 3)
+        lsn = await first.make_main()
+        branch = NewTimeline(timeline_id=BRANCH, ancestor_timeline_id=MAIN)
+        made = await first.tenants.create_timeline(TENANT, branch)
+        assert made.ancestor_lsn == lsn
+        assert await first.tenants.create_timeline(TENANT, branch) == made
+    async with node(tmp_path, store) as second:
+        await second.until_well()
+        assert [record.generation for record in second.tenants.tenants()] == [3]
+        assert [each.timeline_id for each in second.tenants.timelines(TENANT)] == [MAIN, BRANCH]
+        assert second.tenants.timeline(TENANT, BRANCH).prev_record_lsn == made.prev_record_lsn != 0
+        with pytest.raises(TimelineInUseError, match=BRANCH):
+            await second.tenants.delete_timeline(TENANT, MAIN)
+        with pytest.raises(TimelineExistsError, match="exists already"):
+            await second.tenants.create_timeline(TENANT, NewTimeline(timeline_id=BRANCH))
+        await second.tenants.delete_timeline(TENANT, BRANCH)
+        await second.tenants.delete_timeline(TENANT, MAIN)
+        with pytest.raises(TimelineMissingError):
+            second.tenants.active(TENANT, MAIN)
+
+
+@in_event_loop
+async def test_generations_only_grow_and_the_newer_one_is_what_counts(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    async with node(tmp_path / "old", store) as old, node(tmp_path / "new", store) as new:
+        await old.tenants.attach(TENANT, 1)
+        await old.make_main()
+        assert (await old.tenants.attach(TENANT, 1)).generation == 1
+        await new.tenants.attach(TENANT, 2)
+        assert [each.timeline_id for each in new.tenants.timelines(TENANT)] == [MAIN]
+        with pytest.raises(GenerationTooOldError):
+            await new.tenants.attach(TENANT, 1)
+        await new.tenants.create_timeline(TENANT, NewTimeline(timeline_id=BRANCH, ancestor_timeline_id=MAIN))
+        assert (await old.tenants.attach(TENANT, 3)).generation == 3
+        assert [each.timeline_id for each in old.tenants.timelines(TENANT)] == [MAIN, BRANCH]
+
+
+@in_event_loop
+async def test_an_older_generation_after_a_restart_is_fenced_and_health_says_so(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    async with node(tmp_path / "old", store) as old:
+        await old.tenants.attach(TENANT, 1)
+        await old.make_main()
+    async with node(tmp_path / "new", store) as new:
+        await new.tenants.attach(TENANT, 2)
+        await new.tenants.active(TENANT, MAIN).store.write_first_manifest()
+    async with node(tmp_path / "old", store) as old:
+        for _ in range(200):
+            if any("generation 2" in problem for problem in old.health.problems.values()):
+                break
+            await asyncio.sleep(0.01)
+        assert any("generation 2" in problem for problem in old.health.problems.values())
+        with pytest.raises(TenantAttachingError, match="generation 2"):
+            old.tenants.timelines(TENANT)
+        with pytest.raises(FencedError):
+            await old.tenants.attach(TENANT, 1)
+
+
+@in_event_loop
+async def test_an_object_store_that_is_away_delays_attachment_and_loses_nothing(tmp_path: Path) -> None:
+    inner = MemoryObjectStore()
+    is_away = False
+
+    def fault(operation: str, name: str) -> None:
+        if is_away:
+            raise ObjectStoreError(f"{operation} {name}: the object store is away")
+
+    store = FaultyObjectStore(inner, fault)
+    async with node(tmp_path, store) as first:
+        is_away = True
+        with pytest.raises(ObjectStoreError):
+            await first.tenants.attach(TENANT, 1)
+        with pytest.raises(TenantMissingError):
+            first.tenants.timelines(TENANT)
+        is_away = False
+        await first.tenants.attach(TENANT, 1)
+        await first.make_main()
+        is_away = True
+        with pytest.raises(ObjectStoreError):
+            await first.tenants.create_timeline(
+                TENANT, NewTimeline(timeline_id=BRANCH, ancestor_timeline_id=MAIN)
+            )
+        assert [each.timeline_id for each in first.tenants.timelines(TENANT)] == [MAIN]
+    async with node(tmp_path, store) as second:
+        with pytest.raises(TenantAttachingError):
+            second.tenants.active(TENANT, MAIN)
+        second.health.ready = True
+        assert not second.health.is_well
+        is_away = False
+        await second.until_well()
+        assert second.tenants.active(TENANT, MAIN).last_record_lsn
+
+
+@in_event_loop
+async def test_a_deleted_tenant_leaves_nothing(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    async with node(tmp_path, store) as only:
+        with pytest.raises(TenantMissingError):
+            await only.tenants.delete_tenant(TENANT)
+        await only.tenants.attach(TENANT, 1)
+        await only.make_main()
+        await only.tenants.delete_tenant(TENANT)
+        with pytest.raises(TenantMissingError):
+            only.tenants.timelines(TENANT)
+        assert only.tenants.tenants() == []
+    assert store.objects == {}
+    assert TenantRecords(tmp_path / "tenants").read_all() == []
+
+
+async def damaged(address: Address) -> ReplicationClient:
+    raise CorruptionError("a record's checksum is wrong")
+
+
+@in_event_loop
+async def test_a_timeline_with_wal_that_cannot_be_read_is_broken_and_still_serves(tmp_path: Path) -> None:
+    async with node(tmp_path, MemoryObjectStore(), damaged) as only:
+        await only.tenants.attach(TENANT, 1)
+        lsn = await only.make_main()
+        for _ in range(200):
+            if only.tenants.timeline(TENANT, MAIN).problem is not None:
+                break
+            await asyncio.sleep(0.01)
+        assert "checksum is wrong" in (only.tenants.timeline(TENANT, MAIN).problem or "")
+        assert any("checksum is wrong" in problem for problem in only.health.problems.values())
+        active = only.tenants.active(TENANT, MAIN)
+        key = relation_block_key(Relation(1663, 5, 1259), 0, 0)
+        assert len(await active.get_pages(key, 1, lsn)) == 8192
+        await only.tenants.delete_timeline(TENANT, MAIN)
+        assert only.health.problems == {}
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    records = TenantRecords(tmp_path)
+    (tmp_path / "aa.json").write_bytes(b'{"tenant_id": ')
+    with pytest.raises(DamagedTenantRecordError, match=r"aa\.json"):
+        records.read_all()
