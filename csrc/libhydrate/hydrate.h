@@ -93,9 +93,10 @@ struct patience {
     uint64_t deadline_ns;
     uint64_t cancelled_ns; /* when the query's cancellation was first seen; 0: not */
     const char *ended;     /* NULL, or why waiting is over */
+    bool reads_relation;
 };
 
-struct patience patience_of(uint64_t start_ns);
+struct patience patience_of(const struct arena_file *file, uint64_t start_ns);
 
 /* Whether to give up: the deadline has passed, or the query was cancelled a moment ago. */
 bool patience_over(struct patience *patience);

@@ -261,7 +261,7 @@ int hydrate(int fd, uint64_t block, uint64_t end)
     int error = errno;
     struct stat status;
     struct hydration hydration = {.fd = fd, .write_fd = -1, .file = open_files[fd].file,
-                                  .patience = patience_of(system_now_ns())};
+                                  .patience = patience_of(open_files[fd].file, system_now_ns())};
     bool ok = true;
     while (ok && (block = first_absent(hydration.file, block, end)) < end) {
         if (!is_same_file(fd, &status)) {
@@ -275,7 +275,7 @@ int hydrate(int fd, uint64_t block, uint64_t end)
             break; /* past the end of the file, the read itself says so */
         ok = hydrate_run(&hydration, block, end < limit ? end : limit, limit);
         /* The deadline is for one run: a whole segment may take longer, as long as it comes. */
-        hydration.patience.deadline_ns = patience_of(system_now_ns()).deadline_ns;
+        hydration.patience.deadline_ns = patience_of(hydration.file, system_now_ns()).deadline_ns;
     }
     if (hydration.write_fd >= 0)
         system_close(hydration.write_fd);

@@ -8,7 +8,8 @@
  * at its flags, so giving up is EIO.
  *
  * A flag does not end a wait at once: a healthy fetch is over in a millisecond and then PostgreSQL itself reports
- * the cancellation. And never in a critical section: there an error would be a PANIC.
+ * the cancellation. And never in a critical section: there an error would be a PANIC. But PostgreSQL 18 reads relations
+ * (not SLRUs) inside a critical section of its own, in which an error is only noted: that one does not count.
  */
 #define _GNU_SOURCE
 #include "hydrate.h"
@@ -22,20 +23,24 @@
 extern volatile sig_atomic_t QueryCancelPending __attribute__((weak));
 extern volatile sig_atomic_t ProcDiePending __attribute__((weak));
 extern volatile uint32_t CritSectionCount __attribute__((weak));
+extern void pgaio_io_perform_synchronously(void *handle) __attribute__((weak)); /* 18 and later */
 
-static bool is_cancelled(void)
+static bool is_cancelled(const struct patience *patience)
 {
-    if (&CritSectionCount != NULL && CritSectionCount != 0)
+    uint32_t harmless = patience->reads_relation && &pgaio_io_perform_synchronously != NULL ? 1 : 0;
+    if (&CritSectionCount != NULL && CritSectionCount > harmless)
         return false;
     return (&QueryCancelPending != NULL && QueryCancelPending != 0) ||
            (&ProcDiePending != NULL && ProcDiePending != 0);
 }
 
-struct patience patience_of(uint64_t start_ns)
+struct patience patience_of(const struct arena_file *file, uint64_t start_ns)
 {
     uint64_t generation = __atomic_load_n(&arena.header->settings_generation, __ATOMIC_ACQUIRE);
     uint64_t deadline_ms = arena.header->settings[generation & 1].deadline_ms;
-    return (struct patience){.start_ns = start_ns, .deadline_ns = start_ns + deadline_ms * 1000000u};
+    return (struct patience){.start_ns = start_ns,
+                             .deadline_ns = start_ns + deadline_ms * 1000000u,
+                             .reads_relation = file->kind == ARENA_RELATION};
 }
 
 bool patience_over(struct patience *patience)
@@ -47,7 +52,7 @@ bool patience_over(struct patience *patience)
         patience->ended = "the deadline has passed";
         return true;
     }
-    if (!is_cancelled())
+    if (!is_cancelled(patience))
         return false;
     if (patience->cancelled_ns == 0)
         patience->cancelled_ns = now;

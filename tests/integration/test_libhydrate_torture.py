@@ -48,7 +48,7 @@ def run_round(root: Path, pages: Path, mutation: Mutation | None) -> "subprocess
     data_dir.mkdir(parents=True)
     seed = random.SystemRandom().randrange(1 << 30)
     with FakePageServer(pages) as server:
-        server.behaviour.delay_s = 0.003
+        server.behaviour.delay_s = 0.005
         files = [ArenaFile(f"base/5/{1000 + file}", BLOCKS) for file in range(FILES)]
         settings = ArenaSettings(server.address, TENANT, TIMELINE, "token", read_ahead_blocks=8)
         arena = build_arena(arena_path, files=files, settings=settings, data_dir=data_dir)
@@ -76,5 +76,5 @@ def test_no_block_is_ever_wrong(tmp_path: Path, pages_dir: Path) -> None:
 
 @pytest.mark.parametrize("mutation", [NO_SECOND_LOOK], ids=["no second look"])
 def test_the_torture_finds_a_broken_library(tmp_path: Path, pages_dir: Path, mutation: Mutation) -> None:
-    results = (run_round(tmp_path / str(number), pages_dir, mutation) for number in range(5))
+    results = (run_round(tmp_path / str(number), pages_dir, mutation) for number in range(30))
     assert any(result.returncode == 1 for result in results)

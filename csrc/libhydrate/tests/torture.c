@@ -33,6 +33,7 @@
 struct model {
     volatile uint32_t expected[FILES][BLOCKS + GROWTH];
     volatile uint32_t size[FILES];
+    volatile uint32_t hot[FILES]; /* where somebody has just prefetched: the place to write to */
     uint32_t generation, wrong, reads, writes, truncations, extensions;
 };
 
@@ -116,7 +117,8 @@ static void read_checked(int file)
 
 static void read_unlocked(int file)
 {
-    int block = (int)model->size[file] - (int)(random() % 60);
+    int block = random() % 2 ? (int)(random() % BLOCKS) : (int)model->size[file] - (int)(random() % 60);
+    model->hot[file] = (uint32_t)block;
     preloaded_posix_fadvise(files[file], (off_t)(block > 9 ? block - 9 : 0) * BLOCK, 4 * BLOCK, POSIX_FADV_WILLNEED);
     preloaded_pread(files[file], pages, (size_t)(1 + random() % READ_MAX) * BLOCK, (off_t)(block > 0 ? block : 0) * BLOCK);
 }
@@ -134,7 +136,7 @@ static void write_page(int file, int block)
 
 static void overwrite(int file)
 {
-    int block = (int)(random() % BLOCKS);
+    int block = (int)(random() % 2 ? (uint32_t)(random() % BLOCKS) : model->hot[file] + (uint32_t)(random() % READ_MAX));
     lock(file, block, 1, F_WRLCK);
     if (block < (int)model->size[file]) {
         write_page(file, block);

@@ -192,6 +192,8 @@ class Arena:
             count = len(pages) // BLOCK_SIZE_BYTES
             if count * BLOCK_SIZE_BYTES != len(pages):
                 raise ValueError(f"{path}: {len(pages)} bytes are not whole pages")
+            if block + count > arena_file.file_info(self._memory, index)[1]:
+                raise ValueError(f"{path}: block {block + count - 1} lies past the end")
             descriptor = self._make_file(index)
             try:
                 _write_fully(descriptor, pages, block * BLOCK_SIZE_BYTES)

@@ -1,0 +1,152 @@
+"""The arena as the manager sees it: built, opened again, changed, refused."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.lsn import MAX_LSN, Lsn
+from excimer.compute.arena import (
+    Arena,
+    ArenaFile,
+    ArenaSettings,
+    BadArenaError,
+    BadArenaFileError,
+    build_arena,
+    numeric_address,
+)
+
+SETTINGS = ArenaSettings(
+    "127.0.0.1:6400", TenantId("ab" * 16), TimelineId("cd" * 16), "a token", MAX_LSN, Lsn(7)
+)
+BUILD_LIMIT_S = 0.06
+
+
+def build(root: Path, *files: ArenaFile) -> Arena:
+    (root / "data").mkdir(exist_ok=True)
+    return build_arena(root / "arena", files=files, settings=SETTINGS, data_dir=root / "data")
+
+
+def test_settings_are_read_back(tmp_path: Path) -> None:
+    arena = build(tmp_path, ArenaFile("base/5/1", 1))
+    arena.set_lsn(Lsn(11), Lsn(10))
+    arena.set_token("another")
+    arena.set_pageserver("/run/pageserver.sock")
+    opened = Arena.open(tmp_path / "arena")
+    assert opened.settings == arena.settings
+    assert opened.settings == SETTINGS._replace(
+        lsn=Lsn(11), not_modified_since=Lsn(10), token="another", pageserver_address="/run/pageserver.sock"
+    )
+    assert opened.data_dir == tmp_path / "data"
+    opened.close()
+    arena.close()
+
+
+def test_what_start_up_looks_for_is_made_at_once(tmp_path: Path) -> None:
+    names = [
+        "base/5/1",
+        "base/5/2_init",
+        "base/6/3_fsm",
+        "global/4.12",
+        "pg_xact/0001",
+        "pg_multixact/offsets/00FF",
+    ]
+    arena = build(tmp_path, *[ArenaFile(name, 3) for name in names], ArenaFile("base/5/9", 2, local=True))
+    made = {str(p.relative_to(tmp_path / "data")) for p in (tmp_path / "data").rglob("*") if p.is_file()}
+    assert made == {"base/5/2_init", "pg_xact/0001", "pg_multixact/offsets/00FF", "base/5/9"}
+    assert (tmp_path / "data/pg_xact/0001").stat().st_size == 3 * 8192
+    assert (tmp_path / "data/base/6").is_dir()
+    arena.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("", "base", "base/", "base/5", "base/5/", "base/5/x", "base/5/1_vmx", "base/5/1_vm_fsm"),
+        *("base/5/1.", "base//1", "base/5/1.x", "base/5/1.32768", "base/4294967296/1", "base/5/PG_VERSION"),
+        *("global", "global/pg_control", "/base/5/1", "pg_xact/1", "pg_xact/000g", "pg_xact/00ab"),
+        *("pg_xact/123456789", "pg_wal/000000010000000000000001", "pg_notify/0000"),
+        *("pg_tblspc/16400/PG_18_202506291/5/1", "base/5/1" + "0" * 60, "base/5/1\0", "../base/5/1"),
+    ],
+)  # fmt: skip
+def test_other_files_are_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(BadArenaFileError):
+        build(tmp_path, ArenaFile(path, 1))
+
+
+def test_impossible_manifests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadArenaFileError, match="twice"):
+        build(tmp_path, ArenaFile("base/5/1", 1), ArenaFile("base/5/1", 2))
+    with pytest.raises(BadArenaFileError, match="131073"):
+        build(tmp_path, ArenaFile("base/5/1", 131_073))
+
+
+def test_pages_are_placed_only_where_they_belong(tmp_path: Path) -> None:
+    arena = build(tmp_path, ArenaFile("base/5/1", 4))
+    assert arena.place_pages([("base/5/1", 1, b"x" * 16384), ("base/5/1", 3, b"y" * 8192)]) == 3
+    assert arena.present_blocks("base/5/1") == [False, True, True, True]
+    content = (tmp_path / "data/base/5/1").read_bytes()
+    assert content == bytes(8192) + b"x" * 16384 + b"y" * 8192
+    with pytest.raises(BadArenaFileError):
+        arena.place_pages([("base/5/2", 0, b"x" * 8192)])
+    with pytest.raises(ValueError, match="past the end"):
+        arena.place_pages([("base/5/1", 4, b"x" * 8192)])
+    assert os.path.getsize(tmp_path / "data/base/5/1") == 4 * 8192
+    with pytest.raises(ValueError, match="whole pages"):
+        arena.place_pages([("base/5/1", 0, b"x" * 100)])
+    arena.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"x" * 20_000])
+def test_other_bytes_are_no_arena(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "arena").write_bytes(content or b"\0")
+    with pytest.raises(BadArenaError):
+        Arena.open(tmp_path / "arena")
+
+
+def test_a_cut_arena_is_refused(tmp_path: Path) -> None:
+    build(tmp_path, ArenaFile("base/5/1", 100_000)).close()
+    os.truncate(tmp_path / "arena", (tmp_path / "arena").stat().st_size - 8192)
+    with pytest.raises(BadArenaError, match="size"):
+        Arena.open(tmp_path / "arena")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token": "x" * 5000},
+        {"pageserver_address": "1.2.3.4"},
+        {"pageserver_address": "1.2.3.4:port"},
+        {"pageserver_address": "/" + "x" * 300},
+        {"tenant_id": "abcd"},
+    ],
+)
+def test_settings_that_do_not_fit_change_nothing(tmp_path: Path, change: dict[str, str]) -> None:
+    arena = build(tmp_path, ArenaFile("base/5/1", 1))
+    with pytest.raises(ValueError, match=r"."):
+        arena.change(SETTINGS._replace(**change))  # type: ignore[arg-type]
+    assert arena.settings == SETTINGS
+    opened = Arena.open(tmp_path / "arena")
+    assert opened.settings == SETTINGS
+    opened.close()
+    arena.close()
+
+
+def test_addresses_become_numbers() -> None:
+    assert numeric_address("10.0.0.1:5") == "10.0.0.1:5"
+    assert numeric_address("[::1]:5") == "[::1]:5"
+    assert numeric_address("/a/socket") == "/a/socket"
+    assert numeric_address("localhost:5") in ("127.0.0.1:5", "[::1]:5")
+
+
+def test_ten_thousand_files_are_listed_quickly(tmp_path: Path) -> None:
+    files = [ArenaFile(f"base/{5 + number // 2500}/{16384 + number}", 3) for number in range(10_000)]
+    durations = []
+    for _ in range(5):
+        start = time.perf_counter()
+        arena = build(tmp_path, *files)
+        durations.append(time.perf_counter() - start)
+        arena.close()
+    assert min(durations) < BUILD_LIMIT_S
