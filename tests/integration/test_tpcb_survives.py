@@ -1,0 +1,141 @@
+"""TPC-B's invariant across stops, kills of every part under load, and branches into the past."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from tests.kit import tpcb
+from tests.kit.builds import NEWEST_VERSION
+from tests.kit.stack import Stack, running_stack
+
+SCALE = 10
+LOAD_S = 30
+SHORT_LOAD_S = 8
+TABLES = "pgbench_accounts, pgbench_tellers, pgbench_branches, pgbench_history"
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack(NEWEST_VERSION) as stack:
+        stack.create_main()
+        tpcb.load(stack, SCALE)
+        yield stack
+
+
+@contextlib.contextmanager
+def load(stack: Stack, seconds: int = SHORT_LOAD_S) -> Iterator["subprocess.Popen[str]"]:
+    """pgbench under which something is killed; clients that lose their connection give up."""
+    process = stack.program("pgbench", "-n", "-c", "8", "-j", "2", "-T", str(seconds))
+    try:
+        time.sleep(1.5)
+        yield process
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_recorded_moments_can_be_branched(stack: Stack) -> None:
+    """Sums and LSN are taken in one snapshot in mid-run; a branch there shows exactly those sums."""
+    recorded: list[tuple[str, tpcb.Sums]] = []
+
+    def record() -> None:
+        with stack.connect() as connection:
+            for _ in range(3):
+                time.sleep(LOAD_S / 5)
+                with connection.transaction():
+                    connection.execute(f"lock {TABLES} in share mode".encode())
+                    [row] = connection.execute(tpcb.SUMS).fetchall()
+                    [[lsn]] = connection.execute("select pg_current_wal_insert_lsn()::text").fetchall()
+                recorded.append((lsn, tpcb.Sums._make(int(value) for value in row)))
+
+    recorder = threading.Thread(target=record)
+    recorder.start()
+    tpcb.run(stack, LOAD_S)
+    recorder.join()
+    tpcb.check(stack)
+    assert len(recorded) == 3
+    for number, (lsn, sums) in enumerate(recorded):
+        name = f"past-{number}"
+        stack.branch(name, at=lsn)
+        assert sums.is_balanced
+        assert tpcb.check(stack, name) == sums
+        stack.text("endpoint", "stop", name, "--destroy")
+
+
+def test_endpoint_restart_uses_a_new_directory(stack: Stack) -> None:
+    before = tpcb.read_sums(stack)
+    marker = stack.data_dir() / "marker-of-the-old-directory"
+    marker.touch()
+    directory = stack.data_dir()
+    stack.text("endpoint", "stop", "main")
+    assert not directory.exists(), "a stopped endpoint leaves no data directory"
+    stack.text("endpoint", "start", "main")
+    assert not (stack.data_dir() / marker.name).exists()
+    assert tpcb.check(stack) == before
+
+
+def test_kill_of_postgres(stack: Stack) -> None:
+    with load(stack) as pgbench:
+        os.kill(stack.postmaster_pid(), signal.SIGKILL)
+        pgbench.communicate(timeout=60)
+    stack.wait_until(lambda: stack.accepts(), "a fresh start after postgres was killed")
+    tpcb.check(stack)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_kill_of_each_safekeeper_under_load(stack: Stack, number: int) -> None:
+    """One dead of three changes nothing for the user."""
+    before = tpcb.read_sums(stack)
+    with load(stack) as pgbench:
+        stack.kill(f"safekeeper-{number}")
+        output, _ = pgbench.communicate(timeout=60)
+        assert pgbench.returncode == 0, output
+    assert tpcb.check(stack, amcheck=False).transactions > before.transactions
+    stack.text("start")
+    tpcb.check(stack)
+
+
+def test_kill_of_the_pageserver_under_load(stack: Stack) -> None:
+    with load(stack) as pgbench:
+        stack.kill("pageserver")
+        stack.text("start")
+        output, _ = pgbench.communicate(timeout=90)
+        assert pgbench.returncode == 0, output
+    tpcb.check(stack)
+
+
+def test_two_dead_safekeepers_block_commits_and_lose_nothing(stack: Stack) -> None:
+    stack.query("create table if not exists blocked(a int)")
+    committed = threading.Event()
+
+    def commit() -> None:
+        stack.query("insert into blocked values(1)")
+        committed.set()
+
+    stack.kill("safekeeper-1")
+    stack.kill("safekeeper-3")
+    writer = threading.Thread(target=commit, daemon=True)
+    writer.start()
+    assert not committed.wait(3), "a commit was acknowledged by one safekeeper of three (D1)"
+    stack.text("start")
+    assert committed.wait(30), "the commit goes on when a majority is back"
+    assert stack.query("select count(*) from blocked") == [(1,)]
+
+
+def test_kill_of_everything_at_once(stack: Stack) -> None:
+    with load(stack) as pgbench:
+        stack.kill_everything()
+        pgbench.communicate(timeout=60)
+    with pytest.raises(psycopg.OperationalError):
+        stack.query("select 1")
+    stack.text("start")
+    stack.text("endpoint", "start", "main")
+    tpcb.check(stack)

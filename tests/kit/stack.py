@@ -1,0 +1,175 @@
+"""A whole local installation, driven by the command line as a user drives it.
+
+Every process it starts is stopped by pid when the test ends, whatever the test killed meanwhile.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from excimer.io.processes import program_environment
+from tests.kit.builds import build_of
+
+COMMAND_TIMEOUT_S = 180
+Row = tuple[Any, ...]
+
+
+class CommandFailedError(AssertionError):
+    """An `excimer` command ended with an error."""
+
+    def __init__(self, arguments: tuple[str, ...], result: "subprocess.CompletedProcess[str]") -> None:
+        super().__init__(
+            f"excimer {' '.join(arguments)}: exit code {result.returncode}: {result.stderr.strip()}"
+        )
+        self.result = result
+
+
+class Stack:
+    """One state directory and the commands on it."""
+
+    def __init__(self, root: Path, pg_version: int) -> None:
+        self.directory = root / "state"
+        self.pg_version = pg_version
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Runs `excimer` and returns whatever happened."""
+        return subprocess.run(
+            [sys.executable, "-m", "excimer.cli", "--dir", str(self.directory), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
+
+    def text(self, *arguments: str) -> str:
+        """What a person sees. Raises `CommandFailedError`."""
+        result = self.run(*arguments)
+        if result.returncode:
+            raise CommandFailedError(arguments, result)
+        return result.stdout
+
+    def json(self, *arguments: str) -> Any:
+        """The result as JSON. Raises `CommandFailedError`."""
+        return json.loads(self.text("--json", *arguments))
+
+    def init(self, *, safekeepers: int = 3) -> None:
+        self.text("init", "--pg-version", str(self.pg_version), "--safekeepers", str(safekeepers))
+
+    def create_main(self) -> None:
+        """A tenant with branch `main` and an endpoint of that name, running."""
+        self.text("tenant", "create", "--set-default")
+        self.text("endpoint", "create", "main")
+        self.text("endpoint", "start", "main")
+
+    def branch(self, name: str, *, ancestor: str = "main", at: str | None = None) -> Any:
+        """Makes a branch and an endpoint on it with the same name, running."""
+        place = ["--at", at] if at else []
+        made = self.json("timeline", "branch", "--branch-name", name, "--ancestor", ancestor, *place)
+        self.text("endpoint", "create", name, "--branch-name", name)
+        self.text("endpoint", "start", name)
+        return made
+
+    def endpoint(self, name: str) -> Any:
+        listed = self.json("endpoint", "list")["endpoints"]
+        return next(row for row in listed if row["name"] == name)
+
+    def connect(self, name: str = "main", database: str = "postgres") -> "psycopg.Connection[Row]":
+        url = self.endpoint(name)["url"].rpartition("/")[0]
+        return psycopg.connect(f"{url}/{database}", autocommit=True, connect_timeout=30)
+
+    def query(self, statement: str, name: str = "main", database: str = "postgres") -> list[Row]:
+        with self.connect(name, database) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def program(self, program: str, *arguments: str, name: str = "main") -> "subprocess.Popen[str]":
+        """One of PostgreSQL's programs, connected to an endpoint."""
+        build = build_of(self.pg_version)
+        port = str(self.endpoint(name)["postgres_port"])
+        connection = {"PGHOST": "127.0.0.1", "PGPORT": port, "PGUSER": "postgres", "PGDATABASE": "postgres"}
+        return subprocess.Popen(
+            [str(build.program(program)), *arguments],
+            env=program_environment(build.environment() | connection),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def check_program(self, program: str, *arguments: str, name: str = "main") -> str:
+        """Runs one of PostgreSQL's programs to its end. Raises AssertionError with its output."""
+        process = self.program(program, *arguments, name=name)
+        output, _ = process.communicate(timeout=COMMAND_TIMEOUT_S)
+        assert process.returncode == 0, f"{program}: {output}"
+        return output
+
+    def pid(self, part: str) -> int:
+        """Of a service or an endpoint's manager, by its name in `excimer status`."""
+        return int(json.loads((self.directory / "run" / f"{part}.pid").read_text())["pid"])
+
+    def kill(self, part: str) -> None:
+        """SIGKILL, as a machine's death would do it to this part; the PostgreSQL it runs included."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid(part), signal.SIGKILL)
+
+    def data_dir(self, name: str = "main") -> Path:
+        """The directory in which an endpoint's postgres runs now."""
+        return Path(os.readlink(f"/proc/{self.postmaster_pid(name)}/cwd"))
+
+    def postmaster_pid(self, name: str = "main") -> int:
+        manager = self.pid(f"endpoint-{name}")
+        children = Path(f"/proc/{manager}/task/{manager}/children").read_text().split()
+        return next(int(pid) for pid in children if b"postgres" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+    def kill_everything(self) -> None:
+        for record in (self.directory / "run").glob("*.pid"):
+            self.kill(record.stem)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, (
+                f"{what} did not happen in {timeout_s:.0f} s\n{self.log_tails()}"
+            )
+            time.sleep(0.05)
+
+    def accepts(self, name: str = "main") -> bool:
+        """Whether an endpoint answers a query now."""
+        try:
+            return self.query("select 1", name) == [(1,)]
+        except psycopg.Error:
+            return False
+
+    def log_tails(self) -> str:
+        logs = sorted((self.directory / "logs").glob("*.log"))
+        return "\n".join(f"--- {log.name}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in logs)
+
+
+@contextlib.contextmanager
+def running_stack(pg_version: int, *, safekeepers: int = 3) -> Iterator[Stack]:
+    """An initialised and started installation without tenants; stopped and removed at the end."""
+    root = Path(tempfile.mkdtemp(prefix="excimer-stack-"))
+    root.chmod(0o755)
+    build_of(pg_version)
+    stack = Stack(root, pg_version)
+    try:
+        stack.init(safekeepers=safekeepers)
+        stack.text("start")
+        yield stack
+    except BaseException:
+        print(stack.log_tails(), file=sys.stderr)
+        raise
+    finally:
+        stack.run("stop", "--immediate")
+        stack.kill_everything()
+        shutil.rmtree(root, ignore_errors=True)
