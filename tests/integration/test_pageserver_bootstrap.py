@@ -26,10 +26,9 @@ from excimer.pageserver.bootstrap import initdb_template
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
-from excimer.postgres import find_build
 from excimer.wire.auth import Scope, generate_key_pair
 from excimer.wire.page_service import BLOCKS_MAX
-from tests.kit.builds import NEWEST_VERSION
+from tests.kit.builds import ALL_VERSIONS, NEWEST_VERSION, build_of
 from tests.kit.page_client import PageClient, connect_pages
 from tests.kit.pageservers import PageserverProcess
 
@@ -46,7 +45,7 @@ class World:
         body = {"new_timeline_id": MAIN, "pg_version": NEWEST_VERSION}
         self.created = server.created(f"/tenant/{TENANT}/timeline", body)
         self.start_lsn = parse_lsn(self.created["last_record_lsn"])
-        self.template = initdb_template(find_build(NEWEST_VERSION))
+        self.template = initdb_template(build_of(NEWEST_VERSION))
 
 
 @pytest.fixture(scope="module")
@@ -76,29 +75,29 @@ def files_below(directory: Path) -> dict[str, Path]:
     return {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
 
 
-def test_every_file_of_a_new_timeline_is_initdbs(world: World) -> None:
-    expected = files_below(world.template)
+@pytest.mark.parametrize("version", ALL_VERSIONS)
+def test_every_file_of_a_new_timeline_is_initdbs(world: World, version: int) -> None:
+    expected = files_below(initdb_template(build_of(version)))
+    timeline_id = new_timeline_id(CHANCE)
+    body = {"new_timeline_id": timeline_id, "pg_version": version}
+    start_lsn = parse_lsn(world.server.created(f"/tenant/{TENANT}/timeline", body)["last_record_lsn"])
 
     async def story() -> None:
-        async with world.server.pages(TENANT, MAIN) as client:
+        async with world.server.pages(TENANT, timeline_id) as client:
             started = time.monotonic()
-            backup = await client.get_basebackup(world.start_lsn)
+            backup = await client.get_basebackup(start_lsn)
             assert time.monotonic() - started < 5
             seen = set()
             for spc, db, rel, fork, blocks in unpack_relation_forks(backup.relation_forks):
                 assert blocks < SEGMENT_BLOCKS
                 path = relation_path(Relation(spc, db, rel), fork)
                 key = (KeyKind.RELATION_BLOCK, spc, db, rel, fork, 0)
-                assert await read_file(client, key, blocks, world.start_lsn) == expected[path].read_bytes(), (
-                    path
-                )
+                assert await read_file(client, key, blocks, start_lsn) == expected[path].read_bytes(), path
                 seen.add(path)
             for slru, segment, blocks in unpack_slru_segments(backup.slru_segments):
                 path = f"{SLRU_DIRECTORIES[slru]}/{segment:04X}"
                 key = (KeyKind.SLRU_BLOCK, slru, 0, segment, 0, 0)
-                assert await read_file(client, key, blocks, world.start_lsn) == expected[path].read_bytes(), (
-                    path
-                )
+                assert await read_file(client, key, blocks, start_lsn) == expected[path].read_bytes(), path
                 seen.add(path)
             for path, content in backup.files:
                 assert content == expected[path].read_bytes()
@@ -107,6 +106,7 @@ def test_every_file_of_a_new_timeline_is_initdbs(world: World) -> None:
             assert missing - seen <= {"global/pg_control"}
 
     asyncio.run(story())
+    assert world.server.request("DELETE", f"/tenant/{TENANT}/timeline/{timeline_id}").status_code == 204
 
 
 def test_basebackup_says_what_initdbs_checkpoint_says(world: World) -> None:

@@ -202,9 +202,10 @@ def test_files_that_the_stock_server_has_are_in_the_manifest(world: World) -> No
     assert {path for path in on_disk - paths if not path.endswith("_fsm")} == unlogged
     # Files of dropped relations stay on the server's disk, empty, until its next checkpoint.
     assert paths <= on_disk
-    prepared = [data for path, data in files.items() if path.startswith("pg_twophase/")]
-    assert len(prepared) == 1
-    assert len(parse_two_phase(prepared[0], NEWEST_VERSION).subxids) == 1
+    prepared = {path: data for path, data in files.items() if path.startswith("pg_twophase/")}
+    kept = (world.postgres.data_dir / "pg_twophase").iterdir()
+    assert prepared == {f"pg_twophase/{path.name}": path.read_bytes() for path in kept}
+    assert [len(parse_two_phase(data, NEWEST_VERSION).subxids) for data in prepared.values()] == [1]
     other = {path.split("/")[1] for path in files if path.startswith("base/")}
     assert len(other) == 4
 
