@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 DEFAULT_DIRECTORY: Final = ".excimer"
 DIRECTORY_VARIABLE: Final = "EXCIMER_DIR"
 
+PIPE_WIDTH: Final = 250
+"""Columns when nobody looks: a table in a pipe or file is not cut to a terminal's width."""
+
 FLAGS: Final = ("--json",)
 VALUED: Final = ("--dir",)
 
@@ -59,13 +62,17 @@ class Session:
             show(self.console())
 
     def say(self, sentence: str, value: dict[str, Any]) -> None:
-        """A result that is one sentence for people."""
-        self.answer(value, lambda console: console.print(sentence, highlight=False, markup=False))
+        """A result that is one sentence for people. Not by rich: importing it takes longer."""
+        if self.as_json:
+            self.answer(value, lambda _: None)
+        else:
+            print(sentence)
 
     def console(self, *, stderr: bool = False) -> "Console":
         from rich.console import Console
 
-        return Console(stderr=stderr, soft_wrap=True)
+        stream = sys.stderr if stderr else sys.stdout
+        return Console(stderr=stderr, soft_wrap=True, width=None if stream.isatty() else PIPE_WIDTH)
 
     def note(self, sentence: str) -> None:
         """A remark beside the result, on standard error; silent with --json."""
@@ -76,27 +83,19 @@ class Session:
     def step(self, what: str) -> Iterator[None]:
         """Shows a step of long work while it runs, then its time; silent with --json."""
         started = time.monotonic()
-        if self.as_json:
+        if self.as_json or not sys.stdout.isatty():
             yield
-            return
-        console = self.console()
-        with console.status(f"{what} …") if console.is_terminal else _quiet():
-            yield
-        console.print(
-            f"[green]✓[/green] {what:<44} [dim]{time.monotonic() - started:6.2f} s[/dim]", highlight=False
-        )
+        else:
+            with self.console().status(f"{what} …"):
+                yield
+        self.done(what, time.monotonic() - started)
 
     def done(self, what: str, elapsed_s: float) -> None:
         """A step that was timed elsewhere."""
-        if not self.as_json:
-            self.console().print(
-                f"[green]✓[/green] {what:<44} [dim]{elapsed_s:6.2f} s[/dim]", highlight=False
-            )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    yield
+        if self.as_json:
+            return
+        green, dim, plain = ("\x1b[32m", "\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
+        print(f"{green}✓{plain} {what:<44} {dim}{elapsed_s:6.2f} s{plain}", flush=True)
 
 
 def session_of(context: typer.Context) -> Session:

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import typer
-from rich.console import Console
 
 from excimer.base.errors import ExcimerError
 from excimer.cli.errors import EXIT_FAILED
@@ -17,6 +16,9 @@ from excimer.cli.installation import CONFIG_NAME, Installation, Part, is_free, l
 from excimer.cli.local_processes import find_process, probe
 from excimer.cli.session import Session, session_of
 from excimer.service.listen import parse_host_port
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer()
 
@@ -163,7 +165,7 @@ def _check_part(installation: Installation, part: Part) -> Finding:
     return Finding(part.name, "problem", f"process {process.pid} {said}: excimer logs {part.name}")
 
 
-def _show(console: Console, findings: list[Finding]) -> None:
+def _show(console: "Console", findings: list[Finding]) -> None:
     marks = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "problem": "[red]✗[/red]"}
     for finding in findings:
         console.print(f"{marks[finding.verdict]} {finding.check:<16} {finding.detail}", highlight=False)

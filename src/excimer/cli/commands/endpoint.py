@@ -1,11 +1,9 @@
 """`excimer endpoint create | start | stop | list | delete`: computes on branches."""
 
 import time
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from excimer.base.errors import ConflictError
 from excimer.cli.controller_client import ControllerClient
@@ -29,6 +27,9 @@ from excimer.cli.local_processes import (
 )
 from excimer.cli.session import Session, session_of
 from excimer.service.health import HTTP_OK
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -199,13 +200,15 @@ def state_of(installation: Installation, endpoint: dict[str, Any]) -> str:
     return "running" if probe(f"{HOST}:{endpoint['http_port']}", process.pid) == HTTP_OK else "starting"
 
 
-def _show_endpoints(console: Console, rows: list[dict[str, Any]]) -> None:
+def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
     if not rows:
         console.print("no endpoints yet: excimer endpoint create NAME")
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("endpoint", "branch", "state", "mode", "pg", "url"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for row in rows:
         color = {"running": "green", "stopped": "dim"}.get(row["state"], "yellow")
         mode = row["mode"] + (f" @{row['lsn']}" if row["lsn"] else "")

@@ -3,11 +3,9 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import (
@@ -37,6 +35,9 @@ from excimer.cli.local_processes import (
     stop_parts,
 )
 from excimer.cli.session import Session, session_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer()
 
@@ -204,7 +205,9 @@ def _endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
     ]
 
 
-def _show_status(console: Console, rows: list[dict[str, Any]]) -> None:
+def _show_status(console: "Console", rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for heading in ("part", "state", "pid", "http", ""):
         table.add_column(heading)

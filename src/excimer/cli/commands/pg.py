@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from excimer.cli.session import session_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from excimer.postgres import PostgresBuild
 
 app = typer.Typer(no_args_is_help=True)
@@ -37,7 +37,9 @@ def list_builds(context: typer.Context) -> None:
     session.answer({"builds": rows}, lambda console: _show_builds(console, rows))
 
 
-def _show_builds(console: Console, rows: list[dict[str, Any]]) -> None:
+def _show_builds(console: "Console", rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for heading in ("pg", "version", "origin", "lacks", "where"):
         table.add_column(heading, overflow="fold")

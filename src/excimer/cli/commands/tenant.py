@@ -1,15 +1,16 @@
 """`excimer tenant create | list | delete | set-default`."""
 
 import secrets
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
 from excimer.cli.session import Session, session_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -54,7 +55,9 @@ def list_tenants(context: typer.Context) -> None:
     session.answer(answer, lambda console: _show_tenants(console, answer["tenants"]))
 
 
-def _show_tenants(console: Console, tenants: list[dict[str, Any]]) -> None:
+def _show_tenants(console: "Console", tenants: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
     if not tenants:
         console.print("no tenants yet: excimer tenant create")
         return

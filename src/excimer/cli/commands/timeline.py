@@ -3,17 +3,18 @@
 import re
 import secrets
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.tree import Tree
 
 from excimer.cli.commands.tenant import tenant_name
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
 from excimer.cli.installation import load_installation
 from excimer.cli.session import Session, session_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -99,8 +100,10 @@ def list_branches(context: typer.Context, tenant: TenantOption = None) -> None:
 
 
 def _show_tree(
-    console: Console, tenant: str, branches: list[dict[str, Any]], endpoints: list[dict[str, Any]]
+    console: "Console", tenant: str, branches: list[dict[str, Any]], endpoints: list[dict[str, Any]]
 ) -> None:
+    from rich.tree import Tree
+
     tree = Tree(f"tenant [bold]{tenant}[/bold]", guide_style="dim")
     nodes: dict[str | None, Tree] = {None: tree}
     waiting = list(branches)

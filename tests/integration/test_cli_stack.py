@@ -1,0 +1,148 @@
+"""The whole stack under clumsy hands: started twice at once, interrupted, killed, damaged, and the demo."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND_TIMEOUT_S = 120
+
+
+class Stack:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def begin(self, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "excimer.cli", "--dir", str(self.directory), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.begin(*arguments)
+        output, errors = process.communicate(timeout=COMMAND_TIMEOUT_S)
+        return process.returncode, output, errors
+
+    def json(self, *arguments: str) -> Any:
+        code, output, errors = self.run("--json", *arguments)
+        assert code == 0, errors
+        return json.loads(output)
+
+    def sql(self, statement: str, endpoint: str = "main") -> str:
+        code, output, errors = self.run("psql", endpoint, "--", "-X", "-A", "-t", "-c", statement)
+        assert code == 0, errors
+        return output.strip()
+
+    def states(self) -> dict[str, tuple[str, int | None]]:
+        _, output, _ = self.run("--json", "status")
+        return {row["part"]: (row["state"], row["pid"]) for row in json.loads(output)["parts"]}
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    root = Path(tempfile.mkdtemp(prefix="excimer-cli-"))
+    root.chmod(0o755)
+    made = Stack(root / "state")
+    try:
+        yield made
+    finally:
+        made.run("stop", "--immediate")
+        shutil.rmtree(root)
+
+
+def test_the_demo_shows_no_difference_and_may_be_repeated(stack: Stack) -> None:
+    code, output, errors = stack.run("up", "--demo", "--safekeepers", "1")
+    assert code == 0, errors
+    url = output.splitlines()[-1]
+    assert url.startswith("postgres://postgres@127.0.0.1:")
+    rows = [line.split() for line in output.splitlines() if "336,776" in line or "278,111" in line]
+    fingerprints = [row[-1] for row in rows]
+    assert len(rows) == 6
+    assert fingerprints[0] == fingerprints[1]
+    assert fingerprints[2] == fingerprints[4]
+    assert fingerprints[3] == fingerprints[5]
+    before = stack.states()
+    assert stack.json("up")["url"] == url
+    assert stack.states() == before
+    assert stack.sql("select count(*) from flights", "demo") == "278111"
+
+
+def test_two_starts_at_once_start_everything_once(stack: Stack) -> None:
+    stack.json("stop")
+    starts = [stack.begin("--json", "start") for _ in range(2)]
+    outputs = [start.communicate(timeout=COMMAND_TIMEOUT_S) for start in starts]
+    assert [start.returncode for start in starts] == [0, 0], outputs
+    started = sorted(name for output, _ in outputs for name in json.loads(output)["started"])
+    assert started == ["broker", "controller", "pageserver", "safekeeper-1"]
+    services = {part: state for part, (state, _) in stack.states().items() if "endpoint" not in part}
+    assert set(services.values()) == {"running"}
+
+
+def test_an_interrupted_start_is_repaired_by_the_next(stack: Stack) -> None:
+    for wait_s in (0.1, 0.6):
+        stack.json("stop")
+        start = stack.begin("start")
+        time.sleep(wait_s)
+        start.send_signal(signal.SIGINT)
+        _, errors = start.communicate(timeout=COMMAND_TIMEOUT_S)
+        assert start.returncode in (130, -signal.SIGINT, 0)
+        assert "Traceback" not in errors or start.returncode == -signal.SIGINT
+        stack.json("start")
+    assert stack.json("endpoint", "start", "main")["started"]
+    assert stack.sql("select count(*) from flights") == "336776"
+
+
+def test_what_was_killed_is_started_again_and_the_rest_left_alone(stack: Stack) -> None:
+    before = stack.states()
+    for part in ("pageserver", "broker", "endpoint-main"):
+        pid = before[part][1]
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    assert sorted(stack.json("start")["started"]) == ["broker", "pageserver"]
+    assert stack.json("endpoint", "start", "main")["started"]
+    after = stack.states()
+    assert all(state == "running" for part, (state, _) in after.items() if part != "endpoint-demo")
+    assert after["controller"] == before["controller"]
+    assert stack.sql("select count(*) from flights") == "336776"
+
+
+def test_a_branch_cannot_have_two_running_primaries(stack: Stack) -> None:
+    stack.json("endpoint", "create", "rival")
+    code, _, errors = stack.run("endpoint", "start", "rival")
+    assert code == 1
+    assert "branch main has a running primary, endpoint main" in errors
+    stack.json("endpoint", "delete", "rival")
+
+
+def test_a_static_endpoint_shows_the_past(stack: Stack) -> None:
+    lsn = stack.sql("select pg_current_wal_flush_lsn()")
+    stack.sql("delete from flights")
+    stack.json("endpoint", "create", "past", "--lsn", lsn)
+    assert stack.json("endpoint", "start", "past")["started"]
+    assert stack.sql("select count(*) from flights", "past") == "336776"
+    assert stack.sql("select count(*) from flights") == "0"
+    assert stack.json("endpoint", "stop", "past", "--destroy")["deleted"]
+
+
+def test_a_damaged_database_of_the_controller_is_named(stack: Stack) -> None:
+    stack.json("stop")
+    database = stack.directory / "controller" / "metadata.sqlite"
+    kept = database.read_bytes()
+    database.write_bytes(b"damage" * 1000)
+    code, _, errors = stack.run("start")
+    assert code == 1
+    assert f"controller did not start (exit code 1): controller failed: {database} is damaged" in errors
+    database.write_bytes(kept)
+    assert stack.json("start")["started"] == ["controller"]
+    assert len(stack.json("timeline", "list")["branches"]) == 2
