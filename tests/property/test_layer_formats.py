@@ -64,6 +64,7 @@ def memory_of(batch: list[Value]) -> MemoryLayer:
     return memory
 
 
+@settings(deadline=None)
 @given(drawn=values, block_size=st.sampled_from([1, 100, 1000, 100_000]))
 def test_a_memory_layer_is_cut_into_blocks_by_key_newest_first(
     drawn: list[tuple[bytes, int, ValueKind, bool, bytes]], block_size: int
@@ -88,6 +89,7 @@ def test_a_memory_layer_is_cut_into_blocks_by_key_newest_first(
     assert cut.key_range == (unpacked[0].key, unpacked[-1].key)
 
 
+@settings(deadline=None)
 @given(drawn=values, low=st.integers(START, START + 60), high=st.integers(START, START + 200), data=st.data())
 def test_memory_and_blocks_find_the_same_values(
     drawn: list[tuple[bytes, int, ValueKind, bool, bytes]], low: int, high: int, data: st.DataObject
@@ -160,7 +162,7 @@ async def test_images_are_split_into_layers_of_a_bounded_size(tmp_path: Path) ->
             Value(relation_block_key(TABLE, 0, number), START, ValueKind.IMAGE, True, chance.randbytes(8192))
             for number in range(50)
         ]
-        layers = write_images(home, images, START, 1, complete=True)
+        layers = write_images(home, images, START, 1, covers_after_lsn=0)
         assert len(layers) > 3
         assert [value for layer in layers for value in read_all(home, layer)] == images
         assert len({layer.name for layer in layers}) == len(layers)
@@ -190,7 +192,7 @@ manifests = st.builds(
             size_bytes=st.integers(0, 2**40),
             index_offset=st.integers(0, 2**40),
             value_count=st.integers(0, 2**40),
-            complete=st.booleans(),
+            covers_after_lsn=st.none() | st.integers(0, 2**64 - 1),
         ),
         max_size=3,
     ).map(tuple),
@@ -198,7 +200,7 @@ manifests = st.builds(
 
 
 @given(manifest=manifests, data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_manifests_come_back_or_are_refused(manifest: Manifest, data: st.DataObject) -> None:
     packed = pack_manifest(manifest)
     assert unpack_manifest(packed, "index-1") == manifest

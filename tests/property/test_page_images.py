@@ -6,7 +6,7 @@ from collections.abc import Callable
 import lz4.block
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from excimer._native import page_chains
@@ -67,6 +67,7 @@ COMPRESSORS: dict[int, Callable[[bytes], bytes]] = {
 }
 
 
+@settings(deadline=None)
 @given(
     compression=st.sampled_from(sorted(COMPRESSORS)),
     hole_offset=st.integers(24, 4000),
@@ -89,6 +90,7 @@ def test_every_compression_restores_the_same_page(
     assert native_restore(payload, lsn) == page
 
 
+@settings(deadline=None)
 @given(
     head=st.tuples(st.integers(0, 5), st.integers(0, 65535), st.integers(0, 65535)),
     data=st.binary(max_size=200),
@@ -104,6 +106,7 @@ def test_malformed_images_are_refused_by_both(head: tuple[int, int, int], data: 
         assert native_restore(payload, 99) == expected
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=300), size=st.integers(0, 600))
 def test_pglz_agrees_on_anything(data: bytes, size: int) -> None:
     try:

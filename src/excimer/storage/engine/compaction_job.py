@@ -1,7 +1,7 @@
 """Carries out one round of a `CompactionPlan`: reads pages as any reader does, writes them as images.
 
-A page that cannot be rebuilt is left out and logged; the round is then written as incomplete, so
-that a read of that page still meets its damaged history and fails, rather than a page of zeros.
+A page that cannot be rebuilt is left out and logged; the round is then written as covering nothing,
+so that a read of that page still meets its damaged history and fails, rather than an older page.
 
 Not here: deciding on a round (`excimer.storage.plan.compaction_plan`), committing it
 (`Timeline.compact`).
@@ -67,7 +67,7 @@ async def run_compaction(source: CompactionSource, plan: CompactionPlan) -> list
     written: list[LayerDescription] = []
     values: list[Value] = []
     size = 0
-    complete = plan.complete
+    covers_after_lsn: int | None = plan.covers_after_lsn
     limit = source.home.context.settings.image_layer_size_bytes
     for run in runs:
         try:
@@ -76,7 +76,7 @@ async def run_compaction(source: CompactionSource, plan: CompactionPlan) -> list
             raise
         except CorruptionError as error:
             _log.error("compaction of timeline %s leaves out a run: %s", source.home.timeline_id, error)
-            complete = False
+            covers_after_lsn = None
             continue
         values += taken
         size += sum(len(value.payload) for value in taken)
@@ -85,11 +85,11 @@ async def run_compaction(source: CompactionSource, plan: CompactionPlan) -> list
             values, size = [], 0
     if values:
         written += await source.in_thread(partial(_write, source, values, plan.lsn))
-    return [msgspec.structs.replace(layer, complete=complete) for layer in written]
+    return [msgspec.structs.replace(layer, covers_after_lsn=covers_after_lsn) for layer in written]
 
 
 def _write(source: CompactionSource, values: list[Value], lsn: Lsn) -> list[LayerDescription]:
-    return write_images(source.home, values, lsn, source.generation, complete=False)
+    return write_images(source.home, values, lsn, source.generation, covers_after_lsn=None)
 
 
 async def _read_run(source: CompactionSource, run: KeyRun, lsn: Lsn) -> list[Value]:
@@ -114,9 +114,9 @@ async def _read_run(source: CompactionSource, run: KeyRun, lsn: Lsn) -> list[Val
 
 
 def _plan_runs(source: CompactionSource, plan: CompactionPlan) -> list[KeyRun]:
-    if plan.complete:
+    if plan.covers_after_lsn == 0:
         return list(split_runs(_live_runs(source, plan.lsn)))
-    files = [source.stack.files[delta.name] for delta in plan.deltas]
+    files = [source.stack.files[layer.name] for layer in plan.sources]
     return list(split_runs(merge_runs(heapq.merge(*(_changed_runs(file) for file in files)))))
 
 

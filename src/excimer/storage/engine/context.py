@@ -40,8 +40,8 @@ class StorageSettings:
     block_size_bytes: int = BLOCK_TARGET_SIZE_BYTES
     image_layer_size_bytes: int = 64 * MIB
     """Raw size at which an image layer ends and the next begins."""
-    compaction_deltas: int = 8
-    """So many delta layers above the newest images are merged into images."""
+    compaction_deltas: int = 4
+    """So many delta layers above the newest images lead to a round of new images."""
     metadata_cache_entries: int = 100_000
     retry_delay_ms_first: int = 100
     retry_delay_ms_max: int = 10_000

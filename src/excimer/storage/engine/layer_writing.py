@@ -27,7 +27,7 @@ def write_delta(home: LayerHome, frozen: FrozenLayer, generation: int) -> LayerD
         LayerKind.DELTA, frozen.memory.start_lsn, frozen.end_lsn, home.tenant_id, home.timeline_id
     )
     blocks = _memory_blocks(frozen.memory, home.context.settings.block_size_bytes)
-    return _write_layer(home, header, blocks, generation, complete=False)
+    return _write_layer(home, header, blocks, generation, covers_after_lsn=None)
 
 
 def image_value(key: bytes, lsn: int, data: bytes) -> Value:
@@ -41,7 +41,7 @@ def image_value(key: bytes, lsn: int, data: bytes) -> Value:
 
 
 def write_images(
-    home: LayerHome, values: Iterable[Value], lsn: int, generation: int, *, complete: bool
+    home: LayerHome, values: Iterable[Value], lsn: int, generation: int, *, covers_after_lsn: int | None
 ) -> list[LayerDescription]:
     """Values in ascending key order, all of one LSN, as local image layers of a bounded size each."""
     settings = home.context.settings
@@ -51,7 +51,7 @@ def write_images(
     block = next(blocks, None)
     while block is not None:
         share = _share(block, blocks, settings.image_layer_size_bytes)
-        written.append(_write_layer(home, header, share, generation, complete=complete))
+        written.append(_write_layer(home, header, share, generation, covers_after_lsn=covers_after_lsn))
         block = next(blocks, None)
     return written
 
@@ -64,7 +64,12 @@ def upload_layer(home: LayerHome, description: LayerDescription) -> None:
 
 
 def _write_layer(
-    home: LayerHome, header: LayerHeader, blocks: Iterable[RawBlock], generation: int, *, complete: bool
+    home: LayerHome,
+    header: LayerHeader,
+    blocks: Iterable[RawBlock],
+    generation: int,
+    *,
+    covers_after_lsn: int | None,
 ) -> LayerDescription:
     encoder = LayerEncoder(header)
     filesystem = home.context.filesystem
@@ -82,7 +87,7 @@ def _write_layer(
         size_bytes=size,
         index_offset=encoder.index_offset,
         value_count=encoder.value_count,
-        complete=complete,
+        covers_after_lsn=covers_after_lsn,
     )
     filesystem.rename(unnamed, home.local_path(description))
     return description

@@ -93,16 +93,21 @@ def find_newest_manifest(
 ) -> FoundManifest | None:
     """None when the timeline has none. Raises `OvertakenError` if one is of a newer generation than ours."""
     prefix = timeline_prefix(tenant_id, timeline_id)
-    names = sorted(
-        name
-        for info in store.list(prefix)
-        if (name := parse_manifest_name(info.name.rsplit("/", 1)[-1])) is not None
-    )
-    if not names:
-        return None
-    newest = names[-1]
-    if newest.generation > generation:
-        raise OvertakenError(
-            f"timeline {timeline_id} is owned by generation {newest.generation}, this is {generation}: stop"
+    for _ in range(MANIFESTS_KEPT):
+        names = sorted(
+            name
+            for info in store.list(prefix)
+            if (name := parse_manifest_name(info.name.rsplit("/", 1)[-1])) is not None
         )
-    return FoundManifest(newest, unpack_manifest(store.get(f"{prefix}/{newest}"), f"{prefix}/{newest}"))
+        if not names:
+            return None
+        newest = names[-1]
+        if newest.generation > generation:
+            raise OvertakenError(
+                f"timeline {timeline_id} is owned by generation {newest.generation}: "
+                f"this one, {generation}, must stop"
+            )
+        with suppress(ObjectMissingError):  # its still running owner has written newer ones meanwhile
+            data = store.get(f"{prefix}/{newest}")
+            return FoundManifest(newest, unpack_manifest(data, f"{prefix}/{newest}"))
+    raise ObjectStoreError(f"the manifests of timeline {timeline_id} change faster than they can be read")

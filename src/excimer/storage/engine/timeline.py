@@ -253,6 +253,7 @@ class Timeline:
         settings = self.context.settings
         plan = plan_compaction(
             self.stack.disk,
+            start_lsn=self.ancestor_lsn if self.ancestor is not None else self.oldest_lsn,
             deltas_max=settings.compaction_deltas,
             inherited_size_bytes=self.ancestor.size_bytes if self.ancestor is not None else 0,
         )
@@ -384,7 +385,7 @@ class Timeline:
         values = [image_value(key, lsn, data) for key, data in sorted(images)]
         if any(value.key == following.key for value, following in pairwise(values)):
             raise ValueError("a key has two images")
-        layers = write_images(self.home, values, lsn, self.generation, complete=True)
+        layers = write_images(self.home, values, lsn, self.generation, covers_after_lsn=0)
         for layer in layers:
             upload_layer(self.home, layer)
         self.commit_layers(self.manifest, layers)

@@ -43,8 +43,10 @@ class LayerDescription(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     index_offset: int
     value_count: int
-    complete: bool = False
-    """The image layers of this LSN together hold every key alive then: nothing older matters."""
+    covers_after_lsn: int | None = None
+    """Of images: together those of this LSN hold every key that changed after this LSN and is still
+    alive; 0: every live key, whatever its age or timeline. None: there are some missing.
+    """
 
     @property
     def name(self) -> str:

@@ -13,12 +13,20 @@ from excimer.storage.format.manifest import LayerDescription
 class PlacedLayer:
     """A layer's description with its keys as bytes, ready to be compared."""
 
-    __slots__ = ("complete", "description", "end_lsn", "first_key", "is_image", "last_key", "start_lsn")
+    __slots__ = (
+        "covers_after_lsn",
+        "description",
+        "end_lsn",
+        "first_key",
+        "is_image",
+        "last_key",
+        "start_lsn",
+    )
 
     def __init__(self, description: LayerDescription) -> None:
         self.description = description
         self.is_image = description.kind is LayerKind.IMAGE
-        self.complete = description.complete
+        self.covers_after_lsn = description.covers_after_lsn
         self.start_lsn = description.start_lsn
         self.end_lsn = description.end_lsn
         self.first_key = bytes.fromhex(description.first_key)

@@ -2,18 +2,22 @@
 
 For keys [first, last] and values with low < LSN <= high. An image at LSN X stands between the
 values above X and those at or below it: a delta that straddles X is visited twice, its newer part
-before the image and its older part after. A complete set of images ends the walk, for nothing
-older matters then.
+before the image and its older part after. Images that cover everything changed after an LSN Y let
+the walk jump from X to Y: a key that is not among them has not changed between. Images that cover
+all from 0 end it, for nothing older matters then, in this timeline or its ancestors.
 
 ::
 
-      high ------------------------------------------------------
-            delta (80, 100]   -> visit 1: (80, 100]
-            image at 70       -> visit 3
-            delta (60, 80]    -> visit 2: (70, 80], visit 4: (60, 70]
-      low  ------------------------------------------------------
+      high -----------------------------------------------------------------
+            delta (80, 100]              -> visit 1: (80, 100]
+            delta (60, 80]               -> visit 2: (70, 80]
+            image at 70, covers after 50 -> visit 3
+            delta (50, 60]                  (jumped over, as is (60, 70] of the other)
+            delta (30, 50]               -> visit 4: (30, 50]
+      low  -----------------------------------------------------------------
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from excimer.storage.plan.layer_map import LayerMap, PlacedLayer
@@ -36,41 +40,40 @@ class ReadPlan(NamedTuple):
 def plan_read(
     layer_map: LayerMap, first_key: bytes, last_key: bytes, low_lsn: int, high_lsn: int
 ) -> ReadPlan:
-    """Newest first, at most one value of a key and LSN is offered twice, none is left out."""
-    images = []
-    deltas = []
-    complete_lsn = -1
-    for layer in layer_map.layers:
+    """Newest first; no value is offered twice, and none left out that may be a key's newest."""
+    near = [layer for layer in layer_map.layers if layer.start_lsn <= high_lsn and layer.end_lsn > low_lsn]
+    deltas = [layer for layer in near if not layer.is_image and _overlaps(layer, first_key, last_key)]
+    images: dict[int, list[PlacedLayer]] = {}
+    for layer in near:
         if layer.is_image:
-            if low_lsn < layer.end_lsn <= high_lsn:
-                if layer.complete:
-                    complete_lsn = max(complete_lsn, layer.end_lsn)
-                if layer.first_key <= last_key and layer.last_key >= first_key:
-                    images.append(layer)
-        elif (
-            layer.start_lsn < high_lsn
-            and layer.end_lsn > low_lsn
-            and layer.first_key <= last_key
-            and layer.last_key >= first_key
-        ):
-            deltas.append(layer)
-    floor_lsn = max(low_lsn, complete_lsn)
-    images = [layer for layer in images if layer.end_lsn >= complete_lsn]
-    visits = [Visit(layer, layer.end_lsn - 1, layer.end_lsn) for layer in images]
-    cuts = sorted({layer.end_lsn for layer in images}, reverse=True)
-    for layer in deltas:
-        visits += _cut(layer, max(layer.start_lsn, floor_lsn), min(layer.end_lsn, high_lsn), cuts)
-    visits.sort(key=lambda visit: (-visit.high_lsn, not visit.layer.is_image))
-    return ReadPlan(visits, complete_lsn < 0)
+            images.setdefault(layer.end_lsn, []).append(layer)
+    visits: list[Visit] = []
+    upper_lsn = high_lsn
+    for image_lsn in sorted(images, reverse=True):
+        if image_lsn > upper_lsn:
+            continue  # jumped over
+        visits += _visits_between(deltas, image_lsn, upper_lsn)
+        layers = images[image_lsn]
+        visits += [
+            Visit(layer, image_lsn - 1, image_lsn)
+            for layer in layers
+            if _overlaps(layer, first_key, last_key)
+        ]
+        covers_after_lsn = layers[0].covers_after_lsn
+        if covers_after_lsn == 0:
+            return ReadPlan(visits, False)
+        upper_lsn = image_lsn if covers_after_lsn is None else covers_after_lsn
+    return ReadPlan(visits + _visits_between(deltas, low_lsn, upper_lsn), True)
 
 
-def _cut(layer: PlacedLayer, low_lsn: int, high_lsn: int, cuts: list[int]) -> list[Visit]:
-    """The delta's LSN range in pieces, cut at the images' LSNs."""
-    pieces = []
-    for cut in cuts:
-        if low_lsn < cut < high_lsn:
-            pieces.append(Visit(layer, cut, high_lsn))
-            high_lsn = cut
-    if low_lsn < high_lsn:
-        pieces.append(Visit(layer, low_lsn, high_lsn))
-    return pieces
+def _visits_between(deltas: Iterable[PlacedLayer], low_lsn: int, high_lsn: int) -> list[Visit]:
+    pieces = [
+        Visit(layer, max(layer.start_lsn, low_lsn), min(layer.end_lsn, high_lsn))
+        for layer in deltas
+        if max(layer.start_lsn, low_lsn) < min(layer.end_lsn, high_lsn)
+    ]
+    return sorted(pieces, key=lambda visit: -visit.high_lsn)
+
+
+def _overlaps(layer: PlacedLayer, first_key: bytes, last_key: bytes) -> bool:
+    return layer.first_key <= last_key and layer.last_key >= first_key

@@ -1,0 +1,133 @@
+"""Read and compaction plans alone: over any history and any rounds a walk meets each key's newest value."""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from excimer.base.keys import Relation, relation_block_key
+from excimer.storage.format.layer_file import LayerKind
+from excimer.storage.format.manifest import LayerDescription
+from excimer.storage.plan.compaction_plan import plan_compaction
+from excimer.storage.plan.layer_map import LayerMap
+from excimer.storage.plan.read_path import plan_read
+
+KEYS = [relation_block_key(Relation(1663, 5, 16384), 0, number) for number in range(6)]
+START = 100
+
+
+class PretendStore:
+    """Layers as dicts: (key, LSN) of every value, or of every image."""
+
+    def __init__(self) -> None:
+        self.map = LayerMap()
+        self.content: dict[str, set[tuple[bytes, int]]] = {}
+        self.origins: dict[tuple[bytes, int], int] = {}
+        """When the value in an image was really made."""
+        self.history: dict[bytes, list[int]] = {key: [START] for key in KEYS}
+        self.lsn = START
+        self.add(LayerKind.IMAGE, START, START, {(key, START) for key in KEYS}, covers_after_lsn=0)
+
+    def add(
+        self,
+        kind: LayerKind,
+        start_lsn: int,
+        end_lsn: int,
+        content: set[tuple[bytes, int]],
+        covers_after_lsn: int | None = None,
+    ) -> None:
+        ordered = sorted(key for key, _ in content)
+        layer = LayerDescription(
+            kind=kind,
+            start_lsn=start_lsn,
+            end_lsn=end_lsn,
+            first_key=ordered[0].hex(),
+            last_key=ordered[-1].hex(),
+            generation=1,
+            fingerprint=len(self.content),
+            size_bytes=len(content),
+            index_offset=0,
+            value_count=len(content),
+            covers_after_lsn=covers_after_lsn,
+        )
+        self.content[layer.name] = content
+        self.map = self.map.changed(added=[layer])
+
+    def flush(self, chance: random.Random) -> None:
+        start_lsn, content = self.lsn, set()
+        for _ in range(chance.randrange(1, 5)):
+            self.lsn += chance.randrange(1, 4)
+            key = chance.choice(KEYS)
+            self.history[key].append(self.lsn)
+            content.add((key, self.lsn))
+        self.add(LayerKind.DELTA, start_lsn, self.lsn, content)
+
+    def compact(self, *, leave_out: bytes | None) -> None:
+        plan = plan_compaction(self.map, start_lsn=START, deltas_max=2, inherited_size_bytes=0)
+        if plan is None:
+            return
+        changed = {key for layer in plan.sources for key, _ in self.content[layer.name]}
+        keys = set(KEYS) if plan.covers_after_lsn == 0 else changed
+        covers = plan.covers_after_lsn if leave_out not in keys else None
+        for key in keys:
+            self.origins[(key, plan.lsn)] = self.newest(key, plan.lsn)
+        images = {(key, int(plan.lsn)) for key in keys - {leave_out}}
+        if images:
+            self.add(LayerKind.IMAGE, plan.lsn, plan.lsn, images, covers)
+
+    def newest(self, key: bytes, lsn: int) -> int:
+        return max(each for each in self.history[key] if each <= lsn)
+
+    def find(self, key: bytes, low_lsn: int, high_lsn: int) -> int | None:
+        """By walking a plan, as the engine does."""
+        plan = plan_read(self.map, key, key, low_lsn, high_lsn)
+        offered = []
+        for visit in plan.visits:
+            content = sorted(self.content[visit.layer.description.name], key=lambda entry: -entry[1])
+            offered += [
+                lsn for found, lsn in content if found == key and visit.low_lsn < lsn <= visit.high_lsn
+            ]
+        assert offered == sorted(offered, reverse=True)  # newest first; an image may repeat its value's LSN
+        return self.origins.get((key, offered[0]), offered[0]) if offered else None
+
+
+@settings(deadline=None)
+@given(steps=st.lists(st.sampled_from("ffffcg"), max_size=30), seed=st.integers(0, 2**32))
+def test_a_walk_meets_the_newest_value(steps: list[str], seed: int) -> None:
+    chance = random.Random(seed)
+    store = PretendStore()
+    for step in steps:
+        if step == "f":
+            store.flush(chance)
+        else:
+            store.compact(leave_out=chance.choice(KEYS) if step == "g" else None)
+    for key in KEYS:
+        for lsn in range(START, store.lsn + 1):
+            newest = store.newest(key, lsn)
+            assert store.find(key, 0, lsn) == newest
+            low = chance.randrange(START, lsn + 1)
+            if newest > low:
+                assert store.find(key, low, lsn) == newest
+            else:
+                assert store.find(key, low, lsn) in (None, newest)
+
+
+def test_rounds_a_read_visits_stay_few() -> None:
+    """1,000 flushes of a store of 6 keys: what a read visits does not grow with them."""
+    chance = random.Random(3)
+    store = PretendStore()
+    for _ in range(1000):
+        store.flush(chance)
+        store.compact(leave_out=None)
+    visits = plan_read(store.map, KEYS[0], KEYS[-1], 0, store.lsn).visits
+    assert len(visits) <= 6
+
+
+def test_an_image_splits_the_delta_it_stands_in() -> None:
+    store = PretendStore()
+    key = KEYS[0]
+    store.add(LayerKind.DELTA, 100, 120, {(key, 105), (key, 115)})
+    store.add(LayerKind.IMAGE, 110, 110, {(key, 110)})
+    visits = plan_read(store.map, key, key, 0, 120).visits
+    shown = [(visit.layer.is_image, visit.low_lsn, visit.high_lsn) for visit in visits]
+    assert shown == [(False, 110, 120), (True, 109, 110), (False, 100, 110), (True, 99, 100)]

@@ -1,0 +1,90 @@
+"""Object stores: every body keeps the same promises."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from excimer.base.errors import RefusedError
+from excimer.io.object_store import (
+    FaultyObjectStore,
+    MemoryObjectStore,
+    ObjectExistsError,
+    ObjectInfo,
+    ObjectMissingError,
+    ObjectStore,
+    ObjectStoreError,
+    ObstoreObjectStore,
+)
+
+
+@pytest.fixture(params=["file", "memory url", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "file":
+        return ObstoreObjectStore(f"file://{tmp_path}/with%20space")
+    return MemoryObjectStore() if request.param == "memory" else ObstoreObjectStore("memory:///")
+
+
+def test_objects_are_created_once_and_read_whole_or_in_part(store: ObjectStore) -> None:
+    store.put("a/b/one", b"0123456789")
+    with pytest.raises(ObjectExistsError):
+        store.put("a/b/one", b"other")
+    assert store.get("a/b/one") == b"0123456789"
+    assert store.get_range("a/b/one", 2, 5) == b"234"
+    store.delete("a/b/one")
+    store.delete("a/b/one")
+    with pytest.raises(ObjectMissingError):
+        store.get("a/b/one")
+    with pytest.raises(ObjectMissingError):
+        store.get_range("a/b/one", 0, 1)
+
+
+def test_listing_is_by_directory_and_sorted(store: ObjectStore) -> None:
+    assert store.list("a") == []
+    for name in ("a/2", "a/1/x", "ab/3", "c"):
+        store.put(name, name.encode())
+    assert store.list("a") == [ObjectInfo("a/1/x", 5), ObjectInfo("a/2", 3)]
+    assert [info.name for info in store.list("")] == ["a/1/x", "a/2", "ab/3", "c"]
+
+
+def test_one_of_many_writers_wins(store: ObjectStore) -> None:
+    won = []
+
+    def write(number: int) -> None:
+        try:
+            store.put("contested", b"%d" % number)
+        except ObjectExistsError:
+            return
+        won.append(number)
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [b"%d" % number for number in won] == [store.get("contested")]
+
+
+def test_a_store_that_cannot_be_opened_is_refused() -> None:
+    with pytest.raises(RefusedError, match="nonsense://"):
+        ObstoreObjectStore("nonsense://x")
+
+
+def test_an_unreachable_directory_is_retryable(tmp_path: Path) -> None:
+    store = ObstoreObjectStore(f"file://{tmp_path}/store")
+    (tmp_path / "store" / "file").write_bytes(b"")
+    with pytest.raises(ObjectStoreError):
+        store.put("file/below", b"x")
+
+
+def test_a_faulty_store_fails_before_or_after_the_act() -> None:
+    def fail(operation: str, name: str) -> None:
+        raise ObjectStoreError(f"{operation} {name}")
+
+    inner = MemoryObjectStore()
+    with pytest.raises(ObjectStoreError, match="put x"):
+        FaultyObjectStore(inner, fail).put("x", b"")
+    assert inner.list("") == []
+    with pytest.raises(ObjectStoreError, match="put x"):
+        FaultyObjectStore(inner, fail, lose_answer=True).put("x", b"")
+    assert inner.get("x") == b""
