@@ -222,6 +222,12 @@ class ActiveTimeline:
             problem=self.problem,
         )
 
+    @property
+    def unflushed_size_bytes(self) -> int:
+        """Memory of what is in no durable layer yet."""
+        stack = self.store.stack
+        return stack.open.size_bytes + sum(frozen.memory.size_bytes for frozen in stack.frozen)
+
     async def logical_size_bytes(self) -> int:
         """All relations' blocks at the newest LSN."""
         return await asyncio.to_thread(self._logical_size_bytes)

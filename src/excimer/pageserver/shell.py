@@ -2,7 +2,8 @@
 
 Start: the data directory is locked, both ports are bound, then everything else begins, so that a second
 instance or a taken port is found before anything is touched. Stop: ports close, computes are
-disconnected, timelines stop; what is only in memory comes again as WAL from the safekeepers.
+disconnected, timelines stop, after a flush if that is quick; else what is only in memory comes again as
+WAL from the safekeepers.
 
 Not here: decisions. This module only connects parts.
 """

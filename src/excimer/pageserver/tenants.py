@@ -10,6 +10,7 @@ Not here: what a timeline does once it is there (`active_timeline`); HTTP and TC
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,10 @@ log = get_logger(__name__)
 
 BRANCH_POINT_WAIT_S = 10.0
 """How long creating a branch waits for the ancestor to receive WAL up to the branch point."""
+
+STOP_FLUSH_BYTES_MAX = 16 << 20
+STOP_FLUSH_S = 1.5
+"""A stop must be over in five seconds; a timeline with more in memory than that is not flushed."""
 
 T = TypeVar("T")
 
@@ -84,11 +89,21 @@ class Tenants:
             self._attach_in_background(tenant)
 
     async def stop(self) -> None:
-        """Ends all timelines' tasks and closes the stores. What is only in memory comes again as WAL."""
+        """Ends all timelines' tasks and closes the stores, after a quick flush of what little is in memory.
+
+        What is too much for that comes again as WAL.
+        """
+        await self._flush_quickly()
         for tenant in self._tenants.values():
             if tenant.attaching is not None:
                 tenant.attaching.cancel()
         await asyncio.gather(*(self._detach(tenant) for tenant in list(self._tenants.values())))
+
+    async def _flush_quickly(self) -> None:
+        small = [each for each in self.all_active() if 0 < each.unflushed_size_bytes <= STOP_FLUSH_BYTES_MAX]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_FLUSH_S):
+                await asyncio.gather(*(each.store.flush() for each in small), return_exceptions=True)
 
     async def attach(self, tenant_id: TenantId, generation: int) -> TenantRecord:
         """Creates the tenant or attaches what object storage has of it.
