@@ -1,12 +1,13 @@
 """Timelines by example: values in, pages out, from memory, from files, through branches and restarts."""
 
 import asyncio
+import dataclasses
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from excimer.base.errors import FencedError
+from excimer.base.errors import CorruptionError, FencedError
 from excimer.base.ids import TimelineId
 from excimer.base.keys import (
     BLOCK_SIZE_BYTES,
@@ -198,6 +199,20 @@ async def test_native_chains_and_mixed_chains(tmp_path: Path) -> None:
             lsn = Lsn(0x1008 + 8 * end)
             expected = expected_page(chain[:end]) + bytes(BLOCK_SIZE_BYTES)
             assert await timeline.get_pages(key, 2, lsn) == expected
+
+
+@in_event_loop
+async def test_a_damaged_native_record_names_its_block(tmp_path: Path) -> None:
+    def refuse(page: bytearray, payload: bytes, lsn: int) -> None:
+        raise CorruptionError("native record has unknown operation 99")
+
+    async with storage_context(tmp_path) as context:
+        context = dataclasses.replace(context, apply_native=refuse)
+        timeline = await (await attach(context)).create_timeline(new_main(), IMPORTED)
+        key = block(1, Fork.VM)
+        put(timeline, [size_value(VM_SIZE, 0x1008, 2), Value(key, 0x1010, ValueKind.NATIVE, False, b"c")])
+        with pytest.raises(PageRebuildError, match=r"vm 1 .* operation 99 \(made at 0/1010\)"):
+            await timeline.get_pages(block(0, Fork.VM), 2, Lsn(0x1010))
 
 
 @in_event_loop

@@ -5,15 +5,18 @@ Collecting blocks (disk, sometimes object storage) and runs in worker threads; r
 
 import asyncio
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Protocol
 
 import lz4.block
 import zstandard
 
 from excimer._native.page_chains import MalformedValueError, PageChains
-from excimer.base.errors import RetryableError
+from excimer.base.errors import CorruptionError, RetryableError
 from excimer.base.keys import KeyKind, Relation, make_key, parse_key, relation_size_key, slru_size_key
-from excimer.storage.engine.context import NativeApplier, StorageContext
+from excimer.base.lsn import format_lsn
+from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import NoSuchPageError, PageRebuildError
 from excimer.storage.engine.value_reads import ValueSource, read_value
 from excimer.storage.format.layer_file import DamagedLayerError
@@ -65,10 +68,21 @@ class PageRead:
 
     def _next_redo(self) -> tuple[list[int], list[bytes]]:
         try:
-            apply_native_records(self._chains, self._source.context.apply_native)
+            self._apply_native_records()
             return self._chains.take_redo()
-        except ValueError as error:
+        except MalformedValueError as error:
             raise PageRebuildError(self._key, self._lsn, str(error)) from error
+
+    def _apply_native_records(self) -> None:
+        for slot, records in groupby(self._chains.take_native(), key=itemgetter(0)):
+            page = bytearray(self._chains.page(slot))
+            for _, lsn, payload in records:
+                try:
+                    self._source.context.apply_native(page, payload, lsn)
+                except (CorruptionError, ValueError) as error:
+                    key = block_key(self._key, slot)
+                    raise PageRebuildError(key, self._lsn, f"{error} (made at {format_lsn(lsn)})") from error
+            self._chains.set_page(slot, page)
 
     def _place(self, slots: list[int], pages: Sequence[bytes | Exception]) -> tuple[list[int], list[bytes]]:
         for slot, page in zip(slots, pages, strict=True):
@@ -131,19 +145,6 @@ def collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int)
         lsn = min(lsn, at.ancestor_lsn)
         at = at.ancestor
     chains.close_all()
-
-
-def apply_native_records(chains: PageChains, apply_native: NativeApplier) -> None:
-    page = bytearray()
-    current = -1
-    for slot, lsn, payload in chains.take_native():
-        if slot != current:
-            if current >= 0:
-                chains.set_page(current, page)
-            page, current = bytearray(chains.page(slot)), slot
-        apply_native(page, payload, lsn)
-    if current >= 0:
-        chains.set_page(current, page)
 
 
 def decompress_image(compression: int, data: bytes, size_bytes: int) -> bytes:
