@@ -28,9 +28,12 @@ cdef class BatchBuilder:
     cdef uint8_t* data
     cdef size_t data_size
     cdef size_t data_capacity
+    cdef size_t whole_entries_size  # of records that are whole
+    cdef size_t whole_data_size
     cdef bint is_out_of_memory
 
     cdef void add_entry(
         self, const StorageKey* key, uint8_t kind, uint8_t flags, uint64_t lsn, uint64_t offset, uint32_t size
     ) noexcept nogil
+    cdef void end_record(self) noexcept nogil
     cdef uint8_t* add_data(self, size_t size) noexcept nogil

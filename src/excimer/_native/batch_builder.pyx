@@ -7,9 +7,9 @@ middle of a record need not look.
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memmove
 
-from excimer._native.little_endian cimport put_u32, put_u64
+from excimer._native.little_endian cimport put_u32, put_u64, u64
 from excimer.base.keys import parse_key
 from excimer.storage.format.values import PackedBatch
 
@@ -48,16 +48,31 @@ cdef class BatchBuilder:
         self.add_entry(&packed, kind, STARTS_CHAIN if starts_chain else 0, lsn, offset, <uint32_t> size)
 
     def take(self):
-        """The batch so far; the builder is empty afterwards. Raises MemoryError if any value was lost."""
+        """The values of all whole records; those of a record under way stay for the next batch.
+
+        Raises MemoryError if any value was lost.
+        """
+        cdef size_t at
         if self.is_out_of_memory:
             raise MemoryError("no memory for a batch of values")
         batch = PackedBatch(
-            PyBytes_FromStringAndSize(<char*> self.entries, self.entries_size),
-            PyBytes_FromStringAndSize(<char*> self.data, self.data_size),
+            PyBytes_FromStringAndSize(<char*> self.entries, self.whole_entries_size),
+            PyBytes_FromStringAndSize(<char*> self.data, self.whole_data_size),
         )
-        self.entries_size = 0
-        self.data_size = 0
+        self.entries_size -= self.whole_entries_size
+        self.data_size -= self.whole_data_size
+        memmove(self.entries, self.entries + self.whole_entries_size, self.entries_size)
+        memmove(self.data, self.data + self.whole_data_size, self.data_size)
+        for at in range(32, self.entries_size, ENTRY_SIZE):
+            put_u64(self.entries + at, u64(self.entries + at) - self.whole_data_size)
+        self.whole_entries_size = 0
+        self.whole_data_size = 0
         return batch
+
+    cdef void end_record(self) noexcept nogil:
+        """All values so far belong to whole records."""
+        self.whole_entries_size = self.entries_size
+        self.whole_data_size = self.data_size
 
     cdef void add_entry(
         self, const StorageKey* key, uint8_t kind, uint8_t flags, uint64_t lsn, uint64_t offset, uint32_t size

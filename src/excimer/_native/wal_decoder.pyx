@@ -219,6 +219,7 @@ cdef class WalDecoder:
 
     cdef void finish_record(self) noexcept nogil:
         self.changes.put_state()
+        self.changes.batch.end_record()
         self.applied_end = self.view.end_lsn
         self.applied_start = self.view.start_lsn
         self.has_record = False

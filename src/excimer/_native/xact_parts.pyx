@@ -108,16 +108,18 @@ def describe_transaction_end(bytes data, int pg_version):
     cdef RecordParts parts
     cdef XactParts xact
     cdef uint32_t index
+    cdef const uint8_t* part
     cdef const uint8_t* record = <const uint8_t*> PyBytes_AS_STRING(data)
     if split_record(record, <uint32_t> PyBytes_GET_SIZE(data), pg_version, &parts) < 0:
         raise MalformedRecordError("record's length is not the sum of its parts")
     if split_xact(&parts, pg_version, &xact) < 0:
         raise MalformedRecordError("transaction record is shorter than it says")
-    subxacts = tuple(u32(xact.subxacts + 4 * index) for index in range(xact.subxact_count))
-    relations = tuple(
-        tuple(u32(xact.relations + RELATION_SIZE * index + 4 * field) for field in range(3))
-        for index in range(xact.relation_count)
-    )
+    subxacts, relations = [], []
+    for index in range(xact.subxact_count):
+        subxacts.append(u32(xact.subxacts + 4 * index))
+    for index in range(xact.relation_count):
+        part = xact.relations + RELATION_SIZE * index
+        relations.append((u32(part), u32(part + 4), u32(part + 8)))
     return (
         xact.xid,
         bool(xact.is_commit),
@@ -125,6 +127,6 @@ def describe_transaction_end(bytes data, int pg_version):
         xact.time,
         xact.commit_time,
         xact.origin,
-        subxacts,
-        relations,
+        tuple(subxacts),
+        tuple(relations),
     )

@@ -125,14 +125,10 @@ def apply_native(page: bytearray, payload: bytes, lsn: int) -> None:
     if len(payload) < _HEAD.size or len(page) != BLOCK_SIZE_BYTES:
         raise InvalidNativeRecordError(f"native record of {len(payload)} bytes for a page of {len(page)}")
     op, small, count = _HEAD.unpack_from(payload)
-    body = payload[_HEAD.size :]
     if op not in _APPLY:
         raise InvalidNativeRecordError(f"native record has unknown operation {op}")
     changed = bytearray(page)
-    try:
-        _APPLY[NativeOp(op)](changed, small, count, body, lsn)
-    except (struct.error, IndexError) as error:
-        raise InvalidNativeRecordError(f"native record of operation {op} is damaged: {error}") from error
+    _APPLY[NativeOp(op)](changed, small, count, payload[_HEAD.size :], lsn)
     page[:] = changed
 
 
@@ -141,10 +137,16 @@ def _check_length(body: bytes, expected: int) -> None:
         raise InvalidNativeRecordError(f"native record has {len(body)} bytes where {expected} belong")
 
 
+def _check_place(place: int, limit: int) -> int:
+    if place >= limit:
+        raise InvalidNativeRecordError(f"native record means entry {place} of a page of {limit}")
+    return place
+
+
 def _apply_clog_status(page: bytearray, status: int, count: int, body: bytes, lsn: int) -> None:
     _check_length(body, 2 * count)
     for (index,) in struct.iter_unpack("<H", body):
-        place, shift = index // 4, index % 4 * 2
+        place, shift = _check_place(index, XACTS_PER_PAGE) // 4, index % 4 * 2
         current = page[place] >> shift & 3
         if status == XactStatus.SUB_COMMITTED and current == XactStatus.COMMITTED:
             continue
@@ -154,13 +156,13 @@ def _apply_clog_status(page: bytearray, status: int, count: int, body: bytes, ls
 def _apply_offsets(page: bytearray, small: int, count: int, body: bytes, lsn: int) -> None:
     _check_length(body, _OFFSET.size * count)
     for entry, _, offset in _OFFSET.iter_unpack(body):
-        _U32.pack_into(page, entry * 4, offset)
+        _U32.pack_into(page, _check_place(entry, OFFSETS_PER_PAGE) * 4, offset)
 
 
 def _apply_members(page: bytearray, small: int, count: int, body: bytes, lsn: int) -> None:
     _check_length(body, _MEMBER.size * count)
     for member, status, xid in _MEMBER.iter_unpack(body):
-        group, slot = divmod(member, MEMBERS_PER_GROUP)
+        group, slot = divmod(_check_place(member, MEMBERS_PER_PAGE), MEMBERS_PER_GROUP)
         place = group * MEMBER_GROUP_SIZE_BYTES
         _U32.pack_into(page, place + MEMBERS_PER_GROUP + slot * 4, xid)
         page[place + slot] = status
@@ -170,7 +172,8 @@ def _apply_commit_times(page: bytearray, small: int, count: int, body: bytes, ls
     _check_length(body, _COMMIT_TIME.size + 2 * count)
     time, origin = _COMMIT_TIME.unpack_from(body)
     for (entry,) in struct.iter_unpack("<H", body[_COMMIT_TIME.size :]):
-        _COMMIT_TIME.pack_into(page, entry * COMMIT_TIME_SIZE_BYTES, time, origin)
+        place = _check_place(entry, COMMIT_TIMES_PER_PAGE) * COMMIT_TIME_SIZE_BYTES
+        _COMMIT_TIME.pack_into(page, place, time, origin)
 
 
 def _apply_vm_set(page: bytearray, bits: int, count: int, body: bytes, lsn: int) -> None:
@@ -194,8 +197,9 @@ def _apply_vm_clear(page: bytearray, sets_lsn: int, count: int, body: bytes, lsn
 
 def _apply_vm_truncate(page: bytearray, bit_offset: int, byte_offset: int, body: bytes, lsn: int) -> None:
     _check_length(body, 0)
+    _check_place(bit_offset, 8)
     _init_if_new(page)
-    place = PAGE_HEADER_SIZE_BYTES + byte_offset
+    place = PAGE_HEADER_SIZE_BYTES + _check_place(byte_offset, BLOCK_SIZE_BYTES - PAGE_HEADER_SIZE_BYTES)
     page[place] &= (1 << bit_offset) - 1
     page[place + 1 :] = bytes(BLOCK_SIZE_BYTES - place - 1)
 
