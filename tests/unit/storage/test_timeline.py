@@ -300,6 +300,43 @@ async def test_run_flushes_by_size(tmp_path: Path) -> None:
             await running
 
 
+def has_image_at(timeline: Timeline, lsn: int) -> bool:
+    return any(layer.is_image and layer.end_lsn == lsn for layer in timeline.stack.disk.layers)
+
+
+@in_event_loop
+async def test_run_compacts_and_reads_get_short(tmp_path: Path) -> None:
+    async with storage_context(tmp_path, settings=StorageSettings(compaction_deltas=2)) as context:
+        timeline = await (await attach(context)).create_timeline(new_main(), IMPORTED)
+        running = asyncio.ensure_future(timeline.run())
+        chain = [image(block(0), START, b"0")]
+        for number in range(4):
+            chain.append(record_value(block(0), 0x1008 + 8 * number, b"%d" % number))
+            put(timeline, [chain[-1]])
+            await timeline.flush()
+        async with asyncio.timeout(10):
+            while not has_image_at(timeline, 0x1020):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert await timeline.get_pages(block(0), 1, Lsn(0x1020)) == expected_page(chain)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+
+@in_event_loop
+async def test_an_overtaken_timeline_stops_running(tmp_path: Path) -> None:
+    settings = StorageSettings(flush_interval_s=0.02)
+    async with storage_context(tmp_path, settings=settings) as context:
+        first = await (await attach(context)).create_timeline(new_main(), IMPORTED)
+        twin = (await attach(context)).timeline(MAIN)
+        put(twin, history())
+        await twin.flush()
+        put(first, [image(block(0), 0x1010, b"stale")])
+        async with asyncio.timeout(10):
+            with pytest.raises(FencedError, match="must stop"):
+                await first.run()
+
+
 @in_event_loop
 async def test_an_older_generation_is_fenced(tmp_path: Path) -> None:
     async with storage_context(tmp_path) as context:

@@ -270,11 +270,14 @@ class Timeline:
 
     async def run(self) -> None:
         """Flushes by size and by time, and compacts, until cancelled. Raises `FencedError` when overtaken."""
-        async with asyncio.TaskGroup() as group:
-            flushing = self._again_after_errors("flush", self._flush_when_due)
-            group.create_task(flushing, name=f"flush {self.timeline_id}")
-            compacting = self._again_after_errors("compaction", self._compact_when_due)
-            group.create_task(compacting, name=f"compact {self.timeline_id}")
+        try:
+            async with asyncio.TaskGroup() as group:
+                flushing = self._again_after_errors("flush", self._flush_when_due)
+                group.create_task(flushing, name=f"flush {self.timeline_id}")
+                compacting = self._again_after_errors("compaction", self._compact_when_due)
+                group.create_task(compacting, name=f"compact {self.timeline_id}")
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
 
     async def _again_after_errors(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
         """The step over and over; after an error that may pass, with a pause that grows."""
