@@ -145,8 +145,8 @@ def test_names_that_do_not_exist_get_suggestions(line: CommandLine) -> None:
     line.json("tenant", "create", "work")
     line.json("endpoint", "create", "main")
     for arguments, said in (
-        (["tenant", "delete", "wrok"], "no tenant 'wrok'; did you mean 'work'?"),
-        (["timeline", "delete", "mian"], "no branch 'mian'; did you mean 'main'?"),
+        (["tenant", "delete", "worx"], "no tenant 'worx'; did you mean 'work'?"),
+        (["timeline", "delete", "mainx"], "no branch 'mainx'; did you mean 'main'?"),
         (
             ["timeline", "branch", "--branch-name", "x", "--ancestor", "zzz"],
             "no branch 'zzz'; there are: main",

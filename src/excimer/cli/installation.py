@@ -169,7 +169,6 @@ class Installation:
         settings = ControllerSettings(
             data_dir=self.directory / "controller",
             http_listen=self.controller_address,
-            broker_url=self.broker_url(),
             auth_public_key_path=self.keys_dir / "public.pem",
             auth_private_key_path=self.keys_dir / "private.pem",
             pageservers=(

@@ -11,7 +11,6 @@ class ControllerSettings(Settings, frozen=True):
 
     data_dir: Path
     http_listen: str
-    broker_url: str
     auth_public_key_path: Path
     auth_private_key_path: Path
     pageservers: tuple[Pageserver, ...]
