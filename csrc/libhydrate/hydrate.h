@@ -139,7 +139,7 @@ enum page_result request_pages(const struct page_request *request, const struct 
 /* --- read_ahead.c --- */
 
 /* How many blocks to fetch from a missing `block` on. */
-uint32_t read_ahead_window(struct arena_file *file, uint32_t block, uint32_t blocks_max);
+uint32_t read_ahead_window(const struct arena_file *file, uint32_t block, uint32_t blocks_max);
 void read_ahead_advance(struct arena_file *file, uint32_t block, uint32_t next, uint32_t window);
 
 /* --- hints.c --- */

@@ -126,15 +126,14 @@ static bool wait_for_claim(struct hydration *hydration, uint64_t block)
     return claimed;
 }
 
-/* Claims as much of [block, block + wanted) as is free, `needed` blocks being better than one. How many; 0: the
- * block may be present now, or patience is over. */
-static uint32_t claim_run(struct hydration *hydration, uint64_t block, uint32_t wanted, uint32_t needed)
+/* Claims about as much of [block, block + wanted) as is free. How many blocks; 0: the first may be present now, or
+ * patience is over. */
+static uint32_t claim_run(struct hydration *hydration, uint64_t block, uint32_t wanted)
 {
-    if (try_claim(hydration->file, block, wanted))
-        return wanted;
-    if (needed < wanted && try_claim(hydration->file, block, needed))
-        return needed;
-    return wait_for_claim(hydration, block) ? 1 : 0;
+    for (; wanted > 1; wanted /= 2)
+        if (try_claim(hydration->file, block, wanted))
+            return wanted;
+    return try_claim(hydration->file, block, 1) || wait_for_claim(hydration, block) ? 1 : 0;
 }
 
 static uint32_t absent_count(const struct arena_file *file, uint64_t block, uint64_t end)
@@ -230,7 +229,7 @@ static bool hydrate_run(struct hydration *hydration, uint64_t block, uint64_t en
     uint32_t window = read_ahead_window(file, (uint32_t)block, window_max);
     uint64_t wanted_end = block + window > end ? block + window : end;
     uint32_t wanted = absent_count(file, block, wanted_end < limit ? wanted_end : limit);
-    uint32_t claimed = claim_run(hydration, block, wanted, needed < wanted ? needed : wanted);
+    uint32_t claimed = claim_run(hydration, block, wanted);
     if (claimed == 0) {
         if (hydration->patience.ended == NULL)
             return true;

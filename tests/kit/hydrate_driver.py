@@ -3,10 +3,12 @@
 A block of file number f (in `FILES`) and number b holds the tag ``(f + 1) << 32 | b``, repeated.
 """
 
+import atexit
 import functools
 import os
 import queue
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -65,6 +67,7 @@ class Mutation(NamedTuple):
 def program(name: str, mutation: Mutation | None = None) -> Path:
     """Builds driver or torture with the library inside: with sanitizers, or quickly with a mutation."""
     directory = Path(tempfile.mkdtemp(prefix="excimer-libhydrate-"))
+    atexit.register(shutil.rmtree, directory)
     sources = {path.name: path.read_text() for path in SOURCES.glob("*.c")}
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     if mutation is not None:

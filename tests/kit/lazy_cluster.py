@@ -13,6 +13,8 @@ from pathlib import Path
 from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.compute.arena import Arena, ArenaFile, ArenaSettings, build_arena
 from excimer.io.processes import give_to_user
+from excimer.pgformat.control_file import ControlFile
+from excimer.pgformat.wal_prefix import wal_segment_file_name
 
 RELATION_FILE = re.compile(r"(base/\d+|global)/\d+(_fsm|_vm|_init)?(\.\d+)?\Z")
 SLRU_FILE = re.compile(r"(pg_xact|pg_multixact/offsets|pg_multixact/members|pg_commit_ts)/[0-9A-F]{4,}\Z")
@@ -37,10 +39,16 @@ def split_cluster(source: Path, data_dir: Path, arena_path: Path, settings: Aren
         elif not NOT_COPIED.match(path):
             shutil.copyfile(source / path, data_dir / path)
             (data_dir / path).chmod(0o600)
-    for path in sorted(os.listdir(source / "pg_wal"))[-8:]:
-        if len(path) == 24:
-            shutil.copyfile(source / "pg_wal" / path, data_dir / "pg_wal" / path)
+    segment = last_wal_segment(source)
+    shutil.copyfile(source / "pg_wal" / segment, data_dir / "pg_wal" / segment)
     for folder, _, names in os.walk(data_dir):
         for name in ["", *names]:
             give_to_user(Path(folder) / name)
     return build_arena(arena_path, files=files, settings=settings, data_dir=data_dir)
+
+
+def last_wal_segment(source: Path) -> str:
+    """The one with the shutdown checkpoint, all that a start reads; recycled ones have later names."""
+    version = int((source / "PG_VERSION").read_text())
+    control = ControlFile.unpack((source / "global/pg_control").read_bytes(), version)
+    return wal_segment_file_name(control.checkpoint_lsn, control.wal_segment_size)
