@@ -150,10 +150,12 @@ class OnePool:
 
 
 @asynccontextmanager
-async def truth_timeline(build: PostgresBuild, root: Path, beginning: Path) -> AsyncIterator[Timeline]:
+async def truth_timeline(
+    build: PostgresBuild, root: Path, beginning: Path, *, wal_log_hints: bool = False
+) -> AsyncIterator[Timeline]:
     """A timeline of the real engine with the real redo pool, holding the imported beginning."""
     cluster = import_initdb(beginning, build.version)
-    pool = RedoPool(build, root / "redo", 2)
+    pool = RedoPool(build, root / "redo", 2, wal_log_hints=wal_log_hints)
     with ThreadPoolExecutor(4) as executor:
         context = StorageContext(
             store=MemoryObjectStore(),
