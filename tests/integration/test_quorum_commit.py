@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import pytest
 from excimer.base.errors import RefusedError
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.compute.proposer import NewerProposerError, Proposer
+from excimer.consensus.proposer import ProposerLimits
+from excimer.io.processes import give_to_user, make_owned_dir, run
 from excimer.service.tasks import running
+from excimer.wire.replication import format_options
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.plain_postgres import PROPOSER_CONFIGURATION, PlainPostgres
 from tests.kit.safekeepers import (
@@ -212,6 +216,78 @@ def test_a_second_proposer_fences_the_first_and_cuts_its_divergent_tail(
             await execute(plain, "insert into t values (1)")
 
     asyncio.run(scenario())
+
+
+def test_a_safekeeper_away_for_long_is_repaired_by_another_one(
+    postgres: PlainPostgres, safekeepers: SafekeeperCluster
+) -> None:
+    """It lacks more than the proposer's window holds, so that a donor must help."""
+
+    async def scenario() -> None:
+        async with streaming(postgres, safekeepers):
+            lagging = safekeepers.members[0]
+            lagging.kill()
+            start = await postgres.flush_lsn()
+            await execute(
+                postgres, "create table t as select g, repeat('x', 900) from generate_series(1, 60000) g"
+            )
+            end = await postgres.flush_lsn()
+            assert end - start > ProposerLimits().window_size_bytes_max + (16 << 20)
+            lagging.start()
+            await wait_until(lambda: lagging.commit_lsn() >= end, "it catches up")
+            assert postgres.process is not None
+            started = time.monotonic()
+            await postgres.process.stop(fast=True)  # waits until its last WAL is confirmed
+            assert time.monotonic() - started < 4
+        contents = [
+            [path.read_bytes() for path in sorted(member.timeline_dir.glob("0*"))[:4]]
+            for member in safekeepers.members
+        ]
+        assert contents[0] == contents[1] == contents[2]
+
+    asyncio.run(scenario())
+
+
+def test_a_stock_standby_follows_from_a_safekeeper(
+    postgres: PlainPostgres, safekeepers: SafekeeperCluster
+) -> None:
+    build = postgres.build
+    standby = PlainPostgres(build)
+    reader = safekeepers.members[1].replication_address
+    options = format_options(TENANT, TIMELINE)
+    source = (
+        f"host={reader.host} port={reader.port} user=standby password={safekeepers.token} "
+        f"options=''{options}''"
+    )
+
+    async def scenario() -> None:
+        async with streaming(postgres, safekeepers):
+            await execute(postgres, "create table t(i int)", "insert into t values (1)")
+            make_owned_dir(standby.root)
+            copy = ["-D", str(standby.data_dir), "-d", postgres.url, "-X", "none", "-c", "fast"]
+            await asyncio.to_thread(
+                run,
+                [build.program("pg_basebackup"), *copy],
+                environment=build.whole_environment(),
+                timeout_s=60,
+            )
+            standby.configure(f"synchronous_standby_names = ''\nprimary_conninfo = '{source}'\n")
+            (standby.data_dir / "standby.signal").touch()
+            give_to_user(standby.data_dir / "standby.signal")
+            async with standby.running():
+                await execute(postgres, "insert into t values (2)")
+                end = format_lsn(await postgres.flush_lsn())
+                for _ in range(100):
+                    if await standby.value(f"select pg_last_wal_replay_lsn() >= '{end}'") == "True":
+                        break
+                    await asyncio.sleep(0.1)
+                assert await standby.value("select count(*) from t") == "2"
+                assert await standby.value("select status from pg_stat_wal_receiver") == "streaming"
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        standby.remove()
 
 
 def test_refusals_are_told_in_one_sentence(safekeepers: SafekeeperCluster) -> None:

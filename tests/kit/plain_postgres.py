@@ -45,6 +45,10 @@ class PlainPostgres:
             shutil.copytree(template, self.data_dir, symlinks=True)
             for path in [self.data_dir, *self.data_dir.rglob("*")]:
                 give_to_user(path)
+        self.configure(configuration)
+
+    def configure(self, configuration: str = "") -> None:
+        """Adds to postgresql.conf."""
         with (self.data_dir / "postgresql.conf").open("a") as file:
             file.write(
                 f"port={self.port}\nlisten_addresses=''\nunix_socket_directories='{self.root}'\n"

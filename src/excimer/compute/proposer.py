@@ -49,6 +49,8 @@ from excimer.wire.safekeeping import (
 
 ELECTION_TIMEOUT_S = 30.0
 HEARTBEAT_INTERVAL_S = 1.0
+PROPOSER_SLOT = PROPOSER_NAME
+"""Postgres keeps WAL that the quorum has not confirmed; the slot dies with the compute's directory."""
 CAMPAIGN_DELAY_S_MAX = 0.3
 """A lost election is tried again after a random part of this."""
 WRITABLE_SIZE_BYTES_MIN = 1 << 20
@@ -187,7 +189,8 @@ class Proposer:
         self._client = client = await connect_replication(
             Address(postgres.socket_dir, postgres.port), user=postgres.user, application_name=PROPOSER_NAME
         )
-        await client.start_physical(self._window.end_lsn, self)
+        await client.reserve_wal(PROPOSER_SLOT)
+        await client.start_physical(self._window.end_lsn, self, slot=PROPOSER_SLOT)
         self._is_paused = False
         self._confirm()
         log.info("streaming", start_lsn=self._window.end_lsn)

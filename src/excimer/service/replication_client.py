@@ -47,6 +47,7 @@ CONNECT_TIMEOUT_S = 10.0
 REPORT_INTERVAL_S = 1.0
 STREAM_BUFFER_SIZE_BYTES = 8 << 20
 """A `WalStream` stops reading its socket while more than this waits."""
+_DUPLICATE_OBJECT = "42710"
 _RETRYABLE_SQLSTATE_CLASSES = ("08", "53", "57")
 
 
@@ -91,7 +92,19 @@ class ReplicationClient(asyncio.Protocol):
             raise ProtocolViolationError(f"no answer to SHOW {name}")
         return rows[0][0].decode()
 
-    async def start_physical(self, start_lsn: Lsn, sink: WalSink) -> None:
+    async def reserve_wal(self, slot: str) -> None:
+        """Makes a physical slot, unless it exists, so that the server keeps WAL that was not confirmed.
+
+        Without one, a checkpoint may remove a segment while a walsender still reads it.
+        Raises PostgresError, `ReplicationLostError`.
+        """
+        try:
+            await self._query(f"CREATE_REPLICATION_SLOT {slot} PHYSICAL RESERVE_WAL")
+        except PostgresError as error:
+            if error.sqlstate != _DUPLICATE_OBJECT:
+                raise
+
+    async def start_physical(self, start_lsn: Lsn, sink: WalSink, *, slot: str | None = None) -> None:
         """Begins to stream WAL from exactly `start_lsn` into the sink.
 
         Returns once the server has agreed; the sink may have been called by then.
@@ -101,7 +114,8 @@ class ReplicationClient(asyncio.Protocol):
         self._sink = sink
         try:
             await self._ask(
-                format_start_replication(StartReplication(start_lsn, POSTGRES_TIMELINE)), CopyBothStarted
+                format_start_replication(StartReplication(start_lsn, POSTGRES_TIMELINE, slot)),
+                CopyBothStarted,
             )
         except ExcimerError:
             self._sink = None
