@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 from excimer.base.address import Address
 from excimer.base.ids import NodeId, TenantId, TimelineId
@@ -23,7 +24,7 @@ from excimer.wire.auth import Claims, KeyPair, Scope, encode_token, generate_key
 TENANT = TenantId("aa" * 16)
 TIMELINE = TimelineId("bb" * 16)
 NO_BROKER = "nats://excimer:none@127.0.0.1:9"
-READY_TIMEOUT_S = 20.0
+READY_TIMEOUT_S = 60.0
 
 
 def free_port() -> int:
@@ -58,6 +59,13 @@ class SafekeeperProcess:
             broker_url=NO_BROKER,
             auth_public_key_path=key_path,
         )
+        self._settings = settings
+        save_settings(self.settings_path, settings)
+
+    def move_proposer_port(self) -> None:
+        """From its next start on, proposers that know the old address cannot reach it."""
+        self.proposer_address = Address("127.0.0.1", free_port())
+        settings = msgspec.structs.replace(self._settings, proposer_listen=str(self.proposer_address))
         save_settings(self.settings_path, settings)
 
     def spawn(self) -> "subprocess.Popen[bytes]":
