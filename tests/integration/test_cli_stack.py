@@ -85,8 +85,11 @@ def test_two_starts_at_once_start_everything_once(stack: Stack) -> None:
     assert [start.returncode for start in starts] == [0, 0], outputs
     started = sorted(name for output, _ in outputs for name in json.loads(output)["started"])
     assert started == ["broker", "controller", "pageserver", "safekeeper-1"]
-    services = {part: state for part, (state, _) in stack.states().items() if "endpoint" not in part}
-    assert set(services.values()) == {"running"}
+    starts = [stack.begin("--json", "endpoint", "start", name) for name in ("main", "demo", "demo")]
+    outputs = [start.communicate(timeout=COMMAND_TIMEOUT_S) for start in starts]
+    assert [start.returncode for start in starts] == [0, 0, 0], outputs
+    assert sum(json.loads(output)["started"] for output, _ in outputs) == 2
+    assert {state for state, _ in stack.states().values()} == {"running"}
 
 
 def test_an_interrupted_start_is_repaired_by_the_next(stack: Stack) -> None:

@@ -4,7 +4,8 @@ Who is who: a pid alone may belong to somebody else after a restart of the machi
 also holds the process's start time (and the boot's id). If the CLI was interrupted between starting a
 process and recording it, the process's own instance lock leads to it.
 
-Starting is idempotent, and two commands do not interleave: both hold `run/cli.lock`.
+Starting is idempotent. Two commands do not start or stop at the same time (`run/cli.lock`), but they may
+wait at the same time until what they started is well.
 """
 
 import contextlib
@@ -14,10 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -45,6 +46,9 @@ STAT_START_TIME: Final = 19
 
 class HealthTimeoutError(RetryableError):
     """A process runs but does not become well in time."""
+
+
+Launched: TypeAlias = "dict[str, subprocess.Popen[bytes]]"
 
 
 class HealthAnswer(msgspec.Struct, frozen=True):
@@ -109,41 +113,46 @@ def start_parts(
     started: Callable[[str, float], None],
     limit_s: float = START_LIMIT_S,
 ) -> list[str]:
-    """Starts those that do not run, all at once, and waits until all are well; names of the started.
-
-    Calls `started` with a part's name and time as each becomes well. Raises `ProcessFailedError` or
-    `HealthTimeoutError` with the end of the part's log; the others go on running.
-    """
-    installation.logs_dir.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    launched = {part.name: _launch(installation, part) for part in parts if _is_absent(installation, part)}
-    try:
-        _wait_well(installation, parts, launched, begun + limit_s, started)
-    finally:
-        for process in launched.values():
-            process.returncode = process.poll() or 0  # it outlives us on purpose: no warning about that
+    """`launch_parts`, then `wait_for_parts`: names of the started."""
+    launched = launch_parts(installation, parts)
+    wait_for_parts(installation, parts, launched, started, limit_s)
     return list(launched)
 
 
-def _wait_well(
+def launch_parts(installation: Installation, parts: Sequence[Part]) -> Launched:
+    """Starts those that do not run, all at once; to be called in `exclusive`. Answers them by name."""
+    installation.logs_dir.mkdir(parents=True, exist_ok=True)
+    return {part.name: _launch(installation, part) for part in parts if _is_absent(installation, part)}
+
+
+def wait_for_parts(
     installation: Installation,
     parts: Sequence[Part],
-    launched: "Mapping[str, subprocess.Popen[bytes]]",
-    deadline: float,
+    launched: Launched,
     started: Callable[[str, float], None],
+    limit_s: float = START_LIMIT_S,
 ) -> None:
+    """Waits until all are well, whoever started them; other commands may work meanwhile.
+
+    Calls `started` with name and time of each launched part as it becomes well. Raises
+    `ProcessFailedError` or `HealthTimeoutError` with the end of a part's log; the others go on running.
+    """
     begun = time.monotonic()
     waiting = list(parts)
-    while waiting:
-        for part in list(waiting):
-            if _is_well(installation, part):
-                waiting.remove(part)
-                if part.name in launched:
-                    started(part.name, time.monotonic() - begun)
-            else:
-                _check_progress(installation, part, launched.get(part.name), deadline)
-        if waiting:
-            time.sleep(POLL_S)
+    try:
+        while waiting:
+            for part in list(waiting):
+                if _is_well(installation, part):
+                    waiting.remove(part)
+                    if part.name in launched:
+                        started(part.name, time.monotonic() - begun)
+                else:
+                    _check_progress(installation, part, launched.get(part.name), begun + limit_s)
+            if waiting:
+                time.sleep(POLL_S)
+    finally:
+        for process in launched.values():
+            process.returncode = process.poll() or 0  # it outlives us on purpose: no warning about that
 
 
 def _is_absent(installation: Installation, part: Part) -> bool:

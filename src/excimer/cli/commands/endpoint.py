@@ -21,9 +21,10 @@ from excimer.cli.local_processes import (
     Running,
     exclusive,
     find_process,
+    launch_parts,
     probe,
-    start_parts,
     stop_parts,
+    wait_for_parts,
 )
 from excimer.cli.session import Session, session_of
 from excimer.service.health import HTTP_OK
@@ -120,8 +121,9 @@ def start_endpoint(session: Session, installation: Installation, name: str) -> t
             _refuse_second_primary(installation, client, endpoint)
         part = installation.endpoint_part(spec)
         part.lock_dir.mkdir(parents=True, exist_ok=True)
-        started = start_parts(installation, [part], session.done)
-    return endpoint, bool(started)
+        launched = launch_parts(installation, [part])
+    wait_for_parts(installation, [part], launched, session.done)
+    return endpoint, bool(launched)
 
 
 def _refuse_second_primary(

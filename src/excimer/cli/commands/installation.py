@@ -30,9 +30,10 @@ from excimer.cli.local_processes import (
     Running,
     exclusive,
     find_process,
+    launch_parts,
     probe,
-    start_parts,
     stop_parts,
+    wait_for_parts,
 )
 from excimer.cli.session import Session, session_of
 
@@ -124,8 +125,12 @@ def start(context: typer.Context) -> None:
 
 
 def start_services(session: Session, installation: Installation) -> list[str]:
+    """Names of those that did not run."""
+    parts = installation.service_parts()
     with exclusive(installation, session.note):
-        return start_parts(installation, installation.service_parts(), session.done)
+        launched = launch_parts(installation, parts)
+    wait_for_parts(installation, parts, launched, session.done)
+    return list(launched)
 
 
 @app.command()
