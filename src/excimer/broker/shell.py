@@ -13,6 +13,7 @@ from typing import Any, Final
 from excimer.base.errors import RetryableError
 from excimer.broker.nats_config import find_nats_server, metrics_of, nats_config, parse_log_line
 from excimer.broker.settings import BrokerSettings
+from excimer.io.processes import die_with_parent
 from excimer.service.health import Health
 from excimer.service.http_client import HttpClient
 from excimer.service.instance_lock import InstanceLock
@@ -61,7 +62,10 @@ class NatsServer:
         return render_plain(metrics_of(self._varz, max(0, self._starts - 1)))
 
     def stop_orphan(self) -> None:
-        """Ends a NATS server left by a broker that was killed; we hold the lock, so nobody else's. Blocks."""
+        """Ends a NATS server left by a broker that was killed, if it is slow to follow it. Blocks.
+
+        We hold the instance lock, so it is nobody else's.
+        """
         try:
             pid = int(self._pid_path.read_text())
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -92,6 +96,7 @@ class NatsServer:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
         )
         assert process.stderr is not None
         try:

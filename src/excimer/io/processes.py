@@ -210,13 +210,16 @@ async def spawn_async(
         stderr=stderr,
         pass_fds=pass_fds,
         start_new_session=new_session,
-        preexec_fn=None if parent_death_signal is None else lambda: _die_with_parent(parent_death_signal),
+        preexec_fn=None if parent_death_signal is None else lambda: die_with_parent(parent_death_signal),
         **_drop_arguments(),
     )
 
 
-def _die_with_parent(number: int) -> None:
-    """Runs in the child, after it has changed its user: changing it clears the setting."""
+def die_with_parent(number: int) -> None:
+    """For `preexec_fn`: the kernel sends the signal `number` to the child when its parent dies.
+
+    Runs in the child, after it has changed its user: changing it clears the setting.
+    """
     _libc.prctl(_PR_SET_PDEATHSIG, number)
 
 

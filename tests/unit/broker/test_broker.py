@@ -3,6 +3,9 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +22,7 @@ from excimer.service.broker_client import BrokerClient
 from excimer.service.http_client import HttpClient
 from excimer.service.instance_lock import AlreadyRunningError
 from excimer.service.listen import ListenError, bind_listen
+from excimer.service.settings import save_settings
 from excimer.service.tasks import SystemClock, running
 from excimer.wire.broker import (
     BrokerMessageError,
@@ -162,6 +166,21 @@ def test_the_server_of_a_killed_broker_is_ended(tmp_path: Path) -> None:
             assert not os.path.exists(f"/proc/{pid}/exe")  # noqa: ASYNC240
 
     asyncio.run(main())
+
+
+def test_the_server_does_not_outlive_a_killed_broker(tmp_path: Path) -> None:
+    settings = new_settings(tmp_path / "data")
+    save_settings(tmp_path / "broker.toml", settings)
+    command = [sys.executable, "-m", "excimer.broker", str(tmp_path / "broker.toml")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        asyncio.run(wait_well(HttpClient("broker", settings.http_listen)))
+        server = Path("/proc") / (tmp_path / "data" / "nats.pid").read_text().strip() / "exe"
+        assert server.exists()
+        process.kill()
+    deadline = time.monotonic() + 5
+    while server.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("status", [SAFEKEEPER, PAGESERVER])
