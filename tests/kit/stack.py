@@ -22,6 +22,9 @@ from excimer.io.processes import program_environment
 from tests.kit.builds import build_of
 
 COMMAND_TIMEOUT_S = 180
+KEEP_VARIABLE = "EXCIMER_TEST_KEEP"
+"""Set to keep the state directory, with its logs, when a test ends."""
+
 Row = tuple[Any, ...]
 
 
@@ -172,4 +175,5 @@ def running_stack(pg_version: int, *, safekeepers: int = 3) -> Iterator[Stack]:
     finally:
         stack.run("stop", "--immediate")
         stack.kill_everything()
-        shutil.rmtree(root, ignore_errors=True)
+        if not os.environ.get(KEEP_VARIABLE):
+            shutil.rmtree(root, ignore_errors=True)
