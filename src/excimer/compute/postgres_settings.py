@@ -67,7 +67,7 @@ def render_postgres_settings(
     settings["max_prepared_transactions"] = str(control.max_prepared_xacts)
     settings["track_commit_timestamp"] = "on" if control.track_commit_timestamp else "off"
     if pg_version >= 18:
-        settings["io_method"] = "worker"
+        settings["io_method"] = "sync"  # a query that waits for an I/O worker's fetch cannot be cancelled
     for name, value in user_settings.items():
         lowered = name.lower()
         _check(lowered, value, pg_version)
