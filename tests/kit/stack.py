@@ -44,6 +44,7 @@ class Stack:
     def __init__(self, root: Path, pg_version: int) -> None:
         self.directory = root / "state"
         self.pg_version = pg_version
+        self._endpoints: dict[str, Any] = {}
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Runs `excimer` and returns whatever happened."""
@@ -84,8 +85,11 @@ class Stack:
         return made
 
     def endpoint(self, name: str) -> Any:
-        listed = self.json("endpoint", "list")["endpoints"]
-        return next(row for row in listed if row["name"] == name)
+        """Its description, remembered: the controller may be dead when a test asks."""
+        if name not in self._endpoints:
+            listed = self.json("endpoint", "list")["endpoints"]
+            self._endpoints |= {row["name"]: row for row in listed}
+        return self._endpoints[name]
 
     def connect(self, name: str = "main", database: str = "postgres") -> "psycopg.Connection[Row]":
         url = self.endpoint(name)["url"].rpartition("/")[0]
