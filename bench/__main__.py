@@ -1,0 +1,67 @@
+"""`python -m bench [--only ID]... [--quick]`: measures, prints a table, writes bench/results/latest.json.
+
+`--quick` writes nothing: its figures are not for keeping. With `--only`, the other figures of the file stay.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import branching, cold_scan, commits, ingest, starting, warm_reads
+from bench.model import FULL, GOALS, QUICK, Bench, Family, Result, make_result
+from bench.report import print_table, write_results
+
+LATEST = Path(__file__).parent / "results" / "latest.json"
+
+FAMILIES = (
+    Family(("warm_select_ratio",), warm_reads.measure),
+    Family(("tpcb_quorum_ratio", "commit_latency_ratio"), commits.measure),
+    Family(("ingest_pgbench_mb_s", "ingest_copy_mb_s"), ingest.measure),
+    Family(("cold_scan_mb_s",), cold_scan.measure),
+    Family(("branch_ms",), branching.measure),
+    Family(("endpoint_start_ms", "manifest_to_row_ms"), starting.measure),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", action="append", choices=list(GOALS), help="one figure; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="little work, to see that it works")
+    options = parser.parse_args()
+    # Everything that runs is ended by the context that started it: Ctrl-C and SIGTERM unwind alike.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    wanted = set(options.only or GOALS)
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    bench = Bench(QUICK if options.quick else FULL, lambda text: console.print(f"  {text}", highlight=False))
+    try:
+        results = measure_all(console, bench, wanted)
+    except KeyboardInterrupt:
+        console.print("interrupted; everything it started has been stopped")
+        return 130
+    print_table(console, results)
+    if not options.quick:
+        write_results(LATEST, results)
+    return 0
+
+
+def measure_all(console: Console, bench: Bench, wanted: set[str]) -> list[Result]:
+    results: list[Result] = []
+    for family in FAMILIES:
+        if wanted.isdisjoint(family.ids):
+            continue
+        begun = time.monotonic()
+        load = os.getloadavg()[0]
+        console.print(f"{', '.join(family.ids)} (load before: {load:.1f} on {os.cpu_count()} cores) …")
+        samples = family.measure(bench)
+        results += [make_result(GOALS[name], values) for name, values in samples.items() if name in wanted]
+        bench.note(f"took {time.monotonic() - begun:.0f} s")
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

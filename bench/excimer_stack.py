@@ -1,0 +1,87 @@
+"""A whole local Excimer, set up and driven by its command line, as the thing to be measured."""
+
+import contextlib
+import json
+import time
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from bench.pgbench import BenchFailedError, Target
+from excimer.wire.auth import Claims, Scope, encode_token
+from tests.kit.builds import NEWEST_VERSION, build_of
+from tests.kit.stack import Stack, running_stack
+
+ENDPOINT = "main"
+SETTLE_LIMIT_S = 300.0
+
+
+class MeasuredStack:
+    """A running installation with one tenant, its branch `main` and the endpoint of that name."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        endpoint = stack.endpoint(ENDPOINT)
+        self.target = Target("excimer", build_of(stack.pg_version), int(endpoint["postgres_port"]))
+        self.tenant_id = str(endpoint["tenant_id"])
+        self.timeline_id = str(endpoint["timeline_id"])
+        settings = tomllib.loads((stack.directory / "run" / "pageserver.toml").read_text())
+        with open(settings["auth_private_key_path"], "rb") as file:
+            token = encode_token(file.read(), Claims(scope=Scope.PAGESERVER_API))
+        self.pageserver = httpx.Client(
+            base_url=f"http://{settings['http_listen']}/v1",
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=120,
+        )
+
+    @property
+    def timelines_path(self) -> str:
+        return f"/tenant/{self.tenant_id}/timeline"
+
+    def timeline(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.pageserver.get(f"{self.timelines_path}/{self.timeline_id}").json()
+        return found
+
+    def settle(self) -> None:
+        """Everything written is in the pageserver's layers, and compaction has nothing left to do."""
+        self.target.sql("checkpoint")
+        self.pageserver.post(f"{self.timelines_path}/{self.timeline_id}/flush").raise_for_status()
+        deadline = time.monotonic() + SETTLE_LIMIT_S
+        before, quiet = None, 0
+        while quiet < 3:
+            time.sleep(1)
+            now = self.timeline()["physical_size_bytes"]
+            quiet = quiet + 1 if now == before else 0
+            before = now
+            if time.monotonic() > deadline:
+                raise BenchFailedError("the pageserver does not come to rest")
+
+    def stop(self) -> None:
+        self.stack.text("endpoint", "stop", ENDPOINT)
+
+    def start(self) -> None:
+        self.stack.text("endpoint", "start", ENDPOINT)
+
+    def restart(self) -> None:
+        """The endpoint with a new, empty data directory."""
+        self.stop()
+        self.start()
+
+    def last_log_entry(self, event: str) -> dict[str, Any]:
+        """Of the endpoint's manager."""
+        lines = (self.stack.directory / "logs" / f"endpoint-{ENDPOINT}.log").read_text().splitlines()
+        entries = [json.loads(line) for line in lines if line.startswith("{")]
+        found: dict[str, Any] = [entry for entry in entries if entry["event"] == event][-1]
+        return found
+
+
+@contextlib.contextmanager
+def measured_stack() -> Iterator[MeasuredStack]:
+    """Three safekeepers, one pageserver, one compute; all stopped and removed at the end."""
+    with running_stack(NEWEST_VERSION) as stack:
+        stack.create_main()
+        measured = MeasuredStack(stack)
+        with measured.pageserver:
+            yield measured

@@ -1,0 +1,111 @@
+"""What is measured, how good it ought to be, and what a run of it gave."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+
+
+class Goal(NamedTuple):
+    """One figure and what it should reach."""
+
+    id: str
+    unit: str
+    goal: float
+    higher_is_better: bool
+    what: str
+
+    def is_met_by(self, value: float) -> bool:
+        return value >= self.goal if self.higher_is_better else value <= self.goal
+
+
+GOALS = {
+    goal.id: goal
+    for goal in (
+        Goal("warm_select_ratio", "ratio", 0.95, True, "warm pgbench -S, of plain PostgreSQL's rate"),
+        Goal("tpcb_quorum_ratio", "ratio", 1.0, True, "TPC-B, 16 clients, of plain PostgreSQL with a quorum"),
+        Goal("commit_latency_ratio", "ratio", 1.2, False, "commit at one client, of that same PostgreSQL's"),
+        Goal("ingest_pgbench_mb_s", "MB/s", 50.0, True, "WAL of TPC-B into a pageserver on one core"),
+        Goal("ingest_copy_mb_s", "MB/s", 50.0, True, "WAL of COPY into a pageserver on one core"),
+        Goal("cold_scan_mb_s", "MB/s", 200.0, True, "first sequential scan of a new compute"),
+        Goal("branch_ms", "ms", 20.0, False, "a branch, by the pageserver's API"),
+        Goal("endpoint_start_ms", "ms", 1000.0, False, "endpoint start, command to first row"),
+        Goal("manifest_to_row_ms", "ms", 200.0, False, "of that, from the basebackup to the first row"),
+    )
+}
+
+
+class Result(msgspec.Struct, frozen=True):
+    """One figure as `latest.json` has it."""
+
+    id: str
+    value: float
+    """Median of the rounds."""
+    unit: str
+    goal: float
+    higher_is_better: bool
+    spread: float
+    """Highest round minus lowest, in the unit."""
+
+
+def make_result(goal: Goal, samples: Sequence[float]) -> Result:
+    value = statistics.median(samples)
+    spread = max(samples) - min(samples)
+    return Result(goal.id, round(value, 3), goal.unit, goal.goal, goal.higher_is_better, round(spread, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much of everything one run does."""
+
+    rounds: int
+    run_s: int
+    """Of each pgbench run."""
+    pgbench_scale: int
+    """10 is 150 MB: more than the shared buffers, so that warm reads reach the file system too."""
+    scan_rows: int
+    """Of the table that is scanned; about 121 bytes each."""
+    ingest_transactions: int
+    """Of TPC-B; about 470 bytes of WAL each."""
+    ingest_rows: int
+    """Of the COPY that is ingested; about 160 bytes of WAL each."""
+
+
+FULL = Effort(
+    rounds=5,
+    run_s=8,
+    pgbench_scale=10,
+    scan_rows=3_200_000,
+    ingest_transactions=200_000,
+    ingest_rows=2_500_000,
+)
+QUICK = Effort(
+    rounds=2,
+    run_s=2,
+    pgbench_scale=2,
+    scan_rows=400_000,
+    ingest_transactions=80_000,
+    ingest_rows=1_000_000,
+)
+
+Samples = dict[str, list[float]]
+"""By figure id, one value per round."""
+Note = Callable[[str], None]
+"""Says something that the table does not: absolute rates, sizes."""
+
+
+class Family(NamedTuple):
+    """Figures that are measured together."""
+
+    ids: tuple[str, ...]
+    measure: Callable[["Bench"], Samples]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every family gets."""
+
+    effort: Effort
+    note: Note
