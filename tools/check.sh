@@ -1,6 +1,7 @@
 #!/bin/sh
 # Static checks: lint, format, types, spelling, house rules. Under half a minute.
 set -eu
+PATH="$(cd "${1:-.venv/bin}" && pwd):$PATH"  # cython-lint runs pycodestyle
 BIN=${1:-.venv/bin}
 "$BIN/ruff" check src tests tools bench setup.py
 "$BIN/ruff" format --check src tests tools bench setup.py
