@@ -67,8 +67,10 @@ class Stack:
         """The result as JSON. Raises `CommandFailedError`."""
         return json.loads(self.text("--json", *arguments))
 
-    def init(self, *, safekeepers: int = 3) -> None:
-        self.text("init", "--pg-version", str(self.pg_version), "--safekeepers", str(safekeepers))
+    def init(self, *, safekeepers: int = 3, broker_url: str | None = None) -> None:
+        broker = ["--broker-url", broker_url] if broker_url else []
+        version = str(self.pg_version)
+        self.text("init", "--pg-version", version, "--safekeepers", str(safekeepers), *broker)
 
     def create_main(self) -> None:
         """A tenant with branch `main` and an endpoint of that name, running."""
@@ -163,14 +165,14 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running_stack(pg_version: int, *, safekeepers: int = 3) -> Iterator[Stack]:
+def running_stack(pg_version: int, *, safekeepers: int = 3, broker_url: str | None = None) -> Iterator[Stack]:
     """An initialised and started installation without tenants; stopped and removed at the end."""
     root = Path(tempfile.mkdtemp(prefix="excimer-stack-"))
     root.chmod(0o755)
     build_of(pg_version)
     stack = Stack(root, pg_version)
     try:
-        stack.init(safekeepers=safekeepers)
+        stack.init(safekeepers=safekeepers, broker_url=broker_url)
         stack.text("start")
         yield stack
     except BaseException:

@@ -12,6 +12,7 @@
 Not here: starting anything (`local_processes`).
 """
 
+import re
 import secrets
 import socket
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ PORTS: Final = range(15000, 30000)
 """Below the range from which Linux takes ports of outgoing connections, so that ours stay free."""
 
 PORT_ATTEMPTS: Final = 2000
+_NATS_URL: Final = re.compile(r"(nats|tls)://\S+:\d{1,5}\Z")
 SAFEKEEPERS_MAX: Final = 9
 
 
@@ -56,6 +58,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     broker_port: int
     broker_http_port: int
     broker_password: str
+    broker_url: str | None = None
+    """Of a NATS server that somebody else runs; None: our own broker."""
     controller_port: int
     page_service_port: int
     pageserver_http_port: int
@@ -108,12 +112,15 @@ class Installation:
             raise StateDirectoryError(f"cannot read {path}: {error.strerror}") from error
 
     def broker_url(self) -> str:
+        if self.config.broker_url is not None:
+            return self.config.broker_url
         return f"nats://excimer:{self.config.broker_password}@{HOST}:{self.config.broker_port}"
 
     def service_parts(self) -> list[Part]:
         """All services, in an order in which they may start; they stop in the reverse one."""
+        own_broker = [self._broker()] if self.config.broker_url is None else []
         return [
-            self._broker(),
+            *own_broker,
             *[self._safekeeper(ports) for ports in self.config.safekeepers],
             self._pageserver(),
             self._controller(),
@@ -237,13 +244,18 @@ def load_installation(directory: Path) -> Installation:
     return Installation(directory, config)
 
 
-def new_config(pg_version: int, safekeepers: int) -> Config:
-    """A configuration with free ports."""
+def new_config(pg_version: int, safekeepers: int, broker_url: str | None = None) -> Config:
+    """A configuration with free ports. Raises `StateDirectoryError` for what is not a NATS URL."""
+    if broker_url is not None and not _NATS_URL.match(broker_url):
+        raise StateDirectoryError(
+            f"{broker_url!r} is not the URL of a NATS server: write nats://USER:PASSWORD@HOST:PORT"
+        )
     ports = iter(free_ports(5 + 3 * safekeepers))
     return Config(
         pg_version=pg_version,
         broker_port=next(ports),
         broker_http_port=next(ports),
+        broker_url=broker_url,
         broker_password=secrets.token_urlsafe(24),
         controller_port=next(ports),
         page_service_port=next(ports),

@@ -53,17 +53,25 @@ def init(
     force: Annotated[
         bool, typer.Option(help="Delete an installation that is there, with all its data.")
     ] = False,
+    broker_url: Annotated[
+        str | None,
+        typer.Option(
+            help="A NATS server to use, nats://USER:PASSWORD@HOST:PORT; default: our own.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Make a new local installation."""
     session = session_of(context)
-    installation = make_installation(session, pg_version, safekeepers, force=force)
+    installation = make_installation(session, pg_version, safekeepers, force=force, broker_url=broker_url)
     session.say(
         f"made an installation in {installation.directory}; next: excimer start",
         {"directory": str(installation.directory), "pg_version": pg_version, "safekeepers": safekeepers},
     )
 
 
-def make_installation(session: Session, pg_version: int, safekeepers: int, *, force: bool) -> Installation:
+def make_installation(
+    session: Session, pg_version: int, safekeepers: int, *, force: bool, broker_url: str | None = None
+) -> Installation:
     from excimer.postgres import find_build
 
     if not 1 <= safekeepers <= SAFEKEEPERS_MAX or safekeepers % 2 == 0:
@@ -78,7 +86,7 @@ def make_installation(session: Session, pg_version: int, safekeepers: int, *, fo
         _remove_installation(directory)
     elif directory.exists() and not directory.is_dir():
         raise StateDirectoryError(f"{directory} is not a directory")
-    return create_installation(directory, new_config(pg_version, safekeepers))
+    return create_installation(directory, new_config(pg_version, safekeepers, broker_url))
 
 
 def _remove_installation(directory: Path) -> None:
