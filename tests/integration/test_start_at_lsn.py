@@ -156,6 +156,16 @@ def test_a_static_endpoint_opens_read_only(cluster: Cluster) -> None:
     asyncio.run(scenario())
 
 
+def sysv_segments() -> list[str]:
+    return Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+
+
+def shared_memory_segments(data_dir: Path) -> set[str]:
+    """Ids of the System V segments that the postmaster of `data_dir` made."""
+    pid = (data_dir / "postmaster.pid").read_text().split("\n")[0]
+    return {line.split()[1] for line in sysv_segments() if line.split()[4] == pid}
+
+
 def test_leftovers_are_killed_and_a_failed_start_is_an_error(cluster: Cluster) -> None:
     async def scenario() -> None:
         async with cluster.running() as process:
@@ -164,8 +174,11 @@ def test_leftovers_are_killed_and_a_failed_start_is_an_error(cluster: Cluster) -
             )
             with pytest.raises(PostgresStartError, match="exited with status"):
                 await second.wait_ready()
+            segments = shared_memory_segments(cluster.data_dir)
+            assert segments
             os.kill(process.pid, signal.SIGSTOP)
             await kill_left_behind(cluster.data_dir)
             assert await process.wait_exit() == -signal.SIGKILL
+            assert not segments & {line.split()[1] for line in sysv_segments()}
 
     asyncio.run(scenario())

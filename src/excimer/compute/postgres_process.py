@@ -6,6 +6,7 @@ and log an error each time.
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Mapping
@@ -20,6 +21,10 @@ _READY_POLL_S = 0.002
 _KILL_ROUNDS = 500
 _KILL_POLL_S = 0.01
 _STATUS_LINE = 7
+_SHARED_MEMORY_LINE = 6
+_IPC_RMID = 0
+
+_libc = ctypes.CDLL(None)
 
 
 class PostgresStartError(RetryableError):
@@ -106,6 +111,7 @@ async def kill_left_behind(data_dir: Path) -> None:
     for _ in range(_KILL_ROUNDS):
         remaining = [pid for pid in _pids() if _runs_in(pid, data_dir)]
         if not remaining:
+            _release_shared_memory(data_dir)
             return
         for pid in remaining:
             try:
@@ -114,6 +120,26 @@ async def kill_left_behind(data_dir: Path) -> None:
                 continue
         await asyncio.sleep(_KILL_POLL_S)
     raise PostgresStartError(f"processes {remaining} in {data_dir} cannot be killed")
+
+
+def _release_shared_memory(data_dir: Path) -> None:
+    """Removes the System V segment that a killed postmaster left; nobody else would.
+
+    Its id is the second number of the seventh line of postmaster.pid. A segment that some other
+    program has made meanwhile under the same id is not ours to remove, and the kernel refuses it
+    unless we are root; so only one that nobody is attached to, of the postmaster's user, goes.
+    """
+    try:
+        status = (data_dir / "postmaster.pid").read_text().split("\n")[_SHARED_MEMORY_LINE].split()
+        key, segment = int(status[0]), int(status[1])
+        owner = data_dir.stat().st_uid
+        listed = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    except (OSError, ValueError, IndexError):
+        return
+    for row in listed:
+        is_ours = (int(row[0]) & 0xFFFFFFFF, int(row[1])) == (key & 0xFFFFFFFF, segment)
+        if is_ours and int(row[6]) == 0 and int(row[7]) == owner:
+            _libc.shmctl(segment, _IPC_RMID, None)
 
 
 def _pids() -> list[int]:

@@ -28,20 +28,18 @@ DEFAULTS = {
     "wal_level": "replica",
     "max_wal_senders": "10",
     "max_replication_slots": "10",
-    "wal_keep_size": "1GB",
-    "max_wal_size": "4GB",
     "shared_buffers": "128MB",
     "max_connections": "100",
     "huge_pages": "off",
-    "dynamic_shared_memory_type": "posix",
+    "dynamic_shared_memory_type": "mmap",
     "log_line_prefix": "%m [%p] ",
     "log_timezone": "UTC",
     "timezone": "UTC",
     "datestyle": "iso, mdy",
     "default_text_search_config": "pg_catalog.english",
 }
-"""As initdb would write them, except wal_keep_size: a safekeeper that was away for a short while
-catches up from the compute's own WAL."""
+"""As initdb would write them, except that dynamic shared memory lies in the data directory: with posix, a
+killed postgres leaves its segments in /dev/shm, of which a container has only 64 MB."""
 
 
 class PostgresSettingError(RefusedError):
