@@ -30,7 +30,7 @@ from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
 from excimer.compute.data_directory import DataDirectoryPlan, plan_data_directory, write_data_directory
 from excimer.compute.places import ComputePlaces
 from excimer.compute.postgres_process import PostgresProcess, kill_left_behind
-from excimer.compute.postgres_settings import render_postgres_settings
+from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
 from excimer.compute.proposer import PostgresAddress, Proposer
 from excimer.pgformat.basebackup import Basebackup
 from excimer.pgformat.checkpoint import CheckPoint
@@ -183,7 +183,11 @@ class Attempt:
             preload_environment(spec.places.arena) | {"LC_ALL": "C.UTF-8"}
         )
         return await PostgresProcess.start(
-            spec.build.postgres, spec.places.data_dir, environment, spec.places.postgres_log
+            spec.build.postgres,
+            spec.places.data_dir,
+            environment,
+            spec.places.postgres_log,
+            fixed_arguments(),
         )
 
     async def _clean_up(self) -> None:

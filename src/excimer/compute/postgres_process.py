@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from excimer.base.errors import RetryableError
@@ -44,12 +44,17 @@ class PostgresProcess:
 
     @classmethod
     async def start(
-        cls, postgres: Path, data_dir: Path, environment: Mapping[str, str], log_path: Path
+        cls,
+        postgres: Path,
+        data_dir: Path,
+        environment: Mapping[str, str],
+        log_path: Path,
+        options: Sequence[str] = (),
     ) -> "PostgresProcess":
         """Launches postgres as the unprivileged user; `wait_ready` says when it serves."""
         with log_path.open("ab") as log:
             process = await spawn_async(
-                [postgres, "-D", data_dir],
+                [postgres, "-D", data_dir, *options],
                 environment=environment,
                 directory=data_dir,
                 stdout=log,

@@ -1,0 +1,59 @@
+"""What a superuser can say in SQL does not make a compute acknowledge what the quorum does not have (D1)."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from tests.kit.builds import NEWEST_VERSION
+from tests.kit.stack import Stack, running_stack
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack(NEWEST_VERSION) as stack:
+        stack.create_main()
+        yield stack
+
+
+def test_alter_system_cannot_end_the_wait_for_the_quorum(stack: Stack) -> None:
+    stack.query("alter system set synchronous_standby_names = ''")
+    stack.query("alter system set restart_after_crash = on")
+    stack.query("select pg_reload_conf()")
+    stack.query("select pg_sleep(0.3)")
+    assert stack.query("show synchronous_standby_names") == [("excimer_proposer",)]
+    assert stack.query("show restart_after_crash") == [("off",)]
+
+
+def test_unlogged_tables_are_empty_after_a_stop_and_usable(stack: Stack) -> None:
+    stack.query("create unlogged table scratch(a int)")  # its init fork has no block
+    stack.query("create unlogged table keyed(a int primary key)")
+    for table in ("scratch", "keyed"):
+        stack.query(f"insert into {table} select generate_series(1, 100)")
+    stack.text("endpoint", "stop", "main")
+    stack.text("endpoint", "start", "main")
+    for table in ("scratch", "keyed"):
+        assert stack.query(f"select count(*) from {table}") == [(0,)]
+        stack.query(f"insert into {table} values (1)")
+
+
+def test_a_promoted_static_endpoint_acknowledges_nothing(stack: Stack) -> None:
+    stack.query("create table kept(a int)")
+    [[lsn]] = stack.query("select pg_current_wal_insert_lsn()::text")
+    stack.text("endpoint", "create", "past", "--lsn", lsn)
+    stack.text("endpoint", "start", "past")
+    stack.query("select pg_promote()", "past")
+    acknowledged = threading.Event()
+
+    def commit() -> None:
+        with contextlib.suppress(psycopg.Error):  # its server is stopped before it answers
+            stack.query("insert into kept values (1)", "past")
+            acknowledged.set()
+
+    threading.Thread(target=commit, daemon=True).start()
+    assert not acknowledged.wait(2)
+    stack.text("endpoint", "stop", "past", "--destroy", "--immediate")
+    assert not acknowledged.is_set()
+    assert stack.query("select count(*) from kept") == [(0,)]
