@@ -20,6 +20,7 @@ from fastapi import Depends
 from prometheus_client import CollectorRegistry
 
 from excimer import __version__
+from excimer._native.native_apply import apply_native
 from excimer.base.address import Address, parse_address
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN
@@ -35,7 +36,6 @@ from excimer.pageserver.settings import PageserverSettings
 from excimer.pageserver.tenant_records import TenantRecords
 from excimer.pageserver.tenants import Tenants
 from excimer.pageserver.wal_receiver import Connect
-from excimer.pgformat.native_records import apply_native
 from excimer.service.broker_client import BrokerClient
 from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app, serving_http
