@@ -9,7 +9,7 @@ import pytest
 from excimer.base.errors import ExcimerError
 from excimer.base.lsn import Lsn
 from excimer.safekeeper.disk import Disk
-from excimer.wire.safekeeping import AppendResponse
+from excimer.wire.safekeeping import AppendResponse, Term, VoteRequest, VoteResponse
 from tests.kit.acceptor_driver import SEGMENT_SIZE_BYTES, START, Driver, create_timeline, opened
 from tests.kit.wal_builder import WalBuilder
 
@@ -99,3 +99,49 @@ def test_each_disk_call_may_fail_once(tmp_path: Path, error: int) -> None:
         with opened(directory) as timeline:
             assert timeline.flush_lsn == builder.lsn
             assert timeline.read_wal(START, Lsn(builder.lsn)) == wal
+
+
+class RenamingDisk(Disk):
+    """While `is_failing`, a replaced file bears its new content, but the directory's sync fails."""
+
+    def __init__(self) -> None:
+        self.is_failing = False
+        self.durable: bytes | None = None
+
+    def replace_file(self, path: Path, data: bytes) -> None:
+        super().replace_file(path, data)
+        if self.is_failing:
+            raise OSError(errno.EIO, "injected")
+        self.durable = data
+
+
+def test_a_promise_that_may_not_be_durable_is_written_again_before_it_is_spoken(tmp_path: Path) -> None:
+    directory = tmp_path / "timeline"
+    create_timeline(directory)
+    disk = RenamingDisk()
+    with opened(directory, disk) as timeline:
+        driver = Driver(timeline)
+        vote = VoteRequest(Term(9), driver.id)
+        disk.is_failing = True
+        with pytest.raises(OSError, match="injected"):
+            driver.say(vote)
+        with pytest.raises(OSError, match="injected"):
+            driver.say(vote)
+        disk.is_failing = False
+        disk.durable = None
+        (answer,) = driver.say(vote)
+        assert isinstance(answer, VoteResponse)
+        assert answer.granted
+        assert disk.durable is not None, "the vote rests on a file that was never synced (C2)"
+        assert disk.durable == (directory / "control").read_bytes()
+
+
+def test_a_promise_found_at_start_is_written_again_before_it_is_spoken(tmp_path: Path) -> None:
+    directory = tmp_path / "timeline"
+    create_timeline(directory)
+    with opened(directory) as timeline:
+        Driver(timeline).say(VoteRequest(Term(9), Driver(timeline).id))
+    disk = RenamingDisk()
+    with opened(directory, disk) as timeline:
+        assert timeline.term == 9
+        assert disk.durable == (directory / "control").read_bytes()

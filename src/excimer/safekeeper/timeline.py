@@ -193,7 +193,12 @@ class SafekeeperTimeline:
         return self._acceptor
 
     def _load(self, state: AcceptorState, limit_lsn: Lsn) -> None:
-        """Makes the acceptor from what is durable; WAL at and above `limit_lsn` does not count."""
+        """Makes the acceptor from what is durable; WAL at and above `limit_lsn` does not count.
+
+        The control file is put on disk anew: the one that was read may be a renamed one whose directory
+        was never synced, and a promise it holds is about to be spoken (C2).
+        """
+        self._persist(state)
         start_lsn = state.commit_lsn
         check_committed(self._storage, self.identity, self.start_lsn, start_lsn)
         end_lsn = find_end_of_wal(self._storage, self.identity, start_lsn, limit_lsn)
