@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 
 import zstandard
 
+from excimer.base.address import Address
 from excimer.base.ids import TenantId, TimelineId
 from excimer.pgformat.basebackup import Basebackup, decode_basebackup
-from excimer.service.listen import HostPort
 from excimer.wire.page_service import (
     NEWEST_LSN,
     BasebackupAnswer,
@@ -79,7 +79,7 @@ class PageClient:
 
 
 @contextlib.asynccontextmanager
-async def connect_pages(address: HostPort) -> AsyncIterator[PageClient]:
+async def connect_pages(address: Address) -> AsyncIterator[PageClient]:
     reader, writer = await asyncio.open_connection(*address)
     try:
         yield PageClient(reader, writer)

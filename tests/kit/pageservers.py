@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 
+from excimer.base.address import Address
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, parse_lsn
 from excimer.pageserver.settings import PageserverSettings
-from excimer.service.listen import HostPort
 from excimer.service.settings import save_settings
 from excimer.wire.auth import Claims, KeyPair, Scope, encode_token
 from tests.kit.page_client import PageClient, connect_pages
@@ -33,8 +33,8 @@ class PageserverProcess:
         self.data_dir = directory / "data"
         self.object_store = directory / "objects"
         self.log = directory / "log"
-        self.http_address = HostPort("127.0.0.1", free_port())
-        self.page_address = HostPort("127.0.0.1", free_port())
+        self.http_address = Address("127.0.0.1", free_port())
+        self.page_address = Address("127.0.0.1", free_port())
         self.process: subprocess.Popen[bytes] | None = None
         self.settings_path = directory / "pageserver.toml"
         (directory / "public.pem").write_bytes(keys.public_pem)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from excimer.base.address import parse_address
 from excimer.base.errors import RefusedError
 from excimer.broker.settings import BrokerSettings
-from excimer.service.listen import parse_host_port
 from excimer.service.plain_metrics import PlainMetric
 
 PROGRAM_NAME: Final = "nats-server"
@@ -51,7 +51,7 @@ def find_nats_server() -> Path:
 
 def nats_config(settings: BrokerSettings, monitor_port: int) -> str:
     """The configuration file's text. JSON strings are valid NATS strings."""
-    listen = parse_host_port(settings.listen)
+    listen = parse_address(settings.listen)
     return f"""# Written by excimer broker at each start; changes are lost.
 server_name: excimer
 host: {json.dumps(listen.host)}

@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette import types as asgi
 from starlette.exceptions import HTTPException
 
+from excimer.base.address import Address
 from excimer.base.clock import Clock
 from excimer.base.errors import (
     ConflictError,
@@ -38,7 +39,7 @@ from excimer.base.errors import (
 )
 from excimer.service import metrics
 from excimer.service.health import Health
-from excimer.service.listen import HostPort, bind_listen, bound_address
+from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger, log_context
 from excimer.service.tasks import TaskScope
 from excimer.wire.auth import AuthError, Claims, Scope, TokenVerifier, require_scope
@@ -118,7 +119,7 @@ def create_app(title: str, version: str, health: Health, registry: CollectorRegi
 
 
 @contextlib.asynccontextmanager
-async def serving_http(app: FastAPI, listen: str, what: str) -> AsyncIterator[HostPort]:
+async def serving_http(app: FastAPI, listen: str, what: str) -> AsyncIterator[Address]:
     """Serves `app` while the block runs; yields the address once requests are answered.
 
     Raises `ListenError` before anything else happens if the port is taken. Leaving the block lets

@@ -14,8 +14,8 @@ from urllib.parse import quote, urlencode
 import h11
 import msgspec
 
+from excimer.base.address import parse_address
 from excimer.base.errors import ConflictError, ExcimerError, NotFoundError, RefusedError, RetryableError
-from excimer.service.listen import parse_host_port
 
 READ_SIZE_BYTES: Final = 64 * 1024
 ANSWER_SIZE_MAX: Final = 64 * 1024 * 1024
@@ -67,7 +67,7 @@ class HttpClient:
         return self._result(status, answer)
 
     async def _exchange(self, method: str, target: str, body: object) -> tuple[int, bytes]:
-        host, port = parse_host_port(self.address)
+        host, port = parse_address(self.address)
         reader, writer = await asyncio.open_connection(host, port)
         try:
             connection = h11.Connection(h11.CLIENT)

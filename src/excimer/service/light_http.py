@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Callable
 
 import h11
 
+from excimer.base.address import Address
 from excimer.service.health import HTTP_OK, Health
-from excimer.service.listen import HostPort, bind_listen, bound_address
+from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
 from excimer.service.plain_metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 
@@ -26,7 +27,7 @@ log = get_logger(__name__)
 @contextlib.asynccontextmanager
 async def serving_light_http(
     listen: str, health: Health, read_metrics: Callable[[], bytes]
-) -> AsyncIterator[HostPort]:
+) -> AsyncIterator[Address]:
     """Serves while the block runs; yields the address. Raises `ListenError` if the port is taken."""
     bound = bind_listen(listen, f"{health.service} http_listen")
     server = _LightServer(health, read_metrics)

@@ -6,38 +6,23 @@ found before anything else is begun, and named.
 
 import errno
 import socket
-from typing import NamedTuple
 
+from excimer.base.address import Address, parse_address
 from excimer.base.errors import RefusedError
 
 BACKLOG = 128
-PORT_MAX = 65535
 
 
 class ListenError(RefusedError):
-    """An address is malformed or cannot be listened on."""
-
-
-class HostPort(NamedTuple):
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def parse_host_port(text: str) -> HostPort:
-    """`127.0.0.1:5432`, `name:5432`, `[::1]:5432`. Raises `ListenError`."""
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > PORT_MAX:
-        raise ListenError(f"{text!r} is not an address: write host:port, like 127.0.0.1:5432")
-    return HostPort(host, int(port))
+    """An address cannot be listened on."""
 
 
 def bind_listen(listen: str, what: str) -> socket.socket:
-    """A listening socket on `listen`; port 0 takes any free one. Raises `ListenError` naming `what`."""
-    address = parse_host_port(listen)
+    """A listening socket on `listen`; port 0 takes any free one.
+
+    Raises `InvalidAddressError`, and `ListenError` naming `what`.
+    """
+    address = parse_address(listen)
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -58,7 +43,7 @@ def bind_listen(listen: str, what: str) -> socket.socket:
     return bound
 
 
-def bound_address(bound: socket.socket) -> HostPort:
+def bound_address(bound: socket.socket) -> Address:
     """Where a socket listens, with the port that was chosen if it asked for any."""
     host, port = bound.getsockname()[:2]
-    return HostPort(host, port)
+    return Address(host, port)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from prometheus_client import CollectorRegistry
 
+from excimer.base.address import Address
 from excimer.base.errors import NotFoundError, RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId, new_tenant_id, new_timeline_id
 from excimer.base.keys import KeyKind, Relation, relation_block_key, relation_size_key
@@ -17,7 +18,7 @@ from excimer.base.lsn import Lsn
 from excimer.pageserver.endpoints import page_connection
 from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.metrics import PageServiceMetrics
-from excimer.service.listen import HostPort, bind_listen, bound_address
+from excimer.service.listen import bind_listen, bound_address
 from excimer.service.tasks import TaskScope, contained
 from excimer.wire.auth import AuthError, Claims, Scope, TokenVerifier, encode_token, generate_key_pair
 from excimer.wire.page_service import (
@@ -57,7 +58,7 @@ class Served(MemoryTimeline):
 class World:
     """A server, its timeline, and whether the timeline is known."""
 
-    def __init__(self, timeline: Served, address: HostPort) -> None:
+    def __init__(self, timeline: Served, address: Address) -> None:
         self.timeline = timeline
         self.address = address
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import typer
 
+from excimer.base.address import parse_address
 from excimer.base.errors import ExcimerError
 from excimer.cli.errors import EXIT_FAILED
 from excimer.cli.installation import CONFIG_NAME, Installation, Part, is_free, load_installation
 from excimer.cli.local_processes import find_process, probe
 from excimer.cli.session import Session, session_of
-from excimer.service.listen import parse_host_port
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,7 +155,7 @@ def _check_keys(installation: Installation) -> Finding:
 def _check_part(installation: Installation, part: Part) -> Finding:
     process = find_process(installation, part.name, part.lock_dir)
     if process is None:
-        if not is_free(parse_host_port(part.http_address).port):
+        if not is_free(parse_address(part.http_address).port):
             return Finding(part.name, "problem", f"does not run, and its port {part.http_address} is taken")
         return Finding(part.name, "ok", "does not run")
     status = probe(part.http_address, process.pid)
