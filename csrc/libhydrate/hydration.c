@@ -162,11 +162,12 @@ static bool fetch(struct hydration *hydration, struct page_request *request, uin
         enum page_result result = request_pages(request, &settings, &hydration->patience, hydration->reason);
         if (first->done)
             return true;
-        request->run_count = 1; /* hints are not worth a second attempt */
-        if (result == PAGES_REFUSED && first->count > needed) {
-            first->count = needed; /* perhaps only the read-ahead was refused */
+        bool had_more = first->count > needed;
+        request->run_count = 1; /* hints and read-ahead are not worth a second attempt: they may be what fails */
+        if (had_more)
+            first->count = needed;
+        if (result == PAGES_REFUSED && had_more)
             continue;
-        }
         if (result != PAGES_RETRY) {
             hydration->patience.ended = result == PAGES_REFUSED ? "refused" : hydration->patience.ended;
             return false;

@@ -53,9 +53,10 @@ def test_retryable_errors_are_retried(lazy: LazyDirectory, driver: Driver) -> No
     assert lazy.arena.statistics().retries == 3
 
 
-def test_a_bad_neighbour_does_not_fail_a_read(lazy: LazyDirectory, driver: Driver) -> None:
-    lazy.arena.change(lazy.arena.settings._replace(read_ahead_blocks=32))
-    lazy.server.behaviour.error = (ErrorCode.CORRUPTION, "bad layer")
+@pytest.mark.parametrize("code", [ErrorCode.CORRUPTION, ErrorCode.RETRYABLE])
+def test_a_bad_neighbour_does_not_fail_a_read(lazy: LazyDirectory, driver: Driver, code: ErrorCode) -> None:
+    lazy.arena.change(lazy.arena.settings._replace(read_ahead_blocks=32, deadline_s=SHORT_S))
+    lazy.server.behaviour.error = (code, "bad layer")
     lazy.server.behaviour.error_blocks = frozenset({3, 77})
     fd = driver.open(PATH)
     assert driver.read(fd, 0) == [tag(PATH, 0)]

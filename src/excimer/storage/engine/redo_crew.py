@@ -23,7 +23,9 @@ from excimer.base.lsn import format_lsn
 from excimer.storage.engine.redo_worker import Exchange, Failure, RedoWorkerStartError
 from excimer.wire.redo import decode_redo_request, request_key
 
-REQUEST_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 20.0
+"""Without any progress. Well below the 60 s after which a compute gives up a read: a worker that hangs is
+replaced, and the read still succeeds."""
 ATTEMPTS = 3
 LIFE_REQUESTS = 1_000_000
 CHECK_EVERY_REQUESTS = 2_000
