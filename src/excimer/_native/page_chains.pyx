@@ -157,26 +157,26 @@ cdef class PageChains:
         cdef unsigned long long lsn
         cdef long long slot
         cdef int order, broken = 0
-        with nogil:
-            while at < end:
-                if end - at < VALUE_HEAD_SIZE:
-                    broken = 1
+        # Microseconds: to let go of the GIL, with other threads waiting for it, costs more than that.
+        while at < end:
+            if end - at < VALUE_HEAD_SIZE:
+                broken = 1
+                break
+            memcpy(&length, at + 20, 4)
+            memcpy(&lsn, at + 24, 8)
+            if end - at - VALUE_HEAD_SIZE < <long long> length:
+                broken = 1
+                break
+            order = memcmp(at, self.first_key, KEY_SIZE - 4)
+            if order > 0:
+                break
+            if order == 0:
+                slot = <long long> block_of_key(at) - self.first_block
+                if slot >= self.count:
                     break
-                memcpy(&length, at + 20, 4)
-                memcpy(&lsn, at + 24, 8)
-                if end - at - VALUE_HEAD_SIZE < <long long> length:
-                    broken = 1
-                    break
-                order = memcmp(at, self.first_key, KEY_SIZE - 4)
-                if order > 0:
-                    break
-                if order == 0:
-                    slot = <long long> block_of_key(at) - self.first_block
-                    if slot >= self.count:
-                        break
-                    if slot >= 0 and low_lsn < lsn <= high_lsn:
-                        self.offer(<int> slot, at[18], at[19], lsn, at + VALUE_HEAD_SIZE, length)
-                at += VALUE_HEAD_SIZE + length
+                if slot >= 0 and low_lsn < lsn <= high_lsn:
+                    self.offer(<int> slot, at[18], at[19], lsn, at + VALUE_HEAD_SIZE, length)
+            at += VALUE_HEAD_SIZE + length
         if broken:
             raise MalformedValueError("a value reaches past the end of its block")
         self.held.append(block)
@@ -199,27 +199,27 @@ cdef class PageChains:
         Raises `MalformedValueError` for an image of the wrong size.
         """
         cdef list compressed = []
-        cdef Slot* place
         cdef Link* link
-        cdef int slot, outcome
+        cdef int slot = 0, outcome
         self.output = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> self.count * BLOCK_SIZE)
         self.pages = <unsigned char*> PyBytes_AS_STRING(self.output)
-        for slot in range(self.count):
-            place = &self.slots[slot]
-            if place.oldest < 0:
-                memset(self.pages + <Py_ssize_t> slot * BLOCK_SIZE, 0, BLOCK_SIZE)
-                continue
-            link = &self.links[place.oldest]
+        while slot < self.count:
+            # Once for all pages, not once for each: threads that wait for the GIL wake up at every release.
             with nogil:
-                outcome = self.restore_base(slot)
+                outcome = 0
+                while slot < self.count and outcome == 0:
+                    outcome = self.restore_base(slot)
+                    slot += 1
+            if outcome == 0:
+                break
+            link = &self.links[self.slots[slot - 1].oldest]
             if outcome < 0:
                 raise MalformedValueError(
-                    f"slot {slot}: the value of kind {link.kind} at LSN {link.lsn:#x} is malformed"
+                    f"slot {slot - 1}: the value of kind {link.kind} at LSN {link.lsn:#x} is malformed"
                 )
-            if outcome > 0:
-                hole = link.payload[4] | (<int> link.payload[5]) << 8
-                data = link.payload[PAGE_IMAGE_HEAD_SIZE:link.length]
-                compressed.append((slot, outcome, data, BLOCK_SIZE - hole))
+            hole = link.payload[4] | (<int> link.payload[5]) << 8
+            data = link.payload[PAGE_IMAGE_HEAD_SIZE:link.length]
+            compressed.append((slot - 1, outcome, data, BLOCK_SIZE - hole))
         return compressed
 
     cdef int restore_base(self, int slot) except -2 nogil:
@@ -228,10 +228,14 @@ cdef class PageChains:
         Leaves the cursor at the first link to apply on top of the base.
         """
         cdef Slot* place = &self.slots[slot]
-        cdef Link* link = &self.links[place.oldest]
+        cdef Link* link
         cdef unsigned char* page = self.pages + <Py_ssize_t> slot * BLOCK_SIZE
         cdef unsigned char plain[BLOCK_SIZE]
         cdef int hole_offset, hole_length, size
+        if place.oldest < 0:
+            memset(page, 0, BLOCK_SIZE)
+            return 0
+        link = &self.links[place.oldest]
         if link.kind == WAL_RECORD or link.kind == NATIVE:
             memset(page, 0, BLOCK_SIZE)
             place.cursor = place.oldest
