@@ -1,59 +1,17 @@
-"""`excimer …` and `python -m excimer.cli …`: runs the command line, turns errors into one line and a code."""
+"""`excimer …` and `python -m excimer.cli …`. Light, so that Ctrl-C during the imports finds it ready."""
 
-import json
-import os
 import sys
-from typing import Any
-
-import typer
-
-from excimer.base.errors import ExcimerError
-from excimer.cli.app import app
-from excimer.cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, exit_code_of
-from excimer.cli.session import common_options_first
-
-_WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
-"""Typer's UsageError, which only newer versions of it export."""
 
 
 def main() -> None:
-    arguments = common_options_first(sys.argv[1:])
-    as_json = "--json" in arguments
     try:
-        code = app(arguments, prog_name="excimer", standalone_mode=False)
-    except _WrongUsage as error:
-        code = EXIT_USAGE
-        if "NoArgs" in type(error).__name__:
-            print(error)
-        else:
-            _complain(as_json, "UsageError", f"{_usage_problem(error)} {_hint(error)}")
-    except ExcimerError as error:
-        code = exit_code_of(error)
-        _complain(as_json, type(error).__name__, str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        code = EXIT_INTERRUPTED
-        _complain(as_json, "Interrupted", "interrupted; what has started goes on running")
-    except BrokenPipeError:
-        code = EXIT_FAILED
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code if isinstance(code, int) else 0)
+        from excimer.cli.command_line import run
 
-
-def _complain(as_json: bool, kind: str, message: str) -> None:
-    sentence = " ".join(message.split())
-    print(
-        json.dumps({"error": kind, "message": sentence}) if as_json else f"excimer: {sentence}",
-        file=sys.stderr,
-    )
-
-
-def _usage_problem(error: Any) -> str:
-    return str(error.format_message())
-
-
-def _hint(error: Exception) -> str:
-    context = getattr(error, "ctx", None)
-    return f"(see {context.command_path} --help)" if context is not None else ""
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = 130
+        print("excimer: interrupted before anything was done", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -48,7 +48,13 @@ class HealthTimeoutError(RetryableError):
     """A process runs but does not become well in time."""
 
 
-Launched: TypeAlias = "dict[str, subprocess.Popen[bytes]]"
+class LaunchedProcess(NamedTuple):
+    process: "subprocess.Popen[bytes]"
+    log_start: int
+    """Where in the part's log the words of this process begin."""
+
+
+Launched: TypeAlias = dict[str, LaunchedProcess]
 
 
 class HealthAnswer(msgspec.Struct, frozen=True):
@@ -151,7 +157,7 @@ def wait_for_parts(
             if waiting:
                 time.sleep(POLL_S)
     finally:
-        for process in launched.values():
+        for process, _ in launched.values():
             process.returncode = process.poll() or 0  # it outlives us on purpose: no warning about that
 
 
@@ -164,7 +170,7 @@ def _is_well(installation: Installation, part: Part) -> bool:
     return process is not None and probe(part.http_address, process.pid) == HTTP_OK
 
 
-def _launch(installation: Installation, part: Part) -> "subprocess.Popen[bytes]":
+def _launch(installation: Installation, part: Part) -> LaunchedProcess:
     settings = settings_path(installation, part.name)
     settings.touch(mode=0o600)
     save_settings(settings, part.settings, "Written by excimer at each start; changes are lost.")
@@ -173,6 +179,7 @@ def _launch(installation: Installation, part: Part) -> "subprocess.Popen[bytes]"
     if log.exists() and log.stat().st_size > LOG_SIZE_MAX:
         log.replace(log.with_suffix(".log.1"))
     with open(log, "ab") as output, _interrupts_later():
+        log_start = output.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", part.module, str(settings)],
             stdin=subprocess.DEVNULL,
@@ -183,7 +190,7 @@ def _launch(installation: Installation, part: Part) -> "subprocess.Popen[bytes]"
             start_new_session=True,
         )
         _write_record(_record_path(installation, part.name), process.pid)
-    return process
+    return LaunchedProcess(process, log_start)
 
 
 def _environment() -> dict[str, str]:
@@ -194,19 +201,20 @@ def _environment() -> dict[str, str]:
 
 
 def _check_progress(
-    installation: Installation, part: Part, process: "subprocess.Popen[bytes] | None", deadline: float
+    installation: Installation, part: Part, launched: LaunchedProcess | None, deadline: float
 ) -> None:
     """Raises when a part that is not well has ended, or has had its time."""
-    log = log_path(installation, part.name)
-    if _is_absent(installation, part) if process is None else process.poll() is not None:
-        code = f" (exit code {process.returncode})" if process is not None else ""
-        raise ProcessFailedError(
-            f"{part.name} did not start{code}: {last_error(log)}; see `excimer logs {part.name}`"
-        )
-    if time.monotonic() > deadline:
-        raise HealthTimeoutError(
-            f"{part.name} runs but does not become ready: {last_error(log)}; see `excimer logs {part.name}`"
-        )
+    if launched is None:
+        has_ended, log_start, code = _is_absent(installation, part), 0, ""
+    else:
+        has_ended, log_start = launched.process.poll() is not None, launched.log_start
+        code = f" (exit code {launched.process.returncode})"
+    if not has_ended and time.monotonic() <= deadline:
+        return
+    said = f"{last_error(log_path(installation, part.name), log_start)}; see `excimer logs {part.name}`"
+    if has_ended:
+        raise ProcessFailedError(f"{part.name} did not start{code}: {said}")
+    raise HealthTimeoutError(f"{part.name} runs but does not become ready: {said}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,14 @@ TAIL_SIZE_BYTES: Final = 64 * 1024
 HIDDEN_FIELDS: Final = ("time", "level", "service", "event", "traceback")
 
 
-def tail(path: Path, count: int) -> list[str]:
-    """The last `count` lines; none if there is no such file."""
+def tail(path: Path, count: int, start: int = 0) -> list[str]:
+    """The last `count` lines from byte `start` on; none if there is no such file."""
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, 2)
+            size = max(0, file.seek(0, 2) - start)
             wanted = TAIL_SIZE_BYTES
             while True:
-                file.seek(max(0, size - wanted))
+                file.seek(start + max(0, size - wanted))
                 lines = file.read().decode("utf-8", "replace").splitlines()
                 if len(lines) > count or wanted >= size:
                     return lines[-count:] if count else []
@@ -24,20 +24,25 @@ def tail(path: Path, count: int) -> list[str]:
         return []
 
 
-def last_error(path: Path) -> str:
-    """The last error (else the last line) of a log, as one sentence."""
-    lines = tail(path, 200)
+def last_error(path: Path, start: int = 0) -> str:
+    """The last error (else the last line) in a log from byte `start` on, as one sentence."""
+    lines = tail(path, 200, start)
     for line in reversed(lines):
         fields = parse(line)
         if fields is not None and fields.get("level") == "error":
-            return str(fields.get("event", "")).splitlines()[0]
+            return _sentence(fields)
         if fields is None and line.startswith("excimer "):
             return line.partition(": ")[2] or line
     spoken = [line for line in lines if line.strip()]
     if not spoken:
         return "its log is empty"
     fields = parse(spoken[-1])
-    return str(fields["event"]) if fields else spoken[-1].strip()
+    return _sentence(fields) if fields else spoken[-1].strip()
+
+
+def _sentence(fields: dict[str, Any]) -> str:
+    event = (str(fields.get("event", "")).splitlines() or [""])[0]
+    return f"{event}: {fields['reason']}" if fields.get("reason") else event
 
 
 def parse(line: str) -> dict[str, Any] | None:

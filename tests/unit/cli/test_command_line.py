@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from excimer.base.errors import NotFoundError, RefusedError, RetryableError
 from excimer.cli.app import COMMANDS
+from excimer.cli.command_line import run
+from excimer.cli.commands.endpoint import check_lsn
 from excimer.cli.commands.timeline import branch_point
 from excimer.cli.errors import UsageError, exit_code_of
 from excimer.cli.session import common_options_first
@@ -100,6 +103,37 @@ def test_without_an_installation(tmp_path: Path, arguments: list[str]) -> None:
 def test_exit_codes_follow_families() -> None:
     errors = (UsageError("x"), NotFoundError("x"), RetryableError("x"), RefusedError("x"), ValueError())
     assert [exit_code_of(error) for error in errors] == [2, 3, 4, 1, 1]
+
+
+def test_lsns_are_checked_where_they_are_typed() -> None:
+    check_lsn("0/16B3748")
+    for text in ("bogus", "16B3748", "0/16B3748 "):
+        with pytest.raises(UsageError, match=f"--lsn {text!r} is not an LSN"):
+            check_lsn(text)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, typer.Exit(130)])
+def test_an_interrupt_is_said_in_one_line(
+    raised: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("excimer.cli.commands.installation.load_installation", interrupted)
+    assert run(["status"]) == 130
+    assert capsys.readouterr().err == "excimer: interrupted; what has started goes on running\n"
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    ended = subprocess.run(
+        [sys.executable, "-m", "excimer.cli", "status"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert (ended.returncode, ended.stderr) == (130, "excimer: interrupted before anything was done\n")
 
 
 def test_branch_points(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,8 +162,10 @@ def test_failures_show_what_the_service_said(installation: Installation) -> None
         ProcessFailedError, match=r"small did not start \(exit code 1\): .*port 5 of 127.0.0.1 is taken"
     ):
         start_parts(installation, [part_of(installation, "refuse")], lambda *_: None)
+    begun = installation.logs_dir / "waits.log"
+    begun.write_text('{"level": "error", "event": "the trouble of yesterday"}\n')
     waits = part_of(installation, "never ready", "waits")
-    with pytest.raises(ExcimerError, match="waits runs but does not become ready"):
+    with pytest.raises(ExcimerError, match="waits runs but does not become ready: its log"):
         start_parts(installation, [waits], lambda *_: None, limit_s=1.5)
     assert stop(installation, waits) == ["waits"]
 
@@ -249,6 +251,11 @@ def test_log_lines(tmp_path: Path) -> None:
     error = {**line, "level": "error", "event": "x failed: it broke", "traceback": "Traceback\n  boom"}
     path.write_text("chatter\n" + json.dumps(error) + "\n" + json.dumps(line) + "\n{broken\n")
     assert last_error(path) == "x failed: it broke"
+    assert last_error(path, path.stat().st_size) == "its log is empty"
+    with path.open("a") as file:
+        file.write(json.dumps({**line, "level": "warning", "event": "tried", "reason": "no page"}) + "\n")
+    assert last_error(path, path.read_text().index("{broken")) == "tried: no page"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     assert pretty(json.dumps(line)) == "12:00:01 info    ready port=5"
     assert pretty(json.dumps(error)).endswith("\nTraceback\n  boom")
     assert pretty("{broken") == "{broken"

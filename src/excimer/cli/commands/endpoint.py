@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from excimer.base.errors import ConflictError
+from excimer.base.lsn import InvalidLsnError, parse_lsn
 from excimer.cli.controller_client import ControllerClient
-from excimer.cli.errors import StillRunningError
+from excimer.cli.errors import StillRunningError, UsageError
 from excimer.cli.installation import (
     HOST,
     Installation,
@@ -63,6 +64,8 @@ def create(
 ) -> None:
     """Make an endpoint on a branch. It does not run yet."""
     session = session_of(context)
+    if lsn is not None:
+        check_lsn(lsn)
     body = {
         "name": name,
         "tenant": tenant,
@@ -76,6 +79,14 @@ def create(
         f"endpoint {name} made on branch {endpoint['branch']}; next: excimer endpoint start {name}",
         endpoint | {"url": url_of(endpoint)},
     )
+
+
+def check_lsn(text: str) -> None:
+    """Raises `UsageError`."""
+    try:
+        parse_lsn(text)
+    except InvalidLsnError as error:
+        raise UsageError(f"--lsn {error}") from error
 
 
 def create_endpoint(installation: Installation, body: dict[str, Any], pg_port: int | None) -> dict[str, Any]:

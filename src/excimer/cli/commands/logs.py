@@ -1,5 +1,6 @@
 """`excimer logs PART`: what a part has written."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,8 @@ def logs(
     for line in tail(path, lines):
         print(line if session.as_json else pretty(line), flush=True)
     if follow:
-        _follow(path, size, as_json=session.as_json)
+        with contextlib.suppress(KeyboardInterrupt):
+            _follow(path, size, as_json=session.as_json)
 
 
 def _find_log(logs_dir: Path, part: str) -> Path:
