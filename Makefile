@@ -1,24 +1,54 @@
-# Excimer's daily commands. `make run` and `make test` set up whatever is missing.
+# Excimer's daily commands. `make run` and `make test` set up whatever is missing; `make help` lists all.
 VENV   ?= .venv
 PYTHON ?= python3
-BIN    := $(VENV)/bin
-SOURCES := $(wildcard src/excimer/_native/*.pyx src/excimer/_native/*.pxd csrc/*/*.c csrc/*/*.h)
+# TESTS: what to run, and with which options of pytest. JOBS: how many test files at once.
+TESTS  ?=
+JOBS   ?= 2
 
-.PHONY: setup run demo test check bench clean
+BIN     := $(VENV)/bin
+NATIVE  := src/excimer/_native
+SOURCES := $(wildcard $(NATIVE)/*.pyx $(NATIVE)/*.pxd $(NATIVE)/*.h \
+             csrc/libhydrate/*.c csrc/libhydrate/*.h csrc/libhydrate/Makefile)
+PYTEST  := $(BIN)/python -m pytest
+
+# A virtual environment does not work after its folder was moved or copied.
+ifneq ($(shell cat $(VENV)/.place 2>/dev/null),$(abspath $(VENV)))
+MOVED := moved
+endif
+
+.PHONY: help setup run demo test sweep check bench clean moved
+help:
+	@echo 'make run     start everything and print a postgres:// URL'
+	@echo 'make demo    the same, then a walk through branching on real data'
+	@echo 'make test    all tests; TESTS="tests/unit -k lsn" some of them; JOBS=1 one at a time'
+	@echo 'make sweep   the tests that draw at random, at many times their usual length'
+	@echo 'make check   lint, format, types, spelling, house rules'
+	@echo 'make bench   measure against plain PostgreSQL'
+	@echo 'make setup   only make $(VENV) and build the native parts'
+	@echo 'make clean   remove what was built (not your data in .excimer)'
+	@echo
+	@echo 'Variables: VENV=$(VENV) PYTHON=$(PYTHON)'
+
 setup: $(VENV)/.ready
-$(VENV)/.ready: pyproject.toml setup.py $(SOURCES)
-	@PYTHON=$(PYTHON) VENV=$(VENV) sh tools/setup.sh
-	@touch $@
+moved: ;
+$(VENV)/.packages: pyproject.toml setup.py $(MOVED)
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh tools/setup.sh packages
+$(VENV)/.ready: $(VENV)/.packages $(SOURCES)
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh tools/setup.sh native
 
 run: setup
 	@$(BIN)/excimer up
 demo: setup
 	@$(BIN)/excimer up --demo
 test: setup
-	@$(BIN)/python -m pytest
+	@$(PYTEST) -n $(JOBS) --dist loadfile $(TESTS)
+sweep: setup
+	@EXCIMER_ENGINE_EXAMPLES=500 EXCIMER_FAULT_STRIDE=1 EXCIMER_REDO_DAMAGE_ROUNDS=100 \
+	EXCIMER_SIMULATION_SEEDS=50000 EXCIMER_TORTURE_ROUNDS=100 EXCIMER_TRUTH_LSNS=10 EXCIMER_TRUTH_PAGES=2000 \
+	$(PYTEST) -n $(JOBS) --dist loadfile -o timeout=7200 -o faulthandler_timeout=7200 $(TESTS)
 check: setup
 	@sh tools/check.sh $(BIN)
 bench: setup
 	@$(BIN)/python -m bench
 clean:
-	rm -rf build $(VENV) src/*.egg-info src/excimer/_native/*.so src/excimer/_native/*.c
+	rm -rf build $(VENV) src/*.egg-info $(NATIVE)/*.so $(NATIVE)/*.c csrc/libhydrate/libhydrate.so

@@ -1,22 +1,24 @@
 #!/bin/sh
-# Makes the virtual environment and builds the native parts. Called by the Makefile; safe to repeat.
+# Called by the Makefile; safe to repeat.
+#   packages   makes the virtual environment, with everything that pyproject.toml names
+#   native     builds the Cython modules and libhydrate; needs no network
 set -eu
 : "${PYTHON:=python3}" "${VENV:=.venv}"
 
 fail() { printf 'setup: %s\n' "$1" >&2; exit 1; }
 
-command -v "$PYTHON" >/dev/null || fail "$PYTHON not found: install Python 3.11 or newer"
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "$("$PYTHON" --version) is too old: Excimer needs Python 3.11 or newer (set PYTHON=...)"
-
-missing=""
-command -v cc >/dev/null || missing="$missing gcc libc6-dev"
-"$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
-"$PYTHON" - <<'PY' || missing="$missing python3-dev"
+install_missing_programs() {
+    command -v "$PYTHON" >/dev/null || fail "$PYTHON not found: install Python 3.11 or newer"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$("$PYTHON" --version) is too old: Excimer needs Python 3.11 or newer (set PYTHON=...)"
+    missing=""
+    command -v cc >/dev/null || missing="$missing gcc libc6-dev"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
+    "$PYTHON" - <<'PY' || missing="$missing python3-dev"
 import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
 PY
-if [ -n "$missing" ]; then
+    [ -n "$missing" ] || return 0
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "setup: installing$missing"
         apt-get -qq update
@@ -25,9 +27,36 @@ if [ -n "$missing" ]; then
     else
         fail "missing$missing; run: sudo apt-get install$missing"
     fi
-fi
+}
 
-[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-echo "setup: installing Python packages and building native parts (a minute or two the first time)"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade "setuptools>=77" "Cython>=3.1" wheel
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev,demo]"
+place() { (cd "$VENV" && pwd); }
+
+packages() {
+    install_missing_programs
+    if [ -d "$VENV" ] && { [ ! -f "$VENV/pyvenv.cfg" ] || [ "$(cat "$VENV/.place" 2>/dev/null)" != "$(place)" ]; }
+    then  # somebody else's, or moved: its programs name the old folder
+        [ -f "$VENV/pyvenv.cfg" ] || fail "$VENV is not a virtual environment: remove it, or set VENV=..."
+        rm -rf "$VENV"
+    fi
+    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    echo "setup: installing Python packages and building native parts (a minute or two the first time)"
+    pip="$VENV/bin/python -m pip --quiet --disable-pip-version-check"
+    $pip install --upgrade "setuptools>=77" "Cython>=3.1" wheel
+    $pip install --no-build-isolation --editable ".[dev,demo]"
+    place > "$VENV/.place"
+    touch "$VENV/.packages"
+}
+
+native() {
+    force=""
+    if [ -f "$VENV/.ready" ]; then
+        echo "setup: building the native parts that have changed"
+        [ "$VENV/.ready" -nt setup.py ] || force=--force  # other flags, perhaps
+    fi
+    log="$VENV/build.log"
+    "$VENV/bin/python" setup.py --quiet build_ext --inplace $force > "$log" 2>&1 ||
+        { cat "$log" >&2; fail "the native parts do not build"; }
+    touch "$VENV/.ready"
+}
+
+"$1"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from excimer.broker.nats_config import find_nats_server
-from excimer.broker.shell import free_port
 from tests.kit.builds import NEWEST_VERSION
+from tests.kit.ports import free_port
 from tests.kit.stack import Stack, running_stack
 
 

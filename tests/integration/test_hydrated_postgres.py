@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from excimer.postgres import PostgresBuild, run_initdb
 from tests.kit.builds import ALL_VERSIONS, NEWEST_VERSION, build_of
 from tests.kit.fake_page_server import FakePageServer
 from tests.kit.lazy_cluster import split_cluster
+from tests.kit.ports import free_port
 
 ROWS = 30_000
 CANCEL_LIMIT_S = 2.0
@@ -44,12 +44,6 @@ CHECK_HEAPS = """
     select count(v.*) from pg_class c, lateral verify_heapam(c.oid) v
      where c.relkind in ('r', 't', 'm') and c.relpersistence = 'p'
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Cluster:

@@ -5,7 +5,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -20,14 +19,9 @@ from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.wal_prefix import build_wal_prefix, wal_segment_file_name
 from excimer.postgres import PostgresBuild, run_initdb
 from tests.kit.builds import ALL_VERSIONS, build_of
+from tests.kit.ports import free_port
 
 SHUTDOWN_CHECKPOINT_BYTES = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Cluster:

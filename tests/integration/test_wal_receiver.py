@@ -19,7 +19,7 @@ from excimer.service.replication_client import ReplicationClient, connect_replic
 from excimer.service.tasks import SystemClock, running
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.plain_postgres import PlainPostgres
-from tests.kit.safekeepers import free_port
+from tests.kit.ports import free_port
 
 SEGMENT = 16 << 20
 CHUNK_KEPT = 1000

@@ -19,7 +19,7 @@ from excimer.pageserver.settings import PageserverSettings
 from excimer.service.settings import save_settings
 from excimer.wire.auth import Claims, KeyPair, Scope, encode_token
 from tests.kit.page_client import PageClient, connect_pages
-from tests.kit.safekeepers import free_port
+from tests.kit.ports import free_port
 
 READY_TIMEOUT_S = 30.0
 

@@ -14,7 +14,7 @@ from excimer.compute.postgres_process import PostgresProcess
 from excimer.compute.proposer import PostgresAddress
 from excimer.io.processes import give_to_user, make_owned_dir
 from excimer.postgres import PostgresBuild, run_initdb
-from tests.kit.safekeepers import free_port
+from tests.kit.ports import free_port
 
 PROPOSER_CONFIGURATION = "synchronous_standby_names = 'excimer_proposer'\n"
 

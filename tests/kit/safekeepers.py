@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,17 +19,12 @@ from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.safekeeper.settings import SafekeeperSettings
 from excimer.service.settings import save_settings
 from excimer.wire.auth import Claims, KeyPair, Scope, encode_token, generate_key_pair
+from tests.kit.ports import free_port
 
 TENANT = TenantId("aa" * 16)
 TIMELINE = TimelineId("bb" * 16)
 NO_BROKER = "nats://excimer:none@127.0.0.1:9"
 READY_TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class SafekeeperProcess:

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from excimer.io.processes import make_owned_dir, run, spawn
 from excimer.postgres import PostgresBuild
+from tests.kit.ports import free_port
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
@@ -40,9 +40,7 @@ class StockServer:
 @contextlib.contextmanager
 def stock_server(build: PostgresBuild, data_dir: Path, settings: Mapping[str, str]) -> Iterator[StockServer]:
     """Starts a server on an existing cluster and shuts it down cleanly at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     # Sockets have short paths; pytest's directories do not.
     socket_dir = make_owned_dir(Path(tempfile.mkdtemp(prefix="excimer-sock-")))
     wanted = {

@@ -17,7 +17,7 @@ from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.broker.nats_config import parse_log_line
 from excimer.broker.settings import BrokerSettings
-from excimer.broker.shell import NatsServer, free_port, serve_broker
+from excimer.broker.shell import NatsServer, serve_broker
 from excimer.service.broker_client import BrokerClient
 from excimer.service.http_client import HttpClient
 from excimer.service.instance_lock import AlreadyRunningError
@@ -32,6 +32,7 @@ from excimer.wire.broker import (
     encode_status,
     subject_of,
 )
+from tests.kit.ports import free_port
 
 TENANT, TIMELINE = TenantId("a" * 32), TimelineId("b" * 32)
 SAFEKEEPER = SafekeeperTimelineStatus(
