@@ -26,7 +26,8 @@ from excimer.wire.safekeeping import (
 CONNECT_TIMEOUT_S = 5.0
 SILENT_S_MAX = 10.0
 """A connected safekeeper answers each heartbeat; one that is silent this long is dialled anew."""
-ANNOUNCE_DELAY_S = 0.005
+ANNOUNCE_DELAY_S = 0.02
+"""While commits follow each other faster than this, appends alone carry the commit LSN."""
 RECONNECT = Backoff(first_s=0.05, most_s=2.0, reset_after_s=10.0)
 
 log = get_logger(__name__)

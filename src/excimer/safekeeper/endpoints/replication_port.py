@@ -66,6 +66,9 @@ from excimer.wire.replication import (
 CONNECTIONS_MAX = 1000
 LOGIN_TIMEOUT_S = 10.0
 KEEPALIVE_INTERVAL_S = 1.0
+GATHER_S = 0.01
+"""After sending all there was, WAL gathers for this long: to wake a reader for each commit would cost the
+commits that follow more than it is worth to readers. The first commit after a pause is sent at once."""
 CHUNK_SIZE_BYTES = 128 << 10
 """As PostgreSQL's own walsender (MAX_SEND_SIZE)."""
 GATHER_S = 0.01
@@ -281,6 +284,7 @@ class _Session:
         while True:
             commit_lsn = timeline.commit_lsn
             if self._sent_lsn >= commit_lsn:
+                await asyncio.sleep(GATHER_S)
                 if not await timeline.commits.wait_beyond(self._sent_lsn, KEEPALIVE_INTERVAL_S):
                     self._send_keepalive(timeline)
                     await self._writer.drain()
