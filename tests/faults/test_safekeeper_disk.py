@@ -29,7 +29,7 @@ class FaultyDisk(Disk):
             self.has_failed = True
             raise OSError(self._error, "injected")
 
-    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+    def pwrite(self, fd: int, data: bytes, offset: int) -> None:
         self._call()
         super().pwrite(fd, data, offset)
 

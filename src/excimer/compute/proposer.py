@@ -113,6 +113,8 @@ class Proposer:
         self._scanner: WalScanner | None = None
         self._election: Election | None = None
         self._client: ReplicationClient | None = None
+        self._is_repaired = False
+        """A majority has all below E. Later commits wake no task: each would cost a turn of the loop."""
         self._is_paused = False
         self._failure: ExcimerError | None = None
         self._changed = asyncio.Event()  # elected, committed for the first time, failed, or source lost
@@ -270,7 +272,9 @@ class Proposer:
                     peer.send_frame(self._append_frame(effect))
                 case core.CommitAdvanced():
                     self._confirm()
-                    self._changed.set()
+                    if not self._is_repaired:
+                        self._is_repaired = True
+                        self._changed.set()
                 case core.Send(index, message):
                     if isinstance(message, CommitAnnounce):
                         self._peers[index].hold_announcement(message)

@@ -30,6 +30,8 @@ Not here: bytes on disk, record boundaries (the shell's WAL scanner reports them
 from dataclasses import dataclass, replace
 from typing import NewType, assert_never
 
+import msgspec
+
 from excimer.base.errors import CorruptionError, RefusedError
 from excimer.base.ids import NodeId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
@@ -99,15 +101,13 @@ class AcceptorState:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class PersistControl:
+class PersistControl(msgspec.Struct, frozen=True):
     """Put `state` on disk, whole or not at all, before the next effect (C2)."""
 
     state: AcceptorState
 
 
-@dataclass(frozen=True, slots=True)
-class TruncateWal:
+class TruncateWal(msgspec.Struct, frozen=True):
     """Durably remove every byte at and above `lsn`, a record boundary, before the next effect.
 
     After it no crash may bring such a byte back: zero the rest of the segment and delete later ones,
@@ -117,16 +117,14 @@ class TruncateWal:
     lsn: Lsn
 
 
-@dataclass(frozen=True, slots=True)
-class WriteWal:
+class WriteWal(msgspec.Struct, frozen=True):
     """Write `wal` at `lsn`, which is where the WAL written so far ends. Need not be durable yet."""
 
     lsn: Lsn
-    wal: bytes | memoryview
+    wal: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class FlushWal:
+class FlushWal(msgspec.Struct, frozen=True):
     """fdatasync what is written up to `end_lsn`, then report with `Acceptor.wal_flushed`."""
 
     end_lsn: Lsn
@@ -134,8 +132,7 @@ class FlushWal:
     """How often WAL had been truncated when this was asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReadWal:
+class ReadWal(msgspec.Struct, frozen=True):
     """Read WAL [start_lsn, end_lsn), which is durable here, and answer with a `WalChunk` of `term`.
 
     An empty chunk says that it cannot be read. Bounded by `WAL_CHUNK_SIZE_BYTES_MAX`.
@@ -147,14 +144,12 @@ class ReadWal:
     end_lsn: Lsn
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     connection: ConnectionId
     message: AcceptorMessage
 
 
-@dataclass(frozen=True, slots=True)
-class CommitAdvanced:
+class CommitAdvanced(msgspec.Struct, frozen=True):
     """Readers may have WAL up to `commit_lsn`, a record boundary (C3)."""
 
     commit_lsn: Lsn
@@ -381,7 +376,8 @@ class Acceptor:
         self._raise_horizon(request.horizon_lsn)
         effects = self._advance_commit()
         # Same term, same stream: bytes that are already here are the same bytes.
-        new_wal = memoryview(request.wal)[self.write_lsn - request.begin_lsn :]
+        known_size_bytes = self.write_lsn - request.begin_lsn
+        new_wal = request.wal[known_size_bytes:] if known_size_bytes else request.wal
         if not new_wal:
             return [*effects, Send(connection, self._append_response())]
         effects.append(WriteWal(self.write_lsn, new_wal))
@@ -406,12 +402,19 @@ class Acceptor:
             commit_lsn = self.last_record_end_lsn
         if commit_lsn <= self.state.commit_lsn:
             return []
-        self.state = replace(self.state, commit_lsn=commit_lsn)
+        self._set_progress(commit_lsn, self.state.horizon_lsn)
         return [CommitAdvanced(commit_lsn)]
 
     def _raise_horizon(self, horizon_lsn: Lsn) -> None:
         if horizon_lsn > self.state.horizon_lsn:
-            self.state = replace(self.state, horizon_lsn=horizon_lsn)
+            self._set_progress(self.state.commit_lsn, horizon_lsn)
+
+    def _set_progress(self, commit_lsn: Lsn, horizon_lsn: Lsn) -> None:
+        """Each commit comes here twice: `dataclasses.replace` takes four times as long."""
+        state = self.state
+        self.state = AcceptorState(
+            state.promised_term, state.voted_for, state.history, commit_lsn, horizon_lsn
+        )
 
     def _read(self, connection: ConnectionId, request: ReadWalRequest) -> list[AcceptorEffect]:
         end_lsn = Lsn(min(request.end_lsn, self.flush_lsn, request.start_lsn + WAL_CHUNK_SIZE_BYTES_MAX))

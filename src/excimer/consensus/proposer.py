@@ -454,6 +454,8 @@ class Proposer:
 
     def _advance_commit(self) -> list[ProposerEffect]:
         reign = self._leading()
+        if not reign.boundaries:
+            return []
         flushed_lsn = quorum_lsn(self._counted_flush_lsns(), len(self._peers))
         reached = bisect_right(reign.boundaries, flushed_lsn)
         if reached == 0:
@@ -470,9 +472,10 @@ class Proposer:
     def _trim(self) -> Iterator[ProposerEffect]:
         """Raises the horizon; drops window WAL that all have, or that a majority has and room is short."""
         reign = self._leading()
-        if all(peer.adopted for peer in self._peers):
-            reign.horizon_lsn = max(reign.horizon_lsn, min(peer.commit_lsn for peer in self._peers))
-        flushed_lsn = min(peer.flush_lsn for peer in self._peers if peer.adopted)
+        adopted = [peer for peer in self._peers if peer.adopted]
+        if len(adopted) == len(self._peers):
+            reign.horizon_lsn = max(reign.horizon_lsn, min([peer.commit_lsn for peer in adopted]))
+        flushed_lsn = min([peer.flush_lsn for peer in adopted])
         half_full_lsn = reign.window_end_lsn - self._limits.window_size_bytes_max // 2
         trim_lsn = Lsn(min(reign.commit_lsn, max(flushed_lsn, half_full_lsn)))
         if trim_lsn > reign.window_start_lsn:
@@ -486,8 +489,11 @@ class Proposer:
             return []
         effects: list[ProposerEffect] = []
         for peer in self._peers:
-            if peer.connected and peer.adopted and peer.sent_lsn is not None:
-                effects += self._pump(reign, peer, peer.sent_lsn)
+            sent_lsn = peer.sent_lsn
+            if sent_lsn is None or not peer.connected or not peer.adopted:
+                continue
+            if sent_lsn != reign.window_end_lsn or peer.announced_commit_lsn != reign.commit_lsn:
+                effects += self._pump(reign, peer, sent_lsn)
         return effects
 
     def _pump(self, reign: _Reign, peer: _Peer, sent_lsn: Lsn) -> Iterator[ProposerEffect]:

@@ -5,6 +5,8 @@ Not here: when it asks (`excimer.consensus.proposer`, which also exports these n
 
 from dataclasses import dataclass
 
+import msgspec
+
 from excimer.base.lsn import Lsn
 from excimer.wire.safekeeping import WAL_CHUNK_SIZE_BYTES_MAX, AppendRequest, ProposerMessage, Term
 
@@ -20,14 +22,12 @@ class ProposerLimits:
     """Recent WAL in memory. Committed WAL leaves from half of it on; uncommitted WAL may fill it all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     peer: int
     message: ProposerMessage
 
 
-@dataclass(frozen=True, slots=True)
-class SendWal:
+class SendWal(msgspec.Struct, frozen=True):
     """Send `message(wal)` with WAL [begin_lsn, end_lsn) of the window."""
 
     peer: int
@@ -41,8 +41,7 @@ class SendWal:
         return AppendRequest(self.term, self.begin_lsn, self.commit_lsn, self.horizon_lsn, wal)
 
 
-@dataclass(frozen=True, slots=True)
-class Elected:
+class Elected(msgspec.Struct, frozen=True):
     """Won. Open a `WalWindow` at `start_lsn`; wait for the first `CommitAdvanced` before writing WAL."""
 
     term: Term
@@ -51,36 +50,31 @@ class Elected:
     donor: int
 
 
-@dataclass(frozen=True, slots=True)
-class ElectionLost:
+class ElectionLost(msgspec.Struct, frozen=True):
     """Another candidate is ahead. Back off for a random while, then `campaign()`, or give up."""
 
     term_seen: Term
 
 
-@dataclass(frozen=True, slots=True)
-class CommitAdvanced:
+class CommitAdvanced(msgspec.Struct, frozen=True):
     """WAL below `commit_lsn`, a record boundary, is durable at a majority (D1): tell PostgreSQL."""
 
     commit_lsn: Lsn
 
 
-@dataclass(frozen=True, slots=True)
-class TrimWindow:
+class TrimWindow(msgspec.Struct, frozen=True):
     """WAL below `lsn` will not be asked of the window again."""
 
     lsn: Lsn
 
 
-@dataclass(frozen=True, slots=True)
-class Fenced:
+class Fenced(msgspec.Struct, frozen=True):
     """A newer proposer has `term_seen`: stop PostgreSQL, write nothing more."""
 
     term_seen: Term
 
 
-@dataclass(frozen=True, slots=True)
-class PeerStranded:
+class PeerStranded(msgspec.Struct, frozen=True):
     """No member can serve the WAL that `peer` lacks: rebuild it from object storage."""
 
     peer: int

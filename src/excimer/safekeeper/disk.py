@@ -14,12 +14,11 @@ _ZEROS = bytes(1 << 20)
 class Disk:
     """The real disk. All calls block and raise OSError."""
 
-    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+    def pwrite(self, fd: int, data: bytes, offset: int) -> None:
         """Writes all of `data`."""
-        with memoryview(data) as view:
-            done = 0
-            while done < len(view):
-                done += os.pwrite(fd, view[done:], offset + done)
+        done = os.pwrite(fd, data, offset)
+        while done < len(data):
+            done += os.pwrite(fd, data[done:], offset + done)
 
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)

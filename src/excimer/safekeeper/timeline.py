@@ -12,6 +12,7 @@ Not here: sockets (`endpoints.proposer_port`), what may be accepted (`consensus.
 """
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -234,9 +235,8 @@ class SafekeeperTimeline:
         for effect in effects:
             match effect:
                 case WriteWal(lsn, wal):
-                    wal_bytes = bytes(wal)
-                    self._scanner.feed(wal_bytes)  # before it is stored: what is not WAL never is
-                    self._storage.write(lsn, wal_bytes)
+                    self._scanner.feed(wal)  # before it is stored: what is not WAL never is
+                    self._storage.write(lsn, wal)
                 case FlushWal():
                     self._flush = effect
                 case Send(connection, message):
@@ -259,8 +259,9 @@ class SafekeeperTimeline:
         if flush is None or self._acceptor is None:
             return
         before_lsn = self._storage.flush_lsn
-        with self._metrics.flush_seconds.time():
-            flush_lsn = self._storage.flush()
+        started = time.perf_counter()
+        flush_lsn = self._storage.flush()
+        self._metrics.flush_seconds.observe(time.perf_counter() - started)
         self._metrics.wal_bytes.inc(flush_lsn - before_lsn)
         self._carry_out(self._acceptor.wal_flushed(flush, self._scanner.last_record_end), outgoing)
 

@@ -72,25 +72,25 @@ class WalStorage:
     def path_of(self, number: int) -> Path:
         return self._directory / segment_name(POSTGRES_TIMELINE, number, self._segment_size_bytes)
 
-    def write(self, lsn: Lsn, data: bytes | memoryview) -> None:
+    def write(self, lsn: Lsn, data: bytes) -> None:
         """Writes at exactly `write_lsn`. Raises `DiskFullError`, `DiskFailedError`: then call `revert`."""
         if lsn != self.write_lsn:
             raise CorruptionError(f"WAL of {format_lsn(lsn)} written at {format_lsn(self.write_lsn)}")
-        with memoryview(data) as view:
-            done = 0
-            while done < len(view):
-                number, offset = divmod(lsn + done, self._segment_size_bytes)
-                size = min(len(view) - done, self._segment_size_bytes - offset)
-                try:
-                    fd = self._open_for_write(number)
-                    self._dirty.add(fd)
-                    self._disk.pwrite(fd, view[done : done + size], offset)
-                except OSError as error:
-                    raise _as_failure(error, self.path_of(number)) from error
-                done += size
-                self.write_lsn = Lsn(lsn + done)
-                if offset + size > self._segment_size_bytes * _PREPARE_NEXT_AT:
-                    self._prepare(number + 1)
+        done = 0
+        while done < len(data):
+            number, offset = divmod(lsn + done, self._segment_size_bytes)
+            size = min(len(data) - done, self._segment_size_bytes - offset)
+            try:
+                fd = self._open_for_write(number)
+                self._dirty.add(fd)
+                part = data if size == len(data) else data[done : done + size]
+                self._disk.pwrite(fd, part, offset)
+            except OSError as error:
+                raise _as_failure(error, self.path_of(number)) from error
+            done += size
+            self.write_lsn = Lsn(lsn + done)
+            if offset + size > self._segment_size_bytes * _PREPARE_NEXT_AT:
+                self._prepare(number + 1)
 
     def flush(self) -> Lsn:
         """Makes everything written durable and returns the new `flush_lsn`. Blocks for the disk."""
