@@ -137,6 +137,11 @@ int system_getpid(void)
     return (int)syscall(SYS_getpid);
 }
 
+int system_epoll_wait(int fd, struct epoll_event *events, int capacity, int timeout_ms)
+{
+    return (int)syscall(SYS_epoll_pwait, fd, events, capacity, timeout_ms, NULL, 8); /* size of the kernel's signal set */
+}
+
 int system_move_up(int fd)
 {
     int moved = (int)syscall(SYS_fcntl, fd, F_DUPFD_CLOEXEC, FD_MIN_OWN);

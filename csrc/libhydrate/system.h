@@ -7,6 +7,7 @@
 #define HYDRATE_SYSTEM_H
 
 #include <stdint.h>
+#include <sys/epoll.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -36,6 +37,7 @@ int system_dup(int fd);
 int system_dup3(int from, int to, int flags);
 int system_fcntl(int fd, int command, void *argument);
 int system_getpid(void);
+int system_epoll_wait(int fd, struct epoll_event *events, int capacity, int timeout_ms);
 
 /* Moves fd far up, out of the way of numbers that PostgreSQL counts on; keeps it if there is no room. */
 int system_move_up(int fd);

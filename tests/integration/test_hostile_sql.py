@@ -27,6 +27,32 @@ def test_alter_system_cannot_end_the_wait_for_the_quorum(stack: Stack) -> None:
     assert stack.query("show restart_after_crash") == [("off",)]
 
 
+def test_a_commit_that_waits_for_the_quorum_cannot_be_cancelled_into_success(stack: Stack) -> None:
+    stack.query("create table cancelled(a int)")
+    acknowledged = threading.Event()
+
+    def commit() -> None:
+        stack.query("insert into cancelled values (1)")
+        acknowledged.set()
+
+    stack.kill("safekeeper-1")
+    stack.kill("safekeeper-2")
+    writer = threading.Thread(target=commit)
+    writer.start()
+    waiting = "select pg_cancel_backend(pid) from pg_stat_activity where wait_event = 'SyncRep'"
+    stack.wait_until(lambda: bool(stack.query(waiting)), "a commit that waits")
+    for _ in range(3):
+        assert not acknowledged.wait(0.5), "a cancelled wait was answered with COMMIT (D1)"
+        assert stack.query(waiting) == [(True,)]
+    stack.text("start")
+    writer.join(30)
+    assert acknowledged.is_set()
+    with stack.connect() as connection:
+        connection.execute("set statement_timeout = '200ms'")
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            connection.execute("select pg_sleep(20)")
+
+
 def test_unlogged_tables_are_empty_after_a_stop_and_usable(stack: Stack) -> None:
     stack.query("create unlogged table scratch(a int)")  # its init fork has no block
     stack.query("create unlogged table keyed(a int primary key)")

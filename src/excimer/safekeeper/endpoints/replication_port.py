@@ -66,9 +66,6 @@ from excimer.wire.replication import (
 CONNECTIONS_MAX = 1000
 LOGIN_TIMEOUT_S = 10.0
 KEEPALIVE_INTERVAL_S = 1.0
-GATHER_S = 0.01
-"""After sending all there was, WAL gathers for this long: to wake a reader for each commit would cost the
-commits that follow more than it is worth to readers. The first commit after a pause is sent at once."""
 CHUNK_SIZE_BYTES = 128 << 10
 """As PostgreSQL's own walsender (MAX_SEND_SIZE)."""
 GATHER_S = 0.01
