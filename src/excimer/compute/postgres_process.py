@@ -111,10 +111,12 @@ async def kill_left_behind(data_dir: Path) -> None:
 
     Backends outlive a killed postmaster for a moment, and a killed manager may leave a whole
     postgres; either would go on writing into a directory that is about to be removed. They are
-    found by their working directory: each backend is its own session, and pids are reused.
+    found by their working directory: each backend is its own session, and pids are reused. The kernel
+    names that directory without links, and marks one that somebody has removed already.
     """
+    directory = os.path.realpath(data_dir)  # noqa: ASYNC240 - as quick as reading /proc
     for _ in range(_KILL_ROUNDS):
-        remaining = [pid for pid in _pids() if _runs_in(pid, data_dir)]
+        remaining = [pid for pid in _pids() if _runs_in(pid, directory)]
         if not remaining:
             _release_shared_memory(data_dir)
             return
@@ -151,8 +153,8 @@ def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def _runs_in(pid: int, data_dir: Path) -> bool:
+def _runs_in(pid: int, directory: str) -> bool:
     try:
-        return os.readlink(f"/proc/{pid}/cwd") == str(data_dir)
+        return os.readlink(f"/proc/{pid}/cwd").removesuffix(" (deleted)") == directory
     except OSError:
         return False
