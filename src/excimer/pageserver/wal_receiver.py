@@ -28,6 +28,8 @@ log = get_logger(__name__)
 NEWS_WAIT_S = 0.5
 """How long to wait for news of safekeepers before looking again."""
 STALL_CHECK_S = 1.0
+STREAM_START_TIMEOUT_S = 5.0
+"""How long a connected source may take to agree to stream: one that hangs must not hold the timeline up."""
 
 
 class StalledError(RetryableError):
@@ -95,7 +97,8 @@ class WalReceiver:
         try:
             loop = asyncio.get_running_loop()
             start_lsn = await loop.run_in_executor(self._executor, self._consumer.begin_stream)
-            stream = await stream_wal(client, start_lsn)
+            async with asyncio.timeout(STREAM_START_TIMEOUT_S):
+                stream = await stream_wal(client, start_lsn)
             self.source = address
             log.info("WAL source connected", address=str(address), start_lsn=start_lsn)
             await self._take_chunks(address, client, stream, start_lsn)

@@ -1,0 +1,71 @@
+"""The WAL receiver on sources that misbehave before they send anything."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import pytest
+
+from excimer.base.address import Address
+from excimer.base.lsn import INVALID_LSN, Lsn
+from excimer.pageserver import wal_receiver
+from excimer.pageserver.receiver_plan import Source
+from excimer.pageserver.wal_receiver import WalReceiver
+from excimer.service.replication_client import ReplicationClient, ReplicationLostError
+from excimer.service.tasks import SystemClock, running
+
+HANGING, OTHER = Address("hangs", 1), Address("other", 2)
+
+
+class HangingClient:
+    """Connected, but START_REPLICATION is never answered."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    async def start_physical(self, start_lsn: Lsn, sink: object, *, slot: str | None = None) -> None:
+        await asyncio.Event().wait()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Nothing:
+    """A consumer that gets no WAL."""
+
+    def begin_stream(self) -> Lsn:
+        return Lsn(8)
+
+    def ingest(self, start_lsn: Lsn, data: bytes) -> None:
+        raise AssertionError("no WAL was sent")
+
+    def positions(self) -> tuple[Lsn, Lsn]:
+        return INVALID_LSN, INVALID_LSN
+
+
+def test_a_source_that_hangs_before_it_streams_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wal_receiver, "STREAM_START_TIMEOUT_S", 0.05)
+    client = HangingClient()
+    reached = asyncio.Event()
+
+    async def connect(address: Address) -> ReplicationClient:
+        if address == OTHER:
+            reached.set()
+            raise ReplicationLostError("enough is known")
+        return cast(ReplicationClient, client)
+
+    async def scenario() -> None:
+        with ThreadPoolExecutor(1) as executor:
+            receiver = WalReceiver(
+                consumer=Nothing(),
+                sources=lambda: [Source(HANGING, Lsn(100)), Source(OTHER, Lsn(50))],
+                wait_for_news=asyncio.sleep,
+                connect=connect,
+                executor=executor,
+                clock=SystemClock(),
+            )
+            async with running("receiver", receiver.run()), asyncio.timeout(5):
+                await reached.wait()
+        assert client.is_closed
+
+    asyncio.run(scenario())
