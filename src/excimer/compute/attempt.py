@@ -37,10 +37,12 @@ from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.wal_prefix import build_wal_prefix
 from excimer.postgres import PostgresBuild
+from excimer.service.listen import bind_listen
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope
 
 SUPERUSER = "postgres"
+BASEBACKUP_NOTICE_S = 5.0
 
 log = get_logger(__name__)
 
@@ -103,6 +105,8 @@ class Attempt:
         spec = self._spec
         clock = _StepClock()
         await self._clean_up()
+        # Before the election, which ends whoever else serves this timeline.
+        bind_listen(f"{spec.host}:{spec.port}", "PostgreSQL").close()
         end_lsn = spec.static_lsn
         if end_lsn is None:
             self.proposer = Proposer(
@@ -114,9 +118,7 @@ class Attempt:
             election = await self.proposer.elect()
             end_lsn = election.start_lsn
             clock.step("election")
-        backup = await fetch_basebackup(
-            spec.pageserver_address, spec.tenant_id, spec.timeline_id, spec.token, end_lsn
-        )
+        backup = await self._fetch_basebackup(end_lsn)
         clock.step("basebackup")
         await asyncio.to_thread(self._lay_directory, backup)
         clock.step("directory")
@@ -132,6 +134,18 @@ class Attempt:
         self._on_started()
         status = await process.wait_exit()
         return Ended(time.monotonic(), f"postgres exited with status {status}")
+
+    async def _fetch_basebackup(self, lsn: Lsn) -> Basebackup:
+        """At `lsn`; who waits for long learns from the log for what."""
+        spec = self._spec
+        loop = asyncio.get_running_loop()
+        notice = loop.call_later(BASEBACKUP_NOTICE_S, _log_wait, lsn)
+        try:
+            return await fetch_basebackup(
+                spec.pageserver_address, spec.tenant_id, spec.timeline_id, spec.token, lsn
+            )
+        finally:
+            notice.cancel()
 
     def _lay_directory(self, backup: Basebackup) -> None:
         spec = self._spec
@@ -203,6 +217,11 @@ class Attempt:
         await kill_left_behind(places.data_dir)
         await asyncio.to_thread(shutil.rmtree, places.data_dir, True)
         places.arena.unlink(missing_ok=True)
+
+
+def _log_wait(lsn: Lsn) -> None:
+    reason = f"it may not have WAL up to {format_lsn(lsn)}"
+    log.warning("the pageserver sends no basebackup yet", reason=reason)
 
 
 class _StepClock:

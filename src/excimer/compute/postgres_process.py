@@ -17,6 +17,7 @@ from excimer.io.processes import spawn_async
 
 START_TIMEOUT_S = 60.0
 FAST_STOP_TIMEOUT_S = 3.0
+LOG_READ_SIZE_BYTES = 1 << 16
 _READY_POLL_S = 0.002
 _KILL_ROUNDS = 500
 _KILL_POLL_S = 0.01
@@ -34,9 +35,13 @@ class PostgresStartError(RetryableError):
 class PostgresProcess:
     """A postmaster that dies with its manager."""
 
-    def __init__(self, process: asyncio.subprocess.Process, data_dir: Path) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, data_dir: Path, log_path: Path, log_start_bytes: int
+    ) -> None:
         self._process = process
         self._data_dir = data_dir
+        self._log_path = log_path
+        self._log_start_bytes = log_start_bytes
 
     @property
     def pid(self) -> int:
@@ -53,6 +58,7 @@ class PostgresProcess:
     ) -> "PostgresProcess":
         """Launches postgres as the unprivileged user; `wait_ready` says when it serves."""
         with log_path.open("ab") as log:
+            log_start_bytes = log.tell()
             process = await spawn_async(
                 [postgres, "-D", data_dir, *options],
                 environment=environment,
@@ -61,14 +67,15 @@ class PostgresProcess:
                 stderr=log,
                 parent_death_signal=signal.SIGQUIT,
             )
-        return cls(process, data_dir)
+        return cls(process, data_dir, log_path, log_start_bytes)
 
     async def wait_ready(self) -> None:
         """Until clients can connect. Raises `PostgresStartError` if postgres exits or takes too long."""
         deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
         while not self._is_ready():
             if self._process.returncode is not None:
-                raise PostgresStartError(f"postgres exited with status {self._process.returncode} at start")
+                status = self._process.returncode
+                raise PostgresStartError(f"postgres exited with status {status} at start{self._fatal()}")
             if asyncio.get_running_loop().time() > deadline:
                 raise PostgresStartError(f"postgres was not ready after {START_TIMEOUT_S:.0f} s")
             await asyncio.sleep(_READY_POLL_S)
@@ -95,6 +102,17 @@ class PostgresProcess:
             return False
         self._process.send_signal(number)
         return True
+
+    def _fatal(self) -> str:
+        """What it said when it gave up, as the end of a sentence; may be nothing."""
+        try:
+            with self._log_path.open("rb") as log:
+                log.seek(self._log_start_bytes)
+                lines = log.read(LOG_READ_SIZE_BYTES).decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        found = [line for line in lines if " FATAL: " in line or " PANIC: " in line]
+        return f": {found[-1].partition(': ')[2].strip()}" if found else ""
 
     def _is_ready(self) -> bool:
         try:

@@ -43,15 +43,18 @@ class IncompleteError(RetryableError):
     """What is referred to is still being created."""
 
 
+SHOWN_SIZE_MAX = 80
+"""How much of a wrong name is repeated."""
+
+
 def check_name(name: str, what: str, *, slash: bool = False) -> None:
     """Raises `BadRequestError` unless `name` can be the name of a `what`; branches may have slashes."""
+    said = f"{name[:SHOWN_SIZE_MAX]!r} cannot be {'an' if what[0] in 'aeiou' else 'a'} {what} name"
     if _NAME.match(name) is None or ("/" in name and not slash) or name.endswith("/") or "//" in name:
         allowed = "letters, digits, '.', '_', '-'" + (", '/'" if slash else "")
-        raise BadRequestError(
-            f"{name!r} cannot be a {what} name: use 1-63 of {allowed}, a letter or digit first"
-        )
+        raise BadRequestError(f"{said}: use 1-63 of {allowed}, a letter or digit first")
     if _ID_LIKE.match(name):
-        raise BadRequestError(f"{name!r} cannot be a {what} name: it looks like an id")
+        raise BadRequestError(f"{said}: it looks like an id")
 
 
 def check_pg_version(pg_version: int) -> None:
@@ -59,6 +62,10 @@ def check_pg_version(pg_version: int) -> None:
         raise BadRequestError(
             f"PostgreSQL {pg_version} is not supported: use {PG_VERSIONS[0]} to {PG_VERSIONS[-1]}"
         )
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    return repr(name[:SHOWN_SIZE_MAX]) + suggestion(name, known)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -90,7 +97,7 @@ def find_tenant(tenants: Iterable[Tenant], reference: str, default: TenantId | N
         found = [tenant for tenant in shown if tenant.tenant_id.startswith(reference.lower())]
         if len(found) == 1:
             return found[0]
-    raise UnknownNameError(f"no tenant {reference!r}" + suggestion(reference, [t.name for t in shown]))
+    raise UnknownNameError("no tenant " + _unknown(reference, [tenant.name for tenant in shown]))
 
 
 def find_branch(timelines: Iterable[Timeline], reference: str) -> Timeline:
@@ -103,13 +110,13 @@ def find_branch(timelines: Iterable[Timeline], reference: str) -> Timeline:
         found = [timeline for timeline in shown if timeline.timeline_id.startswith(reference.lower())]
         if len(found) == 1:
             return found[0]
-    raise UnknownNameError(f"no branch {reference!r}" + suggestion(reference, [t.name for t in shown]))
+    raise UnknownNameError("no branch " + _unknown(reference, [branch.name for branch in shown]))
 
 
 def find_endpoint(endpoints: Iterable[Endpoint], name: str) -> Endpoint:
     known = {endpoint.name: endpoint for endpoint in endpoints}
     if name not in known:
-        raise UnknownNameError(f"no endpoint {name!r}" + suggestion(name, known))
+        raise UnknownNameError("no endpoint " + _unknown(name, known))
     return known[name]
 
 

@@ -133,7 +133,8 @@ def test_endpoints() -> None:
         ("belongs to a static endpoint", "x", None, {"mode": "static"}),
         ("two different ports", "x", None, {"ports": (5, 5)}),
         ("two different ports", "x", None, {"ports": (0, 5)}),
-        ("cannot be a endpoint name|cannot be an? endpoint name", "a/b", None, {}),
+        ("cannot be an endpoint name", "a/b", None, {}),
+        (r"'x{80}' cannot be an endpoint name", "x" * 5000, None, {}),
     ):
         with pytest.raises(BadRequestError, match=problem):
             endpoint(name, lsn, **changes)
