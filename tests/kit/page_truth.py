@@ -37,6 +37,7 @@ from excimer.base.lsn import Lsn, format_lsn
 from excimer.io.filesystem import LocalFilesystem
 from excimer.io.object_store import MemoryObjectStore
 from excimer.io.processes import make_owned_dir, run
+from excimer.pageserver.basebackup_job import BasebackupSource
 from excimer.pageserver.ingest import WalIngest
 from excimer.pageserver.initdb_import import import_initdb
 from excimer.pgformat.checkpoint_state import CheckpointState, stored_next_xid
@@ -219,14 +220,13 @@ class Comparison:
     def check(self, kind: str, what: str, ours: object, theirs: object) -> None:
         self.compared[kind] += 1
         if ours != theirs:
-            short = f": {ours!r:.80} is not {theirs!r:.80}" if kind != "page" else ""
-            self.wrong.append(f"at {format_lsn(self.lsn)} {kind} {what}{short}")
+            self.wrong.append(f"at {format_lsn(self.lsn)} {kind} {what}: {ours!r:.80} is not {theirs!r:.80}")
 
 
 class Comparer:
     """Compares one timeline at one LSN with the files of a cluster recovered to it."""
 
-    def __init__(self, timeline: Timeline, lsn: Lsn, data_dir: Path, chance: Random) -> None:
+    def __init__(self, timeline: BasebackupSource, lsn: Lsn, data_dir: Path, chance: Random) -> None:
         self.timeline = timeline
         self.lsn = lsn
         self.data_dir = data_dir
@@ -347,10 +347,18 @@ class Comparer:
             with path.open("rb") as file:
                 file.seek(block * BLOCK_SIZE_BYTES)
                 theirs = file.read(BLOCK_SIZE_BYTES)
-            ours = await self.timeline.get_pages(key, 1, self.lsn)
-            self.result.check(
-                "page", describe_key(key), _comparable(fields.fork, ours), _comparable(fields.fork, theirs)
-            )
+            await self.compare_page(key, theirs)
+
+    async def compare_page(self, key: bytes, theirs: bytes) -> None:
+        fork = parse_key(key).fork
+        ours = await self.timeline.get_pages(key, 1, self.lsn)
+        self.result.compared["page"] += 1
+        if _comparable(fork, ours) != _comparable(fork, theirs):
+            described = self.describe_difference(key, ours, theirs)
+            self.result.wrong.append(f"at {format_lsn(self.lsn)} page {described}")
+
+    def describe_difference(self, key: bytes, ours: bytes, theirs: bytes) -> str:
+        return describe_key(key)
 
 
 def _comparable(fork: int, page: bytes) -> bytes:

@@ -46,10 +46,13 @@ class Stack:
         self.pg_version = pg_version
         self._endpoints: dict[str, Any] = {}
 
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "excimer.cli", "--dir", str(self.directory), *arguments]
+
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Runs `excimer` and returns whatever happened."""
         return subprocess.run(
-            [sys.executable, "-m", "excimer.cli", "--dir", str(self.directory), *arguments],
+            self.command(*arguments),
             capture_output=True,
             text=True,
             timeout=COMMAND_TIMEOUT_S,

@@ -1,0 +1,312 @@
+"""Page truth (S1) of a whole installation: its page service against stock servers recovered from its WAL.
+
+The history is what a safekeeper has on disk, laid over the initdb directory that the timeline began as.
+The page service is asked as a compute asks it; nothing here looks into the pageserver.
+"""
+
+import asyncio
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import httpx
+import msgspec
+
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.keys import (
+    BLOCK_SIZE_BYTES,
+    DEFAULT_TABLESPACE,
+    GLOBAL_TABLESPACE,
+    Fork,
+    KeyKind,
+    Relation,
+    describe_key,
+    make_key,
+    parse_key,
+    relation_block_key,
+    relation_path,
+    relation_size_key,
+    slru_size_key,
+    two_phase_key,
+)
+from excimer.base.lsn import Lsn, format_lsn, parse_lsn
+from excimer.cli.installation import HOST, Installation, load_installation
+from excimer.io.processes import make_owned_dir, program_environment, run
+from excimer.pageserver.bootstrap import initdb_template
+from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
+from excimer.pgformat.checkpoint import CheckPoint
+from excimer.pgformat.checkpoint_state import CheckpointState, ClusterSettings
+from excimer.pgformat.control_file import ControlFile
+from excimer.pgformat.wal_reader import WalReader
+from excimer.pgformat.wal_record import WalRecord, decode_record
+from excimer.pgformat.wal_segment import segment_name
+from excimer.postgres import PostgresBuild
+from excimer.service.listen import HostPort
+from excimer.wire.auth import Claims, Scope, encode_token
+from tests.kit.builds import build_of
+from tests.kit.page_client import PageClient, connect_pages
+from tests.kit.page_truth import SETTINGS, Comparer, Comparison, History, chunks, recover
+from tests.kit.stack import Stack
+from tests.kit.stock_server import StockServer
+
+HTTP_TIMEOUT_S = 60.0
+EXPLAINED_MAX = 5
+"""Differing pages whose whole chain of records is printed."""
+
+_SYSTEM_ID = struct.Struct("<Q")
+_MANAGER_OFFSET = 17
+_SYSTEM_ID_OFFSET = 24
+"""In the long header that begins a segment."""
+
+
+class Branch(NamedTuple):
+    """One timeline of a running installation, and how its services are asked about it."""
+
+    installation: Installation
+    tenant_id: TenantId
+    timeline_id: TimelineId
+
+    def token(self, scope: Scope) -> str:
+        private_pem = (self.installation.keys_dir / "private.pem").read_bytes()
+        tenant_id = self.tenant_id if scope is Scope.TENANT else None
+        return encode_token(private_pem, Claims(scope=scope, tenant_id=tenant_id))
+
+    def _ask(self, method: str, port: int, scope: Scope, action: str = "") -> Any:
+        url = f"http://{HOST}:{port}/v1/tenant/{self.tenant_id}/timeline/{self.timeline_id}{action}"
+        headers = {"Authorization": f"Bearer {self.token(scope)}"}
+        answer = httpx.request(method, url, headers=headers, timeout=HTTP_TIMEOUT_S)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def at_pageserver(self) -> dict[str, Any]:
+        port = self.installation.config.pageserver_http_port
+        return dict(self._ask("GET", port, Scope.PAGESERVER_API))
+
+    def flush(self) -> None:
+        """What the pageserver has in memory becomes a layer."""
+        self._ask("POST", self.installation.config.pageserver_http_port, Scope.PAGESERVER_API, "/flush")
+
+    def at_safekeeper(self, number: int) -> dict[str, Any]:
+        port = self.installation.config.safekeepers[number - 1].http
+        return dict(self._ask("GET", port, Scope.SAFEKEEPER_DATA))
+
+    def wal_dir(self, number: int) -> Path:
+        return self.installation.directory / "safekeepers" / str(number) / self.tenant_id / self.timeline_id
+
+    @property
+    def page_address(self) -> HostPort:
+        return HostPort(HOST, self.installation.config.page_service_port)
+
+
+def branch_of(stack: Stack, name: str = "main") -> Branch:
+    rows = stack.json("timeline", "list")["branches"]
+    row = next(each for each in rows if each["name"] == name)
+    return Branch(load_installation(stack.directory), row["tenant_id"], row["timeline_id"])
+
+
+class EndpointServer(StockServer):
+    """An endpoint, for workloads written for a stock server."""
+
+    def __init__(self, stack: Stack, root: Path, endpoint: str = "main") -> None:
+        super().__init__(build_of(stack.pg_version), root, root, stack.endpoint(endpoint)["postgres_port"])
+
+    def sql(self, script: str, database: str = "postgres") -> list[list[str]]:
+        options = ["-X", "-q", "-A", "-t", "-F", "\t", "-U", "postgres", "-v", "ON_ERROR_STOP=1"]
+        result = subprocess.run(
+            [self.build.program("psql"), *options, "-h", HOST, "-p", str(self.port), database],
+            env=program_environment(self.build.environment()),
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return [line.split("\t") for line in result.stdout.splitlines()]
+
+
+@dataclass(frozen=True)
+class StackHistory(History):
+    records: list[WalRecord]
+
+    def managers(self) -> set[int]:
+        """Resource managers of all records."""
+        return {record.data[_MANAGER_OFFSET] for record in self.records}
+
+
+def stack_history(branch: Branch, build: PostgresBuild, root: Path, safekeeper: int = 1) -> StackHistory:
+    """What a safekeeper holds of a timeline without ancestor, up to its commit LSN."""
+    known = branch.at_safekeeper(safekeeper)
+    start_lsn, commit_lsn = parse_lsn(known["start_lsn"]), parse_lsn(known["commit_lsn"])
+    beginning, wal_dir = root / "beginning", root / "wal"
+    make_owned_dir(beginning)
+    run(["cp", "-a", "--reflink=auto", f"{initdb_template(build)}/.", beginning])
+    _set_system_id(beginning, build.version, known["system_id"])
+    size = known["wal_segment_size"]
+    numbers = range(start_lsn // size, -(-commit_lsn // size))
+    origin = numbers[0] * size
+    data = bytearray()
+    for number in numbers:
+        name = segment_name(1, number, size)
+        data += (branch.wal_dir(safekeeper) / name).read_bytes()
+        if number == numbers[0]:
+            first = (beginning / "pg_wal" / name).read_bytes()
+            data[: start_lsn - origin] = first[: start_lsn - origin]
+            _SYSTEM_ID.pack_into(data, _SYSTEM_ID_OFFSET, known["system_id"])
+    data[commit_lsn - origin :] = bytes(len(data) - (commit_lsn - origin))
+    settings = SETTINGS | {"min_wal_size": f"{2 * size >> 20}MB"}
+    make_owned_dir(wal_dir)
+    for index, number in enumerate(numbers):
+        (wal_dir / segment_name(1, number, size)).write_bytes(data[index * size : (index + 1) * size])
+    wal = bytes(data[start_lsn - origin : commit_lsn - origin])
+    reader = WalReader(start_lsn, build.version)
+    records = [record for chunk, _ in chunks(wal, start_lsn) for record in reader.feed(chunk)]
+    # The last one is left out: a server can be recovered only to before a record.
+    ends = [record.end_lsn for record in records[:-1]]
+    return StackHistory(build, beginning, wal_dir, settings, start_lsn, wal, ends, records)
+
+
+def _set_system_id(directory: Path, pg_version: int, system_id: int) -> None:
+    path = directory / "global/pg_control"
+    control = ControlFile.unpack(path.read_bytes(), pg_version)
+    path.write_bytes(msgspec.structs.replace(control, system_id=system_id).pack())
+
+
+class StackView:
+    """The page service at one LSN, as `Comparer` wants to see a timeline."""
+
+    def __init__(self, client: PageClient, backup: Basebackup) -> None:
+        self.pg_version = backup.pg_version
+        self._client = client
+        self._values = dict(_metadata(backup))
+
+    def get_value(self, key: bytes, lsn: Lsn) -> bytes | None:
+        return self._values.get(key)
+
+    def scan(self, start: bytes, end: bytes, lsn: Lsn) -> Sequence[tuple[bytes, bytes]]:
+        return [(key, value) for key, value in sorted(self._values.items()) if start <= key < end]
+
+    async def get_pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:
+        return await self._client.get_pages(parse_key(key), count, lsn)
+
+
+def _metadata(backup: Basebackup) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values that a basebackup was made from."""
+    for fork in unpack_relation_forks(backup.relation_forks):
+        yield relation_size_key(Relation(*fork[:3]), fork.fork), fork.blocks.to_bytes(4, "little")
+    for slru, segment, blocks in unpack_slru_segments(backup.slru_segments):
+        yield slru_size_key(slru, segment), blocks.to_bytes(4, "little")
+    for path, content in backup.files:
+        directory, name = path.rsplit("/", 1)
+        if directory == "pg_twophase":
+            yield two_phase_key(int(name, 16)), content
+        else:
+            kind = KeyKind.DATABASE if name == "PG_VERSION" else KeyKind.RELATION_MAP
+            is_global = directory == "global"
+            db = 0 if is_global else int(directory.removeprefix("base/"))
+            yield make_key(kind, GLOBAL_TABLESPACE if is_global else DEFAULT_TABLESPACE, db), content
+    settings = ClusterSettings.from_control_file(ControlFile.unpack(backup.control_file, backup.pg_version))
+    state = CheckpointState(CheckPoint.unpack(backup.checkpoint), settings)
+    yield make_key(KeyKind.CHECKPOINT), state.pack()
+
+
+class StackComparer(Comparer):
+    """Draws most pages among those that the history has changed, and says how a wrong one comes about."""
+
+    def __init__(
+        self, view: StackView, lsn: Lsn, data_dir: Path, chance: Random, history: StackHistory
+    ) -> None:
+        super().__init__(view, lsn, data_dir, chance)
+        self.history = history
+        self.explained = 0
+
+    async def compare_pages(self, sizes: dict[bytes, int], count: int) -> None:
+        await super().compare_pages(sizes, count // 4)
+        changed = self._changed_pages(sizes)
+        relations = sorted(changed)
+        for _ in range(count - count // 4 if relations else 0):
+            relation, fork = self.chance.choice(relations)
+            block, theirs = self.chance.choice(changed[relation, fork])
+            await self.compare_page(relation_block_key(relation, fork, block), theirs)
+
+    def _changed_pages(self, sizes: dict[bytes, int]) -> dict[tuple[Relation, int], list[tuple[int, bytes]]]:
+        """Pages with an LSN of the history, by relation."""
+        found: dict[tuple[Relation, int], list[tuple[int, bytes]]] = {}
+        for key in sizes:
+            _, *numbers, fork, _ = parse_key(key)
+            relation = Relation(*numbers)
+            path = self.data_dir / relation_path(relation, fork)
+            data = path.read_bytes() if fork != Fork.FSM and path.exists() else b""
+            pages = []
+            for start in range(0, len(data), BLOCK_SIZE_BYTES):
+                page = data[start : start + BLOCK_SIZE_BYTES]
+                if _page_lsn(page) > self.history.start_lsn:
+                    pages.append((start // BLOCK_SIZE_BYTES, page))
+            if pages:
+                found[relation, fork] = pages
+        return found
+
+    def describe_difference(self, key: bytes, ours: bytes, theirs: bytes) -> str:
+        places = [at for at in range(BLOCK_SIZE_BYTES) if ours[at] != theirs[at]]
+        told = (
+            f"{describe_key(key)}: {len(places)} bytes differ from {places[0]} to {places[-1]}; page LSN "
+            f"{format_lsn(_page_lsn(ours))}, stock {format_lsn(_page_lsn(theirs))}"
+        )
+        self.explained += 1
+        if self.explained <= EXPLAINED_MAX:
+            told += "".join(f"\n    {line}" for line in records_of(self.history, key, self.lsn))
+        return told
+
+
+def _page_lsn(page: bytes) -> int:
+    high, low = struct.unpack_from("<II", page)
+    return int(high) << 32 | int(low)
+
+
+def records_of(history: StackHistory, key: bytes, lsn: Lsn) -> list[str]:
+    """The records from which a page at `lsn` is reconstructed: all that name it, one line each."""
+    _, *numbers, fork, block = parse_key(key)
+    relation = Relation(*numbers)
+    named_by = struct.pack("<III", *relation)
+    lines: list[str] = []
+    for record in history.records:
+        if record.end_lsn > lsn or named_by not in record.data:
+            continue
+        decoded = decode_record(record.data, history.build.version)
+        for named in decoded.blocks:
+            if (named.relation, named.fork, named.block) == (relation, fork, block):
+                kind = "initialises" if named.will_init else "image" if named.image else "changes"
+                header = decoded.header
+                where = f"{format_lsn(record.start_lsn)}..{format_lsn(record.end_lsn)}"
+                lines.append(f"{where} manager {header.rmgr} info {header.info:#04x} {kind}")
+    return lines
+
+
+async def compare_stack(
+    branch: Branch, history: StackHistory, root: Path, lsns: Sequence[Lsn], pages: int, seed: int
+) -> Comparison:
+    """Compares a branch with the stock server at each LSN; one sum of all."""
+    total = Comparison(Lsn(0))
+    for lsn in lsns:
+        data_dir = await asyncio.to_thread(recover, history, lsn, root / f"recovered-{lsn:x}")
+        part = await compare_with(branch, history, data_dir, lsn, pages, seed)
+        total.compared += part.compared
+        total.wrong += part.wrong
+        await asyncio.to_thread(shutil.rmtree, data_dir)
+    return total
+
+
+async def compare_with(
+    branch: Branch, history: StackHistory, data_dir: Path, lsn: Lsn, pages: int, seed: int
+) -> Comparison:
+    async with connect_pages(branch.page_address) as client:
+        await client.hello(branch.tenant_id, branch.timeline_id, branch.token(Scope.TENANT))
+        backup = await client.get_basebackup(lsn)
+        assert backup.lsn == lsn, "the LSN is the end of a record"
+        view = StackView(client, backup)
+        return await StackComparer(view, lsn, data_dir, Random(seed ^ lsn), history).compare(pages)
