@@ -22,7 +22,7 @@ import pytest
 
 from excimer.base.errors import RefusedError
 from excimer.base.ids import TenantId, TimelineId
-from excimer.cli.installation import HOST
+from excimer.cli.installation import HOST, free_ports
 from excimer.wire.auth import Claims, Scope, encode_token, generate_key_pair
 from excimer.wire.page_service import Hello, encode_client_message
 from tests.kit.builds import NEWEST_VERSION
@@ -106,9 +106,9 @@ def test_an_endpoint_in_the_future_says_what_it_waits_for(well: Stack) -> None:
 def test_an_endpoint_whose_port_is_taken_says_so_at_once(well: Stack) -> None:
     well.text("timeline", "branch", "--branch-name", "other")
     with socket.socket() as taken:
-        taken.bind((HOST, 0))
+        [port] = free_ports(1)
+        taken.bind((HOST, port))
         taken.listen()
-        port = taken.getsockname()[1]
         well.text("endpoint", "create", "squeezed", "--branch-name", "other", "--pg-port", str(port))
         code, said = refused(well, "endpoint", "start", "squeezed")
     assert code == EXIT_REFUSED

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import httpx
 import msgspec
 
+from excimer.base.address import Address
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import (
     BLOCK_SIZE_BYTES,
@@ -46,7 +47,6 @@ from excimer.pgformat.wal_reader import WalReader
 from excimer.pgformat.wal_record import WalRecord, decode_record
 from excimer.pgformat.wal_segment import segment_name
 from excimer.postgres import PostgresBuild
-from excimer.service.listen import HostPort
 from excimer.wire.auth import Claims, Scope, encode_token
 from tests.kit.builds import build_of
 from tests.kit.page_client import PageClient, connect_pages
@@ -99,8 +99,8 @@ class Branch(NamedTuple):
         return self.installation.directory / "safekeepers" / str(number) / self.tenant_id / self.timeline_id
 
     @property
-    def page_address(self) -> HostPort:
-        return HostPort(HOST, self.installation.config.page_service_port)
+    def page_address(self) -> Address:
+        return Address(HOST, self.installation.config.page_service_port)
 
 
 def branch_of(stack: Stack, name: str = "main") -> Branch:

@@ -259,9 +259,6 @@ def test_log_lines(tmp_path: Path) -> None:
     assert pretty(json.dumps(line)) == "12:00:01 info    ready port=5"
     assert pretty(json.dumps(error)).endswith("\nTraceback\n  boom")
     assert pretty("{broken") == "{broken"
-    warning = {**line, "level": "warning", "event": "it starts again", "reason": "it broke"}
-    path.write_text(json.dumps(warning) + "\n")
-    assert last_error(path) == "it starts again: it broke"
     path.write_text("".join(f"line {number}\n" for number in range(100_000)))
     assert tail(path, 3) == ["line 99997", "line 99998", "line 99999"]
     assert tail(path, 0) == []
