@@ -44,9 +44,11 @@ class ShipSources(build_py):
             )
 
 
+# tools/setup.sh builds these after it has installed the packages: pip would build all afresh each time.
+sources = [] if os.environ.get("EXCIMER_NATIVE") == "later" else sorted(NATIVE.glob("*.pyx"))
 extensions = [
     Extension(f"excimer._native.{source.stem}", [str(source)], extra_compile_args=CFLAGS)
-    for source in sorted(NATIVE.glob("*.pyx"))
+    for source in sources
 ]
 setup(
     ext_modules=cythonize(

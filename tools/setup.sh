@@ -39,22 +39,20 @@ packages() {
         rm -rf "$VENV"
     fi
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-    echo "setup: installing Python packages and building native parts (a minute or two the first time)"
+    echo "setup: installing Python packages (a minute or so the first time)"
     pip="$VENV/bin/python -m pip --quiet --disable-pip-version-check"
     $pip install --upgrade "setuptools>=77" "Cython>=3.1" wheel
-    $pip install --no-build-isolation --editable ".[dev,demo]"
+    EXCIMER_NATIVE=later $pip install --no-build-isolation --editable ".[dev,demo]"
     place > "$VENV/.place"
     touch "$VENV/.packages"
 }
 
 native() {
+    echo "setup: building native parts"
     force=""
-    if [ -f "$VENV/.ready" ]; then
-        echo "setup: building the native parts that have changed"
-        [ "$VENV/.ready" -nt setup.py ] || force=--force  # other flags, perhaps
-    fi
+    [ ! -f "$VENV/.ready" ] || [ "$VENV/.ready" -nt setup.py ] || force=--force  # other flags, perhaps
     log="$VENV/build.log"
-    "$VENV/bin/python" setup.py --quiet build_ext --inplace $force > "$log" 2>&1 ||
+    "$VENV/bin/python" setup.py --quiet build_ext --inplace --parallel "$(nproc)" $force > "$log" 2>&1 ||
         { cat "$log" >&2; fail "the native parts do not build"; }
     touch "$VENV/.ready"
 }

@@ -120,6 +120,16 @@ def test_what_was_killed_is_started_again_and_the_rest_left_alone(stack: Stack) 
     assert stack.sql("select count(*) from flights") == "336776"
 
 
+def test_status_shows_endpoints_without_a_controller(stack: Stack) -> None:
+    before = stack.states()
+    controller = before["controller"][1]
+    assert controller is not None
+    os.kill(controller, signal.SIGKILL)
+    assert stack.states()["endpoint-main"] == ("unknown", before["endpoint-main"][1])
+    stack.json("start")
+    assert stack.states()["endpoint-main"] == before["endpoint-main"]
+
+
 def test_a_branch_cannot_have_two_running_primaries(stack: Stack) -> None:
     stack.json("endpoint", "create", "rival")
     code, _, errors = stack.run("endpoint", "start", "rival")

