@@ -10,6 +10,8 @@ NATIVE  := src/excimer/_native
 SOURCES := $(wildcard $(NATIVE)/*.pyx $(NATIVE)/*.pxd $(NATIVE)/*.h \
              csrc/libhydrate/*.c csrc/libhydrate/*.h csrc/libhydrate/Makefile)
 PYTEST  := $(BIN)/python -m pytest
+# Whole files go to a worker, because their tests share servers; in the order collected, the long ones first.
+PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A virtual environment does not work after its folder was moved or copied.
 ifneq ($(shell cat $(VENV)/.place 2>/dev/null),$(abspath $(VENV)))
@@ -41,11 +43,11 @@ run: setup
 demo: setup
 	@$(BIN)/excimer up --demo
 test: setup
-	@$(PYTEST) -n $(JOBS) --dist loadfile $(TESTS)
+	@$(PYTEST) $(PARALLEL) $(TESTS)
 sweep: setup
 	@EXCIMER_ENGINE_EXAMPLES=500 EXCIMER_FAULT_STRIDE=1 EXCIMER_REDO_DAMAGE_ROUNDS=100 \
 	EXCIMER_SIMULATION_SEEDS=50000 EXCIMER_TORTURE_ROUNDS=100 EXCIMER_TRUTH_LSNS=10 EXCIMER_TRUTH_PAGES=2000 \
-	$(PYTEST) -n $(JOBS) --dist loadfile -o timeout=7200 -o faulthandler_timeout=7200 $(TESTS)
+	$(PYTEST) $(PARALLEL) -o timeout=7200 -o faulthandler_timeout=7200 $(TESTS)
 check: setup
 	@sh tools/check.sh $(BIN)
 bench: setup
