@@ -228,18 +228,18 @@ class Timeline:
         that it does not exist, whatever happens. Raises `ObjectStoreError`, OSError, ValueError.
         """
         async with self._flush_lock:
-            await self.in_thread(partial(self._import_images, images))
+            await self._whole_in_thread(partial(self._import_images, images))
 
     async def write_first_manifest(self) -> None:
         """Makes a new branch exist."""
         async with self._flush_lock:
-            await self.in_thread(partial(self.commit_layers, self.manifest, []))
+            await self._whole_in_thread(partial(self.commit_layers, self.manifest, []))
 
     async def mark_deleted(self) -> None:
         """From here on the timeline counts as deleted, whatever is still there of it."""
         async with self._flush_lock:
             deleted = msgspec.structs.replace(self.manifest, deleted=True)
-            await self.in_thread(partial(self.commit_layers, deleted, []))
+            await self._whole_in_thread(partial(self.commit_layers, deleted, []))
 
     async def flush(self) -> None:
         """All that was put before becomes durable, manifest included. One try: raises `RetryableError`
@@ -262,10 +262,10 @@ class Timeline:
         self._check_lsn(plan.lsn)
         layers = await run_compaction(self, plan)
         for layer in layers:
-            await self.in_thread(partial(upload_layer, self.home, layer))
+            await self._whole_in_thread(partial(upload_layer, self.home, layer))
         async with self._flush_lock:
             if layers:
-                await self.in_thread(lambda: self.commit_layers(self.manifest, layers))
+                await self._whole_in_thread(lambda: self.commit_layers(self.manifest, layers))
         return bool(layers)
 
     async def run(self) -> None:
@@ -322,6 +322,17 @@ class Timeline:
     async def in_thread(self, function: Callable[[], _Result]) -> _Result:
         return await self._loop.run_in_executor(self.context.executor, function)
 
+    async def _whole_in_thread(self, function: Callable[[], _Result]) -> _Result:
+        """A cancellation waits until the thread is done: what it writes must not come after a later
+        writer's, above all not after a deletion.
+        """
+        future = self._loop.run_in_executor(self.context.executor, function)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
     def _check_lsn(self, lsn: Lsn) -> None:
         if lsn > self.last_record_lsn:
             raise LsnTimeoutError(self.timeline_id, lsn, self.last_record_lsn)
@@ -365,7 +376,7 @@ class Timeline:
     async def _flush_frozen(self) -> None:
         async with self._flush_lock:
             while self.stack.frozen:
-                await self.in_thread(partial(self._flush_one, self.stack.frozen[0]))
+                await self._whole_in_thread(partial(self._flush_one, self.stack.frozen[0]))
                 self._room.set()
                 self._compaction_wanted.set()
 
