@@ -82,6 +82,16 @@ int system_access(const char *path, int mode)
     return (int)syscall(SYS_faccessat, AT_FDCWD, path, mode);
 }
 
+int system_symlink(const char *target, const char *path)
+{
+    return (int)syscall(SYS_symlinkat, target, AT_FDCWD, path);
+}
+
+int system_mkdir(const char *path, mode_t mode)
+{
+    return (int)syscall(SYS_mkdirat, AT_FDCWD, path, mode);
+}
+
 int system_ftruncate(int fd, off_t size)
 {
     return (int)syscall(SYS_ftruncate, fd, size);

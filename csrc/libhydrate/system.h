@@ -29,6 +29,8 @@ int system_access(const char *path, int mode);
 int system_ftruncate(int fd, off_t size);
 int system_truncate(const char *path, off_t size);
 int system_unlink(const char *path);
+int system_symlink(const char *target, const char *path);
+int system_mkdir(const char *path, mode_t mode);
 int system_rename(const char *from, const char *to);
 int system_fallocate(int fd, int mode, off_t offset, off_t size);
 int system_fadvise(int fd, off_t offset, off_t size, int advice);

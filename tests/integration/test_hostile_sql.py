@@ -1,12 +1,16 @@
 """What a superuser can say in SQL does not make a compute acknowledge what the quorum does not have (D1)."""
 
 import contextlib
+import os
+import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
 
+from excimer.io.processes import make_owned_dir
 from tests.kit.builds import NEWEST_VERSION
 from tests.kit.stack import Stack, running_stack
 
@@ -63,6 +67,22 @@ def test_unlogged_tables_are_empty_after_a_stop_and_usable(stack: Stack) -> None
     for table in ("scratch", "keyed"):
         assert stack.query(f"select count(*) from {table}") == [(0,)]
         stack.query(f"insert into {table} values (1)")
+
+
+def test_user_tablespaces_are_refused_before_anything_is_written(stack: Stack) -> None:
+    """Their relations would not come back at the next start."""
+    location = Path("/tmp") / f"excimer-tablespace-{os.getpid()}"
+    make_owned_dir(location)
+    try:
+        with pytest.raises(psycopg.Error, match="Operation not supported"):
+            stack.query(f"create tablespace elsewhere location '{location}'")
+        with stack.connect() as connection:
+            connection.execute("set allow_in_place_tablespaces = on")
+            with pytest.raises(psycopg.Error, match="Operation not supported"):
+                connection.execute("create tablespace in_place location ''")
+    finally:
+        shutil.rmtree(location)
+    assert stack.query("select count(*) from pg_tablespace") == [(2,)]
 
 
 def test_a_promoted_static_endpoint_acknowledges_nothing(stack: Stack) -> None:
