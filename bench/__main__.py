@@ -39,17 +39,16 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 130)
     bench = Bench(QUICK if options.quick else FULL, lambda text: console.print(f"  {text}", highlight=False))
     try:
-        results = measure_all(console, bench, wanted)
+        results = measure_all(console, bench, wanted, None if options.quick else LATEST)
     except KeyboardInterrupt:
         console.print("interrupted; everything it started has been stopped")
         return 130
     print_table(console, results)
-    if not options.quick:
-        write_results(LATEST, results)
     return 0
 
 
-def measure_all(console: Console, bench: Bench, wanted: set[str]) -> list[Result]:
+def measure_all(console: Console, bench: Bench, wanted: set[str], path: Path | None) -> list[Result]:
+    """Writes each family's figures to `path` when it is done: an interrupted run keeps what it has."""
     results: list[Result] = []
     for family in FAMILIES:
         if wanted.isdisjoint(family.ids):
@@ -58,7 +57,10 @@ def measure_all(console: Console, bench: Bench, wanted: set[str]) -> list[Result
         load = os.getloadavg()[0]
         console.print(f"{', '.join(family.ids)} (load before: {load:.1f} on {os.cpu_count()} cores) …")
         samples = family.measure(bench)
-        results += [make_result(GOALS[name], values) for name, values in samples.items() if name in wanted]
+        new = [make_result(GOALS[name], values) for name, values in samples.items() if name in wanted]
+        results += new
+        if path is not None:
+            write_results(path, new)
         bench.note(f"took {time.monotonic() - begun:.0f} s")
     return results
 

@@ -60,7 +60,14 @@ class Marks(NamedTuple):
 
 class Sample(NamedTuple):
     time_s: float
+    cpu_s: float
+    """That the pageserver has used: tells its cost when other programs want its core as well."""
     lsn: Lsn
+
+
+class Rate(NamedTuple):
+    mb_per_s: float
+    mb_per_cpu_s: float
 
 
 def measure(bench: Bench) -> Samples:
@@ -73,10 +80,12 @@ def measure(bench: Bench) -> Samples:
         with _pinned_pageserver(root, source) as server:
             rounds = [_ingest_once(server, marks) for _ in range(bench.effort.rounds)]
     for what, rates in (("TPC-B", [each[0] for each in rounds]), ("COPY", [each[1] for each in rounds])):
-        bench.note(f"ingest of {what}, MB/s: {', '.join(f'{rate:.1f}' for rate in rates)}")
+        bench.note(f"ingest of {what}, MB/s: {', '.join(f'{rate.mb_per_s:.1f}' for rate in rates)}")
+        per_cpu = ", ".join(f"{rate.mb_per_cpu_s:.1f}" for rate in rates)
+        bench.note(f"ingest of {what}, MB per second of the pageserver's CPU time: {per_cpu}")
     return {
-        "ingest_pgbench_mb_s": [pgbench for pgbench, _ in rounds],
-        "ingest_copy_mb_s": [copied for _, copied in rounds],
+        "ingest_pgbench_mb_s": [pgbench.mb_per_s for pgbench, _ in rounds],
+        "ingest_copy_mb_s": [copied.mb_per_s for _, copied in rounds],
     }
 
 
@@ -136,8 +145,8 @@ def _pinned_pageserver(root: Path, source: Target) -> Iterator[PageserverProcess
         server.end()
 
 
-def _ingest_once(server: PageserverProcess, marks: Marks) -> tuple[float, float]:
-    """MB/s of both parts."""
+def _ingest_once(server: PageserverProcess, marks: Marks) -> tuple[Rate, Rate]:
+    """Of both parts."""
     tenant_id, timeline_id = new_tenant_id(CHANCE), new_timeline_id(CHANCE)
     server.created("/tenant", {"tenant_id": tenant_id, "generation": 1})
     body = {"new_timeline_id": timeline_id, "pg_version": NEWEST_VERSION}
@@ -145,8 +154,7 @@ def _ingest_once(server: PageserverProcess, marks: Marks) -> tuple[float, float]
     samples = _watch(server, tenant_id, timeline_id, marks.end)
     if server.request("DELETE", f"/tenant/{tenant_id}").is_error:
         raise BenchFailedError("the pageserver does not delete its tenant")
-    rates = [_rate(samples, marks.start, marks.middle), _rate(samples, marks.middle, marks.end)]
-    return rates[0], rates[1]
+    return _rate(samples, marks.start, marks.middle), _rate(samples, marks.middle, marks.end)
 
 
 def _watch(
@@ -158,15 +166,24 @@ def _watch(
     while not samples or samples[-1].lsn < end_lsn:
         if time.monotonic() > deadline:
             raise BenchFailedError(f"ingest does not end: {server.log.read_text()[-2000:]}")
-        samples.append(Sample(time.monotonic(), server.last_record_lsn(tenant_id, timeline_id)))
+        lsn = server.last_record_lsn(tenant_id, timeline_id)
+        samples.append(Sample(time.monotonic(), _cpu_s(server), lsn))
         time.sleep(POLL_S)
     return samples
 
 
-def _rate(samples: list[Sample], start_lsn: Lsn, end_lsn: Lsn) -> float:
-    """MB/s between the first samples at or after both LSNs."""
+def _cpu_s(server: PageserverProcess) -> float:
+    assert server.process is not None
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _rate(samples: list[Sample], start_lsn: Lsn, end_lsn: Lsn) -> Rate:
+    """Between the first samples at or after both LSNs."""
     first = next(sample for sample in samples if sample.lsn >= start_lsn)
     last = next(sample for sample in samples if sample.lsn >= end_lsn)
     if last.time_s - first.time_s < 5 * POLL_S:
         raise BenchFailedError(f"too little WAL to measure: {last.lsn - first.lsn} bytes")
-    return (last.lsn - first.lsn) / (last.time_s - first.time_s) / 1e6
+    megabytes = (last.lsn - first.lsn) / 1e6
+    cpu_s = max(last.cpu_s - first.cpu_s, 0.01)
+    return Rate(megabytes / (last.time_s - first.time_s), megabytes / cpu_s)

@@ -68,18 +68,18 @@ class Effort:
     scan_rows: int
     """Of the table that is scanned; about 121 bytes each."""
     ingest_transactions: int
-    """Of TPC-B; about 470 bytes of WAL each."""
+    """Of TPC-B; about 450 bytes of WAL each."""
     ingest_rows: int
     """Of the COPY that is ingested; about 160 bytes of WAL each."""
 
 
 FULL = Effort(
     rounds=5,
-    run_s=8,
+    run_s=6,
     pgbench_scale=10,
     scan_rows=3_200_000,
-    ingest_transactions=200_000,
-    ingest_rows=2_500_000,
+    ingest_transactions=120_000,
+    ingest_rows=2_000_000,
 )
 QUICK = Effort(
     rounds=2,
