@@ -45,6 +45,7 @@ class PlainPostgres:
             shutil.copytree(template, self.data_dir, symlinks=True)
             for path in [self.data_dir, *self.data_dir.rglob("*")]:
                 give_to_user(path)
+            self.data_dir.chmod(0o700)  # a template in the cache can be read by all, a cluster must not
         self.configure(configuration)
 
     def configure(self, configuration: str = "") -> None:
