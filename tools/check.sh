@@ -7,6 +7,5 @@ BIN=${1:-.venv/bin}
 "$BIN/ruff" format --check src tests tools bench setup.py
 "$BIN/mypy"
 find src -name '*.pyx' | xargs -r "$BIN/cython-lint" --max-line-length 110
-make -s -C csrc/libhydrate check
 "$BIN/codespell" src tests docs csrc bench tools ./*.md
 "$BIN/python" -m pytest -q tests/test_tidy.py
