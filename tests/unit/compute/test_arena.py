@@ -21,7 +21,7 @@ from excimer.compute.arena import (
 SETTINGS = ArenaSettings(
     "127.0.0.1:6400", TenantId("ab" * 16), TimelineId("cd" * 16), "a token", MAX_LSN, Lsn(7)
 )
-BUILD_LIMIT_S = 0.5
+BUILD_LIMIT_S = 0.06
 
 
 def build(root: Path, *files: ArenaFile) -> Arena:
@@ -142,7 +142,6 @@ def test_addresses_become_numbers() -> None:
 
 
 def test_ten_thousand_files_are_listed_quickly(tmp_path: Path) -> None:
-    """Far above what it takes (12 ms), so that it fails for work that grows faster than the files do."""
     files = [ArenaFile(f"base/{5 + number // 2500}/{16384 + number}", 3) for number in range(10_000)]
     durations = []
     for _ in range(5):
