@@ -65,6 +65,7 @@ cdef class ChangeSet:
     cdef void put_commit_time(self, int64_t time) noexcept nogil
     cdef void put_state(self) noexcept nogil
 
+    cdef int load_checkpoint_state(self, bytes state) except -1
     cdef void round_next_xid(self) noexcept nogil
     cdef void advance_xid(self, uint32_t xid) noexcept nogil
     cdef void advance_multixact(self, uint32_t multi, uint32_t offset) noexcept nogil

@@ -29,7 +29,8 @@ from excimer._native.relation_sizes cimport RelationSizes, SizeKey, SizeSlot
 cdef enum:
     FORK_COUNT = 4
     GAP_BLOCKS_MAX = 1 << 24  # 128 GiB
-    NEXT_XID_STEP = 1024
+    XACTS_PER_PAGE = 32_768
+    COMMIT_TIMES_PER_PAGE = 819
     COMMIT_TIME_STEP_US = 10_000
     FIRST_NORMAL_XID = 3
 
@@ -38,6 +39,11 @@ cdef enum:  # offsets into the checkpoint state
     NEXT_MULTI = 36
     NEXT_MULTI_OFFSET = 40
     NEWEST_COMMIT_TS = 76
+
+
+cdef inline uint64_t page_start(uint64_t xid, uint64_t per_page) noexcept nogil:
+    """First xid of the page that begins at or after `xid`."""
+    return (xid + per_page - 1) // per_page * per_page
 
 
 cdef class ChangeSet:
@@ -213,12 +219,18 @@ cdef class ChangeSet:
 
     def set_checkpoint_state(self, bytes state):
         """Replaces all fields; the record at hand will put them."""
+        self.load_checkpoint_state(state)
+        self.has_state_changed = True
+
+    cdef int load_checkpoint_state(self, bytes state) except -1:
+        """What is stored already, but for a next xid that is not rounded yet: an imported cluster's."""
         if len(state) != STATE_SIZE:
             raise ValueError(f"checkpoint state has {len(state)} bytes")
         memcpy(self.state, PyBytes_AS_STRING(state), STATE_SIZE)
         self.next_xid = u64(self.state + NEXT_XID)
+        self.has_state_changed = False
         self.round_next_xid()
-        self.has_state_changed = True
+        return 0
 
     def advance_next_xid(self, uint32_t xid):
         """Makes the next xid one that follows `xid`."""
@@ -238,8 +250,12 @@ cdef class ChangeSet:
             self.has_state_changed = False
 
     cdef void round_next_xid(self) noexcept nogil:
-        cdef uint64_t rounded = (self.next_xid + NEXT_XID_STEP - 1) // NEXT_XID_STEP * NEXT_XID_STEP
-        if <uint32_t> rounded == 0:
+        """pgformat.checkpoint_state.stored_next_xid."""
+        cdef uint64_t xid = <uint32_t> self.next_xid
+        cdef uint64_t rounded = self.next_xid - xid
+        if xid > FIRST_NORMAL_XID:
+            rounded += min(page_start(xid, XACTS_PER_PAGE), page_start(xid, COMMIT_TIMES_PER_PAGE))
+        if <uint32_t> rounded < FIRST_NORMAL_XID:
             rounded += FIRST_NORMAL_XID
         if rounded != u64(self.state + NEXT_XID):
             put_u64(self.state + NEXT_XID, rounded)

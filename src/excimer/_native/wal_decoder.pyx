@@ -134,8 +134,7 @@ cdef class WalDecoder:
     ):
         self.scanner = WalScanner(start_lsn, pg_version, segment_size_bytes, previous_lsn=previous_lsn)
         self.changes = ChangeSet()
-        self.changes.set_checkpoint_state(checkpoint_state)
-        self.changes.has_state_changed = False
+        self.changes.load_checkpoint_state(checkpoint_state)
         self.pg_version = pg_version
         self.applied_end = start_lsn
         self.applied_start = previous_lsn

@@ -106,7 +106,7 @@ class WalIngest:
 
     @property
     def checkpoint_state(self) -> CheckpointState:
-        """Exact at `last_record_lsn`; right after a restart next_xid may be up to 1023 too high."""
+        """Exact at `last_record_lsn`; right after a restart next_xid may be up to 818 too high."""
         return CheckpointState.unpack(self._changes.get_checkpoint_state())
 
     def ingest(self, chunk: bytes, start_lsn: Lsn) -> Lsn:

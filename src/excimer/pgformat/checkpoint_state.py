@@ -8,9 +8,10 @@ The value of the CHECKPOINT key, 120 bytes little-endian::
     +------------+-----+---------+-------------+----------+-------+-----------+-------+------------+---+
 
 Every record that changes a field makes a new version of the key, so that a basebackup of any past
-moment finds exact fields. One exception keeps that affordable: `next_xid` is stored rounded up to a
-multiple of 1024 (`stored_next_xid`), which PostgreSQL cannot tell from transactions that left no
-trace, and whose commit-status page never starts beyond what exists.
+moment finds exact fields. One exception keeps that affordable: `next_xid` is stored rounded up to
+where the next page of commit status or commit times begins (`stored_next_xid`). PostgreSQL cannot
+tell that from transactions that left no trace; and because the first xid of a page is never skipped,
+a compute that starts there logs the new page, as every replay of its WAL needs.
 
 Not here: keeping it up to date (`_native/wal_decoder.pyx`, `excimer.pageserver.special_records`).
 """
@@ -22,10 +23,9 @@ import msgspec
 
 from excimer.pgformat.checkpoint import CHECKPOINT_SIZE_BYTES, CheckPoint
 from excimer.pgformat.control_file import ControlFile
-from excimer.pgformat.slru import FIRST_NORMAL_XID
+from excimer.pgformat.slru import COMMIT_TIMES_PER_PAGE, FIRST_NORMAL_XID, XACTS_PER_PAGE
 
 CHECKPOINT_STATE_SIZE_BYTES = 120
-NEXT_XID_STEP = 1024
 
 _SETTINGS = struct.Struct("<iiiiii??6x")
 _PARAMETER_CHANGE = struct.Struct("<iiiiii??")
@@ -81,6 +81,12 @@ class CheckpointState(msgspec.Struct, frozen=True):
 
 
 def stored_next_xid(next_xid: int) -> int:
-    """`next_xid` (64 bits) rounded up, past the permanent xids if it wraps."""
-    rounded = -(-next_xid // NEXT_XID_STEP) * NEXT_XID_STEP
-    return rounded if rounded & 0xFFFFFFFF else rounded + FIRST_NORMAL_XID
+    """`next_xid` (64 bits) rounded up to the first xid of a page, which may be itself.
+
+    Xids 0 to 2 are permanent: the first page of all begins with 3, after every wraparound too.
+    """
+    epoch, xid = divmod(next_xid, 1 << 32)
+    if xid > FIRST_NORMAL_XID:
+        xid = min(-(-xid // per_page) * per_page for per_page in (XACTS_PER_PAGE, COMMIT_TIMES_PER_PAGE))
+        epoch, xid = epoch + (xid >> 32), xid & 0xFFFFFFFF
+    return epoch << 32 | max(xid, FIRST_NORMAL_XID)
