@@ -123,6 +123,7 @@ def live(stack: Stack, root: Path) -> None:
         stack.kill("pageserver")
         stack.text("start")
         assert load.wait(60) == 0, "the pageserver's death is seen by nobody"
+    arrive(branch_of(stack), parse_lsn(server.sql("select pg_current_wal_flush_lsn()")[0][0]))
     branch_of(stack).flush()
     stack.text("endpoint", "stop", "main")
     stack.text("endpoint", "start", "main")

@@ -36,7 +36,7 @@ from excimer.base.keys import (
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.io.filesystem import LocalFilesystem
 from excimer.io.object_store import MemoryObjectStore
-from excimer.io.processes import make_owned_dir, run
+from excimer.io.processes import run
 from excimer.pageserver.basebackup_job import BasebackupSource
 from excimer.pageserver.ingest import WalIngest
 from excimer.pageserver.initdb_import import import_initdb
@@ -50,7 +50,7 @@ from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.redo_pool import RedoPool
 from excimer.storage.engine.tenant import NewTimeline, TenantStorage
 from excimer.storage.engine.timeline import Timeline
-from tests.kit.stock_server import StockServer, stock_server
+from tests.kit.stock_server import StockServer, copy_data_dir, stock_server
 
 SEGMENT_SIZE_BYTES = 1 << 20
 CHUNK_BYTES = 100_000
@@ -93,7 +93,7 @@ def write_history(
     """Runs `workload` on a new stock cluster below `root`."""
     beginning, data_dir = root / "beginning", root / "data"
     run_initdb(build, beginning, wal_segment_size_mib=SEGMENT_SIZE_BYTES >> 20)
-    _copy(beginning, data_dir)
+    copy_data_dir(beginning, data_dir)
     settings = SETTINGS | dict(settings or {})
     with stock_server(build, data_dir, settings) as server:
         workload(server)
@@ -117,15 +117,9 @@ def _read_wal(data_dir: Path, start_lsn: Lsn, version: int) -> bytes:
     return data[start_lsn - first * SEGMENT_SIZE_BYTES : end - first * SEGMENT_SIZE_BYTES]
 
 
-def _copy(source: Path, target: Path) -> None:
-    """As PostgreSQL's user, to whom it belongs."""
-    make_owned_dir(target)
-    run(["cp", "-a", "--reflink=auto", f"{source}/.", target])
-
-
 def recover(history: History, lsn: Lsn, target: Path) -> Path:
     """A copy of the beginning, recovered by PostgreSQL up to `lsn`, promoted and stopped."""
-    _copy(history.beginning, target)
+    copy_data_dir(history.beginning, target)
     run(["touch", target / "recovery.signal"])
     settings = {
         **history.settings,

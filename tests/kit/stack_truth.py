@@ -37,7 +37,7 @@ from excimer.base.keys import (
 )
 from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.cli.installation import HOST, Installation, load_installation
-from excimer.io.processes import make_owned_dir, program_environment, run
+from excimer.io.processes import make_owned_dir, program_environment
 from excimer.pageserver.bootstrap import initdb_template
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
 from excimer.pgformat.checkpoint import CheckPoint
@@ -52,7 +52,7 @@ from tests.kit.builds import build_of
 from tests.kit.page_client import PageClient, connect_pages
 from tests.kit.page_truth import SETTINGS, Comparer, Comparison, History, chunks, recover
 from tests.kit.stack import Stack
-from tests.kit.stock_server import StockServer
+from tests.kit.stock_server import StockServer, copy_data_dir
 
 HTTP_TIMEOUT_S = 60.0
 EXPLAINED_MAX = 5
@@ -144,8 +144,7 @@ def stack_history(branch: Branch, build: PostgresBuild, root: Path, safekeeper: 
     known = branch.at_safekeeper(safekeeper)
     start_lsn, commit_lsn = parse_lsn(known["start_lsn"]), parse_lsn(known["commit_lsn"])
     beginning, wal_dir = root / "beginning", root / "wal"
-    make_owned_dir(beginning)
-    run(["cp", "-a", "--reflink=auto", f"{initdb_template(build)}/.", beginning])
+    copy_data_dir(initdb_template(build), beginning)
     _set_system_id(beginning, build.version, known["system_id"])
     size = known["wal_segment_size"]
     numbers = range(start_lsn // size, -(-commit_lsn // size))
