@@ -42,6 +42,12 @@ class StorageSettings:
     """Raw size at which an image layer ends and the next begins."""
     compaction_deltas: int = 4
     """So many delta layers above the newest images lead to a round of new images."""
+    compaction_threshold: int = 4
+    """So many L0 layers are merged into L1."""
+    compaction_target_size_bytes: int = 128 * MIB
+    """Raw size at which an L1 layer ends and the next begins."""
+    image_creation_threshold: int = 3
+    """So many L1 runs above the newest images lead to a round of new images."""
     metadata_cache_entries: int = 100_000
     retry_delay_ms_first: int = 100
     retry_delay_ms_max: int = 10_000

@@ -47,6 +47,8 @@ class LayerDescription(msgspec.Struct, frozen=True, kw_only=True):
     """Of images: together those of this LSN hold every key that changed after this LSN and is still
     alive; 0: every live key, whatever its age or timeline. None: there are some missing.
     """
+    level: int = 0
+    """Of deltas: 0 is one flush over the whole key range; 1 is merged from several and cut by key."""
 
     @property
     def name(self) -> str:
