@@ -2,18 +2,24 @@
 
     open (memory, being written) -> frozen (memory, newest last) -> disk
 
-A writer replaces the whole stack; a reader takes it once and is then undisturbed by flushes.
+A writer replaces the whole stack; a reader takes it once and is then undisturbed by flushes. The
+ancestor is a part of it: when a branch is detached, layers come and the ancestor goes in one step.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from excimer._native.memory_layer import MemoryLayer
+from excimer.base.lsn import Lsn
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.disk_layer import DiskLayer
 from excimer.storage.engine.manifest_store import timeline_prefix
 from excimer.storage.format.manifest import LayerDescription
 from excimer.storage.plan.layer_map import LayerMap
+
+if TYPE_CHECKING:
+    from excimer.storage.engine.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,14 @@ class FrozenLayer:
 
 
 @dataclass(frozen=True)
+class Ancestry:
+    """The timeline that a branch goes on from, and the branch point: nothing above it is read (S2)."""
+
+    timeline: "Timeline"
+    lsn: Lsn
+
+
+@dataclass(frozen=True)
 class LayerStack:
     open: MemoryLayer
     frozen: tuple[FrozenLayer, ...]
@@ -33,6 +47,8 @@ class LayerStack:
     disk: LayerMap
     files: dict[str, DiskLayer]
     """By layer name; one for each layer of `disk`."""
+    ancestry: Ancestry | None = None
+    """None: the history begins here."""
 
     @property
     def memory_layers(self) -> list[MemoryLayer]:

@@ -33,8 +33,6 @@ class PageSource(ValueSource, Protocol):
     def context(self) -> StorageContext: ...
     @property
     def pg_version(self) -> int: ...
-    @property
-    def ancestor(self) -> "PageSource | None": ...
 
 
 class PageRead:
@@ -122,8 +120,8 @@ def read_size_blocks(source: ValueSource, key: bytes, lsn: int) -> int | None:
 def collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> None:
     """Walks the timeline's layers and its ancestors', newest first, until every chain has its start."""
     last_key = block_key(key, chains.count - 1)
-    at: PageSource | None = source
-    while at is not None:
+    at = source
+    while True:
         stack = at.stack
         for memory in stack.memory_layers:
             if memory.start_lsn < lsn:
@@ -140,10 +138,10 @@ def collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int)
                     raise DamagedLayerError(str(file.local_path), str(error)) from error
             if chains.open_count == 0:
                 return
-        if not plan.continues_in_ancestor:
+        if not plan.continues_in_ancestor or stack.ancestry is None:
             break
-        lsn = min(lsn, at.ancestor_lsn)
-        at = at.ancestor
+        lsn = min(lsn, stack.ancestry.lsn)
+        at = stack.ancestry.timeline
     chains.close_all()
 
 

@@ -32,7 +32,7 @@ import msgspec
 from excimer._native.memory_layer import MemoryLayer
 from excimer.base.errors import CorruptionError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
-from excimer.base.lsn import Lsn, format_lsn
+from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
 from excimer.storage.engine.compaction_job import run_compaction
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import (
@@ -41,7 +41,7 @@ from excimer.storage.engine.errors import (
     LsnTooOldError,
     TimelineStoppedError,
 )
-from excimer.storage.engine.layer_stack import FrozenLayer, LayerHome, LayerStack
+from excimer.storage.engine.layer_stack import Ancestry, FrozenLayer, LayerHome, LayerStack
 from excimer.storage.engine.layer_writing import image_value, upload_layer, write_delta, write_images
 from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
@@ -81,8 +81,6 @@ class Timeline:
         self.pg_version = manifest.pg_version
         self.system_id = manifest.system_id
         self.wal_segment_size_bytes = manifest.wal_segment_size_bytes
-        self.ancestor = ancestor
-        self.ancestor_lsn = Lsn(manifest.ancestor_lsn)
         self.generation = generation
         self.value_cache = ValueCache(context.settings.metadata_cache_entries)
         self.home = LayerHome(context, manifest.tenant_id, manifest.timeline_id)
@@ -91,6 +89,7 @@ class Timeline:
             frozen=(),
             disk=LayerMap.from_descriptions(manifest.layers),
             files={layer.name: self.home.disk_layer(layer) for layer in manifest.layers},
+            ancestry=None if ancestor is None else Ancestry(ancestor, Lsn(manifest.ancestor_lsn)),
         )
         self.position = WalPosition(Lsn(manifest.prev_record_lsn), Lsn(manifest.disk_consistent_lsn))
         self.manifest = manifest
@@ -108,6 +107,18 @@ class Timeline:
         self._waiting: list[tuple[Lsn, asyncio.Future[None]]] = []
         self._written: tuple[FrozenLayer, LayerDescription] | None = None
         self._stopped = False
+
+    @property
+    def ancestor(self) -> "Timeline | None":
+        """None for a root, which a branch may become at any moment (`stack.ancestry` for a pair)."""
+        ancestry = self.stack.ancestry
+        return None if ancestry is None else ancestry.timeline
+
+    @property
+    def ancestor_lsn(self) -> Lsn:
+        """The branch point; 0 without an ancestor."""
+        ancestry = self.stack.ancestry
+        return INVALID_LSN if ancestry is None else ancestry.lsn
 
     @property
     def last_record_lsn(self) -> Lsn:
@@ -171,8 +182,9 @@ class Timeline:
     async def wait_for_lsn(self, lsn: Lsn, timeout_s: float) -> None:
         """Returns when reads at `lsn` are possible. Raises `LsnTimeoutError`."""
         deadline = self._loop.time() + timeout_s
-        if self.ancestor is not None:
-            await self.ancestor.wait_for_lsn(min(lsn, self.ancestor_lsn), timeout_s)
+        ancestry = self.stack.ancestry
+        if ancestry is not None:
+            await ancestry.timeline.wait_for_lsn(min(lsn, ancestry.lsn), timeout_s)
         if lsn <= self.last_record_lsn:
             return
         arrived: asyncio.Future[None] = self._loop.create_future()
@@ -338,8 +350,9 @@ class Timeline:
             raise LsnTimeoutError(self.timeline_id, lsn, self.last_record_lsn)
         if lsn < self.manifest.oldest_lsn:
             raise LsnTooOldError(self.timeline_id, lsn, self.manifest.oldest_lsn)
-        if self.ancestor is not None:
-            self.ancestor._check_lsn(min(lsn, self.ancestor_lsn))
+        ancestry = self.stack.ancestry
+        if ancestry is not None:
+            ancestry.timeline._check_lsn(min(lsn, ancestry.lsn))
 
     def _wake_waiting(self) -> None:
         for lsn, arrived in self._waiting:

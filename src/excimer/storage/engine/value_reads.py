@@ -28,10 +28,6 @@ class ValueSource(Protocol):
     @property
     def stack(self) -> LayerStack: ...
     @property
-    def ancestor(self) -> "ValueSource | None": ...
-    @property
-    def ancestor_lsn(self) -> int: ...
-    @property
     def value_cache(self) -> "ValueCache": ...
 
 
@@ -78,12 +74,10 @@ def read_value_and_lsn(source: ValueSource, key: bytes, lsn: int) -> tuple[int, 
 def scan_values(source: ValueSource, start: bytes, end: bytes, lsn: int) -> list[tuple[bytes, bytes]]:
     """Keys in [start, end) alive at `lsn`, in order, with their values."""
     found: dict[bytes, StoredValue] = {}
-    at: ValueSource | None = source
-    while at is not None:
-        if not _scan_own(at.stack, start, end, (0, lsn), found):
-            break
-        lsn = min(lsn, at.ancestor_lsn)
-        at = at.ancestor
+    stack = source.stack
+    while _scan_own(stack, start, end, (0, lsn), found) and stack.ancestry is not None:
+        lsn = min(lsn, stack.ancestry.lsn)
+        stack = stack.ancestry.timeline.stack
     live = [
         (key, payload)
         for key, (value_lsn, kind, payload) in found.items()
@@ -94,23 +88,24 @@ def scan_values(source: ValueSource, start: bytes, end: bytes, lsn: int) -> list
 
 
 def _read_cached(source: ValueSource, key: bytes, lsn: int) -> CachedValue:
-    if source.ancestor is not None and lsn <= source.ancestor_lsn:
+    stack = source.stack
+    if stack.ancestry is not None and lsn <= stack.ancestry.lsn:
         # Not cached here: what follows would have to be looked for in the ancestor too.
-        return _read_cached(source.ancestor, key, lsn)
+        return _read_cached(stack.ancestry.timeline, key, lsn)
     known = source.value_cache.try_get(key)
     if known is not None and known.found_lsn <= lsn <= known.checked_lsn:
         return known
     newer_only = known is not None and lsn > known.checked_lsn
     low_lsn = known.checked_lsn if known is not None and newer_only else 0
-    found, go_on = _find_own(source.stack, key, low_lsn, lsn)
+    found, go_on = _find_own(stack, key, low_lsn, lsn)
     if found is not None:
         value_lsn, kind, payload = found
         tombstone = _check_kind(key, value_lsn, kind) is ValueKind.TOMBSTONE
         entry = CachedValue(value_lsn, lsn, None if tombstone else payload)
     elif known is not None and newer_only:
         entry = CachedValue(known.found_lsn, lsn, known.value)
-    elif go_on and source.ancestor is not None:
-        older = _read_cached(source.ancestor, key, min(lsn, source.ancestor_lsn))
+    elif go_on and stack.ancestry is not None:
+        older = _read_cached(stack.ancestry.timeline, key, stack.ancestry.lsn)
         entry = CachedValue(older.found_lsn, lsn, older.value)
     else:
         entry = CachedValue(0, lsn, None)
