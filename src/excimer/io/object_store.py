@@ -2,24 +2,23 @@
 
 Only create-if-absent is relied upon, never overwriting and never If-Match: it is what every store
 really offers (S3, GCS, Azure, a local directory). Names are paths with slashes. All calls may
-block, and are made from worker threads.
+block, and are made from worker threads. They end in bounded time, with `ObjectStoreError` at the latest.
 
-Bodies: `ObstoreObjectStore` (by URL: ``file:///dir``, ``s3://bucket/prefix``, ``gs://…``, ``az://…``),
-`MemoryObjectStore`, and `FaultyObjectStore`, which wraps another and fails chosen operations.
+Two kinds of objects, by who names them. Those whose name somebody else could choose too (manifests,
+settings, markers) are made by `put`, and exactly one of several writers succeeds. Those whose name holds
+a checksum of the content (layers) are made by `put_file` and `copy`, which stream, and may write the
+same bytes once more.
 
-Not here: what is stored, and retries (`excimer.storage.engine`).
+Bodies: `excimer.io.obstore_object_store` for real stores by URL, `MemoryObjectStore`, and
+`FaultyObjectStore`, which wraps another and fails chosen operations.
+
+Not here: what is stored, and retries beyond a single call's (`excimer.storage.engine`).
 """
 
-import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
-
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, from_url
 
 from excimer.base.errors import RefusedError, RetryableError
 
@@ -45,78 +44,39 @@ class ObjectStore(Protocol):
     """A flat space of immutable objects."""
 
     def put(self, name: str, data: bytes) -> None:
-        """Creates the object; durable on return. Raises `ObjectExistsError`, `ObjectStoreError`."""
+        """Creates the object; durable on return. Raises `ObjectExistsError`, `ObjectStoreError`; after the
+        latter it may exist, and a retry may meet its own object.
+        """
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Creates the object from a local file, with bounded memory; durable on return. The name must be of
+        this content alone: an object of that name is left, or replaced by the same bytes.
+
+        Raises `ObjectStoreError`, OSError when the file cannot be read.
+        """
+
+    def copy(self, source: str, target: str) -> None:
+        """Makes `target` of the same content, inside the store; durable on return. As to an object of that
+        name, see `put_file`. Raises `ObjectMissingError`, `ObjectStoreError`.
+        """
 
     def get(self, name: str) -> bytes:
         """The whole object. Raises `ObjectMissingError`, `ObjectStoreError`."""
 
     def get_range(self, name: str, start: int, end: int) -> bytes:
-        """Bytes [start, end). Raises `ObjectMissingError`, `ObjectStoreError`."""
+        """Bytes [start, end), all of which must exist. Raises `ObjectMissingError`, `ObjectStoreError`."""
+
+    def size_bytes(self, name: str) -> int | None:
+        """The object's size, None if there is none. Raises `ObjectStoreError`."""
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         """Every object below the directory `prefix` (whole path parts), sorted by name."""
 
     def delete(self, name: str) -> None:
-        """Removes the object; removing what is not there is fine."""
+        """Removes the object; removing what is not there is fine. Raises `ObjectStoreError`."""
 
-
-class ObstoreObjectStore:
-    """Any store that obstore reaches by URL. A local directory is synced to disk after each put."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self.url = url
-        self._directory = Path(unquote(parts.path)) if parts.scheme == "file" else None
-        try:
-            if self._directory is not None:
-                self._directory.mkdir(parents=True, exist_ok=True)
-            self._store = LocalStore(self._directory) if self._directory is not None else from_url(url)
-        except (BaseError, OSError, ValueError) as error:
-            raise RefusedError(f"the object store {url} cannot be opened: {error}") from error
-
-    def put(self, name: str, data: bytes) -> None:
-        try:
-            obstore.put(self._store, name, data, mode="create", use_multipart=False)
-            if self._directory is not None:
-                _sync_file_and_parents(self._directory / name, self._directory)
-        except AlreadyExistsError as error:
-            raise ObjectExistsError(f"{name} exists already in {self.url}") from error
-        except (BaseError, OSError) as error:
-            raise ObjectStoreError(f"{name} could not be written to {self.url}: {error}") from error
-
-    def get(self, name: str) -> bytes:
-        try:
-            return bytes(obstore.get(self._store, name).bytes())
-        except FileNotFoundError as error:
-            raise ObjectMissingError(f"{name} is not in {self.url}") from error
-        except (BaseError, OSError) as error:
-            raise ObjectStoreError(f"{name} could not be read from {self.url}: {error}") from error
-
-    def get_range(self, name: str, start: int, end: int) -> bytes:
-        try:
-            return bytes(obstore.get_range(self._store, name, start=start, end=end))
-        except FileNotFoundError as error:
-            raise ObjectMissingError(f"{name} is not in {self.url}") from error
-        except (BaseError, OSError) as error:
-            raise ObjectStoreError(f"{name} could not be read from {self.url}: {error}") from error
-
-    def list(self, prefix: str) -> list[ObjectInfo]:
-        try:
-            pages = obstore.list(self._store, prefix=prefix or None)
-            found = [ObjectInfo(meta["path"], meta["size"]) for page in pages for meta in page]
-        except FileNotFoundError:
-            return []
-        except (BaseError, OSError) as error:
-            raise ObjectStoreError(f"{prefix} could not be listed in {self.url}: {error}") from error
-        return sorted(found)
-
-    def delete(self, name: str) -> None:
-        try:
-            obstore.delete(self._store, name)
-        except FileNotFoundError:
-            return
-        except (BaseError, OSError) as error:
-            raise ObjectStoreError(f"{name} could not be deleted from {self.url}: {error}") from error
+    def delete_many(self, names: Sequence[str]) -> None:
+        """As `delete`, with few requests. After `ObjectStoreError` any of them may still be there."""
 
 
 class MemoryObjectStore:
@@ -132,6 +92,12 @@ class MemoryObjectStore:
                 raise ObjectExistsError(f"{name} exists already")
             self.objects[name] = bytes(data)
 
+    def put_file(self, name: str, path: Path) -> None:
+        self.objects[name] = path.read_bytes()
+
+    def copy(self, source: str, target: str) -> None:
+        self.objects[target] = self.get(source)
+
     def get(self, name: str) -> bytes:
         try:
             return self.objects[name]
@@ -139,7 +105,14 @@ class MemoryObjectStore:
             raise ObjectMissingError(f"{name} is not there") from None
 
     def get_range(self, name: str, start: int, end: int) -> bytes:
-        return self.get(name)[start:end]
+        data = self.get(name)[start:end]
+        if len(data) != end - start:
+            raise ObjectStoreError(f"{name} ends before byte {end}")
+        return data
+
+    def size_bytes(self, name: str) -> int | None:
+        data = self.objects.get(name)
+        return None if data is None else len(data)
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         below = prefix.rstrip("/") + "/" if prefix else ""
@@ -152,13 +125,18 @@ class MemoryObjectStore:
         with self._lock:
             self.objects.pop(name, None)
 
+    def delete_many(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.delete(name)
+
 
 class FaultyObjectStore:
     """Another store whose operations fail when `fault` says so.
 
     `fault` is asked before each operation with its name and the object's; it raises to fail it.
     With `lose_answer` the operation is carried out first and the error comes after, as when a
-    connection breaks before the answer.
+    connection breaks before the answer. While `stale_listings` is set, `list` answers what was there
+    when it was set, as stores do whose listings lag behind.
     """
 
     def __init__(
@@ -167,14 +145,24 @@ class FaultyObjectStore:
         self._inner = inner
         self._fault = fault
         self._lose_answer = lose_answer
+        self._frozen_listing: list[ObjectInfo] | None = None
+
+    @property
+    def stale_listings(self) -> bool:
+        return self._frozen_listing is not None
+
+    @stale_listings.setter
+    def stale_listings(self, stale: bool) -> None:
+        self._frozen_listing = self._inner.list("") if stale else None
 
     def put(self, name: str, data: bytes) -> None:
-        if self._lose_answer:
-            self._inner.put(name, data)
-            self._fault("put", name)
-            return
-        self._fault("put", name)
-        self._inner.put(name, data)
+        self._change("put", name, lambda: self._inner.put(name, data))
+
+    def put_file(self, name: str, path: Path) -> None:
+        self._change("put_file", name, lambda: self._inner.put_file(name, path))
+
+    def copy(self, source: str, target: str) -> None:
+        self._change("copy", target, lambda: self._inner.copy(source, target))
 
     def get(self, name: str) -> bytes:
         self._fault("get", name)
@@ -184,22 +172,29 @@ class FaultyObjectStore:
         self._fault("get_range", name)
         return self._inner.get_range(name, start, end)
 
+    def size_bytes(self, name: str) -> int | None:
+        self._fault("size", name)
+        return self._inner.size_bytes(name)
+
     def list(self, prefix: str) -> list[ObjectInfo]:
         self._fault("list", prefix)
-        return self._inner.list(prefix)
+        if self._frozen_listing is None:
+            return self._inner.list(prefix)
+        below = prefix.rstrip("/") + "/" if prefix else ""
+        return [info for info in self._frozen_listing if info.name.startswith(below)]
 
     def delete(self, name: str) -> None:
-        self._fault("delete", name)
-        self._inner.delete(name)
+        self._change("delete", name, lambda: self._inner.delete(name))
 
+    def delete_many(self, names: Sequence[str]) -> None:
+        """One operation per name, so that a fault can fall between any two."""
+        for name in names:
+            self.delete(name)
 
-def _sync_file_and_parents(path: Path, top: Path) -> None:
-    """Makes the file and the directories that lead to it durable (obstore renames but does not sync)."""
-    for place in (path, *path.parents):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if place == top:
+    def _change(self, operation: str, name: str, act: Callable[[], None]) -> None:
+        if self._lose_answer:
+            act()
+            self._fault(operation, name)
             return
+        self._fault(operation, name)
+        act()

@@ -25,7 +25,7 @@ from excimer.base.address import Address, parse_address
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN
 from excimer.io.filesystem import LocalFilesystem
-from excimer.io.object_store import ObstoreObjectStore
+from excimer.io.obstore_object_store import ObstoreObjectStore
 from excimer.pageserver.active_timeline import TimelineWorld
 from excimer.pageserver.endpoints.http_api import make_router
 from excimer.pageserver.endpoints.page_connection import PageService

@@ -14,8 +14,8 @@ from excimer.io.object_store import (
     ObjectMissingError,
     ObjectStore,
     ObjectStoreError,
-    ObstoreObjectStore,
 )
+from excimer.io.obstore_object_store import PART_SIZE_BYTES, ObstoreObjectStore
 
 
 @pytest.fixture(params=["file", "memory url", "memory"])
@@ -47,6 +47,38 @@ def test_listing_is_by_directory_and_sorted(store: ObjectStore) -> None:
     assert [info.name for info in store.list("")] == ["a/1/x", "a/2", "ab/3", "c"]
 
 
+@pytest.mark.parametrize("size_bytes", [0, 5, 2 * PART_SIZE_BYTES + 3])
+def test_files_are_streamed_into_objects(store: ObjectStore, tmp_path: Path, size_bytes: int) -> None:
+    path = tmp_path / "file"
+    content = (b"0123456789abcdef" * (size_bytes // 16 + 1))[:size_bytes]
+    path.write_bytes(content)
+    for _ in range(2):  # a retry puts the same bytes
+        store.put_file("a/layer", path)
+    assert store.size_bytes("a/layer") == size_bytes
+    assert store.get("a/layer") == content
+    store.copy("a/layer", "b/copy")
+    assert store.get("b/copy") == content
+    with pytest.raises(FileNotFoundError):
+        store.put_file("c", tmp_path / "none")
+    with pytest.raises(ObjectMissingError):
+        store.copy("none", "c")
+    assert store.size_bytes("c") is None
+
+
+def test_a_range_beyond_the_end_is_an_error(store: ObjectStore) -> None:
+    store.put("short", b"12345")
+    with pytest.raises(ObjectStoreError):
+        store.get_range("short", 3, 9)
+
+
+def test_many_are_deleted_at_once(store: ObjectStore) -> None:
+    for name in ("a/1", "a/2", "a/3"):
+        store.put(name, b"")
+    store.delete_many(["a/1", "a/none", "a/3"])
+    assert store.list("") == [ObjectInfo("a/2", 0)]
+    store.delete_many([])
+
+
 def test_one_of_many_writers_wins(store: ObjectStore) -> None:
     won = []
 
@@ -65,9 +97,13 @@ def test_one_of_many_writers_wins(store: ObjectStore) -> None:
     assert [b"%d" % number for number in won] == [store.get("contested")]
 
 
-def test_a_store_that_cannot_be_opened_is_refused() -> None:
+def test_a_store_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="nonsense://"):
         ObstoreObjectStore("nonsense://x")
+    with pytest.raises(RefusedError, match="colour"):
+        ObstoreObjectStore("s3://bucket", {"colour": "red"})
+    with pytest.raises(RefusedError, match="no options"):
+        ObstoreObjectStore(f"file://{tmp_path}", {"region": "x"})
 
 
 def test_an_unreachable_directory_is_retryable(tmp_path: Path) -> None:
@@ -88,3 +124,14 @@ def test_a_faulty_store_fails_before_or_after_the_act() -> None:
     with pytest.raises(ObjectStoreError, match="put x"):
         FaultyObjectStore(inner, fail, lose_answer=True).put("x", b"")
     assert inner.get("x") == b""
+
+
+def test_a_stale_listing_shows_what_was_there() -> None:
+    store = FaultyObjectStore(MemoryObjectStore(), lambda operation, name: None)
+    store.put("a/old", b"")
+    store.stale_listings = True
+    store.put("a/new", b"")
+    assert [info.name for info in store.list("a")] == ["a/old"]
+    assert store.get("a/new") == b""
+    store.stale_listings = False
+    assert [info.name for info in store.list("a")] == ["a/new", "a/old"]

@@ -1,17 +1,15 @@
 """Writing layers: blocks into a local file, and the file into object storage.
 
 The layer's name holds a checksum of its content, so that writing the same layer twice (a retry
-after a lost answer, a crash between upload and manifest) meets its own object and is content.
+after a lost answer, a crash between upload and manifest) puts the same bytes there.
 
 All calls block.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 
 from excimer._native.memory_layer import MemoryLayer
 from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, describe_key
-from excimer.io.object_store import ObjectExistsError
 from excimer.storage.engine.layer_stack import FrozenLayer, LayerHome
 from excimer.storage.format.layer_block import VALUE_HEAD_SIZE_BYTES, pack_value
 from excimer.storage.format.layer_file import LayerEncoder, LayerHeader, LayerKind, RawBlock
@@ -58,9 +56,7 @@ def write_images(
 
 def upload_layer(home: LayerHome, description: LayerDescription) -> None:
     """Copies the local file to object storage; durable on return. Raises `ObjectStoreError`, OSError."""
-    data = home.context.filesystem.read(home.local_path(description))
-    with suppress(ObjectExistsError):  # the name holds the content's checksum: it is this layer
-        home.context.store.put(home.object_name(description), data)
+    home.context.store.put_file(home.object_name(description), home.local_path(description))
 
 
 def _write_layer(

@@ -1,0 +1,243 @@
+"""Object stores by URL, through obstore: a local directory, S3 and what speaks it, GCS, Azure.
+
+::
+
+    file:///var/lib/excimer/objects      s3://bucket/prefix      gs://bucket/prefix      az://container/prefix
+
+Credentials and endpoints come from options (obstore's names, such as ``endpoint``, ``region``,
+``access_key_id``), else from the usual environment variables (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``,
+``GOOGLE_APPLICATION_CREDENTIALS``, ``AZURE_STORAGE_ACCOUNT_KEY``…), else from the machine's own identity.
+
+A call tries again by itself after a 5xx answer or a broken connection, a few times with growing
+pauses, and gives up after about `CALL_LIMIT_S`; a caller that wants to go on waits longer. Reading an
+object in one call is for small ones; layers are read by ranges.
+
+Not here: whether a store keeps its promises (`object_store_probe`).
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Final, NoReturn, TypeVar, cast
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from obstore.store import LocalStore, MemoryStore, S3Config, from_url
+
+from excimer.base.errors import RefusedError
+from excimer.io.object_store import ObjectExistsError, ObjectInfo, ObjectMissingError, ObjectStoreError
+
+CONNECT_LIMIT_S: Final = 5
+REQUEST_LIMIT_S: Final = 20
+"""Of one request with its body, which is at most a part of an upload or a few MiB of a layer."""
+RETRIES_MAX: Final = 4
+CALL_LIMIT_S: Final = 20
+"""No new try of the same call after so long."""
+RETRY_PAUSE_MS_FIRST: Final = 100
+RETRY_PAUSE_MS_MAX: Final = 3000
+PART_SIZE_BYTES: Final = 8 * 1024 * 1024
+PARTS_IN_FLIGHT_MAX: Final = 3
+"""Of one upload: memory is bounded by this many parts."""
+DELETE_BATCH_MAX: Final = 1000
+
+ENDPOINT_VARIABLES: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_ENDPOINT")
+
+METADATA_ADDRESS: Final = "169.254.169.254"
+"""Whom obstore asks for credentials when nobody has given any."""
+DENIALS: Final = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+DENIAL_CODES: Final = ("NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+_SERVER_ERROR: Final = re.compile(r"<Code>([^<]*)</Code>.*?<Message>([^<]*)</Message>", re.DOTALL)
+
+_Result = TypeVar("_Result")
+
+
+class ObjectStoreDeniedError(ObjectStoreError):
+    """The store answers that we may not: credentials, permissions, or no such bucket."""
+
+
+class ObstoreObjectStore:
+    """Any store that obstore reaches by URL. A local directory is synced to disk after each change."""
+
+    def __init__(self, url: str, options: Mapping[str, str] | None = None) -> None:
+        """Connects to nothing yet. Raises RefusedError for what is no URL of a store, or no option of it."""
+        parts = urlsplit(url)
+        self.url = url
+        self._directory = Path(unquote(parts.path)) if parts.scheme == "file" else None
+        try:
+            self._store = self._open(parts.scheme, dict(options or {}))
+        except (BaseError, OSError, ValueError) as error:
+            raise RefusedError(f"the object store {url} cannot be opened: {_reason(error)}") from error
+
+    def put(self, name: str, data: bytes) -> None:
+        def act() -> None:
+            obstore.put(self._store, name, data, mode="create", use_multipart=False)
+            self._sync(name)
+
+        try:
+            self._change(name, "written to", act)
+        except AlreadyExistsError as error:
+            raise ObjectExistsError(f"{name} exists already in {self.url}") from error
+
+    def put_file(self, name: str, path: Path) -> None:
+        def act() -> None:
+            obstore.put(
+                self._store,
+                name,
+                path,
+                chunk_size=PART_SIZE_BYTES,
+                max_concurrency=PARTS_IN_FLIGHT_MAX,
+            )
+            self._sync(name)
+
+        size = path.stat().st_size  # also tells a missing file from a missing bucket
+        self._change(name, "written to", act)
+        if (arrived := self.size_bytes(name)) != size:
+            raise ObjectStoreError(f"{name} has {arrived} bytes in {self.url} after {size} were written")
+
+    def copy(self, source: str, target: str) -> None:
+        def act() -> None:
+            obstore.copy(self._store, source, target)
+            self._sync(target)
+
+        self._read(source, act)
+
+    def get(self, name: str) -> bytes:
+        return self._read(name, lambda: bytes(obstore.get(self._store, name).bytes()))
+
+    def get_range(self, name: str, start: int, end: int) -> bytes:
+        data = self._read(name, lambda: bytes(obstore.get_range(self._store, name, start=start, end=end)))
+        if len(data) != end - start:
+            raise ObjectStoreError(f"{self.url} answered {len(data)} bytes of {name} for {end - start}")
+        return data
+
+    def size_bytes(self, name: str) -> int | None:
+        try:
+            return int(self._read(name, lambda: obstore.head(self._store, name)["size"]))
+        except ObjectMissingError:
+            return None
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        try:
+            pages = obstore.list(self._store, prefix=prefix or None)
+            found = [ObjectInfo(meta["path"], meta["size"]) for page in pages for meta in page]
+        except FileNotFoundError as error:
+            if self._directory is None:
+                self._fail(error, f"{prefix} could not be listed in")
+            return []
+        except (BaseError, OSError) as error:
+            self._fail(error, f"{prefix} could not be listed in")
+        return sorted(found)
+
+    def delete(self, name: str) -> None:
+        try:
+            obstore.delete(self._store, name)
+        except FileNotFoundError:
+            return
+        except (BaseError, OSError) as error:
+            self._fail(error, f"{name} could not be deleted from")
+
+    def delete_many(self, names: Sequence[str]) -> None:
+        if self._directory is not None:
+            for name in names:
+                self.delete(name)
+            return
+        for start in range(0, len(names), DELETE_BATCH_MAX):
+            batch = list(names[start : start + DELETE_BATCH_MAX])
+            try:
+                obstore.delete(self._store, batch)
+            except FileNotFoundError:  # some stores mind, and then have not done the rest
+                for name in batch:
+                    self.delete(name)
+            except (BaseError, OSError) as error:
+                self._fail(error, f"{len(batch)} objects could not be deleted from")
+
+    def _open(self, scheme: str, options: dict[str, str]) -> "obstore.store.ObjectStore":
+        if self._directory is not None:
+            if options:
+                raise ValueError("a local directory has no options")
+            self._directory.mkdir(parents=True, exist_ok=True)
+            return LocalStore(self._directory)
+        if scheme == "memory":
+            return MemoryStore()
+        return from_url(
+            self.url,
+            config=cast("S3Config", options),  # or the like of another store: it is checked there
+            client_options={
+                "connect_timeout": timedelta(seconds=CONNECT_LIMIT_S),
+                "timeout": timedelta(seconds=REQUEST_LIMIT_S),
+                "allow_http": _is_plain_http(options),
+            },
+            retry_config={
+                "max_retries": RETRIES_MAX,
+                "retry_timeout": timedelta(seconds=CALL_LIMIT_S),
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=RETRY_PAUSE_MS_FIRST),
+                    "max_backoff": timedelta(milliseconds=RETRY_PAUSE_MS_MAX),
+                    "base": 2,
+                },
+            },
+        )
+
+    def _change(self, name: str, what: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except AlreadyExistsError:
+            raise
+        except (BaseError, OSError) as error:
+            self._fail(error, f"{name} could not be {what}")
+
+    def _read(self, name: str, act: Callable[[], _Result]) -> _Result:
+        try:
+            return act()
+        except FileNotFoundError as error:
+            raise ObjectMissingError(f"{name} is not in {self.url}") from error
+        except (BaseError, OSError) as error:
+            self._fail(error, f"{name} could not be read from")
+
+    def _fail(self, error: Exception, what: str) -> NoReturn:
+        """Raises `ObjectStoreError` of the right kind. Where a name may be new, not found means no bucket."""
+        reason = _reason(error)
+        message = f"{what} {self.url}: {reason}"
+        if METADATA_ADDRESS in reason:
+            raise ObjectStoreDeniedError(f"{message}; there are no credentials in the environment") from error
+        is_bucket = isinstance(error, FileNotFoundError) and self._directory is None
+        if is_bucket or isinstance(error, DENIALS) or any(code in reason for code in DENIAL_CODES):
+            raise ObjectStoreDeniedError(message) from error
+        raise ObjectStoreError(message) from error
+
+    def _sync(self, name: str) -> None:
+        """Makes the file and the directories that lead to it durable (obstore renames but does not sync)."""
+        if self._directory is None:
+            return
+        path = self._directory / name
+        for place in (path, *path.parents):
+            descriptor = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if place == self._directory:
+                return
+
+
+def _is_plain_http(options: Mapping[str, str]) -> bool:
+    """Whether somebody has asked for an endpoint without TLS."""
+    said = [*options.values(), *(os.environ.get(name, "") for name in ENDPOINT_VARIABLES)]
+    return any(value.startswith("http://") for value in said)
+
+
+def _reason(error: Exception) -> str:
+    """One line of what obstore says: the server's own code and message if it sent any, else obstore's first
+    paragraph, which it follows with its internals.
+    """
+    first = re.sub(r"\s+", " ", str(error).partition("\n\nDebug")[0]).strip()
+    said = _SERVER_ERROR.search(first)
+    return f"{said[1]}: {said[2]}" if said else first or type(error).__name__
