@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Final, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -30,10 +30,13 @@ from obstore.exceptions import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from obstore.store import LocalStore, MemoryStore, S3Config, from_url
+from obstore.store import LocalStore, MemoryStore, from_url
 
 from excimer.base.errors import RefusedError
 from excimer.io.object_store import ObjectExistsError, ObjectInfo, ObjectMissingError, ObjectStoreError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Config
 
 CONNECT_LIMIT_S: Final = 5
 REQUEST_LIMIT_S: Final = 20
