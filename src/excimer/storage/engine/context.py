@@ -10,6 +10,7 @@ from excimer.io.filesystem import Filesystem
 from excimer.io.object_store import ObjectStore
 from excimer.storage.engine.block_cache import BlockCache
 from excimer.storage.format.layer_block import BLOCK_TARGET_SIZE_BYTES
+from excimer.storage.format.tenant_settings import TenantSettings
 
 MIB = 1024 * 1024
 
@@ -48,9 +49,17 @@ class StorageSettings:
     """Raw size at which an L1 layer ends and the next begins."""
     image_creation_threshold: int = 3
     """So many L1 runs above the newest images lead to a round of new images."""
+    pitr_interval_s: float = 7.0 * 86_400
+    gc_horizon_bytes: int = 64 * MIB
+    gc_period_s: float = 3600.0
+    lsn_lease_length_s: float = 600.0
     metadata_cache_entries: int = 100_000
     retry_delay_ms_first: int = 100
     retry_delay_ms_max: int = 10_000
+
+    def tenant_defaults(self) -> TenantSettings:
+        """What a tenant has that sets nothing itself; the fields of the same names, explained there."""
+        return TenantSettings(**{name: getattr(self, name) for name in TenantSettings.__struct_fields__})
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ from excimer.storage.engine.manifest_store import (
     tenant_prefix,
     timeline_prefix,
 )
+from excimer.storage.engine.settings_store import LiveSettings, SettingsStore
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.manifest import Manifest
+from excimer.storage.format.tenant_settings import Overrides, check_overrides
 from excimer.storage.plan.branch import plan_branch
 
 
@@ -85,6 +87,8 @@ class TenantStorage:
         self.tenant_id = tenant_id
         self.generation = generation
         self.timelines: dict[TimelineId, Timeline] = {}
+        self.settings = LiveSettings(context.settings.tenant_defaults(), {})
+        self._settings_store = SettingsStore(context.store, tenant_id, generation)
         self._changing = asyncio.Lock()
 
     @classmethod
@@ -94,6 +98,8 @@ class TenantStorage:
         """
         tenant = cls(context, tenant_id, generation)
         loop = asyncio.get_running_loop()
+        overrides = await loop.run_in_executor(context.executor, tenant._settings_store.read)
+        tenant.settings.set(overrides)
         found = await loop.run_in_executor(context.executor, tenant._find_manifests)
         for timeline_id in _ancestors_first({each: one.manifest for each, one in found.items()}):
             tenant._open(found[timeline_id])
@@ -107,6 +113,17 @@ class TenantStorage:
             return self.timelines[timeline_id]
         except KeyError:
             raise TimelineMissingError(f"tenant {self.tenant_id} has no timeline {timeline_id}") from None
+
+    async def set_settings(self, overrides: Overrides) -> None:
+        """Replaces what the tenant has chosen: durable, and live, on return.
+
+        Raises `TenantSettingsError`, `OvertakenError`, `ObjectStoreError` (call it again).
+        """
+        checked = check_overrides(overrides)
+        async with self._changing:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.context.executor, partial(self._settings_store.write, checked))
+            self.settings.set(checked)
 
     async def create_timeline(self, new: NewTimeline, images: Iterable[tuple[bytes, bytes]]) -> Timeline:
         """A timeline without ancestor whose content at `last_record_lsn` is `images`: (key, whole value).
@@ -142,7 +159,8 @@ class TenantStorage:
         """A timeline whose history is the ancestor's up to `lsn`, the end of a record that starts at
         `prev_record_lsn`; without them, up to the last record put.
 
-        Writes one small object. Raises `TimelineExistsError`, `TimelineMissingError`, `BranchPointError`.
+        Writes one small object. Raises `TimelineExistsError`, `TimelineMissingError`, `BranchPointError`,
+        `NotRetainedError`, `ObjectStoreError`: then it may exist all the same, and keeps its branch point.
         """
         async with self._changing:
             self._check_is_new(timeline_id)
@@ -150,13 +168,17 @@ class TenantStorage:
             position = ancestor.position
             if lsn is None:
                 lsn, prev_record_lsn = position.last_record_lsn, position.prev_record_lsn
+            home, now_s = ancestor.home_of(lsn), asyncio.get_running_loop().time()
+            is_held = home.retention.is_held(lsn, now_s)
             manifest = plan_branch(
                 ancestor.manifest,
                 timeline_id,
                 lsn=lsn,
                 prev_record_lsn=prev_record_lsn if prev_record_lsn is not None else Lsn(0),
+                oldest_lsn=lsn if is_held else Lsn(home.manifest.oldest_lsn),
                 ancestor_last_record_lsn=position.last_record_lsn,
             )
+            home.retention.hold_branch(timeline_id, lsn, now_s)
             timeline = self._make(manifest, ancestor, 0)
             await timeline.write_first_manifest()
             self.timelines[timeline_id] = timeline
@@ -178,6 +200,8 @@ class TenantStorage:
             await timeline.mark_deleted()
             await timeline.in_thread(partial(_remove_objects, self.context, self.tenant_id, timeline_id))
             del self.timelines[timeline_id]
+            if timeline.ancestor is not None:
+                timeline.ancestor.home_of(timeline.ancestor_lsn).retention.release_branch(timeline_id)
 
     async def close(self) -> None:
         """Detaches. What is only in memory is asked for again by the next who attaches."""
@@ -206,13 +230,17 @@ class TenantStorage:
             ancestor = self.timelines[TimelineId(manifest.ancestor_timeline_id)]
         sequence = found.name.sequence if found.name.generation == self.generation else 0
         timeline = self._make(manifest, ancestor, sequence)
+        if ancestor is not None:
+            ancestor.home_of(timeline.ancestor_lsn).retention.keep_branch(
+                timeline.timeline_id, timeline.ancestor_lsn
+            )
         self.timelines[timeline.timeline_id] = timeline
 
     def _make(self, manifest: Manifest, ancestor: Timeline | None, last_sequence: int) -> Timeline:
         manifests = ManifestStore(
             self.context.store, self.tenant_id, manifest.timeline_id, self.generation, last_sequence
         )
-        return Timeline(self.context, manifest, manifests, ancestor, self.generation)
+        return Timeline(self.context, manifest, manifests, ancestor, self.generation, self.settings)
 
     def _check_is_new(self, timeline_id: TimelineId) -> None:
         if timeline_id in self.timelines:

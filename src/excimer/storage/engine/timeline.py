@@ -45,11 +45,14 @@ from excimer.storage.engine.layer_stack import Ancestry, FrozenLayer, LayerHome,
 from excimer.storage.engine.layer_writing import image_value, upload_layer, write_delta, write_images
 from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
+from excimer.storage.engine.settings_store import LiveSettings
 from excimer.storage.engine.value_reads import ValueCache, read_value, read_value_and_lsn, scan_values
 from excimer.storage.format.manifest import LayerDescription, Manifest
+from excimer.storage.format.tenant_settings import TenantSettings
 from excimer.storage.format.values import PackedBatch
 from excimer.storage.plan.compaction_plan import plan_compaction
 from excimer.storage.plan.layer_map import LayerMap
+from excimer.storage.plan.retention import Retention
 
 _log = logging.getLogger(__name__)
 
@@ -74,15 +77,17 @@ class Timeline:
         manifests: ManifestStore,
         ancestor: "Timeline | None",
         generation: int,
+        live_settings: LiveSettings,
     ) -> None:
         self.context = context
+        self._live_settings = live_settings
         self.tenant_id = TenantId(manifest.tenant_id)
         self.timeline_id = TimelineId(manifest.timeline_id)
         self.pg_version = manifest.pg_version
         self.system_id = manifest.system_id
         self.wal_segment_size_bytes = manifest.wal_segment_size_bytes
         self.generation = generation
-        self.value_cache = ValueCache(context.settings.metadata_cache_entries)
+        self.value_cache = ValueCache(context.settings.metadata_cache_entries, self._is_retained)
         self.home = LayerHome(context, manifest.tenant_id, manifest.timeline_id)
         self.stack = LayerStack(
             open=MemoryLayer(manifest.disk_consistent_lsn),
@@ -96,6 +101,11 @@ class Timeline:
         """The newest durable one."""
         self._manifests = manifests
         self._loop = asyncio.get_running_loop()
+        self.retention = Retention(
+            manifest.timeline_id, max(manifest.oldest_lsn, manifest.ancestor_lsn), self._loop.time()
+        )
+        self.compaction_lock = asyncio.Lock()
+        """Held by whoever merges or removes layers: one at a time. Take it before the flush lock."""
         self._loop_thread = threading.get_ident()
         self._write_lock = threading.Lock()
         self._room_made = threading.Condition(self._write_lock)
@@ -107,6 +117,12 @@ class Timeline:
         self._waiting: list[tuple[Lsn, asyncio.Future[None]]] = []
         self._written: tuple[FrozenLayer, LayerDescription] | None = None
         self._stopped = False
+        self._deleted = False
+
+    @property
+    def settings(self) -> TenantSettings:
+        """The tenant's, as they are now: do not keep them."""
+        return self._live_settings.current
 
     @property
     def ancestor(self) -> "Timeline | None":
@@ -132,8 +148,14 @@ class Timeline:
 
     @property
     def oldest_lsn(self) -> Lsn:
-        """Reads below it are refused."""
-        return Lsn(self.manifest.oldest_lsn)
+        """Reads below it are refused, but of points that are held (`retention`).
+
+        A branch reads what is below its branch point as long as its ancestor does; the branch point, always.
+        """
+        own, ancestry = Lsn(self.manifest.oldest_lsn), self.stack.ancestry
+        if ancestry is None or own > ancestry.lsn:
+            return own
+        return min(ancestry.timeline.oldest_lsn, ancestry.lsn)
 
     @property
     def size_bytes(self) -> int:
@@ -205,24 +227,20 @@ class Timeline:
 
         May block on disk the first time. Raises `LsnTimeoutError`, `LsnTooOldError`.
         """
-        self._check_lsn(lsn)
-        return read_value(self, key, lsn)
+        return self._read(lsn, partial(read_value, self, key, lsn))
 
     def get_value_and_lsn(self, key: bytes, lsn: Lsn) -> tuple[Lsn, bytes] | None:
         """Like `get_value`, with an LSN at which it had this value already."""
-        self._check_lsn(lsn)
-        found = read_value_and_lsn(self, key, lsn)
+        found = self._read(lsn, partial(read_value_and_lsn, self, key, lsn))
         return None if found is None else (Lsn(found[0]), found[1])
 
     def scan(self, start: bytes, end: bytes, lsn: Lsn) -> list[tuple[bytes, bytes]]:
         """Keys in [start, end) that exist at `lsn`, in order, with their values. Errors as `get_value`."""
-        self._check_lsn(lsn)
-        return scan_values(self, start, end, lsn)
+        return self._read(lsn, partial(scan_values, self, start, end, lsn))
 
     def size_blocks(self, key: bytes, lsn: Lsn) -> int | None:
         """Blocks of the relation fork or SLRU segment of a block key; None if it does not exist at `lsn`."""
-        self._check_lsn(lsn)
-        return read_size_blocks(self, key, lsn)
+        return self._read(lsn, partial(read_size_blocks, self, key, lsn))
 
     async def get_pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:
         """`count` adjacent blocks from `key` on, exactly as of `lsn` (S1).
@@ -231,7 +249,9 @@ class Timeline:
         `LsnTooOldError`, `PageRebuildError`, `DamagedLayerError`, `ObjectStoreError`.
         """
         self._check_lsn(lsn)
-        return await PageRead(self, key, count, lsn).run()
+        pages = await PageRead(self, key, count, lsn).run()
+        self._check_lsn(lsn)  # while it was read, garbage collection may have passed it
+        return pages
 
     async def import_images(self, images: Iterable[tuple[bytes, bytes]]) -> None:
         """The content of a new timeline as of its `disk_consistent_lsn`: every key and its whole value.
@@ -252,6 +272,7 @@ class Timeline:
         async with self._flush_lock:
             deleted = msgspec.structs.replace(self.manifest, deleted=True)
             await self._whole_in_thread(partial(self.commit_layers, deleted, []))
+            self._deleted = True
 
     async def flush(self) -> None:
         """All that was put before becomes durable, manifest included. One try: raises `RetryableError`
@@ -262,11 +283,10 @@ class Timeline:
 
     async def compact(self) -> bool:
         """Writes the image layers that are due, if any; says whether. Errors as `flush` and reads have."""
-        settings = self.context.settings
         plan = plan_compaction(
             self.stack.disk,
-            start_lsn=self.ancestor_lsn if self.ancestor is not None else self.oldest_lsn,
-            deltas_max=settings.compaction_deltas,
+            start_lsn=self.ancestor_lsn,
+            deltas_max=self.context.settings.compaction_deltas,
             inherited_size_bytes=self.ancestor.size_bytes if self.ancestor is not None else 0,
         )
         if plan is None:
@@ -307,7 +327,7 @@ class Timeline:
     async def _flush_when_due(self) -> None:
         if not self.stack.frozen:
             try:
-                async with asyncio.timeout(self.context.settings.flush_interval_s):
+                async with asyncio.timeout(self.settings.flush_interval_s):
                     await self._flush_wanted.wait()
             except TimeoutError:
                 await self.in_thread(self._freeze)
@@ -345,14 +365,38 @@ class Timeline:
             await asyncio.wait([future])
             raise
 
+    def home_of(self, lsn: Lsn) -> "Timeline":
+        """The timeline, this or an ancestor, whose own history the LSN is in: who retains it."""
+        at = self
+        while (ancestry := at.stack.ancestry) is not None and lsn < ancestry.lsn:
+            at = ancestry.timeline
+        return at
+
+    def _read(self, lsn: Lsn, read: Callable[[], _Result]) -> _Result:
+        """Garbage collection may pass the LSN meanwhile: what was read then does not count."""
+        self._check_lsn(lsn)
+        found = read()
+        self._check_lsn(lsn)
+        return found
+
     def _check_lsn(self, lsn: Lsn) -> None:
+        self._check_arrived(lsn)
+        if not self.home_of(lsn)._is_retained(lsn):
+            raise LsnTooOldError(self.timeline_id, lsn, self.oldest_lsn)
+        if self._deleted:
+            raise TimelineStoppedError(f"timeline {self.timeline_id} is deleted")
+
+    def _check_arrived(self, lsn: Lsn) -> None:
+        """The branch point of each ancestor is needed by this history, and always retained there."""
         if lsn > self.last_record_lsn:
             raise LsnTimeoutError(self.timeline_id, lsn, self.last_record_lsn)
-        if lsn < self.manifest.oldest_lsn:
-            raise LsnTooOldError(self.timeline_id, lsn, self.manifest.oldest_lsn)
         ancestry = self.stack.ancestry
         if ancestry is not None:
-            ancestry.timeline._check_lsn(min(lsn, ancestry.lsn))
+            ancestry.timeline._check_arrived(min(lsn, ancestry.lsn))
+
+    def _is_retained(self, lsn: int) -> bool:
+        """Whether this timeline's own history still has an LSN. Any thread."""
+        return lsn >= self.manifest.oldest_lsn or self.retention.is_held(lsn, self._loop.time())
 
     def _wake_waiting(self) -> None:
         for lsn, arrived in self._waiting:
@@ -360,7 +404,7 @@ class Timeline:
                 arrived.set_result(None)
 
     def _open_is_full(self) -> bool:
-        return self.stack.open.size_bytes >= self.context.settings.flush_size_bytes
+        return self.stack.open.size_bytes >= self.settings.flush_size_bytes
 
     def _has_room(self) -> bool:
         return not self._open_is_full() or len(self.stack.frozen) < self.context.settings.frozen_layers_max

@@ -8,6 +8,7 @@ Calls may block on disk and, for a layer without a local copy, on object storage
 """
 
 import threading
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from excimer._native.page_chains import MalformedValueError, scan_block
@@ -40,10 +41,14 @@ class CachedValue(NamedTuple):
 
 
 class ValueCache:
-    """Bounded: it is emptied when full, since what is asked for comes back quickly."""
+    """Bounded: it is emptied when full, since what is asked for comes back quickly.
 
-    def __init__(self, entries_max: int) -> None:
+    `may_keep` says whether an LSN is still retained: what was read while its history went is not kept.
+    """
+
+    def __init__(self, entries_max: int, may_keep: Callable[[int], bool]) -> None:
         self._entries_max = entries_max
+        self._may_keep = may_keep
         self._entries: dict[bytes, CachedValue] = {}
         self._lock = threading.Lock()
 
@@ -54,6 +59,8 @@ class ValueCache:
         with self._lock:
             known = self._entries.get(key)
             if known is not None and known.checked_lsn >= entry.checked_lsn:
+                return
+            if not self._may_keep(entry.checked_lsn):
                 return
             if len(self._entries) >= self._entries_max:
                 self._entries.clear()

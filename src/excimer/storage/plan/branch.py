@@ -14,17 +14,24 @@ class BranchPointError(RefusedError):
 
 
 def plan_branch(
-    ancestor: Manifest, timeline_id: str, *, lsn: Lsn, prev_record_lsn: Lsn, ancestor_last_record_lsn: Lsn
+    ancestor: Manifest,
+    timeline_id: str,
+    *,
+    lsn: Lsn,
+    prev_record_lsn: Lsn,
+    oldest_lsn: Lsn,
+    ancestor_last_record_lsn: Lsn,
 ) -> Manifest:
     """The first manifest of a branch whose history is the ancestor's up to `lsn`.
 
     `lsn` must be the end of a record and `prev_record_lsn` its start: the caller knows WAL, this does not.
+    The ancestor can be read from `oldest_lsn` to `ancestor_last_record_lsn`.
     Raises `BranchPointError`.
     """
-    if not ancestor.oldest_lsn <= lsn <= ancestor_last_record_lsn:
+    if not oldest_lsn <= lsn <= ancestor_last_record_lsn:
         raise BranchPointError(
             f"timeline {ancestor.timeline_id} cannot branch at {format_lsn(lsn)}: its history reaches from "
-            f"{format_lsn(ancestor.oldest_lsn)} to {format_lsn(ancestor_last_record_lsn)}"
+            f"{format_lsn(oldest_lsn)} to {format_lsn(ancestor_last_record_lsn)}"
         )
     return Manifest(
         tenant_id=ancestor.tenant_id,
@@ -32,7 +39,7 @@ def plan_branch(
         pg_version=ancestor.pg_version,
         system_id=ancestor.system_id,
         wal_segment_size_bytes=ancestor.wal_segment_size_bytes,
-        oldest_lsn=ancestor.oldest_lsn,
+        oldest_lsn=lsn,
         disk_consistent_lsn=lsn,
         prev_record_lsn=prev_record_lsn,
         ancestor_timeline_id=ancestor.timeline_id,

@@ -1,0 +1,121 @@
+"""Which LSNs of a timeline must stay readable, and who holds them (S3).
+
+::
+
+    oldest kept                      cutoff                             newest
+       |      branch point     lease   |                                  |
+       +-----------x-------------x-----+==================================+
+                    only these two       every LSN
+
+Everything at or above the cutoff is readable. Below it, exactly the points where other timelines branch
+off, and the LSNs that somebody holds a lease for. The cutoff only rises. Raising it is one step on the event
+loop's thread, as is holding a point: who comes to hold a point below a cutoff that has been announced is
+refused, who came before is seen by the garbage collection that announced it. No lock is needed for that.
+
+A lease is renewed by asking for it again, also when the cutoff has passed it meanwhile. Leases live in memory
+only: after an attachment no garbage is collected until one lease length has passed, so that everyone alive
+has renewed.
+
+Not here: which layers the points need (`gc_plan`), making a cutoff durable (`excimer.storage.engine.gc_job`).
+"""
+
+from typing import NamedTuple
+
+from excimer.base.errors import RefusedError
+from excimer.base.lsn import Lsn, format_lsn
+
+
+class NotRetainedError(RefusedError):
+    """The history at an LSN is gone, or about to go."""
+
+
+class RetainedLsns(NamedTuple):
+    """What a garbage collection must leave readable."""
+
+    cutoff_lsn: Lsn
+    """Everything at or above."""
+    points: tuple[Lsn, ...]
+    """And these below it, ascending."""
+
+
+class Retention:
+    """Of one timeline. Change it on the event loop's thread only; `is_readable` may be asked by any."""
+
+    def __init__(self, timeline_id: str, cutoff_lsn: int, attached_at_s: float) -> None:
+        self.timeline_id = timeline_id
+        self.cutoff_lsn = Lsn(cutoff_lsn)
+        """Announced: nothing new is held below it. The manifest's `oldest_lsn` follows."""
+        self.attached_at_s = attached_at_s
+        self._branches: dict[str, Lsn] = {}
+        self._branch_counts: dict[Lsn, int] = {}
+        self._leases: dict[Lsn, float] = {}
+
+    def hold_branch(self, child_id: str, lsn: Lsn, now_s: float) -> None:
+        """Keeps the point that a new child reads from. Raises `NotRetainedError`."""
+        self.check_can_hold(lsn, now_s)
+        self.keep_branch(child_id, lsn)
+
+    def keep_branch(self, child_id: str, lsn: Lsn) -> None:
+        """The same for a child that exists already: what it reads is still there."""
+        self.release_branch(child_id)
+        self._branches[child_id] = lsn
+        self._branch_counts[lsn] = self._branch_counts.get(lsn, 0) + 1
+
+    def release_branch(self, child_id: str) -> None:
+        """The child is gone, or reads no more from here."""
+        lsn = self._branches.pop(child_id, None)
+        if lsn is None:
+            return
+        self._branch_counts[lsn] -= 1
+        if not self._branch_counts[lsn]:
+            del self._branch_counts[lsn]
+
+    def lease(self, lsn: Lsn, now_s: float, length_s: float) -> float:
+        """Grants or renews a lease and says until when it holds. Raises `NotRetainedError`."""
+        self.check_can_hold(lsn, now_s)
+        until_s = max(self._leases.get(lsn, 0.0), now_s + length_s)
+        self._leases[lsn] = until_s
+        return until_s
+
+    def check_can_hold(self, lsn: Lsn, now_s: float) -> None:
+        """Raises `NotRetainedError` for what is below the cutoff, unless somebody holds it already."""
+        if lsn < self.cutoff_lsn and not self.is_held(lsn, now_s):
+            raise NotRetainedError(
+                f"timeline {self.timeline_id} keeps no history at LSN {format_lsn(lsn)}: "
+                f"its oldest is {format_lsn(self.cutoff_lsn)}"
+            )
+
+    def is_held(self, lsn: int, now_s: float) -> bool:
+        """Whether a branch point or a lease keeps exactly this LSN."""
+        return lsn in self._branch_counts or self._leases.get(Lsn(lsn), 0.0) > now_s
+
+    def raise_cutoff(self, lsn: Lsn) -> None:
+        """Announces a cutoff. From here on nothing new is held below it."""
+        self.cutoff_lsn = max(self.cutoff_lsn, lsn)
+
+    def retained(self, now_s: float) -> RetainedLsns:
+        """What must stay readable now; forgets leases that are over."""
+        self._leases = {lsn: until_s for lsn, until_s in self._leases.items() if until_s > now_s}
+        held = {*self._branch_counts, *self._leases}
+        return RetainedLsns(self.cutoff_lsn, tuple(sorted(lsn for lsn in held if lsn < self.cutoff_lsn)))
+
+    def lease_count(self, now_s: float) -> int:
+        return sum(until_s > now_s for until_s in self._leases.values())
+
+    def branch_points(self) -> dict[str, Lsn]:
+        """By child, at whatever LSN."""
+        return dict(self._branches)
+
+    def gc_wait_s(self, now_s: float, lease_length_s: float) -> float:
+        """How long garbage collection has to wait yet for holders of leases to renew them; 0: not."""
+        return max(0.0, self.attached_at_s + lease_length_s - now_s)
+
+
+def plan_cutoff(
+    *, time_lsn: int, last_record_lsn: int, gc_horizon_bytes: int, disk_consistent_lsn: int
+) -> Lsn:
+    """The LSN below which history may go: older than the window in time, and than the one in bytes.
+
+    `time_lsn` is where the timeline stood when the time window begins. What is not durable yet is no history.
+    """
+    return Lsn(max(0, min(time_lsn, last_record_lsn - gc_horizon_bytes, disk_consistent_lsn)))
