@@ -118,7 +118,7 @@ struct run {
 
 enum page_result { PAGES_DELIVERED, PAGES_RETRY, PAGES_REFUSED, PAGES_GIVEN_UP };
 
-/* Takes a run's pages; false: they could not be stored (errno). */
+/* Takes a run's pages; false: they could not be stored, and the reason says why. */
 typedef bool (*page_sink)(void *context, const struct run *run, const char *pages);
 
 struct page_request {

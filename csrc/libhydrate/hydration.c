@@ -25,6 +25,9 @@ struct hydration {
     int write_fd;
     struct arena_file *file;
     struct patience patience;
+    struct arena_settings settings; /* of the attempt under way */
+    uint64_t needed_block;          /* the read waits for [needed_block, needed_end) */
+    uint64_t needed_end;
     int store_error;
     bool reported;
     char reason[REASON_SIZE];
@@ -58,6 +61,19 @@ static bool write_fully(int fd, const char *bytes, size_t size, off_t offset)
     return true;
 }
 
+/* A primary is the only writer, and a block that it has never had cannot have changed since it started. One that has
+ * is another primary's work: this one has been superseded and has not heard of it. Told by the blocks that a read
+ * waits for only: what comes along may be in shared buffers, changed by ourselves. */
+static bool is_anothers_work(const struct hydration *hydration, uint64_t block, const char *page)
+{
+    uint32_t lsn[2]; /* pd_lsn: the upper half first */
+    if (hydration->settings.lsn != UINT64_MAX || hydration->settings.not_modified_since == 0 ||
+        hydration->file->kind != ARENA_RELATION || block < hydration->needed_block || block >= hydration->needed_end)
+        return false;
+    memcpy(lsn, page, sizeof lsn);
+    return ((uint64_t)lsn[0] << 32 | lsn[1]) > hydration->settings.not_modified_since;
+}
+
 /* Writes the still absent blocks of a fetched run, under its install lock. */
 static bool write_absent(struct hydration *hydration, const struct run *run, uint64_t end, const char *pages)
 {
@@ -70,6 +86,11 @@ static bool write_absent(struct hydration *hydration, const struct run *run, uin
         uint64_t stop = block + 1;
         while (stop < end && !is_present(file, stop))
             stop++;
+        for (uint64_t index = block; index < stop; index++)
+            if (is_anothers_work(hydration, index, pages + (index - run->block) * BLOCK_SIZE)) {
+                errno = ESTALE;
+                return false;
+            }
         if (!write_fully(fd, pages + (block - run->block) * BLOCK_SIZE, (stop - block) * BLOCK_SIZE,
                          (off_t)(block * BLOCK_SIZE)))
             return false;
@@ -82,6 +103,19 @@ static bool write_absent(struct hydration *hydration, const struct run *run, uin
     return true;
 }
 
+/* Always false. The reason is what PostgreSQL's log will say. */
+static bool store_failed(struct hydration *hydration)
+{
+    int error = errno;
+    hydration->store_error = error == ESTALE ? EIO : error;
+    if (error == ESTALE)
+        snprintf(hydration->reason, REASON_SIZE,
+                 "it is newer than this compute: another one has taken over the timeline");
+    else
+        snprintf(hydration->reason, REASON_SIZE, "writing the local file: %s", strerror(error));
+    return false;
+}
+
 /* The sink of request_pages(). */
 static bool install(void *context, const struct run *run, const char *pages)
 {
@@ -89,17 +123,15 @@ static bool install(void *context, const struct run *run, const char *pages)
     struct stat status;
     COUNT(fetches, 1);
     COUNT(bytes, (uint64_t)run->count * BLOCK_SIZE);
-    if (lock_install(hydration->file, run->block, run->count) < 0) {
-        hydration->store_error = errno;
-        return false;
-    }
+    if (lock_install(hydration->file, run->block, run->count) < 0)
+        return store_failed(hydration);
     bool stored = true;
     if (is_same_file(hydration->fd, &status)) {
         uint64_t end = (uint64_t)run->block + run->count, file_blocks = (uint64_t)status.st_size / BLOCK_SIZE;
         stored = write_absent(hydration, run, end < file_blocks ? end : file_blocks, pages);
     }
     if (!stored)
-        hydration->store_error = errno;
+        store_failed(hydration);
     unlock_install(hydration->file, run->block, run->count);
     return stored;
 }
@@ -154,12 +186,14 @@ static void report_trouble(struct hydration *hydration, const struct run *run, c
 /* Repeats attempts until the first run is here. */
 static bool fetch(struct hydration *hydration, struct page_request *request, uint32_t needed)
 {
-    struct arena_settings settings;
+    const struct arena_settings *settings = &hydration->settings;
     struct run *first = &request->runs[0];
     uint64_t backoff_ns = BACKOFF_NS_MIN;
+    hydration->needed_block = first->block;
+    hydration->needed_end = (uint64_t)first->block + needed;
     for (;;) {
-        arena_read_settings(arena.header, &settings);
-        enum page_result result = request_pages(request, &settings, &hydration->patience, hydration->reason);
+        arena_read_settings(arena.header, &hydration->settings);
+        enum page_result result = request_pages(request, settings, &hydration->patience, hydration->reason);
         if (first->done)
             return true;
         bool had_more = first->count > needed;
@@ -178,7 +212,7 @@ static bool fetch(struct hydration *hydration, struct page_request *request, uin
             hydration->reported = true;
             report_trouble(hydration, first, "still trying");
         }
-        wait_ready(-1, 0, now + backoff_ns, &hydration->patience, settings.connection_generation);
+        wait_ready(-1, 0, now + backoff_ns, &hydration->patience, settings->connection_generation);
         if (patience_over(&hydration->patience))
             return false;
         backoff_ns = 2 * backoff_ns < BACKOFF_NS_MAX ? 2 * backoff_ns : BACKOFF_NS_MAX;

@@ -350,10 +350,8 @@ static enum page_result receive_pages(struct attempt *attempt, const struct page
     }
     if (!receive_all(attempt, pages_buffer, (size_t)run->count * BLOCK_SIZE))
         return PAGES_RETRY;
-    if (!request->sink(request->context, run, pages_buffer)) {
-        fail(attempt, "writing the local file", strerror(errno));
+    if (!request->sink(request->context, run, pages_buffer))
         return PAGES_GIVEN_UP;
-    }
     run->done = true;
     return PAGES_DELIVERED;
 }

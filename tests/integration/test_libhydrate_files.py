@@ -11,6 +11,7 @@ from excimer.base.lsn import MAX_LSN, Lsn
 from excimer.wire.page_service import GetPages
 from tests.kit.hydrate_driver import (
     FILES,
+    NOT_MODIFIED_SINCE,
     SPARSE,
     TENANT,
     TIMELINE,
@@ -19,6 +20,7 @@ from tests.kit.hydrate_driver import (
     tag,
     tags,
     tags_of,
+    wait_until,
 )
 
 PATH = "base/5/1000"
@@ -57,7 +59,7 @@ def test_request_names_the_block(
     (request,) = lazy.server.requests
     fields = (request.kind, request.fork, request.spc, request.db, request.rel, request.block)
     assert fields == expected
-    assert (request.lsn, request.not_modified_since, request.count) == (MAX_LSN, 0x123456789A, 1)
+    assert (request.lsn, request.not_modified_since, request.count) == (MAX_LSN, NOT_MODIFIED_SINCE, 1)
     (hello,) = lazy.server.hellos
     assert (hello.tenant_id, hello.timeline_id, hello.token) == (TENANT, TIMELINE, "token")
 
@@ -235,6 +237,31 @@ def test_a_replica_moves_its_lsn(lazy: LazyDirectory, driver: Driver) -> None:
     request: GetPages = lazy.server.requests[-1]
     assert (request.lsn, request.not_modified_since) == (777, 555)
     assert len(lazy.server.hellos) == 1
+
+
+def test_a_page_newer_than_the_only_writer_is_another_writers(lazy: LazyDirectory, driver: Driver) -> None:
+    """A superseded primary must not mix its pages with its successor's (S1). Block b has LSN b << 32."""
+    settings = lazy.arena.settings._replace(not_modified_since=Lsn(40 << 32), read_ahead_blocks=8)
+    lazy.arena.change(settings)
+    fd = driver.open(PATH)
+    assert driver.read(fd, 30) == [tag(PATH, 30)]
+    assert driver.call(f"pread {fd} 50 1") == "error EIO"
+    wait_until(lambda: any("another one has taken over the timeline" in line for line in driver.errors))
+    assert not lazy.arena.present_blocks(PATH)[50]
+    assert driver.read(fd, 38, 2) == tags(PATH, 38, 40)
+    assert driver.call(f"pread {fd} 39 3") == "error EIO"
+    slru = driver.open("pg_xact/0000")
+    assert driver.read(slru, 31) == [tag("pg_xact/0000", 31)], "pages of an SLRU have no LSN"
+    lazy.arena.change(settings._replace(lsn=Lsn(100 << 32)))
+    assert driver.read(fd, 50) == [tag(PATH, 50)], "a replica's pages may be newer"
+
+
+def test_what_travels_with_a_miss_may_be_our_own_work(lazy: LazyDirectory, driver: Driver) -> None:
+    lazy.arena.change(lazy.arena.settings._replace(not_modified_since=Lsn(40 << 32), read_ahead_blocks=32))
+    fd = driver.open(PATH)
+    for block in range(17, 40):
+        assert driver.read(fd, block) == [tag(PATH, block)]
+    assert any(lazy.arena.present_blocks(PATH)[41:]), "read ahead went past what is newer"
 
 
 def test_tenant_change_reconnects(lazy: LazyDirectory, driver: Driver) -> None:

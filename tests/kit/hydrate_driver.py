@@ -47,6 +47,10 @@ SPARSE = "base/5/2000"
 """Only its last block is written: a gigabyte of tags would be too much."""
 
 
+NOT_MODIFIED_SINCE = Lsn(0xFFFFFFFF_00000000)
+"""Above what any page has where its LSN is: a tag's lower half, which is its block, comes first."""
+
+
 def tag(path: str, block: int) -> int:
     return (list(FILES).index(path) + 1) << 32 | block
 
@@ -100,7 +104,7 @@ class LazyDirectory:
                 TENANT,
                 TIMELINE,
                 "token",
-                not_modified_since=Lsn(0x123456789A),
+                not_modified_since=NOT_MODIFIED_SINCE,
                 deadline_s=deadline_s,
                 read_ahead_blocks=read_ahead_blocks,
             ),
