@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import branching, cold_scan, commits, ingest, starting, warm_reads
+from bench import branching, cold_scan, commits, ingest, page_reads, starting, warm_reads
 from bench.model import FULL, GOALS, QUICK, Bench, Family, Result, make_result
 from bench.report import print_table, write_results
 
@@ -21,7 +21,8 @@ LATEST = Path(__file__).parent / "results" / "latest.json"
 FAMILIES = (
     Family(("warm_select_ratio",), warm_reads.measure),
     Family(("tpcb_quorum_ratio", "commit_latency_ratio"), commits.measure),
-    Family(("ingest_pgbench_mb_s", "ingest_copy_mb_s"), ingest.measure),
+    Family(("ingest_pgbench_mb_s", "ingest_copy_mb_s", "ingest_vs_recovery_ratio"), ingest.measure),
+    Family(page_reads.IDS, page_reads.measure),
     Family(("cold_scan_mb_s",), cold_scan.measure),
     Family(("branch_ms",), branching.measure),
     Family(("endpoint_start_ms", "manifest_to_row_ms"), starting.measure),

@@ -27,8 +27,13 @@ GOALS = {
         Goal("warm_select_ratio", "ratio", 0.95, True, "warm pgbench -S, of plain PostgreSQL's rate"),
         Goal("tpcb_quorum_ratio", "ratio", 1.0, True, "TPC-B, 16 clients, of plain PostgreSQL with a quorum"),
         Goal("commit_latency_ratio", "ratio", 1.2, False, "commit at one client, of that same PostgreSQL's"),
-        Goal("ingest_pgbench_mb_s", "MB/s", 50.0, True, "WAL of TPC-B into a pageserver on one core"),
-        Goal("ingest_copy_mb_s", "MB/s", 50.0, True, "WAL of COPY into a pageserver on one core"),
+        Goal("ingest_pgbench_mb_s", "MB/s", 100.0, True, "WAL of TPC-B into durable layers, on one core"),
+        Goal("ingest_copy_mb_s", "MB/s", 100.0, True, "WAL of COPY into durable layers, on one core"),
+        Goal("ingest_vs_recovery_ratio", "ratio", 0.376, True, "of both, of PostgreSQL's own recovery"),
+        Goal("getpage_image_per_s", "/s", 30_000.0, True, "random single pages in images, on one core"),
+        Goal("getpage_image_p50_us", "us", 100.0, False, "of these, one request at a time"),
+        Goal("getpage_redo10_per_s", "/s", 10_000.0, True, "random single pages with ten records to redo"),
+        Goal("getpage_seq_mb_s", "MB/s", 500.0, True, "pages in images, 128 adjacent ones a request"),
         Goal("cold_scan_mb_s", "MB/s", 200.0, True, "first sequential scan of a new compute"),
         Goal("branch_ms", "ms", 20.0, False, "a branch, by the pageserver's API"),
         Goal("endpoint_start_ms", "ms", 1000.0, False, "endpoint start, command to first row"),
@@ -71,6 +76,10 @@ class Effort:
     """Of TPC-B; about 450 bytes of WAL each."""
     ingest_rows: int
     """Of the COPY that is ingested; about 160 bytes of WAL each."""
+    getpage_requests: int
+    """For single pages, per round."""
+    redo_pages: int
+    """With ten records each."""
 
 
 FULL = Effort(
@@ -80,6 +89,8 @@ FULL = Effort(
     scan_rows=3_200_000,
     ingest_transactions=120_000,
     ingest_rows=2_000_000,
+    getpage_requests=60_000,
+    redo_pages=6_000,
 )
 QUICK = Effort(
     rounds=2,
@@ -88,6 +99,8 @@ QUICK = Effort(
     scan_rows=400_000,
     ingest_transactions=80_000,
     ingest_rows=1_000_000,
+    getpage_requests=8_000,
+    redo_pages=2_000,
 )
 
 Samples = dict[str, list[float]]

@@ -1,0 +1,208 @@
+"""[getpage_image_per_s, getpage_image_p50_us, getpage_redo10_per_s, getpage_seq_mb_s] GetPage, at the socket.
+
+What is measured is the whole page service: a real pageserver process with default settings, asked over TCP
+on the loopback by a client in another process with the frames a compute sends (`page_client`), at "the
+newest LSN". The client keeps 32 requests under way on one connection, as many as libhydrate does, and
+checks every answer's head. Each figure's pages are compared once with what the engine gives before the
+clock starts.
+
+* image: single random blocks of pgbench_accounts, all in image layers. The pageserver is bound to one
+  core, with its redo workers and threads; the client has the others. The blocks asked for are a hot set of
+  80 MB that fits the cache of decompressed blocks (128 MiB), and each has been read once. The latency is
+  that of one request at a time. The note says what random reads over the whole table cost, which does not
+  fit that cache: they come from local files in the page cache, 24 KB decompressed for each page.
+* redo10: single random blocks of a table whose every page is an image and ten records in a delta layer,
+  each heap update records of one row (`page_store`). The pageserver has all cores: redo is done in
+  processes of their own.
+* seq: the whole table, 128 blocks a request as a compute's read-ahead asks, four under way, first block to
+  last; as it does not fit the cache, all of it is decompressed from local files in the page cache. All
+  cores.
+
+A note gives the same at the engine's boundary: `Timeline.get_pages` from 32 coroutines, in this process,
+on one core.
+"""
+
+import asyncio
+import contextlib
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+from bench.cores import away_from_it, bound_to_one_core
+from bench.model import Bench, Samples
+from bench.page_client import BenchPageClient, page_requests
+from bench.page_store import TENANT, TIMELINE, PageStore, Table, make_page_store, storage
+from bench.pgbench import BenchFailedError
+from excimer.base.keys import BLOCK_SIZE_BYTES
+from excimer.io.object_store import ObstoreObjectStore
+from excimer.storage.engine.page_reads import block_key
+from excimer.storage.engine.tenant import TenantStorage
+from excimer.storage.engine.timeline import Timeline
+from excimer.wire.auth import Scope, generate_key_pair
+from excimer.wire.page_service import NEWEST_LSN
+from tests.kit.pageservers import PageserverProcess
+
+DEPTH = 32
+HOT_BLOCKS = 10_000
+SEQUENTIAL_BLOCKS = 128
+SEQUENTIAL_DEPTH = 4
+LATENCY_REQUESTS = 4_000
+CHECKED_BLOCKS = 200
+IDS = ("getpage_image_per_s", "getpage_image_p50_us", "getpage_redo10_per_s", "getpage_seq_mb_s")
+
+
+def measure(bench: Bench) -> Samples:
+    root = Path(tempfile.mkdtemp(prefix="excimer-bench-"))
+    root.chmod(0o755)
+    try:
+        effort = bench.effort
+        store = asyncio.run(
+            make_page_store(root, scale=2 * effort.pgbench_scale, updated_rows=effort.redo_pages)
+        )
+        bench.note(f"{store.images.blocks} blocks in images, {store.updated.blocks} with ten records")
+        for line in asyncio.run(_measure_engine(store, root / "engine", effort.getpage_requests)):
+            bench.note(line)
+        samples: Samples = {name: [] for name in IDS}
+        with _pageserver(store, root / "bound", 3, bound=True) as client, away_from_it():
+            _measure_images(bench, store, client, samples)
+        with _pageserver(store, root / "free", 4, bound=False) as client:
+            _measure_redo(bench, store, client, samples)
+            _measure_sequential(bench, store, client, samples)
+        return samples
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _pageserver(
+    store: PageStore, directory: Path, generation: int, *, bound: bool
+) -> Iterator[BenchPageClient]:
+    server = PageserverProcess(directory, generate_key_pair(), object_store_url=f"file://{store.objects}")
+    try:
+        with bound_to_one_core() if bound else contextlib.nullcontext():
+            server.start()
+        server.created("/tenant", {"tenant_id": TENANT, "generation": generation})
+        token = server.token(Scope.TENANT, TENANT)
+        client = BenchPageClient(server.page_address, TENANT, TIMELINE, token)
+        with contextlib.closing(client):
+            yield client
+    finally:
+        server.end()
+
+
+def _measure_images(bench: Bench, store: PageStore, client: BenchPageClient, samples: Samples) -> None:
+    hot = min(HOT_BLOCKS, store.images.blocks)
+    requests = bench.effort.getpage_requests
+    client.run(_requests(store, store.images, range(hot)), 1, DEPTH)
+    _check_content(store, store.images, client, hot)
+    whole = []
+    for number in range(bench.effort.rounds):
+        blocks = _random_blocks(hot, requests, number)
+        taken = client.run(_requests(store, store.images, blocks), 1, DEPTH)
+        samples["getpage_image_per_s"].append(requests / taken)
+        latencies = client.latencies(_requests(store, store.images, blocks[:LATENCY_REQUESTS]))
+        samples["getpage_image_p50_us"].append(statistics.median(latencies) * 1e6)
+    for number in range(bench.effort.rounds):
+        blocks = _random_blocks(store.images.blocks, requests, number)
+        whole.append(requests / client.run(_requests(store, store.images, blocks), 1, DEPTH))
+    bench.note(f"random images, hot, per second: {_listed(samples['getpage_image_per_s'])}")
+    bench.note(f"random images, whole table, per second: {_listed(whole)}")
+    bench.note(f"one at a time, median us: {_listed(samples['getpage_image_p50_us'])}")
+
+
+def _measure_redo(bench: Bench, store: PageStore, client: BenchPageClient, samples: Samples) -> None:
+    blocks = store.updated.blocks
+    client.run(_requests(store, store.updated, range(blocks)), 1, DEPTH)
+    _check_content(store, store.updated, client, blocks)
+    requests = bench.effort.getpage_requests // 4
+    for number in range(bench.effort.rounds):
+        taken = client.run(
+            _requests(store, store.updated, _random_blocks(blocks, requests, number)), 1, DEPTH
+        )
+        samples["getpage_redo10_per_s"].append(requests / taken)
+    bench.note(f"pages with ten records, per second: {_listed(samples['getpage_redo10_per_s'])}")
+
+
+def _measure_sequential(bench: Bench, store: PageStore, client: BenchPageClient, samples: Samples) -> None:
+    firsts = range(0, store.images.blocks - SEQUENTIAL_BLOCKS + 1, SEQUENTIAL_BLOCKS)
+    requests = _requests(store, store.images, firsts, SEQUENTIAL_BLOCKS)
+    for _ in range(bench.effort.rounds + 1):
+        taken = client.run(requests, SEQUENTIAL_BLOCKS, SEQUENTIAL_DEPTH)
+        size = len(firsts) * SEQUENTIAL_BLOCKS * BLOCK_SIZE_BYTES
+        samples["getpage_seq_mb_s"].append(size / taken / 1e6)
+    del samples["getpage_seq_mb_s"][0]  # it made the local copies
+    bench.note(f"sequential, MB/s: {_listed(samples['getpage_seq_mb_s'])}")
+
+
+def _requests(store: PageStore, table: Table, blocks: Sequence[int], count: int = 1) -> list[bytes]:
+    return page_requests(table.first_key, blocks, count, NEWEST_LSN, store.lsn)
+
+
+def _random_blocks(blocks: int, count: int, seed: int) -> list[int]:
+    chance = random.Random(seed)
+    return [chance.randrange(blocks) for _ in range(count)]
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:,.0f}" for value in values)
+
+
+def _check_content(store: PageStore, table: Table, client: BenchPageClient, blocks: int) -> None:
+    """Against a slow second reading of the same layers."""
+    chosen = _random_blocks(blocks, CHECKED_BLOCKS, 1)
+    with tempfile.TemporaryDirectory(prefix="excimer-bench-") as directory:
+        Path(directory).chmod(0o755)
+        expected = asyncio.run(_read_by_engine(store, table, chosen, Path(directory)))
+    for request, page in zip(_requests(store, table, chosen), expected, strict=True):
+        if client.pages(request, 1) != page:
+            raise BenchFailedError("the page service answers with another page than the engine")
+
+
+async def _read_by_engine(
+    store: PageStore, table: Table, blocks: Sequence[int], local_dir: Path
+) -> list[bytes]:
+    async with _attached(store, local_dir) as timeline:
+        return [await timeline.get_pages(block_key(table.first_key, at), 1, store.lsn) for at in blocks]
+
+
+@contextlib.asynccontextmanager
+async def _attached(store: PageStore, local_dir: Path) -> AsyncIterator[Timeline]:
+    async with storage(local_dir, ObstoreObjectStore(f"file://{store.objects}")) as context:
+        tenant = await TenantStorage.attach(context, TENANT, 2)
+        yield tenant.timeline(TIMELINE)
+        await tenant.close()
+
+
+async def _measure_engine(store: PageStore, local_dir: Path, requests: int) -> list[str]:
+    hot = min(HOT_BLOCKS, store.images.blocks)
+    lines = []
+    with bound_to_one_core():
+        async with _attached(store, local_dir) as timeline:
+            await _read_all(timeline, store, store.images, range(hot))
+            taken = await _read_all(timeline, store, store.images, _random_blocks(hot, requests, 1))
+            lines.append(f"engine alone, random images, hot, per second: {requests / taken:,.0f}")
+            redo = _random_blocks(store.updated.blocks, requests // 4, 1)
+            await _read_all(timeline, store, store.updated, redo)
+            taken = await _read_all(timeline, store, store.updated, redo)
+            lines.append(
+                f"engine alone, pages with ten records, one core, per second: {len(redo) / taken:,.0f}"
+            )
+    return lines
+
+
+async def _read_all(timeline: Timeline, store: PageStore, table: Table, blocks: Sequence[int]) -> float:
+    keys = iter([block_key(table.first_key, block) for block in blocks])
+
+    async def reader() -> None:
+        for key in keys:
+            await timeline.get_pages(key, 1, store.lsn)
+
+    begun = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for number in range(DEPTH):
+            group.create_task(reader(), name=f"reader {number}")
+    return time.perf_counter() - begun
