@@ -34,7 +34,9 @@ class ValueSource(Protocol):
 
 class CachedValue(NamedTuple):
     found_lsn: int
-    """When the value was made; 0 if there is none."""
+    """From here on it was so: when the value was made, or 0 if there never was one. Later than that where
+    history was not looked at any further.
+    """
     checked_lsn: int
     """Nothing newer exists at or below this."""
     value: bytes | None
@@ -109,9 +111,11 @@ def _read_cached(source: ValueSource, key: bytes, lsn: int) -> CachedValue:
         value_lsn, kind, payload = found
         tombstone = _check_kind(key, value_lsn, kind) is ValueKind.TOMBSTONE
         entry = CachedValue(value_lsn, lsn, None if tombstone else payload)
+    elif not go_on:  # images of every live key are without it: when it went is not known
+        entry = CachedValue(lsn, lsn, None)
     elif known is not None and newer_only:
         entry = CachedValue(known.found_lsn, lsn, known.value)
-    elif go_on and stack.ancestry is not None:
+    elif stack.ancestry is not None:
         older = _read_cached(stack.ancestry.timeline, key, stack.ancestry.lsn)
         entry = CachedValue(older.found_lsn, lsn, older.value)
     else:
