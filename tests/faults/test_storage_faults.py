@@ -29,7 +29,12 @@ from tests.kit.storage_oracle import BLOCKS_MAX, FORKS, IMPORTED, RELATIONS, Tim
 from tests.kit.storage_world import MAIN, TENANT, new_main, storage_context
 
 SMALL = StorageSettings(
-    flush_size_bytes=30_000, block_size_bytes=12_000, image_layer_size_bytes=40_000, compaction_deltas=2
+    flush_size_bytes=30_000,
+    block_size_bytes=12_000,
+    image_layer_size_bytes=40_000,
+    compaction_target_size_bytes=4_000,
+    compaction_threshold=2,
+    image_creation_threshold=1,
 )
 BRANCH = TimelineId("22" * 16)
 TRIES = 4
@@ -95,6 +100,12 @@ async def flush(timeline: Timeline, world: World) -> None:
     world.durable[timeline.timeline_id] = timeline.remote_consistent_lsn
 
 
+async def compact(timeline: Timeline) -> None:
+    """Every step: a merge, a round in pieces."""
+    while await timeline.compact():
+        pass
+
+
 async def script(context: StorageContext, world: World) -> None:
     tenant = TenantStorage(context, TENANT, 1)
     await retried(lambda: tenant.create_timeline(new_main(), IMPORTED))
@@ -108,7 +119,7 @@ async def script(context: StorageContext, world: World) -> None:
     branch = tenant.timeline(BRANCH)
     world.branch = TimelineOracle(ancestor=world.main, ancestor_lsn=world.main.last_lsn)
     world.durable[BRANCH] = branch.last_record_lsn
-    await retried(main.compact)
+    await retried(lambda: compact(main))
     put_records(branch, world.branch, world, 20)
     await retried(lambda: flush(branch, world))
     put_records(main, world.main, world, 20)

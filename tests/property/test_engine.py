@@ -27,7 +27,12 @@ from tests.kit.storage_oracle import FORKS, IMPORTED, MAP_KEY, RELATIONS, Timeli
 from tests.kit.storage_world import MAIN, START, TENANT, FakeRedo, apply_native, new_main
 
 SMALL = StorageSettings(
-    flush_size_bytes=40_000, block_size_bytes=700, image_layer_size_bytes=30_000, compaction_deltas=2
+    flush_size_bytes=40_000,
+    block_size_bytes=700,
+    image_layer_size_bytes=30_000,
+    compaction_target_size_bytes=4_000,
+    compaction_threshold=2,
+    image_creation_threshold=1,
 )
 TIMELINES_MAX = 4
 
@@ -78,9 +83,11 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner.run(timeline.flush())
         assert timeline.remote_consistent_lsn == timeline.last_record_lsn
 
-    @rule(data=st.data())
-    def compact(self, data: st.DataObject) -> None:
-        self.runner.run(self.tenant.timeline(self.any_timeline(data)).compact())
+    @rule(data=st.data(), steps=st.integers(1, 4))
+    def compact(self, data: st.DataObject, steps: int) -> None:
+        timeline = self.tenant.timeline(self.any_timeline(data))
+        while steps and self.runner.run(timeline.compact()):
+            steps -= 1
 
     @precondition(lambda self: len(self.oracles) < TIMELINES_MAX)
     @rule(data=st.data())

@@ -322,7 +322,9 @@ def has_image_at(timeline: Timeline, lsn: int) -> bool:
 
 @in_event_loop
 async def test_run_compacts_and_reads_get_short(tmp_path: Path) -> None:
-    async with storage_context(tmp_path, settings=StorageSettings(compaction_deltas=2)) as context:
+    async with storage_context(
+        tmp_path, settings=StorageSettings(compaction_threshold=2, image_creation_threshold=1)
+    ) as context:
         timeline = await (await attach(context)).create_timeline(new_main(), IMPORTED)
         running = asyncio.ensure_future(timeline.run())
         chain = [image(block(0), START, b"0")]

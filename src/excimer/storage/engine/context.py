@@ -1,5 +1,6 @@
 """What timelines need from the world, and the engine's sizes. The host makes one and passes it in."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -41,13 +42,11 @@ class StorageSettings:
     block_size_bytes: int = BLOCK_TARGET_SIZE_BYTES
     image_layer_size_bytes: int = 64 * MIB
     """Raw size at which an image layer ends and the next begins."""
-    compaction_deltas: int = 4
-    """So many delta layers above the newest images lead to a round of new images."""
     compaction_threshold: int = 4
     """So many L0 layers are merged into L1."""
     compaction_target_size_bytes: int = 128 * MIB
     """Raw size at which an L1 layer ends and the next begins."""
-    image_creation_threshold: int = 3
+    image_creation_threshold: int = 2
     """So many L1 runs above the newest images lead to a round of new images."""
     pitr_interval_s: float = 7.0 * 86_400
     gc_horizon_bytes: int = 64 * MIB
@@ -72,5 +71,7 @@ class StorageContext:
     redo: RedoExecutor
     apply_native: NativeApplier
     executor: Executor
+    compaction_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    """So many timelines compact at the same time."""
     cache: BlockCache = field(default_factory=BlockCache)
     settings: StorageSettings = field(default_factory=StorageSettings)

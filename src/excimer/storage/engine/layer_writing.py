@@ -8,6 +8,8 @@ All calls block.
 
 from collections.abc import Iterable, Iterator
 
+import msgspec
+
 from excimer._native.memory_layer import MemoryLayer
 from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, describe_key
 from excimer.storage.engine.layer_stack import FrozenLayer, LayerHome
@@ -25,7 +27,8 @@ def write_delta(home: LayerHome, frozen: FrozenLayer, generation: int) -> LayerD
         LayerKind.DELTA, frozen.memory.start_lsn, frozen.end_lsn, home.tenant_id, home.timeline_id
     )
     blocks = _memory_blocks(frozen.memory, home.context.settings.block_size_bytes)
-    return _write_layer(home, header, blocks, generation, covers_after_lsn=None)
+    layer = write_layer(home, header, blocks, generation)
+    return msgspec.structs.replace(layer, key_count=frozen.memory.key_count)
 
 
 def image_value(key: bytes, lsn: int, data: bytes) -> Value:
@@ -49,7 +52,7 @@ def write_images(
     block = next(blocks, None)
     while block is not None:
         share = _share(block, blocks, settings.image_layer_size_bytes)
-        written.append(_write_layer(home, header, share, generation, covers_after_lsn=covers_after_lsn))
+        written.append(write_layer(home, header, share, generation, covers_after_lsn=covers_after_lsn))
         block = next(blocks, None)
     return written
 
@@ -59,14 +62,15 @@ def upload_layer(home: LayerHome, description: LayerDescription) -> None:
     home.context.store.put_file(home.object_name(description), home.local_path(description))
 
 
-def _write_layer(
+def write_layer(
     home: LayerHome,
     header: LayerHeader,
     blocks: Iterable[RawBlock],
     generation: int,
     *,
-    covers_after_lsn: int | None,
+    covers_after_lsn: int | None = None,
 ) -> LayerDescription:
+    """Sorted blocks, at least one, as a local file under its name, durable on return."""
     encoder = LayerEncoder(header)
     filesystem = home.context.filesystem
     kind = "image" if header.kind is LayerKind.IMAGE else "delta"

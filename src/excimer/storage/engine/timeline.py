@@ -21,7 +21,7 @@ Not here: what WAL means (`excimer.pageserver.ingest`), which layers to merge (`
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -33,8 +33,9 @@ from excimer._native.memory_layer import MemoryLayer
 from excimer.base.errors import CorruptionError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
-from excimer.storage.engine.compaction_job import run_compaction
+from excimer.storage.engine.compactor import Compactor
 from excimer.storage.engine.context import StorageContext
+from excimer.storage.engine.disk_layer import DiskLayer
 from excimer.storage.engine.errors import (
     IngestPausedError,
     LsnTimeoutError,
@@ -50,7 +51,6 @@ from excimer.storage.engine.value_reads import ValueCache, read_value, read_valu
 from excimer.storage.format.manifest import LayerDescription, Manifest
 from excimer.storage.format.tenant_settings import TenantSettings
 from excimer.storage.format.values import PackedBatch
-from excimer.storage.plan.compaction_plan import plan_compaction
 from excimer.storage.plan.layer_map import LayerMap
 from excimer.storage.plan.retention import Retention
 
@@ -118,6 +118,7 @@ class Timeline:
         self._written: tuple[FrozenLayer, LayerDescription] | None = None
         self._stopped = False
         self._deleted = False
+        self._compactor = Compactor(self)
 
     @property
     def settings(self) -> TenantSettings:
@@ -260,18 +261,18 @@ class Timeline:
         that it does not exist, whatever happens. Raises `ObjectStoreError`, OSError, ValueError.
         """
         async with self._flush_lock:
-            await self._whole_in_thread(partial(self._import_images, images))
+            await self.whole_in_thread(partial(self._import_images, images))
 
     async def write_first_manifest(self) -> None:
         """Makes a new branch exist."""
         async with self._flush_lock:
-            await self._whole_in_thread(partial(self.commit_layers, self.manifest, []))
+            await self.whole_in_thread(partial(self.commit_layers, self.manifest, []))
 
     async def mark_deleted(self) -> None:
         """From here on the timeline counts as deleted, whatever is still there of it."""
         async with self._flush_lock:
             deleted = msgspec.structs.replace(self.manifest, deleted=True)
-            await self._whole_in_thread(partial(self.commit_layers, deleted, []))
+            await self.whole_in_thread(partial(self.commit_layers, deleted, []))
             self._deleted = True
 
     async def flush(self) -> None:
@@ -282,23 +283,25 @@ class Timeline:
         await self._flush_frozen()
 
     async def compact(self) -> bool:
-        """Writes the image layers that are due, if any; says whether. Errors as `flush` and reads have."""
-        plan = plan_compaction(
-            self.stack.disk,
-            start_lsn=self.ancestor_lsn,
-            deltas_max=self.context.settings.compaction_deltas,
-            inherited_size_bytes=self.ancestor.size_bytes if self.ancestor is not None else 0,
-        )
-        if plan is None:
-            return False
-        self._check_lsn(plan.lsn)
-        layers = await run_compaction(self, plan)
-        for layer in layers:
-            await self._whole_in_thread(partial(upload_layer, self.home, layer))
+        """A step of the merges and images that are due, if any; says whether. Errors as `flush` and reads."""
+        async with self.compaction_lock:
+            return await self._compactor.step()
+
+    @property
+    def inherited_size_bytes(self) -> int:
+        """What the layers of its ancestors take."""
+        return self.ancestor.size_bytes if self.ancestor is not None else 0
+
+    async def replace_layers(
+        self, added: Sequence[LayerDescription], removed: Sequence[LayerDescription]
+    ) -> None:
+        """Uploaded layers come and others go with one manifest; one in both is described anew.
+
+        Errors as `flush`. Hold the compaction lock.
+        """
         async with self._flush_lock:
-            if layers:
-                await self._whole_in_thread(lambda: self.commit_layers(self.manifest, layers))
-        return bool(layers)
+            commit = partial(self.commit_layers, added=added, removed=removed)
+            await self.whole_in_thread(lambda: commit(self.manifest))
 
     async def run(self) -> None:
         """Flushes by size and by time, and compacts, until cancelled. Raises `FencedError` when overtaken."""
@@ -354,9 +357,9 @@ class Timeline:
     async def in_thread(self, function: Callable[[], _Result]) -> _Result:
         return await self._loop.run_in_executor(self.context.executor, function)
 
-    async def _whole_in_thread(self, function: Callable[[], _Result]) -> _Result:
-        """A cancellation waits until the thread is done: what it writes must not come after a later
-        writer's, above all not after a deletion.
+    async def whole_in_thread(self, function: Callable[[], _Result]) -> _Result:
+        """Like `in_thread`, but a cancellation waits until the thread is done: what it writes must not come
+        after a later writer's, above all not after a deletion.
         """
         future = self._loop.run_in_executor(self.context.executor, function)
         try:
@@ -433,7 +436,7 @@ class Timeline:
     async def _flush_frozen(self) -> None:
         async with self._flush_lock:
             while self.stack.frozen:
-                await self._whole_in_thread(partial(self._flush_one, self.stack.frozen[0]))
+                await self.whole_in_thread(partial(self._flush_one, self.stack.frozen[0]))
                 self._room.set()
                 self._compaction_wanted.set()
 
@@ -462,17 +465,33 @@ class Timeline:
         self.commit_layers(self.manifest, layers)
 
     def commit_layers(
-        self, manifest: Manifest, added: list[LayerDescription], *, flushed: FrozenLayer | None = None
+        self,
+        manifest: Manifest,
+        added: Sequence[LayerDescription],
+        *,
+        removed: Sequence[LayerDescription] = (),
+        flushed: FrozenLayer | None = None,
     ) -> None:
         """Makes uploaded layers part of the timeline: a durable manifest, then the layer stack.
 
         Blocks. One caller at a time: hold the flush lock.
         """
-        files = {layer.name: self.home.disk_layer(layer) for layer in added}
-        disk = self.stack.disk.changed(added=added)
+        before = self.stack.files
+        files = {layer.name: self.home.disk_layer(layer) for layer in added if layer.name not in before}
+        disk = self.stack.disk.changed(added=added, removed=removed)
         manifest = msgspec.structs.replace(manifest, layers=disk.descriptions)
         self._manifests.write(manifest)
         with self._write_lock:
             self.stack = self.stack.with_disk(disk, files, flushed)
             self.manifest = manifest
             self._room_made.notify_all()
+        for layer in removed:
+            if layer.name not in self.stack.files:
+                self._remove_local(before[layer.name])
+
+    def _remove_local(self, file: DiskLayer) -> None:
+        """Of a layer that no manifest needs any more; a reader that is still at it brings it again."""
+        try:
+            file.remove_local()
+        except OSError as error:
+            _log.warning("the copy of %s stays until the next start: %s", file.object_name, error)

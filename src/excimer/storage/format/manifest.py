@@ -49,6 +49,10 @@ class LayerDescription(msgspec.Struct, frozen=True, kw_only=True):
     """
     level: int = 0
     """Of deltas: 0 is one flush over the whole key range; 1 is merged from several and cut by key."""
+    key_count: int = 0
+    """Of deltas: distinct keys; 0 if that was not counted."""
+    round_after_lsn: int | None = None
+    """Of a piece of a round that is not finished: what the round will cover when it is."""
 
     @property
     def name(self) -> str:

@@ -57,8 +57,8 @@ class TenantSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """So many L0 layers are merged into L1."""
     compaction_target_size_bytes: Annotated[int, Meta(ge=64 * KIB, le=4096 * MIB)] = 128 * MIB
     """Raw size at which an L1 layer ends and the next begins."""
-    image_creation_threshold: Annotated[int, Meta(ge=1, le=1000)] = 3
-    """So much piles up above the newest images before the next are made."""
+    image_creation_threshold: Annotated[int, Meta(ge=1, le=1000)] = 2
+    """So many merged runs above the newest images lead to new images."""
 
 
 Overrides = Mapping[str, Any]

@@ -1,74 +1,213 @@
-"""When to turn piled-up delta layers into image layers, so that reads stay short.
+"""When to merge flushes, and when to turn deltas that piled up into images, so that reads stay short.
 
-After `deltas_max` deltas above the newest images a *round* writes, at the end LSN of the newest, an
-image of each key that changed since the round before. A read then finds a key in the round, or jumps
-over all that the round covers (`read_path`).
+::
 
-So that rounds do not pile up in turn, a round absorbs the rounds before it as long as they are no
-larger than what it has gathered by then: it holds their keys too, and covers what they covered. Rounds
-that a read visits thus grow in size from each to the next, and their number stays logarithmic; and a
-page is written again only when at least as much has changed around it. A round that reaches the
-beginning of the history is *complete*: it holds every key alive.
+    flush, flush, flush, flush     L0: one delta each, over the whole key range
+      '-----'---.---'-----'
+             merge                 L1: one run of the same LSNs, cut by key
+         merge, merge
+           '--.--'
+            round                  images of all keys that changed since the round before
 
-Nothing is removed: deltas and absorbed rounds still serve older LSNs until GC cuts the history off.
+**Merge.** So many L0 runs as the threshold says become one L1 run, the oldest first and without a
+gap: between two of them there is no other delta. The values stay the same, to the last one: history
+is kept whole. Older L1 runs that are no larger than what was gathered are merged again as long as one
+file holds it all, so that a timeline which is hardly written to does not pile up tiny layers.
 
-Not here: the images themselves (`excimer.storage.engine.compaction_job`).
+**Round.** So many L1 runs above the newest images lead to images, at the end LSN of the newest of them,
+of each key that changed since the round before. A read then finds a key in the round, or jumps over
+all that the round covers (`read_path`). So that rounds do not pile up in turn, a round absorbs the
+rounds before it as long as they hold at most ABSORBED_RATIO times the keys it has gathered by then: it
+holds their keys too, and covers what they covered. Each round thus has over ABSORBED_RATIO times the
+keys of the next, and their number stays logarithmic. A round that reaches the beginning of the
+history is *complete*: it holds every key alive.
+
+A round is written in pieces. Each piece is in the manifest before the next is begun, as images that
+cover nothing yet but say what the round will cover; the next is planned from there, after a crash too.
+The last makes all of them cover it.
+
+Nothing is removed but what was merged: deltas below a round and absorbed rounds still serve older LSNs
+until GC cuts the history off.
+
+Not here: doing it (`excimer.storage.engine.compactor`), slowing ingest (`ingest_throttle`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from excimer.base.keys import MIN_KEY
 from excimer.base.lsn import Lsn
 from excimer.storage.format.manifest import LayerDescription
-from excimer.storage.plan.layer_map import LayerMap, PlacedLayer
+from excimer.storage.plan.layer_map import LayerMap, LayerRun
+
+MERGED_RUNS_MAX = 16
+"""A merge of more would hold up all else for too long."""
+
+ABSORBED_RATIO = 4
+"""With 1, rounds of about the same size pile up; 4 keeps a read below four of them up to 64 times the keys
+of the smallest, and writes a key again about as often as 2 would."""
+
+IMAGE_SIZE_ESTIMATE_BYTES = 2048
+"""Of a page, compressed."""
 
 
 @dataclass(frozen=True)
-class CompactionPlan:
+class CompactionLimits:
+    merge_threshold: int
+    """So many L0 runs are merged."""
+    merged_layer_size_bytes: int
+    """Size at which an L1 layer ends."""
+    image_threshold: int
+    """So many L1 runs above the newest images lead to a round."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    runs: tuple[LayerRun, ...]
+    """Oldest first."""
+
+    @property
+    def start_lsn(self) -> int:
+        return self.runs[0].start_lsn
+
+    @property
+    def end_lsn(self) -> int:
+        return self.runs[-1].end_lsn
+
+    @property
+    def descriptions(self) -> tuple[LayerDescription, ...]:
+        return tuple(layer for run in self.runs for layer in run.descriptions)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The next piece of a round."""
+
     lsn: Lsn
     """Images are made as of this."""
     covers_after_lsn: int
-    """Of every key that changed after it; 0: of every key alive."""
-    sources: tuple[LayerDescription, ...]
+    """Of every key that changed after it; 0: of every key alive; `lsn` itself: of some, for others are
+    damaged, and the round will cover nothing."""
+    sources: tuple[LayerRun, ...]
     """The layers that hold the changed keys. Not needed for a complete round."""
+    start_key: bytes = MIN_KEY
+    """Images of keys before it are there already."""
+    pieces: tuple[LayerDescription, ...] = ()
+    """The layers of the round that are there already."""
+
+    @property
+    def low_lsn(self) -> int:
+        """What the sources hold at or below it is of no interest."""
+        return self.covers_after_lsn if self.covers_after_lsn < self.lsn else 0
 
 
-def plan_compaction(
-    layer_map: LayerMap, *, start_lsn: int, deltas_max: int, inherited_size_bytes: int
-) -> CompactionPlan | None:
-    """The round that is due, or None.
-
-    `start_lsn`: where the timeline's own history starts (a branch point, or an import);
-    `inherited_size_bytes`: what a branch reads from its ancestors, 0 without one.
-    """
-    newest_image_lsn = max((layer.end_lsn for layer in layer_map.layers if layer.is_image), default=0)
-    deltas = [layer for layer in layer_map.layers if not layer.is_image]
-    if sum(layer.end_lsn > newest_image_lsn for layer in deltas) < deltas_max:
+def plan_merge(layer_map: LayerMap, limits: CompactionLimits) -> MergePlan | None:
+    """The merge that is due, or None."""
+    runs = layer_map.delta_runs[::-1]
+    if sum(run.is_level_zero for run in runs) < limits.merge_threshold:
         return None
-    rounds = _rounds(layer_map.layers)
-    covered_lsn = max(rounds, default=start_lsn)
-    sources = [layer for layer in deltas if layer.end_lsn > covered_lsn]
-    while covered_lsn in rounds and _size(rounds[covered_lsn]) <= _size(sources):
-        absorbed = rounds[covered_lsn]
-        sources += absorbed
-        covered_lsn = absorbed[0].covers_after_lsn or 0
-    if covered_lsn == start_lsn and covered_lsn not in rounds and inherited_size_bytes <= _size(sources):
-        covered_lsn = 0
-    return CompactionPlan(
-        lsn=Lsn(max(layer.end_lsn for layer in deltas)),
-        covers_after_lsn=covered_lsn,
-        sources=tuple(layer.description for layer in sources),
+    first = next(at for at, run in enumerate(runs) if run.is_level_zero)
+    chosen: list[LayerRun] = []
+    for run in runs[first : first + MERGED_RUNS_MAX]:
+        if not run.is_level_zero or (chosen and run.start_lsn < chosen[-1].end_lsn):
+            break
+        chosen.append(run)
+    size = sum(run.size_bytes for run in chosen)
+    for run in reversed(runs[:first]):
+        if run.size_bytes > size or run.size_bytes + size > limits.merged_layer_size_bytes:
+            break
+        chosen.insert(0, run)
+        size += run.size_bytes
+    return MergePlan(tuple(chosen))
+
+
+def plan_round(
+    layer_map: LayerMap,
+    limits: CompactionLimits,
+    *,
+    start_lsn: int,
+    oldest_lsn: int,
+    inherited_size_bytes: int,
+) -> RoundPlan | None:
+    """The piece of a round that is due, or None.
+
+    `start_lsn`: where the timeline's own history starts (a branch point, or an import); `oldest_lsn`:
+    what lies before cannot be read any more; `inherited_size_bytes`: what a branch reads from its
+    ancestors, 0 without one. A round that was begun is returned even if it can no longer be finished.
+    """
+    begun = _unfinished_round(layer_map)
+    if begun is not None:
+        return begun
+    newest_image_lsn = layer_map.image_runs[0].end_lsn if layer_map.image_runs else 0
+    merged = [run for run in layer_map.delta_runs if not run.is_level_zero and run.end_lsn > newest_image_lsn]
+    if not merged or len(merged) < limits.image_threshold or merged[0].end_lsn < oldest_lsn:
+        return None
+    lsn = merged[0].end_lsn
+    covered_lsn, gathered = lsn, []
+    for covered_lsn, sources, absorbable in _rounds_below(layer_map, lsn, start_lsn):
+        gathered += sources
+        key_count = sum(run.key_count for run in gathered)
+        if absorbable is None:
+            if inherited_size_bytes <= key_count * IMAGE_SIZE_ESTIMATE_BYTES:
+                covered_lsn = 0
+        elif absorbable.key_count > ABSORBED_RATIO * key_count:
+            break
+        else:
+            gathered.append(absorbable)
+            covered_lsn = absorbable.covers_after_lsn or 0
+    return RoundPlan(Lsn(lsn), covered_lsn, _once(gathered))
+
+
+def _unfinished_round(layer_map: LayerMap) -> RoundPlan | None:
+    pieces = [
+        layer
+        for run in layer_map.image_runs
+        for layer in run.layers
+        if layer.description.round_after_lsn is not None
+    ]
+    if not pieces:
+        return None
+    lsn = pieces[0].end_lsn
+    covers_after_lsn = pieces[0].description.round_after_lsn or 0
+    gathered: list[LayerRun] = []
+    for below_lsn, sources, absorbable in _rounds_below(layer_map, lsn, covers_after_lsn):
+        gathered += sources
+        if below_lsn <= covers_after_lsn or absorbable is None:
+            break
+        gathered.append(absorbable)
+    last_key = max(layer.last_key for layer in pieces if layer.end_lsn == lsn)
+    return RoundPlan(
+        Lsn(lsn),
+        covers_after_lsn,
+        _once(gathered),
+        start_key=_next_key(last_key),
+        pieces=tuple(layer.description for layer in pieces if layer.end_lsn == lsn),
     )
 
 
-def _rounds(layers: Sequence[PlacedLayer]) -> dict[int, list[PlacedLayer]]:
-    """By LSN, the image layers that cover something; those with gaps only help reads along."""
-    rounds: dict[int, list[PlacedLayer]] = {}
-    for layer in layers:
-        if layer.is_image and layer.covers_after_lsn is not None:
-            rounds.setdefault(layer.end_lsn, []).append(layer)
-    return rounds
+def _rounds_below(
+    layer_map: LayerMap, lsn: int, start_lsn: int
+) -> Iterator[tuple[int, list[LayerRun], LayerRun | None]]:
+    """From `lsn` downward as a read walks: an LSN, the deltas above it, the round that stands at it.
+
+    The last has no round, and is the start of the timeline's own history.
+    """
+    upper_lsn, limit_lsn = lsn, lsn - 1
+    while True:
+        images = layer_map.try_images_at_or_below(limit_lsn)
+        while images is not None and images.covers_after_lsn is None:
+            images = layer_map.try_images_at_or_below(images.end_lsn - 1)
+        below_lsn = start_lsn if images is None else images.end_lsn
+        yield below_lsn, list(layer_map.deltas_between(below_lsn, upper_lsn)), images
+        if images is None or not images.covers_after_lsn:
+            return
+        upper_lsn = limit_lsn = images.covers_after_lsn
 
 
-def _size(layers: Iterable[PlacedLayer]) -> int:
-    return sum(layer.description.size_bytes for layer in layers)
+def _once(runs: list[LayerRun]) -> tuple[LayerRun, ...]:
+    """A delta that stands on both sides of a round is gathered twice."""
+    return tuple({id(run): run for run in runs}.values())
+
+
+def _next_key(key: bytes) -> bytes:
+    return (int.from_bytes(key, "big") + 1).to_bytes(len(key), "big")

@@ -17,7 +17,6 @@ all from 0 end it, for nothing older matters then, in this timeline or its ances
       low  -----------------------------------------------------------------
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from excimer.storage.plan.layer_map import LayerMap, PlacedLayer
@@ -41,39 +40,31 @@ def plan_read(
     layer_map: LayerMap, first_key: bytes, last_key: bytes, low_lsn: int, high_lsn: int
 ) -> ReadPlan:
     """Newest first; no value is offered twice, and none left out that may be a key's newest."""
-    near = [layer for layer in layer_map.layers if layer.start_lsn <= high_lsn and layer.end_lsn > low_lsn]
-    deltas = [layer for layer in near if not layer.is_image and _overlaps(layer, first_key, last_key)]
-    images: dict[int, list[PlacedLayer]] = {}
-    for layer in near:
-        if layer.is_image:
-            images.setdefault(layer.end_lsn, []).append(layer)
     visits: list[Visit] = []
     upper_lsn = high_lsn
-    for image_lsn in sorted(images, reverse=True):
-        if image_lsn > upper_lsn:
-            continue  # jumped over
-        visits += _visits_between(deltas, image_lsn, upper_lsn)
-        layers = images[image_lsn]
-        visits += [
-            Visit(layer, image_lsn - 1, image_lsn)
-            for layer in layers
-            if _overlaps(layer, first_key, last_key)
-        ]
-        covers_after_lsn = layers[0].covers_after_lsn
-        if covers_after_lsn == 0:
+    image_limit_lsn = high_lsn
+    while (images := layer_map.try_images_at_or_below(image_limit_lsn)) is not None:
+        image_lsn = images.end_lsn
+        if image_lsn <= low_lsn:
+            break
+        _visit_deltas(visits, layer_map, (first_key, last_key), image_lsn, upper_lsn)
+        for layer in images.overlapping(first_key, last_key):
+            visits.append(Visit(layer, image_lsn - 1, image_lsn))
+        if images.covers_after_lsn == 0:
             return ReadPlan(visits, False)
-        upper_lsn = image_lsn if covers_after_lsn is None else covers_after_lsn
-    return ReadPlan(visits + _visits_between(deltas, low_lsn, upper_lsn), True)
+        if images.covers_after_lsn is None:
+            upper_lsn, image_limit_lsn = image_lsn, image_lsn - 1
+        else:
+            upper_lsn = image_limit_lsn = images.covers_after_lsn
+    _visit_deltas(visits, layer_map, (first_key, last_key), low_lsn, upper_lsn)
+    return ReadPlan(visits, True)
 
 
-def _visits_between(deltas: Iterable[PlacedLayer], low_lsn: int, high_lsn: int) -> list[Visit]:
-    pieces = [
-        Visit(layer, max(layer.start_lsn, low_lsn), min(layer.end_lsn, high_lsn))
-        for layer in deltas
-        if max(layer.start_lsn, low_lsn) < min(layer.end_lsn, high_lsn)
-    ]
-    return sorted(pieces, key=lambda visit: -visit.high_lsn)
-
-
-def _overlaps(layer: PlacedLayer, first_key: bytes, last_key: bytes) -> bool:
-    return layer.first_key <= last_key and layer.last_key >= first_key
+def _visit_deltas(
+    visits: list[Visit], layer_map: LayerMap, keys: tuple[bytes, bytes], low_lsn: int, high_lsn: int
+) -> None:
+    """Nothing where `low_lsn` is not below `high_lsn`: a round may cover more than is asked for."""
+    for run in layer_map.deltas_between(low_lsn, high_lsn):
+        low, high = max(run.start_lsn, low_lsn), min(run.end_lsn, high_lsn)
+        for layer in run.overlapping(*keys):
+            visits.append(Visit(layer, low, high))

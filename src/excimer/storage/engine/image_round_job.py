@@ -1,47 +1,54 @@
-"""Carries out one round of a `CompactionPlan`: reads pages as any reader does, writes them as images.
+"""Carries out a piece of a `RoundPlan`: reads pages as any reader does, writes them as images.
 
-A page that cannot be rebuilt is left out and logged; the round is then written as covering nothing,
-so that a read of that page still meets its damaged history and fails, rather than an older page.
+Keys come from the sources' blocks as runs of adjacent blocks, are read BATCH_BLOCKS_MAX at a time, many
+runs at once, and end up in one image layer of a bounded size per piece. Of the sources only as much is
+read as the piece needs.
 
-Not here: deciding on a round (`excimer.storage.plan.compaction_plan`), committing it
-(`Timeline.compact`).
+A page that cannot be rebuilt is left out and logged; the round then covers nothing, so that a read of
+that page still meets its damaged history and fails, rather than an older page.
+
+Not here: deciding on a round (`excimer.storage.plan.compaction_plan`), committing it (`compactor`).
 """
 
+import asyncio
 import heapq
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
-import msgspec
-
 from excimer._native.page_chains import MalformedValueError, key_runs
 from excimer.base.errors import CorruptionError
 from excimer.base.keys import (
     BLOCK_SIZE_BYTES,
     MAX_KEY,
-    MIN_KEY,
     KeyKind,
     make_key,
     parse_key,
 )
-from excimer.base.lsn import MAX_LSN, Lsn
+from excimer.base.lsn import Lsn
 from excimer.storage.engine.disk_layer import DiskLayer
 from excimer.storage.engine.layer_stack import LayerHome
 from excimer.storage.engine.layer_writing import image_value, write_images
 from excimer.storage.engine.page_reads import PageRead, PageSource, block_key, read_size_blocks
 from excimer.storage.engine.value_reads import read_value, scan_values
+from excimer.storage.format.layer_block import VALUE_HEAD_SIZE_BYTES
 from excimer.storage.format.layer_file import DamagedLayerError
 from excimer.storage.format.manifest import LayerDescription
 from excimer.storage.format.values import Value, ValueKind
-from excimer.storage.plan.compaction_plan import CompactionPlan
+from excimer.storage.plan.compaction_plan import RoundPlan
 
 _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
 RUN_BLOCKS_MAX = 128
-"""Pages read at once."""
+"""Adjacent pages read at once."""
+
+BATCH_BLOCKS_MAX = 256
+"""Pages wanted at the same time: more would make readers wait for the redo workers."""
+
+BATCH_RUNS_MAX = 32
 
 BLOCK_KINDS = (KeyKind.RELATION_BLOCK, KeyKind.SLRU_BLOCK)
 SIZE_KINDS = {KeyKind.RELATION_SIZE: KeyKind.RELATION_BLOCK, KeyKind.SLRU_SIZE: KeyKind.SLRU_BLOCK}
@@ -54,45 +61,79 @@ class KeyRun(NamedTuple):
     blocks: int
 
 
-class CompactionSource(PageSource, Protocol):
+class RoundPiece(NamedTuple):
+    layers: list[LayerDescription]
+    is_whole: bool
+    """Nothing had to be left out."""
+    is_last: bool
+
+
+class RoundSource(PageSource, Protocol):
     home: LayerHome
     generation: int
 
     async def in_thread(self, function: Callable[[], _Result], /) -> _Result: ...
 
 
-async def run_compaction(source: CompactionSource, plan: CompactionPlan) -> list[LayerDescription]:
-    """The round's image layers as local files, not yet uploaded. Raises as reads and writes do."""
-    runs = await source.in_thread(partial(_plan_runs, source, plan))
-    written: list[LayerDescription] = []
-    values: list[Value] = []
-    size = 0
-    covers_after_lsn: int | None = plan.covers_after_lsn
+async def write_round_piece(source: RoundSource, plan: RoundPlan) -> RoundPiece:
+    """The next image layers of a round as local files, not yet uploaded. Raises as reads and writes do."""
+    runs = _runs_from(source, plan)
     limit = source.home.context.settings.image_layer_size_bytes
-    for run in runs:
-        try:
-            taken = await _read_run(source, run, plan.lsn)
-        except DamagedLayerError:
-            raise
-        except CorruptionError as error:
-            _log.error("compaction of timeline %s leaves out a run: %s", source.home.timeline_id, error)
-            covers_after_lsn = None
-            continue
-        values += taken
-        size += sum(len(value.payload) for value in taken)
-        if size >= limit:
-            written += await source.in_thread(partial(_write, source, values, plan.lsn))
-            values, size = [], 0
+    values: list[Value] = []
+    size, is_whole, is_last = 0, True, False
+    while size < limit and not is_last:
+        batch = await source.in_thread(partial(_take_batch, runs))
+        is_last = not batch
+        for taken in await _read_batch(source, batch, plan.lsn):
+            is_whole = is_whole and taken is not None
+            values += taken or ()
+            size += sum(VALUE_HEAD_SIZE_BYTES + len(value.payload) for value in taken or ())
+    layers: list[LayerDescription] = []
     if values:
-        written += await source.in_thread(partial(_write, source, values, plan.lsn))
-    return [msgspec.structs.replace(layer, covers_after_lsn=covers_after_lsn) for layer in written]
+        layers = await source.in_thread(partial(_write, source, values, plan.lsn))
+    return RoundPiece(layers, is_whole, is_last)
 
 
-def _write(source: CompactionSource, values: list[Value], lsn: Lsn) -> list[LayerDescription]:
+def _write(source: RoundSource, values: list[Value], lsn: Lsn) -> list[LayerDescription]:
     return write_images(source.home, values, lsn, source.generation, covers_after_lsn=None)
 
 
-async def _read_run(source: CompactionSource, run: KeyRun, lsn: Lsn) -> list[Value]:
+def _take_batch(runs: Iterator[KeyRun]) -> list[KeyRun]:
+    """Empty at the end."""
+    batch: list[KeyRun] = []
+    blocks = 0
+    for run in runs:
+        batch.append(run)
+        blocks += run.blocks
+        if blocks >= BATCH_BLOCKS_MAX or len(batch) >= BATCH_RUNS_MAX:
+            break
+    return batch
+
+
+async def _read_batch(source: RoundSource, runs: list[KeyRun], lsn: Lsn) -> list[list[Value] | None]:
+    """Of each run its images, or None if it cannot be read whole; all at the same time."""
+    outcomes = await asyncio.gather(
+        *(_try_read_run(source, run, lsn) for run in runs), return_exceptions=True
+    )
+    taken: list[list[Value] | None] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        taken.append(outcome)
+    return taken
+
+
+async def _try_read_run(source: RoundSource, run: KeyRun, lsn: Lsn) -> list[Value] | None:
+    try:
+        return await _read_run(source, run, lsn)
+    except DamagedLayerError:
+        raise
+    except CorruptionError as error:
+        _log.error("compaction of timeline %s leaves out a run: %s", source.home.timeline_id, error)
+        return None
+
+
+async def _read_run(source: RoundSource, run: KeyRun, lsn: Lsn) -> list[Value]:
     """Images of a run's keys; none of blocks that no longer exist."""
     fields = parse_key(run.first_key)
     if fields.kind not in BLOCK_KINDS:
@@ -113,24 +154,27 @@ async def _read_run(source: CompactionSource, run: KeyRun, lsn: Lsn) -> list[Val
     ]
 
 
-def _plan_runs(source: CompactionSource, plan: CompactionPlan) -> list[KeyRun]:
+def _runs_from(source: RoundSource, plan: RoundPlan) -> Iterator[KeyRun]:
+    """What is still to be written of the round, in order. Reads as it goes."""
     if plan.covers_after_lsn == 0:
-        return list(split_runs(_live_runs(source, plan.lsn)))
-    files = [source.stack.files[layer.name] for layer in plan.sources]
-    return list(split_runs(merge_runs(heapq.merge(*(_changed_runs(file) for file in files)))))
+        runs = _live_runs(source, plan.lsn)
+    else:
+        files = [source.stack.files[layer.name] for run in plan.sources for layer in run.descriptions]
+        runs = merge_runs(heapq.merge(*(_changed_runs(file, plan) for file in files)))
+    return split_runs(runs_from(runs, plan.start_key))
 
 
-def _changed_runs(file: DiskLayer) -> Iterator[KeyRun]:
-    for block in file.blocks(MIN_KEY, MAX_KEY, 0, MAX_LSN, cached=False):
+def _changed_runs(file: DiskLayer, plan: RoundPlan) -> Iterator[KeyRun]:
+    for block in file.blocks(plan.start_key, MAX_KEY, plan.low_lsn, plan.lsn, cached=False):
         try:
             yield from (KeyRun(*run) for run in key_runs(block))
         except MalformedValueError as error:
             raise DamagedLayerError(str(file.local_path), str(error)) from error
 
 
-def _live_runs(source: CompactionSource, lsn: Lsn) -> Iterator[KeyRun]:
+def _live_runs(source: RoundSource, lsn: Lsn) -> Iterator[KeyRun]:
     """Every key alive at `lsn`, in order: blocks by their relations' sizes, and all other kinds."""
-    runs = []
+    runs: list[KeyRun] = []
     for start, end in _METADATA_RANGES:
         for key, value in scan_values(source, start, end, lsn):
             runs.append(KeyRun(key, 1))
@@ -139,7 +183,7 @@ def _live_runs(source: CompactionSource, lsn: Lsn) -> Iterator[KeyRun]:
             blocks = int.from_bytes(value, "little") if block_kind is not None else 0
             if block_kind is not None and blocks:
                 runs.append(KeyRun(make_key(block_kind, *fields[1:5]), blocks))
-    return iter(sorted(runs))
+    yield from sorted(runs)
 
 
 _METADATA_RANGES = (
@@ -163,6 +207,15 @@ def merge_runs(runs: Iterable[KeyRun]) -> Iterator[KeyRun]:
             pending = run
     if pending is not None:
         yield pending
+
+
+def runs_from(runs: Iterable[KeyRun], start_key: bytes) -> Iterator[KeyRun]:
+    """Of sorted runs what lies at or after a key."""
+    for run in runs:
+        skipped = _distance(run.first_key, start_key) if run.first_key < start_key else 0
+        if skipped is None or skipped >= run.blocks:
+            continue
+        yield KeyRun(block_key(run.first_key, skipped), run.blocks - skipped) if skipped else run
 
 
 def split_runs(runs: Iterable[KeyRun]) -> Iterator[KeyRun]:
