@@ -18,9 +18,10 @@ LAYERS = (
     {"postgres"},
     {"storage.engine", "service"},
     {"pageserver", "safekeeper", "broker", "compute", "controller", "proxy", "console", "scrubber"},
+    {"export"},
     {"cli"},
 )
-SERVICES = LAYERS[-2]
+SERVICES = LAYERS[-3]
 PURE = {"base", "pgformat", "wire", "consensus", "storage.format", "storage.plan"}
 IMPURE_MODULES = {"asyncio", "os", "socket", "time", "random", "threading", "subprocess"}
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -25,6 +25,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "tenant": ("tenant", "Tenants (projects): create, list, delete, set-default."),
     "timeline": ("timeline", "Branches: create, branch, list, delete."),
     "endpoint": ("endpoint", "Endpoints: create, start, stop, list, delete."),
+    "export": ("export", "Write a branch as a data directory or tar for plain PostgreSQL."),
     "psql": ("psql", "Open psql on an endpoint."),
     "pg": ("pg", "PostgreSQL builds: list, install, add."),
     "logs": ("logs", "Show the log of a part."),

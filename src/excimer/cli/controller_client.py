@@ -6,7 +6,7 @@
 import http.client
 import json
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from excimer.base.errors import ConflictError, NotFoundError, RefusedError, RetryableError
 from excimer.cli.errors import NotRunningError
@@ -25,8 +25,8 @@ class ControllerClient:
         self._address = installation.controller_address
         self._token = installation.admin_token()
 
-    def get(self, *parts: str) -> Any:
-        return self._call("GET", parts, None)
+    def get(self, *parts: str, query: dict[str, str] | None = None) -> Any:
+        return self._call("GET", parts, None, query)
 
     def post(self, *parts: str, body: object) -> Any:
         return self._call("POST", parts, body)
@@ -37,10 +37,14 @@ class ControllerClient:
     def delete(self, *parts: str) -> Any:
         return self._call("DELETE", parts, None)
 
-    def _call(self, method: str, parts: tuple[str, ...], body: object) -> Any:
+    def _call(
+        self, method: str, parts: tuple[str, ...], body: object, query: dict[str, str] | None = None
+    ) -> Any:
         connection = http.client.HTTPConnection(self._address, timeout=CALL_TIMEOUT_S)
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
         path = "/v1" + "".join("/" + quote(part, safe="/") for part in parts)
+        if query:
+            path += "?" + urlencode(query)
         try:
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()

@@ -276,6 +276,20 @@ def plan_endpoint(
     )
 
 
+def check_readable(timeline: Timeline) -> None:
+    """Raises `IncompleteError` for a branch that is not whole yet."""
+    if timeline.state != "active":
+        raise IncompleteError(f"branch {timeline.name!r} is still being created: try again")
+
+
+def check_lsn_reached(timeline: Timeline, lsn: Lsn, head_lsn: Lsn) -> None:
+    """Raises `BadRequestError` for an LSN that the branch's WAL has not come to."""
+    if lsn > head_lsn:
+        raise BadRequestError(
+            f"branch {timeline.name!r} has not reached LSN {format_lsn(lsn)}: it is at {format_lsn(head_lsn)}"
+        )
+
+
 def build_spec(
     endpoint: Endpoint,
     timeline: Timeline,

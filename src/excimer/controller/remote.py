@@ -22,6 +22,7 @@ TOKEN_LIFETIME_S: Final = 600
 CREATE_TIMEOUT_S: Final = 120.0
 """The first timeline of a PostgreSQL version runs initdb."""
 
+READING_TOKEN_LIFETIME_S: Final = 86_400
 CALL_TIMEOUT_S: Final = 10.0
 
 T = TypeVar("T")
@@ -52,6 +53,10 @@ class TokenMaker:
     def for_call(self, scope: Scope) -> str:
         expires = int(self.clock.now()) + TOKEN_LIFETIME_S
         return encode_token(self.private_pem, Claims(scope=scope, exp=expires))
+
+    def for_reading(self, tenant_id: TenantId) -> str:
+        expires = int(self.clock.now()) + READING_TOKEN_LIFETIME_S
+        return encode_token(self.private_pem, Claims(scope=Scope.TENANT, tenant_id=tenant_id, exp=expires))
 
     def for_tenant(self, tenant_id: TenantId) -> str:
         return encode_token(self.private_pem, Claims(scope=Scope.TENANT, tenant_id=tenant_id))

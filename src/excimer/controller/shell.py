@@ -349,6 +349,33 @@ class Controller:
             self._tokens.for_tenant(tenant.tenant_id),
         )
 
+    # What is in a branch
+
+    async def point_in_branch(
+        self, tenant_reference: str, reference: str, at: Lsn | str | None
+    ) -> tuple[Timeline, Lsn]:
+        """A branch and one of its LSNs: the one given, the one at a timestamp, or the head.
+
+        Whether its history still reaches so far back is the pageserver's to say.
+        """
+        tenant = await self.find_tenant(tenant_reference)
+        timeline = await self.find_branch(tenant.tenant_id, reference)
+        core.check_readable(timeline)
+        head_lsn = await self._newest_commit_lsn(timeline)
+        lsn = head_lsn if at is None else await self._branch_point(tenant, timeline, at) or head_lsn
+        core.check_lsn_reached(timeline, lsn, head_lsn)
+        return timeline, lsn
+
+    async def pageserver_of(self, tenant_id: TenantId) -> tuple[Pageserver, PageserverApi]:
+        """Who serves the tenant, and its management API."""
+        tenant = await self.find_tenant(tenant_id)
+        pageservers = {row.id: row for row in await self._db(self._store.list_pageservers)}
+        return pageservers[tenant.pageserver_id], await self._pageserver_of(tenant)
+
+    def reading_token(self, tenant_id: TenantId) -> str:
+        """Grants the tenant's data for a day: long enough for a copy of a branch."""
+        return self._tokens.for_reading(tenant_id)
+
     # Driving things to their end
 
     async def reconcile_for_ever(self) -> None:

@@ -1,6 +1,5 @@
 """The controller's HTTP API, version 1. Tenants and branches are named by name, id, or an id's beginning."""
 
-from datetime import UTC
 from random import SystemRandom
 
 from fastapi import APIRouter
@@ -22,6 +21,7 @@ from excimer.controller.endpoints.api_models import (
     TenantAnswer,
     TenantsAnswer,
 )
+from excimer.controller.endpoints.reading import add_reading_routes, point_in_history
 from excimer.controller.model import BadRequestError
 from excimer.controller.shell import Controller
 
@@ -34,6 +34,7 @@ def make_router(controller: Controller) -> APIRouter:
     _add_tenant_routes(router, controller, chance)
     _add_branch_routes(router, controller, chance)
     _add_endpoint_routes(router, controller)
+    add_reading_routes(router, controller)
 
     @router.get("/nodes", tags=["nodes"])
     async def list_nodes() -> NodesAnswer:
@@ -155,11 +156,4 @@ def _branch_point(body: CreateBranchBody) -> Lsn | str | None:
         raise BadRequestError("a branch starts at an LSN or at a time, not at both")
     if body.ancestor is None and (body.at_lsn or body.at_timestamp):
         raise BadRequestError("only a branch of an ancestor starts at a chosen point")
-    if body.at_lsn is not None:
-        return parse_lsn(body.at_lsn)
-    if body.at_timestamp is None:
-        return None
-    moment = body.at_timestamp
-    if moment.tzinfo is None:
-        raise BadRequestError("a time needs its zone, like 2026-01-31T12:00:00Z")
-    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return point_in_history(body.at_lsn, body.at_timestamp)

@@ -1,0 +1,158 @@
+"""`excimer export BRANCH [--at …] OUT`: a branch as a plain data directory or a tar."""
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from excimer.base.errors import RefusedError
+from excimer.base.lsn import format_lsn, parse_lsn
+from excimer.cli.commands.tenant import tenant_name
+from excimer.cli.commands.timeline import TenantOption, branch_point
+from excimer.cli.controller_client import ControllerClient
+from excimer.cli.errors import UsageError
+from excimer.cli.installation import load_installation
+from excimer.cli.session import Session, session_of
+
+if TYPE_CHECKING:
+    from excimer.export.job import Exported
+    from excimer.export.ownership import Owner
+    from excimer.export.sink import ExportSink
+
+app = typer.Typer()
+
+STANDARD_OUTPUT: Final = "-"
+PROGRESS_INTERVAL_S: Final = 0.2
+
+
+class ExportFailedError(RefusedError):
+    """The export cannot be written."""
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    branch: Annotated[str, typer.Argument(help="Name or id of the branch.", show_default=False)],
+    out: Annotated[
+        str,
+        typer.Argument(
+            help="A directory to make; or a file to make, by its name: .tar, .tar.gz, .tgz, .tar.zst; "
+            "or -, a tar to standard output.",
+            show_default=False,
+        ),
+    ],
+    at: Annotated[
+        str | None,
+        typer.Option(
+            "--at",
+            help="LSN (0/16B3748) or time (2026-01-31T12:00:00Z; without zone: local); default: now.",
+            show_default=False,
+        ),
+    ] = None,
+    tenant: TenantOption = None,
+) -> None:
+    """Write a branch as a data directory that plain PostgreSQL starts, without Excimer."""
+    from excimer.export.ownership import export_owner
+
+    session = session_of(context)
+    owner = export_owner()
+    sink = _sink(out, owner)
+    client = ControllerClient(load_installation(session.directory))
+    body = {"branch": branch} | branch_point(at)
+    ticket = client.post("tenants", tenant_name(client, tenant), "branch_access", body=body)
+    begun = time.monotonic()
+    try:
+        exported = asyncio.run(_export(ticket, sink, _Progress(session)))
+    except OSError as error:
+        raise ExportFailedError(
+            f"{error.filename or out} cannot be written: {error.strerror or error}; "
+            "nothing is left of the export"
+        ) from error
+    except KeyboardInterrupt:
+        session.note("what was written of the export is removed again")
+        raise
+    _tell(session, ticket, out, owner, exported, time.monotonic() - begun)
+
+
+def _sink(out: str, owner: "Owner") -> "ExportSink":
+    from excimer.export.directory_sink import DirectorySink
+    from excimer.export.tar_sink import TarSink, tar_compression
+
+    now_s = int(time.time())
+    if out == STANDARD_OUTPUT:
+        if sys.stdout.isatty():
+            raise UsageError("a tar is not for the terminal: send standard output to a file or a program")
+        return TarSink(owner, now_s, stream=sys.stdout.buffer)
+    if tar_compression(out) is not None:
+        return TarSink(owner, now_s, place=Path(out))
+    return DirectorySink(Path(out), owner)
+
+
+async def _export(ticket: dict[str, Any], sink: "ExportSink", progress: "_Progress") -> "Exported":
+    from excimer.export.job import run_export
+    from excimer.export.page_stream import BranchAccess
+
+    access = BranchAccess(
+        ticket["tenant_id"], ticket["timeline_id"], ticket["page_service_address"], ticket["token"]
+    )
+    try:
+        return await run_export(access, parse_lsn(ticket["lsn"]), sink, progress.report)
+    finally:
+        progress.end()
+
+
+def _tell(
+    session: Session, ticket: dict[str, Any], out: str, owner: "Owner", exported: "Exported", elapsed_s: float
+) -> None:
+    """To standard output, unless the tar is there."""
+    lsn = format_lsn(exported.lsn)
+    what = (
+        f"branch {ticket['branch']} at {lsn}: {exported.file_count} files, "
+        f"{exported.size_bytes >> 20} MiB of pages, {elapsed_s:.1f} s"
+    )
+    if out == STANDARD_OUTPUT:
+        session.note(what)
+        return
+    value = {
+        "branch": ticket["branch"],
+        "lsn": lsn,
+        "pg_version": exported.pg_version,
+        "out": str(Path(out).absolute()),
+        "owner": owner.name,
+        "file_count": exported.file_count,
+        "size_bytes": exported.size_bytes,
+    }
+    start = ""
+    if Path(out).is_dir():
+        start = f"\nstart it as {owner.name} with PostgreSQL {exported.pg_version}: pg_ctl -D {out} start"
+    session.say(f"{out} is {what}{start}", value)
+
+
+class _Progress:
+    """One line on a terminal's standard error, several times a second."""
+
+    def __init__(self, session: Session) -> None:
+        self._is_shown = sys.stderr.isatty() and not session.as_json
+        self._begun = time.monotonic()
+        self._next = 0.0
+
+    def report(self, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if not self._is_shown or now < self._next:
+            return
+        self._next = now + PROGRESS_INTERVAL_S
+        percent = 100 * done_bytes // max(total_bytes, 1)
+        speed = (done_bytes >> 20) / max(now - self._begun, 0.001)
+        print(
+            f"\r{percent:3d} %  {done_bytes >> 20} of {total_bytes >> 20} MiB, {speed:.0f} MiB/s ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def end(self) -> None:
+        if self._is_shown and self._next:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,60 @@
+"""Routes about what is in a branch: where its pages can be read."""
+
+from datetime import UTC, datetime
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from excimer.base.lsn import Lsn, format_lsn, parse_lsn
+from excimer.controller.endpoints.api_models import Body, LsnText
+from excimer.controller.model import BadRequestError
+from excimer.controller.shell import Controller
+
+
+class BranchAccessBody(Body):
+    branch: str = "main"
+    at_lsn: LsnText | None = None
+    at_timestamp: datetime | None = None
+
+
+class BranchAccessAnswer(BaseModel):
+    """All that a reader of a branch's pages needs."""
+
+    tenant_id: str
+    timeline_id: str
+    branch: str
+    pg_version: int
+    lsn: str
+    page_service_address: str
+    token: str
+
+
+def point_in_history(at_lsn: str | None, at_timestamp: datetime | None) -> Lsn | str | None:
+    """The LSN, the moment as RFC 3339 in UTC, or None for the head. Raises `BadRequestError`."""
+    if at_lsn is not None and at_timestamp is not None:
+        raise BadRequestError("a point in history is an LSN or a time, not both")
+    if at_lsn is not None:
+        return parse_lsn(at_lsn)
+    if at_timestamp is None:
+        return None
+    if at_timestamp.tzinfo is None:
+        raise BadRequestError("a time needs its zone, like 2026-01-31T12:00:00Z")
+    return at_timestamp.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def add_reading_routes(router: APIRouter, controller: Controller) -> None:
+    @router.post("/tenants/{tenant}/branch_access", tags=["branches"])
+    async def branch_access(tenant: str, body: BranchAccessBody) -> BranchAccessAnswer:
+        """Where and with which token a branch can be read for a day, and the LSN of the point asked for."""
+        at = point_in_history(body.at_lsn, body.at_timestamp)
+        timeline, lsn = await controller.point_in_branch(tenant, body.branch, at)
+        pageserver, _ = await controller.pageserver_of(timeline.tenant_id)
+        return BranchAccessAnswer(
+            tenant_id=timeline.tenant_id,
+            timeline_id=timeline.timeline_id,
+            branch=timeline.name,
+            pg_version=timeline.pg_version,
+            lsn=format_lsn(lsn),
+            page_service_address=pageserver.page_service_address,
+            token=controller.reading_token(timeline.tenant_id),
+        )

@@ -1,0 +1,59 @@
+"""The configuration files of an exported cluster: what initdb would write, and what the history needs.
+
+A prepared transaction needs its slot and commit timestamps must go on where they have been kept, or
+PostgreSQL refuses to start; both are known from pg_control. Settings of endpoints are not part of a
+branch, and do not travel.
+"""
+
+from excimer.base.lsn import Lsn, format_lsn
+from excimer.pgformat.control_file import ControlFile
+
+WAL_LEVEL_LOGICAL = 2
+"""pg_control's code for wal_level = logical."""
+
+DEFAULTS = {
+    "max_connections": "100",
+    "shared_buffers": "128MB",
+    "dynamic_shared_memory_type": "posix",
+    "max_wal_size": "1GB",
+    "min_wal_size": "80MB",
+    "log_timezone": "'UTC'",
+    "timezone": "'UTC'",
+    "datestyle": "'iso, mdy'",
+    "default_text_search_config": "'pg_catalog.english'",
+}
+
+HBA = """\
+# Written by excimer export: the same as initdb's own default. "trust" lets every user of this machine
+# connect as any user of the database. Before anybody else is on the machine, give the superuser a
+# password and put scram-sha-256 in the place of trust.
+#
+# TYPE  DATABASE        USER            ADDRESS                 METHOD
+local   all             all                                     trust
+host    all             all             127.0.0.1/32            trust
+host    all             all             ::1/128                 trust
+local   replication     all                                     trust
+host    replication     all             127.0.0.1/32            trust
+host    replication     all             ::1/128                 trust
+"""
+
+IDENT = """\
+# MAPNAME       SYSTEM-USERNAME         DATABASE-USERNAME
+"""
+
+
+def postgresql_conf(control: ControlFile, lsn: Lsn) -> str:
+    """The text of postgresql.conf."""
+    settings = dict(DEFAULTS)
+    if control.max_prepared_xacts:
+        settings["max_prepared_transactions"] = str(control.max_prepared_xacts)
+    if control.track_commit_timestamp:
+        settings["track_commit_timestamp"] = "on"
+    if control.wal_level == WAL_LEVEL_LOGICAL:
+        settings["wal_level"] = "logical"
+    lines = "".join(f"{name} = {value}\n" for name, value in settings.items())
+    return (
+        f"# Written by excimer export: a branch at {format_lsn(lsn)} as a plain cluster.\n"
+        "# What is not here has PostgreSQL's default.\n"
+        f"{lines}"
+    )
