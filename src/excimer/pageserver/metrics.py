@@ -3,9 +3,14 @@
 Not here: figures of the process itself, which `service.metrics` adds to every registry.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from excimer.service.metrics import LATENCY_BUCKETS_S
+from excimer.storage.engine.engine_counters import EngineCounters
 from excimer.wire.broker import PageserverTimelineStatus
 
 
@@ -40,6 +45,55 @@ class PageServiceMetrics:
         )
 
 
+class EngineMetrics(Collector):
+    """What the page store counts by itself, read when somebody asks for it."""
+
+    def __init__(self, registry: CollectorRegistry, counters: EngineCounters) -> None:
+        self._counters = counters
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        counters = self._counters
+        visits = HistogramMetricFamily(
+            "excimer_layers_visited", "Layer files that a read of adjacent pages took to complete."
+        )
+        total = 0
+        buckets = []
+        for bound, reads in counters.visits:
+            total += reads
+            buckets.append(("+Inf" if bound is None else str(bound), total))
+        visits.add_metric([], buckets, counters.visits_sum)
+        yield visits
+        written = CounterMetricFamily(
+            "excimer_layer_written_bytes",
+            "Bytes of layers written: flushes, merges of flushes, rounds of images.",
+            labels=["by"],
+        )
+        for by, size_bytes in counters.written_bytes.items():
+            written.add_metric([by.value], size_bytes)
+        yield written
+        yield GaugeMetricFamily(
+            "excimer_write_amplification",
+            "Bytes of layers written for each byte flushed, since the process started.",
+            counters.write_amplification,
+        )
+        yield CounterMetricFamily(
+            "excimer_compacted_bytes",
+            "Bytes of layers that merges have read and replaced.",
+            counters.merged_bytes,
+        )
+        yield CounterMetricFamily(
+            "excimer_ingest_delays",
+            "Batches of WAL that were held up for compaction to catch up.",
+            counters.delayed_puts,
+        )
+        yield CounterMetricFamily(
+            "excimer_ingest_delay_seconds",
+            "How long they were to be held up, at most.",
+            counters.delayed_puts_s,
+        )
+
+
 class TimelineMetrics:
     """Per timeline; labels are removed when the timeline goes."""
 
@@ -64,6 +118,12 @@ class TimelineMetrics:
             self._LABELS,
             registry=registry,
         )
+        self.level_zero_layers = Gauge(
+            "excimer_timeline_level_zero_layers",
+            "Flushes that are not merged yet: each may cost a read one more layer.",
+            self._LABELS,
+            registry=registry,
+        )
         self.wal_bytes = Counter(
             "excimer_wal_received_bytes", "WAL taken from safekeepers.", self._LABELS, registry=registry
         )
@@ -71,17 +131,18 @@ class TimelineMetrics:
             "excimer_wal_connections", "Times a safekeeper was connected to.", self._LABELS, registry=registry
         )
 
-    def tell(self, status: PageserverTimelineStatus) -> None:
-        """Sets the positions of a timeline."""
+    def tell(self, status: PageserverTimelineStatus, level_zero_count: int) -> None:
+        """Sets the positions of a timeline, and how many flushes are not merged yet."""
         labels = status.tenant_id, status.timeline_id
         self.last_record_lsn.labels(*labels).set(status.last_record_lsn)
         self.disk_consistent_lsn.labels(*labels).set(status.disk_consistent_lsn)
         self.remote_consistent_lsn.labels(*labels).set(status.remote_consistent_lsn)
+        self.level_zero_layers.labels(*labels).set(level_zero_count)
 
     def forget(self, tenant_id: str, timeline_id: str) -> None:
         """Removes a timeline's series."""
         gauges = (self.last_record_lsn, self.disk_consistent_lsn, self.remote_consistent_lsn)
-        for metric in (*gauges, self.wal_bytes, self.wal_connections):
+        for metric in (*gauges, self.level_zero_layers, self.wal_bytes, self.wal_connections):
             _remove(metric, tenant_id, timeline_id)
 
 

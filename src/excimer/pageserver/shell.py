@@ -29,7 +29,7 @@ from excimer.io.obstore_object_store import ObstoreObjectStore
 from excimer.pageserver.active_timeline import TimelineWorld
 from excimer.pageserver.endpoints.http_api import make_router
 from excimer.pageserver.endpoints.page_connection import PageService
-from excimer.pageserver.metrics import PageServiceMetrics, TimelineMetrics
+from excimer.pageserver.metrics import EngineMetrics, PageServiceMetrics, TimelineMetrics
 from excimer.pageserver.receiver_plan import Source
 from excimer.pageserver.redo_pools import RedoPools
 from excimer.pageserver.settings import PageserverSettings
@@ -105,8 +105,10 @@ async def _parts(
             sources=partial(_sources, [parse_address(text) for text in settings.wal_sources], broker),
             wait_for_news=asyncio.sleep if broker is None else broker.safekeepers.wait_for_news,
         )
+        context = _storage_context(settings, pools, storage_threads)
+        EngineMetrics(registry, context.counters)
         tenants = Tenants(
-            context=_storage_context(settings, pools, storage_threads),
+            context=context,
             records=TenantRecords(settings.data_dir / "tenants"),
             world=world,
             chance=random.SystemRandom(),
@@ -206,7 +208,7 @@ async def _publish_statuses(
             if last is not None and last[0] == status and loop.time() - last[1] < PUBLISH_INTERVAL_S:
                 continue
             told[key] = status, loop.time()
-            metrics.tell(status)
+            metrics.tell(status, store.stack.disk.level_zero_count)
             if broker is not None:
                 await broker.publish(status)
         for key in told.keys() - {(each.store.tenant_id, each.store.timeline_id) for each in active}:

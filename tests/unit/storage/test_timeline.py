@@ -257,7 +257,8 @@ async def test_values_of_the_ancestor_are_not_cached_past_their_time(tmp_path: P
 @in_event_loop
 async def test_what_was_dropped_before_a_complete_round_was_there_before(tmp_path: Path) -> None:
     """Found by the model: images of all live keys are without it, which says nothing about earlier."""
-    async with storage_context(tmp_path, settings=StorageSettings(compaction_deltas=1)) as context:
+    settings = StorageSettings(compaction_threshold=1, image_creation_threshold=1)
+    async with storage_context(tmp_path, settings=settings) as context:
         timeline = await (await attach(context)).create_timeline(new_main(), [])
         put(timeline, [size_value(VM_SIZE, 0x1010, 3), size_value(SIZE, 0x1018, 4)])
         put(timeline, [size_value(VM_SIZE, 0x1020, None), size_value(SIZE, 0x1028, None)])
@@ -265,6 +266,8 @@ async def test_what_was_dropped_before_a_complete_round_was_there_before(tmp_pat
         assert timeline.size_blocks(block(0, Fork.VM), Lsn(0x1018)) == 3  # and is in the cache
         await timeline.flush()
         assert await timeline.compact()
+        assert await timeline.compact()
+        assert has_image_at(timeline, 0x1030)
         for lsn, vm_blocks, blocks in ((0x1030, None, None), (0x1018, 3, 4), (0x1030, None, None)):
             assert timeline.size_blocks(block(0, Fork.VM), Lsn(lsn)) == vm_blocks
             assert timeline.size_blocks(block(0), Lsn(lsn)) == blocks

@@ -20,6 +20,7 @@ import msgspec
 
 from excimer.base.errors import CorruptionError
 from excimer.base.lsn import Lsn
+from excimer.storage.engine.engine_counters import WrittenBy
 from excimer.storage.engine.image_round_job import RoundSource, write_round_piece
 from excimer.storage.engine.layer_writing import upload_layer
 from excimer.storage.engine.merge_job import MergeJob
@@ -32,6 +33,7 @@ from excimer.storage.plan.compaction_plan import (
     plan_merge,
     plan_round,
 )
+from excimer.storage.plan.ingest_throttle import ThrottleLimits, plan_put_delay_s
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +60,15 @@ class Compactor:
         self._timeline = timeline
         self.is_stuck = False
         """The last step met damage: more of the same will not help, and nobody should wait for it."""
+
+    def put_delay_s(self, batch_size_bytes: int) -> float:
+        """How long ingest should wait before this batch, so that compaction keeps up. Any thread."""
+        settings = self._timeline.context.settings
+        limits = ThrottleLimits(
+            settings.throttle_from_layers, settings.throttle_full_layers, settings.throttle_delay_s_max
+        )
+        level_zero_count = 0 if self.is_stuck else self._timeline.stack.disk.level_zero_count
+        return plan_put_delay_s(level_zero_count, batch_size_bytes, limits)
 
     async def step(self) -> bool:
         """Does what is most urgent, if anything is due; says whether. Call it again until it says no.
@@ -100,7 +111,7 @@ class Compactor:
             await timeline.replace_layers(_as_round(plan.pieces, None, None), plan.pieces)
             return True
         piece = await write_round_piece(timeline, plan)
-        await self._upload(piece.layers)
+        await self._upload(piece.layers, WrittenBy.ROUND)
         # A round that covers only what comes after itself covers nothing.
         covered_lsn = plan.covers_after_lsn if piece.is_whole else int(plan.lsn)
         layers = (*plan.pieces, *piece.layers)
@@ -120,11 +131,13 @@ class Compactor:
         written: list[LayerDescription] = []
         while (layer := await timeline.whole_in_thread(job.write_next)) is not None:
             written.append(layer)
-            await self._upload([layer])
+            await self._upload([layer], WrittenBy.MERGE)
         await timeline.replace_layers(written, plan.descriptions)
+        timeline.context.counters.layers_merged(sum(layer.size_bytes for layer in plan.descriptions))
 
-    async def _upload(self, layers: Sequence[LayerDescription]) -> None:
+    async def _upload(self, layers: Sequence[LayerDescription], by: WrittenBy) -> None:
         for layer in layers:
+            self._timeline.context.counters.layer_written(by, layer.size_bytes)
             await self._timeline.whole_in_thread(partial(upload_layer, self._timeline.home, layer))
 
     def _limits(self) -> CompactionLimits:

@@ -10,6 +10,7 @@ from typing import Protocol
 from excimer.io.filesystem import Filesystem
 from excimer.io.object_store import ObjectStore
 from excimer.storage.engine.block_cache import BlockCache
+from excimer.storage.engine.engine_counters import EngineCounters
 from excimer.storage.format.layer_block import BLOCK_TARGET_SIZE_BYTES
 from excimer.storage.format.tenant_settings import TenantSettings
 
@@ -52,6 +53,11 @@ class StorageSettings:
     gc_horizon_bytes: int = 64 * MIB
     gc_period_s: float = 3600.0
     lsn_lease_length_s: float = 600.0
+    throttle_from_layers: int = 8
+    """With more L0 layers than this ingest is slowed, ..."""
+    throttle_full_layers: int = 24
+    """... and from so many on each batch waits for `throttle_delay_s_max`."""
+    throttle_delay_s_max: float = 1.0
     metadata_cache_entries: int = 100_000
     retry_delay_ms_first: int = 100
     retry_delay_ms_max: int = 10_000
@@ -71,6 +77,7 @@ class StorageContext:
     redo: RedoExecutor
     apply_native: NativeApplier
     executor: Executor
+    counters: EngineCounters = field(default_factory=EngineCounters)
     compaction_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """So many timelines compact at the same time."""
     cache: BlockCache = field(default_factory=BlockCache)

@@ -119,6 +119,13 @@ def read_size_blocks(source: ValueSource, key: bytes, lsn: int) -> int | None:
 
 def collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> None:
     """Walks the timeline's layers and its ancestors', newest first, until every chain has its start."""
+    visited = _walk(source, key, chains, lsn)
+    source.context.counters.read_visited(visited)
+
+
+def _walk(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> int:
+    """How many layer files it took."""
+    visited = 0
     last_key = block_key(key, chains.count - 1)
     at = source
     while True:
@@ -127,9 +134,10 @@ def collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int)
             if memory.start_lsn < lsn:
                 memory.collect(chains, lsn)
         if chains.open_count == 0:
-            return
+            return visited
         plan = plan_read(stack.disk, key, last_key, 0, lsn)
         for visit in plan.visits:
+            visited += 1
             file = stack.files[visit.layer.description.name]
             for block in file.blocks(key, last_key, visit.low_lsn, visit.high_lsn):
                 try:
@@ -137,12 +145,13 @@ def collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int)
                 except MalformedValueError as error:
                     raise DamagedLayerError(str(file.local_path), str(error)) from error
             if chains.open_count == 0:
-                return
+                return visited
         if not plan.continues_in_ancestor or stack.ancestry is None:
             break
         lsn = min(lsn, stack.ancestry.lsn)
         at = stack.ancestry.timeline
     chains.close_all()
+    return visited
 
 
 def decompress_image(compression: int, data: bytes, size_bytes: int) -> bytes:

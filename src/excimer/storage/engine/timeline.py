@@ -36,6 +36,7 @@ from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
 from excimer.storage.engine.compactor import Compactor
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.disk_layer import DiskLayer
+from excimer.storage.engine.engine_counters import WrittenBy
 from excimer.storage.engine.errors import (
     IngestPausedError,
     LsnTimeoutError,
@@ -184,6 +185,7 @@ class Timeline:
         (last_record_lsn, end_lsn].
         """
         with self._write_lock:
+            self._wait_for_compaction_locked(len(batch.data))
             self._wait_for_room_locked()
             if self._stopped:
                 raise TimelineStoppedError(f"timeline {self.timeline_id} is closed")
@@ -423,6 +425,16 @@ class Timeline:
                 f"timeline {self.timeline_id} waits for {len(self.stack.frozen)} layers to become durable"
             )
 
+    def _wait_for_compaction_locked(self, batch_size_bytes: int) -> None:
+        if threading.get_ident() == self._loop_thread:
+            return
+        delay_s = self._compactor.put_delay_s(batch_size_bytes)
+        if delay_s:
+            self.context.counters.put_delayed(delay_s)
+            self._room_made.wait_for(
+                lambda: self._stopped or not self._compactor.put_delay_s(batch_size_bytes), delay_s
+            )
+
     def _freeze(self) -> None:
         with self._write_lock:
             self._freeze_locked()
@@ -446,6 +458,7 @@ class Timeline:
         if frozen.memory.value_count:
             if self._written is None or self._written[0] is not frozen:
                 self._written = (frozen, write_delta(self.home, frozen, self.generation))
+                self.context.counters.layer_written(WrittenBy.FLUSH, self._written[1].size_bytes)
             upload_layer(self.home, self._written[1])
             added.append(self._written[1])
         manifest = msgspec.structs.replace(

@@ -104,7 +104,7 @@ class RoundPlan:
 def plan_merge(layer_map: LayerMap, limits: CompactionLimits) -> MergePlan | None:
     """The merge that is due, or None."""
     runs = layer_map.delta_runs[::-1]
-    if sum(run.is_level_zero for run in runs) < limits.merge_threshold:
+    if layer_map.level_zero_count < limits.merge_threshold:
         return None
     first = next(at for at, run in enumerate(runs) if run.is_level_zero)
     chosen: list[LayerRun] = []

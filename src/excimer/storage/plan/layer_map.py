@@ -98,6 +98,7 @@ class LayerMap:
         self.layers = tuple(sorted(layers, key=lambda layer: -layer.end_lsn))
         self.delta_runs = _runs(layer for layer in self.layers if not layer.is_image)
         """Newest first. Their LSNs do not overlap."""
+        self.level_zero_count = sum(run.is_level_zero for run in self.delta_runs)
         self.image_runs = _runs(layer for layer in self.layers if layer.is_image)
         """Newest first; at one LSN first the one that covers most."""
         self._delta_starts = [-lsn for lsn in accumulate((run.start_lsn for run in self.delta_runs), min)]
