@@ -1,4 +1,6 @@
-"""The engine against its oracle, S1 and S2: any order of puts, branches, flushes, compactions, restarts."""
+"""The engine against its oracle, S1 and S2: any order of puts, branches, flushes, compactions, restarts,
+detachments, archivings.
+"""
 
 import asyncio
 import os
@@ -20,7 +22,7 @@ from excimer.base.lsn import Lsn
 from excimer.io.filesystem import LocalFilesystem
 from excimer.io.object_store import MemoryObjectStore
 from excimer.storage.engine.context import StorageContext, StorageSettings
-from excimer.storage.engine.errors import LsnTooOldError, NoSuchPageError
+from excimer.storage.engine.errors import LsnTooOldError, NoSuchPageError, TimelineArchivedError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.format.values import pack_batch
 from tests.kit.storage_oracle import FORKS, IMPORTED, MAP_KEY, RELATIONS, TimelineOracle
@@ -100,6 +102,34 @@ class EngineMachine(RuleBasedStateMachine):
             self.tenant.branch_timeline(timeline_id, ancestor_id, lsn=Lsn(lsn), prev_record_lsn=Lsn(lsn - 8))
         )
         self.oracles[timeline_id] = TimelineOracle(ancestor=ancestor, ancestor_lsn=lsn)
+
+    @rule(data=st.data())
+    def detach(self, data: st.DataObject) -> None:
+        """Nothing that can be read changes, so that the oracle never hears of it."""
+        timeline_id = self.any_timeline(data)
+        timeline = self.tenant.timeline(timeline_id)
+        ancestor_id, branch_lsn = timeline.manifest.ancestor_timeline_id, timeline.ancestor_lsn
+        moved = self.runner.run(self.tenant.detach_ancestor(timeline_id))
+        assert timeline.ancestor is None
+        assert timeline_id not in moved
+        for other in self.tenant.timelines.values():
+            if ancestor_id is not None and other.manifest.ancestor_timeline_id == ancestor_id:
+                assert other.ancestor_lsn > branch_lsn
+        assert all(self.tenant.timeline(each).ancestor is timeline for each in moved)
+
+    @rule(data=st.data())
+    def archive_and_back(self, data: st.DataObject) -> None:
+        timeline_id = self.any_timeline(data)
+        if self.tenant.branches(timeline_id):
+            with pytest.raises(TimelineArchivedError):
+                self.runner.run(self.tenant.archive_timeline(timeline_id))
+            return
+        self.runner.run(self.tenant.archive_timeline(timeline_id))
+        self.runner.run(self.tenant.offload_timeline(timeline_id))
+        with pytest.raises(TimelineArchivedError):
+            self.tenant.timeline(timeline_id)
+        timeline = self.runner.run(self.tenant.unarchive_timeline(timeline_id))
+        assert timeline.last_record_lsn == self.oracles[timeline_id].last_lsn
 
     @rule(keep_files=st.booleans())
     def restart(self, keep_files: bool) -> None:

@@ -60,5 +60,13 @@ class TimelineHasBranchesError(ConflictError):
     """A timeline that others branch from cannot be deleted."""
 
 
+class TimelineArchivedError(ConflictError):
+    """The timeline, or one that it needs, is archived, or one that needs it is not."""
+
+
+class TimelineBusyError(RetryableError):
+    """Another change of the timeline is under way."""
+
+
 class TimelineStoppedError(RetryableError):
     """The timeline was closed or deleted while it was being used."""

@@ -7,6 +7,7 @@ All calls block.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import msgspec
 
@@ -55,6 +56,22 @@ def write_images(
         written.append(write_layer(home, header, share, generation, covers_after_lsn=covers_after_lsn))
         block = next(blocks, None)
     return written
+
+
+def write_values_delta(
+    home: LayerHome, values: Iterable[Value], start_lsn: int, end_lsn: int, generation: int, *, level: int
+) -> LayerDescription | None:
+    """Values by key, each's from new to old, as a local delta layer; None if there are none.
+
+    All have start < LSN <= end.
+    """
+    blocks = _value_blocks(values, home.context.settings.block_size_bytes)
+    first = next(blocks, None)
+    if first is None:
+        return None
+    header = LayerHeader(LayerKind.DELTA, start_lsn, end_lsn, home.tenant_id, home.timeline_id)
+    written = write_layer(home, header, chain((first,), blocks), generation, covers_after_lsn=None)
+    return msgspec.structs.replace(written, level=level)
 
 
 def upload_layer(home: LayerHome, description: LayerDescription) -> None:

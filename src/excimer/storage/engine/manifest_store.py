@@ -54,7 +54,7 @@ class ManifestStore:
         self._sequence = last_sequence
         self._unanswered: bytes | None = None
 
-    def write(self, manifest: Manifest) -> None:
+    def write(self, manifest: Manifest) -> ManifestName:
         """Makes the manifest the newest; durable on return.
 
         Raises `OvertakenError`; `ObjectStoreError` after which it may or may not be there, and which
@@ -78,6 +78,7 @@ class ManifestStore:
             old = ManifestName(self._generation, self._sequence - MANIFESTS_KEPT)
             with suppress(ObjectStoreError):  # an old manifest too many does no harm
                 self._store.delete(f"{self._prefix}/{old}")
+        return name
 
     def _is_there(self, sequence: int, data: bytes) -> bool:
         """Whether a write whose answer was lost has happened."""

@@ -6,24 +6,36 @@ word that no older one is to be listened to (G1).
 
 A tenant exists from `create_tenant`, which leaves a marker object, until `delete_tenant`.
 
+An *archived* timeline is a manifest that says so: it takes no task, no file and a few hundred bytes of
+memory here, while its layers stay in object storage. Archived branches still hold their branch
+points (`branch_points`), and everything that an unarchived timeline reads is unarchived.
+
 Not here: the background work, which each `Timeline.run` does in a task of the host's.
 """
 
 import asyncio
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
+
+import msgspec
 
 from excimer.base.errors import CorruptionError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.io.object_store import ObjectExistsError, ObjectStore
+from excimer.storage.engine.archived_timeline import ArchivedTimeline
 from excimer.storage.engine.context import StorageContext
+from excimer.storage.engine.detach_job import DetachJob
 from excimer.storage.engine.errors import (
+    TimelineArchivedError,
+    TimelineBusyError,
     TimelineExistsError,
     TimelineHasBranchesError,
     TimelineMissingError,
 )
+from excimer.storage.engine.layer_stack import Ancestry
 from excimer.storage.engine.manifest_store import (
     FoundManifest,
     ManifestStore,
@@ -35,7 +47,10 @@ from excimer.storage.engine.settings_store import LiveSettings, SettingsStore
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.manifest import Manifest
 from excimer.storage.format.tenant_settings import Overrides, check_overrides
-from excimer.storage.plan.branch import plan_branch
+from excimer.storage.plan.branch import ROOT, Origin, branch_points, plan_branch
+from excimer.storage.plan.detach import is_reparented
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +104,9 @@ class TenantStorage:
         self.timelines: dict[TimelineId, Timeline] = {}
         self.settings = LiveSettings(context.settings.tenant_defaults(), {})
         self._settings_store = SettingsStore(context.store, tenant_id, generation)
+        self.archived: dict[TimelineId, ArchivedTimeline] = {}
         self._changing = asyncio.Lock()
+        self._detaching: set[TimelineId] = set()
 
     @classmethod
     async def attach(cls, context: StorageContext, tenant_id: TenantId, generation: int) -> "TenantStorage":
@@ -102,16 +119,27 @@ class TenantStorage:
         tenant.settings.set(overrides)
         found = await loop.run_in_executor(context.executor, tenant._find_manifests)
         for timeline_id in _ancestors_first({each: one.manifest for each, one in found.items()}):
-            tenant._open(found[timeline_id])
+            if found[timeline_id].manifest.archived:
+                tenant.archived[timeline_id] = ArchivedTimeline.of(found[timeline_id].manifest)
+            else:
+                tenant._open(found[timeline_id])
         for timeline in tenant.timelines.values():
             await timeline.in_thread(partial(_remove_strangers, timeline))
+        await loop.run_in_executor(context.executor, tenant._forget_archived_files)
+        tenant._hold_branch_points()
+        for timeline in list(tenant.timelines.values()):
+            await tenant._reparent_siblings(timeline)
         return tenant
 
     def timeline(self, timeline_id: TimelineId) -> Timeline:
-        """Raises `TimelineMissingError`."""
+        """Raises `TimelineMissingError`, `TimelineArchivedError`."""
         try:
             return self.timelines[timeline_id]
         except KeyError:
+            if timeline_id in self.archived:
+                raise TimelineArchivedError(
+                    f"timeline {timeline_id} is archived: unarchive it first"
+                ) from None
             raise TimelineMissingError(f"tenant {self.tenant_id} has no timeline {timeline_id}") from None
 
     async def set_settings(self, overrides: Overrides) -> None:
@@ -124,6 +152,28 @@ class TenantStorage:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self.context.executor, partial(self._settings_store.write, checked))
             self.settings.set(checked)
+
+    def branches(self, timeline_id: TimelineId) -> list[TimelineId]:
+        """The timelines that leave it, archived ones included."""
+        return [each for each, origin in self._origins().items() if origin.ancestor_id == timeline_id]
+
+    def _origins(self) -> dict[TimelineId, Origin]:
+        origins = {
+            each.timeline_id: Origin(each.ancestor_timeline_id, each.ancestor_lsn)
+            for each in self.archived.values()
+        }
+        for each in self.timelines.values():
+            ancestry = each.stack.ancestry
+            origins[each.timeline_id] = (
+                ROOT if ancestry is None else Origin(ancestry.timeline.timeline_id, ancestry.lsn)
+            )
+        return origins
+
+    def _hold_branch_points(self) -> None:
+        """Every branch point is held where the history lies that is read there (S3), and only there."""
+        points = branch_points(self._origins())
+        for timeline in self.timelines.values():
+            timeline.retention.set_branches(points.get(timeline.timeline_id, {}))
 
     async def create_timeline(self, new: NewTimeline, images: Iterable[tuple[bytes, bytes]]) -> Timeline:
         """A timeline without ancestor whose content at `last_record_lsn` is `images`: (key, whole value).
@@ -143,7 +193,7 @@ class TenantStorage:
                 disk_consistent_lsn=new.last_record_lsn,
                 prev_record_lsn=new.prev_record_lsn,
             )
-            timeline = self._make(manifest, None, 0)
+            timeline = self._make(manifest, None)
             await timeline.import_images(images)
             self.timelines[timeline.timeline_id] = timeline
             return timeline
@@ -179,7 +229,7 @@ class TenantStorage:
                 ancestor_last_record_lsn=position.last_record_lsn,
             )
             home.retention.hold_branch(timeline_id, lsn, now_s)
-            timeline = self._make(manifest, ancestor, 0)
+            timeline = self._make(manifest, ancestor)
             await timeline.write_first_manifest()
             self.timelines[timeline_id] = timeline
             return timeline
@@ -190,24 +240,159 @@ class TenantStorage:
         Raises `TimelineMissingError`, `TimelineHasBranchesError`, `ObjectStoreError` (call it again).
         """
         async with self._changing:
-            timeline = self.timeline(timeline_id)
-            branches = [each.timeline_id for each in self.timelines.values() if each.ancestor is timeline]
+            branches = self.branches(timeline_id)
             if branches:
                 raise TimelineHasBranchesError(
                     f"timeline {timeline_id} cannot be deleted: {', '.join(branches)} branch from it"
                 )
+            self._check_not_detaching(timeline_id)
+            if timeline_id in self.archived:
+                await self._rewrite_archived(timeline_id, _as_deleted)
+            else:
+                timeline = self.timeline(timeline_id)
+                await timeline.close()
+                await timeline.mark_deleted()
+            await self._in_thread(partial(_remove_objects, self.context, self.tenant_id, timeline_id))
+            self.archived.pop(timeline_id, None)
+            self.timelines.pop(timeline_id, None)
+            self._hold_branch_points()
+
+    async def archive_timeline(self, timeline_id: TimelineId) -> None:
+        """Makes it durable, and that it is archived. It is served until `offload_timeline`.
+
+        Repeatable. Raises `TimelineMissingError`, `TimelineArchivedError` while branches of it are not
+        archived, `TimelineBusyError`, `ObjectStoreError`.
+        """
+        async with self._changing:
+            if timeline_id in self.archived:
+                return
+            timeline = self.timeline(timeline_id)
+            self._check_not_detaching(timeline_id)
+            live = [each.timeline_id for each in self.timelines.values() if each.ancestor is timeline]
+            if live:
+                raise TimelineArchivedError(
+                    f"timeline {timeline_id} cannot be archived before its branches: {', '.join(live)}"
+                )
+            await timeline.flush()
+            await timeline.rewrite(
+                lambda manifest: msgspec.structs.replace(manifest, archived=True), timeline.stack.ancestry
+            )
+
+    async def offload_timeline(self, timeline_id: TimelineId) -> None:
+        """Lets go of an archived timeline's memory and local files. Stop its `run` and its ingest before."""
+        async with self._changing:
+            timeline = self.timelines.get(timeline_id)
+            if timeline is None or not timeline.manifest.archived:
+                return
             await timeline.close()
-            await timeline.mark_deleted()
-            await timeline.in_thread(partial(_remove_objects, self.context, self.tenant_id, timeline_id))
+            self.archived[timeline_id] = ArchivedTimeline.of(timeline.manifest)
             del self.timelines[timeline_id]
-            if timeline.ancestor is not None:
-                timeline.ancestor.home_of(timeline.ancestor_lsn).retention.release_branch(timeline_id)
+            await self._in_thread(partial(self._remove_local, timeline_id))
+
+    async def unarchive_timeline(self, timeline_id: TimelineId) -> Timeline:
+        """Reads it from object storage again. Repeatable.
+
+        Raises `TimelineMissingError`, `TimelineArchivedError` while its ancestor is archived,
+        `ObjectStoreError`, `FencedError`, `CorruptionError`.
+        """
+        async with self._changing:
+            archived = self.archived.get(timeline_id)
+            if archived is None:
+                return self.timeline(timeline_id)
+            if archived.ancestor_timeline_id in self.archived:
+                raise TimelineArchivedError(
+                    f"timeline {timeline_id} cannot be unarchived before its ancestor, "
+                    f"{archived.ancestor_timeline_id}"
+                )
+            found = await self._rewrite_archived(timeline_id, _as_unarchived)
+            if found is None:
+                raise TimelineMissingError(f"tenant {self.tenant_id} has no timeline {timeline_id}")
+            del self.archived[timeline_id]
+            timeline = self._open(found)
+            self._hold_branch_points()
+            return timeline
+
+    async def detach_ancestor(self, timeline_id: TimelineId) -> list[TimelineId]:
+        """Makes a branch a root, and the ancestor's branches that left it at or below the same point
+        branches of this one: their ids. Every read before, meanwhile and after is answered alike.
+
+        A root is left as it is. Repeatable, also after a crash. Raises `TimelineMissingError`,
+        `TimelineBusyError`, and what `DetachJob.prepare` does.
+        """
+        timeline = self.timeline(timeline_id)
+        self._check_not_detaching(timeline_id)
+        self._detaching.add(timeline_id)
+        try:
+            job = DetachJob(timeline)
+            is_done = timeline.ancestor is None
+            while not is_done:
+                await job.prepare()
+                async with timeline.compaction_lock, self._changing:
+                    self._hold_inherited(timeline)
+                    is_done = await timeline.rewrite(lambda _: job.manifest(), None)
+                    if is_done:
+                        timeline.retention.inherit(timeline.manifest.oldest_lsn)
+                    self._hold_branch_points()
+            async with self._changing:
+                return await self._reparent_siblings(timeline)
+        finally:
+            self._detaching.discard(timeline_id)
+
+    def _hold_inherited(self, detaching: Timeline) -> None:
+        """What its ancestors hold for whoever reads through it, it will have to hold as a root."""
+        origins = self._origins()
+        origins[detaching.timeline_id] = ROOT
+        for branch_id, lsn in branch_points(origins).get(detaching.timeline_id, {}).items():
+            detaching.retention.keep_branch(branch_id, lsn)
+        ancestor = detaching.ancestor
+        while ancestor is not None:
+            detaching.retention.copy_leases(ancestor.retention)
+            ancestor = ancestor.ancestor
+
+    async def _reparent_siblings(self, detached: Timeline) -> list[TimelineId]:
+        """What `detach_ancestor` ends with; goes on where a crash or an error stopped it."""
+        if detached.manifest.detachment is None:
+            return []
+        parent, moved = detached.timeline_id, []
+        for sibling in list(self.timelines.values()):
+            ancestry = sibling.stack.ancestry
+            if ancestry is not None and is_reparented(sibling.manifest, detached.manifest):
+                change = partial(_with_ancestor, ancestor_id=parent)
+                detached.retention.keep_branch(sibling.timeline_id, ancestry.lsn)
+                await sibling.rewrite(change, Ancestry(detached, ancestry.lsn))
+                moved.append(sibling.timeline_id)
+        for archived in list(self.archived.values()):
+            if is_reparented(archived, detached.manifest):
+                await self._rewrite_archived(
+                    archived.timeline_id, partial(_with_ancestor, ancestor_id=parent)
+                )
+                self.archived[archived.timeline_id] = replace(archived, ancestor_timeline_id=parent)
+                moved.append(archived.timeline_id)
+        self._hold_branch_points()
+        await detached.rewrite(lambda manifest: msgspec.structs.replace(manifest, detachment=None), None)
+        return sorted(moved)
+
+    async def _rewrite_archived(
+        self, timeline_id: TimelineId, change: Callable[[Manifest], Manifest]
+    ) -> FoundManifest | None:
+        """The newest manifest of an archived timeline, changed and durable; None if there is none left."""
+
+        def rewrite() -> FoundManifest | None:
+            found = find_newest_manifest(self.context.store, self.tenant_id, timeline_id, self.generation)
+            if found is None:
+                return None
+            manifest = change(found.manifest)
+            name = self._manifest_store(found).write(manifest)
+            return FoundManifest(name, manifest)
+
+        return await self._in_thread(rewrite)
 
     async def close(self) -> None:
         """Detaches. What is only in memory is asked for again by the next who attaches."""
         for timeline in self.timelines.values():
             await timeline.close()
         self.timelines.clear()
+        self.archived.clear()
 
     def _find_manifests(self) -> dict[TimelineId, FoundManifest]:
         found = {}
@@ -223,27 +408,45 @@ class TenantStorage:
             found[TimelineId(timeline_id)] = newest
         return found
 
-    def _open(self, found: FoundManifest) -> None:
+    def _open(self, found: FoundManifest) -> Timeline:
         manifest = found.manifest
         ancestor = None
         if manifest.ancestor_timeline_id is not None:
             ancestor = self.timelines[TimelineId(manifest.ancestor_timeline_id)]
-        sequence = found.name.sequence if found.name.generation == self.generation else 0
-        timeline = self._make(manifest, ancestor, sequence)
-        if ancestor is not None:
-            ancestor.home_of(timeline.ancestor_lsn).retention.keep_branch(
-                timeline.timeline_id, timeline.ancestor_lsn
-            )
-        self.timelines[timeline.timeline_id] = timeline
-
-    def _make(self, manifest: Manifest, ancestor: Timeline | None, last_sequence: int) -> Timeline:
-        manifests = ManifestStore(
-            self.context.store, self.tenant_id, manifest.timeline_id, self.generation, last_sequence
+        timeline = Timeline(
+            self.context, manifest, self._manifest_store(found), ancestor, self.generation, self.settings
         )
+        self.timelines[timeline.timeline_id] = timeline
+        return timeline
+
+    def _make(self, manifest: Manifest, ancestor: Timeline | None) -> Timeline:
+        manifests = ManifestStore(self.context.store, self.tenant_id, manifest.timeline_id, self.generation)
         return Timeline(self.context, manifest, manifests, ancestor, self.generation, self.settings)
 
+    def _manifest_store(self, found: FoundManifest) -> ManifestStore:
+        """Goes on behind what was found."""
+        sequence = found.name.sequence if found.name.generation == self.generation else 0
+        return ManifestStore(
+            self.context.store, self.tenant_id, found.manifest.timeline_id, self.generation, sequence
+        )
+
+    def _forget_archived_files(self) -> None:
+        for timeline_id in self.archived:
+            self._remove_local(timeline_id)
+
+    def _remove_local(self, timeline_id: TimelineId) -> None:
+        prefix = timeline_prefix(self.tenant_id, timeline_id)
+        self.context.filesystem.remove_tree(self.context.local_dir / prefix)
+
+    async def _in_thread(self, function: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self.context.executor, function)
+
+    def _check_not_detaching(self, timeline_id: TimelineId) -> None:
+        if timeline_id in self._detaching:
+            raise TimelineBusyError(f"timeline {timeline_id} is being detached from its ancestor: try again")
+
     def _check_is_new(self, timeline_id: TimelineId) -> None:
-        if timeline_id in self.timelines:
+        if timeline_id in self.timelines or timeline_id in self.archived:
             raise TimelineExistsError(f"tenant {self.tenant_id} has a timeline {timeline_id} already")
 
 
@@ -263,6 +466,18 @@ def _ancestors_first(manifests: dict[TimelineId, Manifest]) -> list[TimelineId]:
             at = None if ancestor is None else TimelineId(ancestor)
         ordered |= dict.fromkeys(reversed(line))
     return list(ordered)
+
+
+def _as_deleted(manifest: Manifest) -> Manifest:
+    return msgspec.structs.replace(manifest, deleted=True)
+
+
+def _as_unarchived(manifest: Manifest) -> Manifest:
+    return msgspec.structs.replace(manifest, archived=False)
+
+
+def _with_ancestor(manifest: Manifest, *, ancestor_id: TimelineId) -> Manifest:
+    return msgspec.structs.replace(manifest, ancestor_timeline_id=ancestor_id)
 
 
 def _remove_strangers(timeline: Timeline) -> None:

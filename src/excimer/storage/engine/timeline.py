@@ -22,7 +22,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar
@@ -277,6 +277,16 @@ class Timeline:
             await self.whole_in_thread(partial(self.commit_layers, deleted, []))
             self._deleted = True
 
+    async def rewrite(self, change: Callable[[Manifest], Manifest | None], ancestry: Ancestry | None) -> bool:
+        """Changes what the timeline consists of: `change` makes the next manifest of the newest one, whose
+        layers and ancestor take the place of the old in one step. False if it answers None.
+        """
+        async with self._flush_lock:
+            manifest = change(self.manifest)
+            if manifest is not None:
+                await self.whole_in_thread(partial(self._commit_rewritten, manifest, ancestry))
+        return manifest is not None
+
     async def flush(self) -> None:
         """All that was put before becomes durable, manifest included. One try: raises `RetryableError`
         (`ObjectStoreError`), OSError, `FencedError`.
@@ -508,3 +518,14 @@ class Timeline:
             file.remove_local()
         except OSError as error:
             _log.warning("the copy of %s stays until the next start: %s", file.object_name, error)
+
+    def _commit_rewritten(self, manifest: Manifest, ancestry: Ancestry | None) -> None:
+        disk = LayerMap.from_descriptions(manifest.layers)
+        known = self.stack.files
+        added = {
+            layer.name: self.home.disk_layer(layer) for layer in manifest.layers if layer.name not in known
+        }
+        self._manifests.write(manifest)
+        with self._write_lock:
+            self.stack = replace(self.stack.with_disk(disk, added, None), ancestry=ancestry)
+            self.manifest = manifest

@@ -61,6 +61,15 @@ class LayerDescription(msgspec.Struct, frozen=True, kw_only=True):
         return f"{kind}-{lsns}-{self.first_key}-{self.generation:08x}-{self.fingerprint:08x}"
 
 
+class Detachment(msgspec.Struct, frozen=True, kw_only=True):
+    """What a timeline that became a root has still to do: branches that left its former ancestor at or
+    below the former branch point are to become its own.
+    """
+
+    ancestor_timeline_id: str
+    ancestor_lsn: int
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """All that a restart needs. Frozen: a change makes a new one with the next sequence number."""
 
@@ -76,6 +85,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     ancestor_timeline_id: str | None = None
     ancestor_lsn: int = 0
     layers: tuple[LayerDescription, ...] = ()
+    archived: bool = False
+    """Nobody reads or writes it, and no pageserver keeps more of it than that it exists."""
+    detachment: Detachment | None = None
+    """None: nothing is left to do."""
     deleted: bool = False
     """The timeline is being deleted: its objects may be missing already."""
 

@@ -4,9 +4,23 @@ A branch holds no data of its own: it reads its ancestor at or below the branch 
 one costs one small object whatever the ancestor's size.
 """
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from excimer.base.errors import RefusedError
+from excimer.base.ids import TimelineId
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.storage.format.manifest import Manifest
+
+
+class Origin(NamedTuple):
+    """Where a timeline comes from."""
+
+    ancestor_id: TimelineId | None
+    lsn: int
+
+
+ROOT = Origin(None, 0)
 
 
 class BranchPointError(RefusedError):
@@ -45,3 +59,17 @@ def plan_branch(
         ancestor_timeline_id=ancestor.timeline_id,
         ancestor_lsn=lsn,
     )
+
+
+def branch_points(origins: Mapping[TimelineId, Origin]) -> dict[TimelineId, dict[str, Lsn]]:
+    """For each timeline the points in its own history that branches begin at, by branch.
+
+    A branch below its ancestor's own beginning begins in the history of an ancestor of that.
+    """
+    points: dict[TimelineId, dict[str, Lsn]] = {}
+    for timeline_id, (home_id, lsn) in origins.items():
+        while home_id is not None and (origin := origins[home_id]).ancestor_id and lsn < origin.lsn:
+            home_id = origin.ancestor_id
+        if home_id is not None:
+            points.setdefault(home_id, {})[timeline_id] = Lsn(lsn)
+    return points

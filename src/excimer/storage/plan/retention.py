@@ -19,6 +19,7 @@ has renewed.
 Not here: which layers the points need (`gc_plan`), making a cutoff durable (`excimer.storage.engine.gc_job`).
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from excimer.base.errors import RefusedError
@@ -69,6 +70,23 @@ class Retention:
         self._branch_counts[lsn] -= 1
         if not self._branch_counts[lsn]:
             del self._branch_counts[lsn]
+
+    def set_branches(self, points: Mapping[str, Lsn]) -> None:
+        """Exactly these children hold a point."""
+        for child_id in self._branches.keys() - points.keys():
+            self.release_branch(child_id)
+        for child_id, lsn in points.items():
+            if self._branches.get(child_id) != lsn:
+                self.keep_branch(child_id, lsn)
+
+    def copy_leases(self, other: "Retention") -> None:
+        """History of another timeline is to become this one's, with who reads it."""
+        for lsn, until_s in other._leases.items():
+            self._leases[lsn] = max(self._leases.get(lsn, 0.0), until_s)
+
+    def inherit(self, cutoff_lsn: int) -> None:
+        """History below what was this timeline's beginning has come to it, and was not collected."""
+        self.cutoff_lsn = Lsn(cutoff_lsn)
 
     def lease(self, lsn: Lsn, now_s: float, length_s: float) -> float:
         """Grants or renews a lease and says until when it holds. Raises `NotRetainedError`."""
