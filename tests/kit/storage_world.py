@@ -22,6 +22,7 @@ from excimer.io.object_store import MemoryObjectStore, ObjectStore
 from excimer.storage.engine.context import StorageContext, StorageSettings
 from excimer.storage.engine.tenant import NewTimeline, TenantStorage
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.page_image import restore_page_image
 from excimer.storage.format.values import PackedBatch, Value, ValueKind, pack_batch
 
 TENANT = TenantId("0a" * 16)
@@ -93,6 +94,8 @@ def expected_page(values: Sequence[Value]) -> bytes:
             page = value.payload
         elif value.kind in (ValueKind.TOMBSTONE, ValueKind.ZERO_PAGE):
             page = bytes(BLOCK_SIZE_BYTES)
+        elif value.kind == ValueKind.PAGE_IMAGE:
+            page = restore_page_image(value.payload, value.lsn)
         elif value.kind == ValueKind.NATIVE:
             page = fold(page, value.lsn, 0, value.payload)
         elif value.kind == ValueKind.WAL_RECORD:

@@ -1,0 +1,328 @@
+"""One tenant's page store on a machine that may die, beside an oracle that never does.
+
+Each operation is done to the engine and to the oracle, whose answers are then compared. A crash ends
+the process at some operation of its file system or object store; the next process attaches to what
+is left, WAL above what is durable comes again, and everything acknowledged must be there.
+"""
+
+import asyncio
+import random
+import shutil
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from excimer.base.errors import FencedError, RefusedError
+from excimer.base.ids import TimelineId
+from excimer.base.keys import KeyKind, kind_range, make_key
+from excimer.base.lsn import Lsn, format_lsn
+from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore
+from excimer.storage.engine.context import StorageContext, StorageSettings
+from excimer.storage.engine.errors import IngestPausedError, LsnTooOldError, NoSuchPageError
+from excimer.storage.engine.tenant import TenantStorage
+from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.values import pack_batch
+from tests.kit.engine_oracle import FILES, IMPORTED, BlockFile, TimelineOracle
+from tests.kit.io_faults import CrashError, Fault, InlineExecutor, UnsyncedFilesystem
+from tests.kit.storage_world import MAIN, START, TENANT, FakeRedo, apply_native, new_main
+
+SMALL = StorageSettings(
+    flush_size_bytes=40_000,
+    block_size_bytes=700,
+    image_layer_size_bytes=30_000,
+    compaction_threshold=2,
+    compaction_target_size_bytes=50_000,
+    image_creation_threshold=1,
+)
+RECORDS_PER_BATCH = 10
+COMPACTION_STEPS_MAX = 100
+
+
+@dataclass
+class Process:
+    """A pageserver process as far as the engine goes; its local directory outlives it."""
+
+    directory: Path
+    generation: int
+    fault: Fault
+    filesystem: UnsyncedFilesystem
+    context: StorageContext
+    tenant: TenantStorage | None = None
+
+
+@dataclass
+class EngineWorld:
+    """Close it. `directory` is for local files; object storage is in memory."""
+
+    directory: Path
+    settings: StorageSettings = SMALL
+    seed: int = 0
+    objects: MemoryObjectStore = field(default_factory=MemoryObjectStore)
+    oracles: dict[TimelineId, TimelineOracle] = field(default_factory=dict)
+    durable: dict[TimelineId, int] = field(default_factory=dict)
+    """What was acknowledged as durable, by timeline."""
+    durable_files: set[Path] = field(default_factory=set)
+    crashes: int = 0
+    moves: int = 0
+
+    def __post_init__(self) -> None:
+        self.chance = random.Random(self.seed)
+        self.runner = asyncio.Runner()
+        self.process = self._new_process(self.directory / "0", 1)
+        self.former: Process | None = None
+        """The one that had the tenant before, and does not know yet that it has it no more."""
+
+    # Processes
+
+    def _new_process(self, directory: Path, generation: int) -> Process:
+        fault = Fault()
+        filesystem = UnsyncedFilesystem(fault.step, self.durable_files)
+        context = StorageContext(
+            store=FaultyObjectStore(self.objects, fault.step),
+            filesystem=filesystem,
+            local_dir=directory,
+            redo=FakeRedo(),
+            apply_native=apply_native,
+            executor=InlineExecutor(),
+            settings=self.settings,
+        )
+        return Process(directory, generation, fault, filesystem, context)
+
+    @property
+    def tenant(self) -> TenantStorage:
+        assert self.process.tenant is not None
+        return self.process.tenant
+
+    def create(self) -> None:
+        self._attach()
+        self.oracles[MAIN] = TimelineOracle.imported()
+        self.runner.run(self.tenant.create_timeline(new_main(), IMPORTED))
+        self.durable[MAIN] = START
+
+    def close(self) -> None:
+        if self.process.tenant is not None and not self.process.fault.crashed:
+            self.runner.run(self.process.tenant.close())
+        self.runner.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def restart(self, *, keep_files: bool) -> None:
+        """An orderly end; the next process has the same generation."""
+        self.runner.run(self.tenant.close())
+        if not keep_files:
+            shutil.rmtree(self.process.directory, ignore_errors=True)
+        self.process = self._new_process(self.process.directory, self.process.generation)
+        self.recover()
+
+    def move(self) -> None:
+        """Another pageserver attaches the tenant; this one has not heard of it."""
+        self.former = self.process
+        self.moves += 1
+        self.process = self._new_process(self.directory / str(self.moves), self.process.generation + 1)
+        self.recover()
+
+    def crash(self, step: Callable[[], object], operations: int, *, power_failure: bool) -> bool:
+        """Ends the process at the `operations`-th operation of `step`; whether it came that far."""
+        self.process.fault.crash_in(operations)
+        try:
+            step()
+        except CrashError:
+            self.crashes += 1
+        else:
+            if not self.process.fault.crashed:
+                self.process.fault.at = 0
+                return False
+        if power_failure:
+            self.process.filesystem.lose_unsynced(self.process.directory, self.chance)
+        self.process = self._new_process(self.process.directory, self.process.generation)
+        self.recover()
+        return True
+
+    def recover(self) -> None:
+        """Attaches, compares what is there with what was acknowledged, and sends WAL again."""
+        self._attach()
+        self._know_of_unanswered()
+        assert set(self.tenant.timelines) == set(self.oracles)
+        for timeline_id, oracle in self.oracles.items():
+            timeline = self.tenant.timeline(timeline_id)
+            durable_lsn = timeline.disk_consistent_lsn
+            assert timeline.last_record_lsn == durable_lsn == timeline.remote_consistent_lsn
+            assert durable_lsn >= self.durable[timeline_id], "what was acknowledged as durable is gone"
+            assert durable_lsn in (oracle.ancestor_lsn, *oracle.ends), (
+                f"{timeline_id}: {durable_lsn:x} is no record's end"
+            )
+            assert timeline.prev_record_lsn == record_start(durable_lsn)
+            self.durable[timeline_id] = durable_lsn
+            self.put_after(timeline, oracle, durable_lsn)
+        self.check_local_files()
+
+    def _attach(self) -> None:
+        process = self.process
+        process.tenant = self.runner.run(TenantStorage.attach(process.context, TENANT, process.generation))
+
+    def _know_of_unanswered(self) -> None:
+        """A creation or deletion that was under way in the crash has happened or has not."""
+        for timeline_id, timeline in self.tenant.timelines.items():
+            if timeline_id not in self.oracles and timeline.ancestor is not None:
+                ancestor = self.oracles[timeline.ancestor.timeline_id]
+                self.oracles[timeline_id] = TimelineOracle(ancestor, timeline.ancestor_lsn)
+                self.durable[timeline_id] = timeline.ancestor_lsn
+        for timeline_id in [each for each in self.oracles if each not in self.durable]:
+            if timeline_id not in self.tenant.timelines:
+                del self.oracles[timeline_id]
+            else:
+                self.durable[timeline_id] = self.tenant.timeline(timeline_id).ancestor_lsn
+
+    # What happens to timelines
+
+    def timeline(self, timeline_id: TimelineId) -> Timeline:
+        return self.tenant.timeline(timeline_id)
+
+    def put(self, timeline_id: TimelineId, records: int) -> None:
+        oracle, timeline = self.oracles[timeline_id], self.timeline(timeline_id)
+        before = oracle.last_lsn
+        oracle.next_values(self.chance, records)
+        self.put_after(timeline, oracle, before)
+
+    def put_after(self, timeline: Timeline, oracle: TimelineOracle, lsn: int) -> None:
+        for values, end_lsn in oracle.batches_after(lsn, RECORDS_PER_BATCH):
+            batch = pack_batch(values)
+            try:
+                timeline.put_batch(batch, end_lsn, Lsn(end_lsn - 8))
+            except IngestPausedError:
+                self.runner.run(timeline.flush())
+                timeline.put_batch(batch, end_lsn, Lsn(end_lsn - 8))
+        assert timeline.last_record_lsn == oracle.last_lsn
+
+    def freeze(self, timeline_id: TimelineId) -> None:
+        self.timeline(timeline_id)._freeze()
+
+    def flush(self, timeline_id: TimelineId) -> None:
+        timeline = self.timeline(timeline_id)
+        self.runner.run(timeline.flush())
+        assert timeline.remote_consistent_lsn == timeline.last_record_lsn
+        self.durable[timeline_id] = timeline.remote_consistent_lsn
+
+    def compact(self, timeline_id: TimelineId) -> None:
+        self.runner.run(compact_wholly(self.timeline(timeline_id)))
+
+    def branch(self, ancestor_id: TimelineId, lsn: int) -> None:
+        timeline_id = TimelineId(f"{self.chance.getrandbits(64) | 1 << 70:032x}")
+        ancestor = self.oracles[ancestor_id]
+        branching = self.tenant.branch_timeline(
+            timeline_id, ancestor_id, lsn=Lsn(lsn), prev_record_lsn=record_start(lsn)
+        )
+        self.runner.run(branching)
+        self.oracles[timeline_id] = TimelineOracle(ancestor, lsn)
+        self.durable[timeline_id] = lsn
+
+    def delete(self, timeline_id: TimelineId) -> None:
+        acknowledged = self.durable.pop(timeline_id)
+        deleting = self.tenant.delete_timeline(timeline_id)
+        try:
+            self.runner.run(deleting)
+        except RefusedError:
+            self.durable[timeline_id] = acknowledged
+            raise
+        del self.oracles[timeline_id]
+
+    def former_acts(self, act: Callable[[Timeline], Awaitable[object]]) -> None:
+        """The process that lost the tenant goes on working on every timeline it knows."""
+        if self.former is None or self.former.tenant is None:
+            return
+        for timeline in list(self.former.tenant.timelines.values()):
+            oracle = self.oracles.get(timeline.timeline_id)
+            if oracle is not None:
+                with suppress(IngestPausedError):
+                    for values, end_lsn in oracle.batches_after(timeline.last_record_lsn, RECORDS_PER_BATCH):
+                        timeline.put_batch(pack_batch(values), end_lsn, Lsn(end_lsn - 8))
+            with suppress(FencedError):
+                self.runner.run(_awaited(act(timeline)))
+
+    # What must be true
+
+    def readable_lsns(self, timeline_id: TimelineId) -> tuple[int, int]:
+        """First and last LSN that the timeline must serve."""
+        return self.timeline(timeline_id).oldest_lsn, self.oracles[timeline_id].last_lsn
+
+    def check_blocks(
+        self, timeline_id: TimelineId, file: BlockFile, first: int, count: int, lsn: int
+    ) -> None:
+        """Pages are the oracle's, or it says too that they do not exist (S1, S2)."""
+        timeline, oracle = self.timeline(timeline_id), self.oracles[timeline_id]
+        blocks = oracle.blocks(file, lsn)
+        what = f"{file} {first}+{count} of {timeline_id} at {format_lsn(lsn)}"
+        assert timeline.size_blocks(file.block_key(first), Lsn(lsn)) == blocks, what
+        reading = timeline.get_pages(file.block_key(first), count, Lsn(lsn))
+        if blocks is None or first + count > blocks:
+            try:
+                self.runner.run(reading)
+            except NoSuchPageError:
+                return
+            raise AssertionError(f"blocks that do not exist were served: {what}")
+        assert self.runner.run(reading) == oracle.pages(file, first, count, lsn), what
+
+    def check_values(self, timeline_id: TimelineId, lsn: int) -> None:
+        timeline, oracle = self.timeline(timeline_id), self.oracles[timeline_id]
+        ends = (
+            kind_range(KeyKind.RELATION_SIZE),
+            (make_key(KeyKind.SLRU_SIZE), make_key(KeyKind.COMMIT_TIME)),
+        )
+        found = [entry for start, end in ends for entry in timeline.scan(start, end, Lsn(lsn))]
+        assert found == oracle.scan(lsn), f"values of {timeline_id} at {format_lsn(lsn)}"
+        for key, value in found:
+            assert timeline.get_value(key, Lsn(lsn)) == value
+
+    def check_some(self, reads: int = 1) -> None:
+        """Random keys at random LSNs of every timeline."""
+        for timeline_id in self.oracles:
+            oldest_lsn, last_lsn = self.readable_lsns(timeline_id)
+            self.check_values(timeline_id, last_lsn)
+            for _ in range(reads):
+                lsn = self.chance.choice([last_lsn, oldest_lsn, self.chance.randint(oldest_lsn, last_lsn)])
+                first, count = self.chance.randrange(6), self.chance.randint(1, 4)
+                self.check_blocks(timeline_id, self.chance.choice(FILES), first, count, lsn)
+                self.check_values(timeline_id, lsn)
+
+    def check_all(self, moments: int = 6) -> None:
+        """Every page and value, now, at the oldest LSN and at some between."""
+        for timeline_id, oracle in self.oracles.items():
+            oldest_lsn, last_lsn = self.readable_lsns(timeline_id)
+            lsns = {oldest_lsn, last_lsn}
+            lsns |= {self.chance.randint(oldest_lsn, last_lsn) for _ in range(moments)}
+            for lsn in sorted(lsns):
+                self.check_values(timeline_id, lsn)
+                for file in FILES:
+                    blocks = oracle.blocks(file, lsn)
+                    self.check_blocks(timeline_id, file, 0, blocks or 1, lsn)
+
+    def check_refused(self, timeline_id: TimelineId, lsn: int) -> None:
+        """Below the oldest LSN there is nothing, rather than something wrong."""
+        try:
+            self.timeline(timeline_id).get_value(FILES[0].size_key, Lsn(lsn))
+        except LsnTooOldError:
+            return
+        raise AssertionError(f"{timeline_id} served {format_lsn(lsn)}, which is before its history")
+
+    def check_local_files(self) -> None:
+        """Right after attaching: nothing is there that nobody removes."""
+        for timeline in self.tenant.timelines.values():
+            names = self.process.filesystem.list_files(timeline.home.local_dir)
+            assert set(names) <= set(timeline.stack.files), "a crash left files that nobody removes"
+
+
+def record_start(lsn: int) -> Lsn:
+    """Where the record that ends there starts."""
+    return Lsn(START - 0x40 if lsn == START else lsn - 8)
+
+
+async def compact_wholly(timeline: Timeline) -> None:
+    """Until nothing is due any more."""
+    for _ in range(COMPACTION_STEPS_MAX):
+        if not await timeline.compact():
+            return
+    raise AssertionError(f"compaction of {timeline.timeline_id} comes to no end")
+
+
+async def _awaited(something: Awaitable[object]) -> object:
+    return await something

@@ -1,0 +1,147 @@
+"""The engine against its oracle (S1, S2, S3, G1): whatever happens, in any order."""
+
+import os
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from excimer.base.ids import TimelineId
+from excimer.storage.engine.timeline import Timeline
+from tests.kit.directories import new_memory_directory
+from tests.kit.engine_oracle import FILES, BlockFile
+from tests.kit.engine_world import EngineWorld, compact_wholly
+
+EXAMPLES = int(os.environ.get("EXCIMER_ENGINE_EXAMPLES", "25"))
+STEPS = 50
+TIMELINES_MAX = 4
+
+SETTINGS = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=STEPS,
+    deadline=None,
+    derandomize="EXCIMER_ENGINE_EXAMPLES" not in os.environ,
+    database=None,
+    phases=(Phase.generate,),
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = EngineWorld(new_memory_directory("excimer-engine-"))
+
+    @initialize(seed=st.integers(0, 2**32))
+    def create(self, seed: int) -> None:
+        self.world.chance.seed(seed)
+        self.world.create()
+
+    def teardown(self) -> None:
+        self.world.close()
+
+    @rule(data=st.data(), records=st.integers(1, 60))
+    def put(self, data: st.DataObject, records: int) -> None:
+        self.world.put(self.any_timeline(data), records)
+
+    @rule(data=st.data(), records=st.integers(1, 60))
+    def put_and_freeze(self, data: st.DataObject, records: int) -> None:
+        timeline_id = self.any_timeline(data)
+        self.world.put(timeline_id, records)
+        self.world.freeze(timeline_id)
+
+    @rule(data=st.data(), records=st.integers(0, 60))
+    def put_and_flush(self, data: st.DataObject, records: int) -> None:
+        timeline_id = self.any_timeline(data)
+        self.world.put(timeline_id, records)
+        self.world.flush(timeline_id)
+
+    @rule(data=st.data(), flushes=st.integers(0, 3))
+    def compact(self, data: st.DataObject, flushes: int) -> None:
+        timeline_id = self.any_timeline(data)
+        for _ in range(flushes):
+            self.world.put(timeline_id, 15)
+            self.world.flush(timeline_id)
+        self.world.compact(timeline_id)
+
+    @precondition(lambda self: len(self.world.oracles) < TIMELINES_MAX)
+    @rule(data=st.data())
+    def branch(self, data: st.DataObject) -> None:
+        ancestor_id = self.any_timeline(data)
+        self.world.branch(ancestor_id, self.any_record_end(data, ancestor_id))
+
+    @precondition(lambda self: len(self.world.oracles) > 1 and self.world.former is None)
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        self.world.delete(data.draw(st.sampled_from(self.leaves())))
+
+    @rule(keep_files=st.booleans())
+    def restart(self, keep_files: bool) -> None:
+        self.world.restart(keep_files=keep_files)
+
+    @rule(data=st.data(), operations=st.integers(1, 40), power_failure=st.booleans())
+    def crash(self, data: st.DataObject, operations: int, power_failure: bool) -> None:
+        timeline_id = self.any_timeline(data)
+        world = self.world
+        world.put(timeline_id, 20)
+        steps = {
+            "flush": lambda: world.flush(timeline_id),
+            "compact": lambda: world.compact(timeline_id),
+            "branch": lambda: world.branch(timeline_id, world.oracles[timeline_id].last_lsn),
+            "delete": lambda: world.delete(self.leaves()[-1]),
+        }
+        if len(world.oracles) == 1 or world.former is not None:
+            del steps["delete"]
+        if len(world.oracles) >= TIMELINES_MAX:
+            del steps["branch"]
+        step = steps[data.draw(st.sampled_from(sorted(steps)))]
+        world.crash(step, operations, power_failure=power_failure)
+
+    @rule()
+    def move(self) -> None:
+        self.world.move()
+
+    @precondition(lambda self: self.world.former is not None)
+    @rule(act=st.sampled_from((Timeline.flush, compact_wholly)))
+    def former_acts(self, act: object) -> None:
+        assert act in (Timeline.flush, compact_wholly)
+        self.world.former_acts(act)
+
+    @rule(data=st.data(), file=st.sampled_from(FILES), first=st.integers(0, 8), count=st.integers(1, 6))
+    def read(self, data: st.DataObject, file: BlockFile, first: int, count: int) -> None:
+        timeline_id = self.any_timeline(data)
+        oldest_lsn, last_lsn = self.world.readable_lsns(timeline_id)
+        self.world.check_blocks(timeline_id, file, first, count, data.draw(st.integers(oldest_lsn, last_lsn)))
+
+    @rule(data=st.data())
+    def read_before_the_history(self, data: st.DataObject) -> None:
+        timeline_id = self.any_timeline(data)
+        self.world.check_refused(timeline_id, self.world.readable_lsns(timeline_id)[0] - 1)
+
+    @rule()
+    def read_everything(self) -> None:
+        self.world.check_all(moments=2)
+
+    @invariant()
+    def reads_are_the_oracles(self) -> None:
+        self.world.check_some()
+
+    def any_timeline(self, data: st.DataObject) -> TimelineId:
+        return data.draw(st.sampled_from(list(self.world.oracles)))
+
+    def any_record_end(self, data: st.DataObject, timeline_id: TimelineId) -> int:
+        oldest_lsn, last_lsn = self.world.readable_lsns(timeline_id)
+        oracle = self.world.oracles[timeline_id]
+        ends = [end for end in (oracle.ancestor_lsn, *oracle.ends) if oldest_lsn <= end <= last_lsn]
+        return data.draw(st.sampled_from(ends[-30:]))
+
+    def leaves(self) -> list[TimelineId]:
+        """Timelines nobody branches from; never the root alone."""
+        oracles = self.world.oracles
+        ancestors = [id(oracle.ancestor) for oracle in oracles.values()]
+        return [timeline_id for timeline_id, oracle in oracles.items() if id(oracle) not in ancestors]
+
+
+EngineMachine.TestCase.settings = SETTINGS
+TestEngine = EngineMachine.TestCase
