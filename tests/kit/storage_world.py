@@ -10,7 +10,7 @@ import hashlib
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import ParamSpec
 
@@ -20,8 +20,10 @@ from excimer.base.lsn import Lsn
 from excimer.io.filesystem import Filesystem, LocalFilesystem
 from excimer.io.object_store import MemoryObjectStore, ObjectStore
 from excimer.storage.engine.context import StorageContext, StorageSettings
+from excimer.storage.engine.local_disk import LocalDisk
 from excimer.storage.engine.tenant import NewTimeline, TenantStorage
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.engine.upload_queue import UploadQueue
 from excimer.storage.format.page_image import restore_page_image
 from excimer.storage.format.values import PackedBatch, Value, ValueKind, pack_batch
 
@@ -147,8 +149,10 @@ async def storage_context(
     filesystem: Filesystem | None = None,
     settings: StorageSettings | None = None,
     redo: FakeRedo | None = None,
+    local_disk: LocalDisk | None = None,
 ) -> AsyncIterator[StorageContext]:
-    with ThreadPoolExecutor(2, thread_name_prefix="storage") as executor:
+    disk = local_disk or LocalDisk()
+    with ThreadPoolExecutor(2, thread_name_prefix="storage") as executor, closing(disk):
         yield StorageContext(
             store=store if store is not None else MemoryObjectStore(),
             filesystem=filesystem or LocalFilesystem(),
@@ -157,6 +161,8 @@ async def storage_context(
             apply_native=apply_native,
             executor=executor,
             settings=settings or StorageSettings(),
+            local_disk=disk,
+            uploads=UploadQueue(pause_s_first=0.001),
         )
 
 

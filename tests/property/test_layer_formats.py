@@ -13,6 +13,7 @@ from excimer.base.errors import CorruptionError
 from excimer.base.keys import KEY_SIZE_BYTES, MAX_KEY, MIN_KEY, Relation, relation_block_key
 from excimer.base.lsn import MAX_LSN
 from excimer.io.filesystem import LocalFilesystem
+from excimer.io.object_store import MemoryObjectStore
 from excimer.storage.engine.context import StorageSettings
 from excimer.storage.engine.layer_stack import FrozenLayer, LayerHome
 from excimer.storage.engine.layer_writing import upload_layer, write_delta, write_images
@@ -122,7 +123,8 @@ def test_memory_and_blocks_find_the_same_values(
 @in_event_loop
 async def test_every_flipped_byte_of_a_layer_is_noticed_and_the_file_named(tmp_path: Path) -> None:
     """In the header, each block, the index and the trailer: never another value, never a silent loss."""
-    async with storage_context(tmp_path) as context:
+    objects = MemoryObjectStore()
+    async with storage_context(tmp_path, store=objects) as context:
         home = LayerHome(context, TENANT, MAIN)
         chance = random.Random(5)
         batch = [
@@ -134,23 +136,51 @@ async def test_every_flipped_byte_of_a_layer_is_noticed_and_the_file_named(tmp_p
         memory.freeze()
         description = write_delta(home, FrozenLayer(memory, batch[-1].lsn, 0), 1)
         upload_layer(home, description)
-        path = home.local_path(description)
+        path, name = home.local_path(description), home.object_name(description)
         good = path.read_bytes()
         assert read_all(home, description) == stored_form(batch)
         for at in sorted({*range(120), *range(len(good) - 400, len(good)), *range(0, len(good), 97)}):
             damaged = bytearray(good)
             damaged[at] ^= 1 << chance.randrange(8)
+            for is_here in (True, False):
+                path.unlink(missing_ok=True)
+                if is_here:
+                    path.write_bytes(damaged)
+                objects.objects[name] = bytes(damaged)
+                with pytest.raises(DamagedLayerError, match=description.name):
+                    read_all(home, description)
+            if at % 50:
+                continue  # one healed in fifty will do: it is synced to disk
             path.write_bytes(damaged)
-            with pytest.raises(DamagedLayerError, match=description.name):
-                read_all(home, description)
-        path.write_bytes(good[:-1])  # of the wrong size: brought again from object storage
+            objects.objects[name] = good
+            assert read_all(home, description) == stored_form(batch), "a damaged copy is fetched again"
+
+
+@in_event_loop
+async def test_a_local_copy_of_the_wrong_size_is_fetched_again(tmp_path: Path) -> None:
+    async with storage_context(tmp_path) as context:
+        home = LayerHome(context, TENANT, MAIN)
+        batch = [Value(relation_block_key(TABLE, 0, 1), START + 8, ValueKind.WAL_RECORD, False, b"x" * 90)]
+        memory = memory_of(batch)
+        memory.freeze()
+        description = write_delta(home, FrozenLayer(memory, batch[-1].lsn, 0), 1)
+        upload_layer(home, description)
+        path = home.local_path(description)
+        good = path.read_bytes()
+        path.write_bytes(good[:-1])
         assert read_all(home, description) == stored_form(batch)
         assert path.read_bytes() == good
 
 
 def read_all(home: LayerHome, description: LayerDescription) -> list[Value]:
-    blocks = home.disk_layer(description).blocks(MIN_KEY, MAX_KEY, 0, MAX_LSN, cached=False)
-    return [value for block in blocks for value in unpack_block(block)]
+    layer = home.disk_layer(description)
+    try:
+        blocks = layer.blocks(MIN_KEY, MAX_KEY, 0, MAX_LSN, cached=False)
+        values = [value for block in blocks for value in unpack_block(block)]
+        home.context.local_disk.wait_idle()
+        return values
+    finally:
+        layer.close()
 
 
 @in_event_loop

@@ -5,7 +5,9 @@ crash it is there completely or not at all. All calls may block.
 
 Bodies: `LocalFilesystem`, and `FaultyFilesystem`, which asks a callable before each step.
 
-Not here: sparse files, locks, memory maps; those who need them use the system directly.
+A sparse file is a cache that is filled piece by piece; what of it survives a crash nobody may rely upon.
+
+Not here: locks, memory maps; those who need them use the system directly.
 """
 
 import os
@@ -26,6 +28,16 @@ class RandomReader(Protocol):
     def close(self) -> None: ...
 
 
+class SparseFile(RandomReader, Protocol):
+    """A file that is written here and there while others read it. Any thread."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Raises OSError; what was written of the piece is then unknown."""
+
+    def sync(self) -> None:
+        """Makes it durable. Raises OSError."""
+
+
 class Filesystem(Protocol):
     """Every call raises OSError when it fails."""
 
@@ -36,6 +48,9 @@ class Filesystem(Protocol):
         """Within one directory; durable on return."""
 
     def open_reader(self, path: Path) -> RandomReader: ...
+
+    def create_sparse(self, path: Path, size_bytes: int) -> SparseFile:
+        """An empty file of that size, in place of one that may be there. Parent directories are made."""
 
     def read(self, path: Path) -> bytes: ...
 
@@ -54,8 +69,8 @@ class Filesystem(Protocol):
 class LocalReader:
     """`pread` on one descriptor, closed with the object at the latest."""
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
 
     def read(self, offset: int, size: int) -> bytes:
         data = os.pread(self._descriptor, size, offset)
@@ -71,6 +86,27 @@ class LocalReader:
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:
             self.close()
+
+
+class LocalSparseFile(LocalReader):
+    """The same, made empty, and `pwrite`."""
+
+    def __init__(self, path: Path, size_bytes: int, step: Callable[[str, Path], None]) -> None:
+        super().__init__(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        os.ftruncate(self._descriptor, size_bytes)
+        self._path = path
+        self._step = step
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._step("write", self._path)
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+    def sync(self) -> None:
+        self._step("sync", self._path)
+        os.fsync(self._descriptor)
 
 
 class LocalFilesystem:
@@ -109,6 +145,11 @@ class LocalFilesystem:
     def open_reader(self, path: Path) -> RandomReader:
         self._step("open", path)
         return LocalReader(path)
+
+    def create_sparse(self, path: Path, size_bytes: int) -> SparseFile:
+        self._step("open", path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return LocalSparseFile(path, size_bytes, self._step)
 
     def read(self, path: Path) -> bytes:
         self._step("read", path)

@@ -13,7 +13,7 @@ class PageserverSettings(Settings, frozen=True):
     data_dir: Path
     """Local files: copies of what is elsewhere, and each tenant's generation."""
     object_store_url: str
-    """``file:///path`` or any URL that obstore knows."""
+    """``file:///path``, ``s3://bucket/prefix``, ``gs://…``, ``az://…``: docs/operating/object_storage.md."""
     page_service_listen: str
     http_listen: str
     auth_public_key_path: Path
@@ -32,3 +32,7 @@ class PageserverSettings(Settings, frozen=True):
     """WAL values kept in memory per timeline before they become a layer."""
     flush_interval_s: float = 60.0
     """Values that waited for so long become a layer even if they are few."""
+    object_store_options: dict[str, str] = msgspec.field(default_factory=dict)
+    """Credentials, endpoint and the like that are not in the environment."""
+    local_disk_max_mib: int = 10 * 1024
+    """Above this, the local copies of layers that were not read for longest are removed; 0: no bound."""

@@ -30,6 +30,7 @@ from excimer.pageserver.active_timeline import TimelineWorld
 from excimer.pageserver.endpoints.http_api import make_router
 from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.metrics import EngineMetrics, PageServiceMetrics, TimelineMetrics
+from excimer.pageserver.object_metrics import ObjectMetrics
 from excimer.pageserver.receiver_plan import Source
 from excimer.pageserver.redo_pools import RedoPools
 from excimer.pageserver.settings import PageserverSettings
@@ -46,6 +47,7 @@ from excimer.service.metrics import new_registry
 from excimer.service.replication_client import ReplicationClient, connect_replication
 from excimer.service.tasks import SystemClock, TaskScope, contained
 from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
+from excimer.storage.engine.local_disk import LocalDisk
 from excimer.storage.engine.timeline import Timeline
 from excimer.wire.auth import Claims, Scope, TokenVerifier, encode_token
 from excimer.wire.broker import PUBLISH_INTERVAL_S, PageserverTimelineStatus
@@ -53,7 +55,9 @@ from excimer.wire.replication import format_options
 
 log = get_logger(__name__)
 
-STORAGE_THREADS = 8
+STORAGE_THREADS = 16
+"""Reads; those that wait for object storage must leave some to those that need not."""
+UPLOAD_THREADS = 8
 INGEST_THREADS_MAX = 64
 """Timelines that can be ingesting at the same moment; more take turns."""
 WAL_TOKEN_LIFE_S = 3600
@@ -89,6 +93,8 @@ async def _parts(
     async with contextlib.AsyncExitStack() as stack:
         storage_threads = ThreadPoolExecutor(STORAGE_THREADS, thread_name_prefix="storage")
         stack.callback(storage_threads.shutdown, wait=False, cancel_futures=True)
+        upload_threads = ThreadPoolExecutor(UPLOAD_THREADS, thread_name_prefix="upload")
+        stack.callback(upload_threads.shutdown, wait=False, cancel_futures=True)
         ingest_threads = ThreadPoolExecutor(INGEST_THREADS_MAX, thread_name_prefix="ingest")
         stack.callback(ingest_threads.shutdown, wait=False, cancel_futures=True)
         pools = RedoPools(settings.data_dir / "redo", settings.redo_workers)
@@ -105,8 +111,10 @@ async def _parts(
             sources=partial(_sources, [parse_address(text) for text in settings.wal_sources], broker),
             wait_for_news=asyncio.sleep if broker is None else broker.safekeepers.wait_for_news,
         )
-        context = _storage_context(settings, pools, storage_threads)
+        context = _storage_context(settings, pools, storage_threads, upload_threads)
+        stack.callback(context.local_disk.close)
         EngineMetrics(registry, context.counters)
+        ObjectMetrics(registry, context.uploads, context.local_disk)
         tenants = Tenants(
             context=context,
             records=TenantRecords(settings.data_dir / "tenants"),
@@ -114,6 +122,7 @@ async def _parts(
             chance=random.SystemRandom(),
         )
         stack.push_async_callback(tenants.stop)
+        stack.callback(context.uploads.stop)
         await tenants.start()
         scope.supervise("statuses", partial(_publish_statuses, settings, tenants, world.metrics, broker))
         yield tenants, _page_service(settings, tenants, scope, registry)
@@ -129,10 +138,13 @@ async def _broker(settings: PageserverSettings, stack: contextlib.AsyncExitStack
 
 
 def _storage_context(
-    settings: PageserverSettings, pools: RedoPools, threads: ThreadPoolExecutor
+    settings: PageserverSettings,
+    pools: RedoPools,
+    threads: ThreadPoolExecutor,
+    upload_threads: ThreadPoolExecutor,
 ) -> StorageContext:
     return StorageContext(
-        store=ObstoreObjectStore(settings.object_store_url),
+        store=ObstoreObjectStore(settings.object_store_url, settings.object_store_options),
         filesystem=LocalFilesystem(),
         local_dir=settings.data_dir / "layers",
         redo=pools,
@@ -141,6 +153,8 @@ def _storage_context(
         settings=StorageSettings(
             flush_size_bytes=settings.flush_size_mib * MIB, flush_interval_s=settings.flush_interval_s
         ),
+        local_disk=LocalDisk(settings.local_disk_max_mib * MIB or None),
+        upload_executor=upload_threads,
     )
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from excimer.base.lsn import Lsn
+from excimer.io.object_store import MemoryObjectStore
 from excimer.storage.engine.context import StorageSettings
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.layer_file import DamagedLayerError
@@ -97,14 +98,14 @@ async def test_a_closed_timeline_lets_its_writer_go(tmp_path: Path) -> None:
 
 @in_event_loop
 async def test_nobody_waits_for_a_compaction_that_is_stuck(tmp_path: Path) -> None:
-    async with storage_context(tmp_path, settings=behind()) as context:
+    objects = MemoryObjectStore()
+    async with storage_context(tmp_path, store=objects, settings=behind()) as context:
         timeline = await (await attach(context)).create_timeline(new_main(), IMPORTED)
         oracle = TimelineOracle.imported()
         await fall_behind(timeline, oracle)
         layer = timeline.manifest.layers[0]
-        path = timeline.home.local_path(layer)
-        timeline.stack.files[layer.name].close()
-        path.write_bytes(bytes(layer.size_bytes))
+        timeline.stack.files[layer.name].remove_local()
+        objects.objects[timeline.home.object_name(layer)] = bytes(layer.size_bytes)
         with pytest.raises(DamagedLayerError):
             await timeline.compact()
         async with asyncio.timeout(30):

@@ -11,6 +11,8 @@ from excimer.io.filesystem import Filesystem
 from excimer.io.object_store import ObjectStore
 from excimer.storage.engine.block_cache import BlockCache
 from excimer.storage.engine.engine_counters import EngineCounters
+from excimer.storage.engine.local_disk import LocalDisk
+from excimer.storage.engine.upload_queue import UploadQueue
 from excimer.storage.format.layer_block import BLOCK_TARGET_SIZE_BYTES
 from excimer.storage.format.tenant_settings import TenantSettings
 
@@ -82,3 +84,7 @@ class StorageContext:
     """So many timelines compact at the same time."""
     cache: BlockCache = field(default_factory=BlockCache)
     settings: StorageSettings = field(default_factory=StorageSettings)
+    local_disk: LocalDisk = field(default_factory=LocalDisk)
+    uploads: UploadQueue = field(default_factory=UploadQueue)
+    upload_executor: Executor | None = None
+    """Runs what writes to object storage, which may hang for long; None: `executor` does it."""

@@ -75,8 +75,19 @@ def write_values_delta(
 
 
 def upload_layer(home: LayerHome, description: LayerDescription) -> None:
-    """Copies the local file to object storage; durable on return. Raises `ObjectStoreError`, OSError."""
-    home.context.store.put_file(home.object_name(description), home.local_path(description))
+    """Copies the local file to object storage, trying a few times; durable on return.
+
+    Raises `ObjectStoreError`, OSError (FileNotFoundError: the local file is gone, write it again).
+    """
+    context = home.context
+    context.uploads.put_layer(
+        context.store, home.object_name(description), home.local_path(description), description.size_bytes
+    )
+
+
+def is_here(home: LayerHome, description: LayerDescription) -> bool:
+    """Whether the local file is still there and whole."""
+    return home.context.filesystem.size_bytes(home.local_path(description)) == description.size_bytes
 
 
 def write_layer(

@@ -124,7 +124,7 @@ class TenantStorage:
             else:
                 tenant._open(found[timeline_id])
         for timeline in tenant.timelines.values():
-            await timeline.in_thread(partial(_remove_strangers, timeline))
+            await timeline.in_thread(partial(_take_stock, timeline))
         await loop.run_in_executor(context.executor, tenant._forget_archived_files)
         tenant._hold_branch_points()
         for timeline in list(tenant.timelines.values()):
@@ -480,12 +480,17 @@ def _with_ancestor(manifest: Manifest, *, ancestor_id: TimelineId) -> Manifest:
     return msgspec.structs.replace(manifest, ancestor_timeline_id=ancestor_id)
 
 
-def _remove_strangers(timeline: Timeline) -> None:
-    """Local files that the manifest does not name: left by a crash, or by another generation."""
+def _take_stock(timeline: Timeline) -> None:
+    """Counts the local files, and removes those that the manifest does not name: left by a crash, by
+    another generation, or only parts of a layer.
+    """
     filesystem, directory = timeline.context.filesystem, timeline.home.local_dir
     for name in filesystem.list_files(directory):
-        if name not in timeline.stack.files:
+        file = timeline.stack.files.get(name)
+        if file is None:
             filesystem.remove(directory / name)
+        else:
+            file.note_local()
 
 
 def _remove_objects(context: StorageContext, tenant_id: TenantId, timeline_id: TimelineId) -> None:

@@ -44,7 +44,13 @@ from excimer.storage.engine.errors import (
     TimelineStoppedError,
 )
 from excimer.storage.engine.layer_stack import Ancestry, FrozenLayer, LayerHome, LayerStack
-from excimer.storage.engine.layer_writing import image_value, upload_layer, write_delta, write_images
+from excimer.storage.engine.layer_writing import (
+    image_value,
+    is_here,
+    upload_layer,
+    write_delta,
+    write_images,
+)
 from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
 from excimer.storage.engine.settings_store import LiveSettings
@@ -373,7 +379,8 @@ class Timeline:
         """Like `in_thread`, but a cancellation waits until the thread is done: what it writes must not come
         after a later writer's, above all not after a deletion.
         """
-        future = self._loop.run_in_executor(self.context.executor, function)
+        executor = self.context.upload_executor or self.context.executor
+        future = self._loop.run_in_executor(executor, function)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -466,7 +473,11 @@ class Timeline:
         """File, object, manifest, and only then the exchange: each durable before the next."""
         added: list[LayerDescription] = []
         if frozen.memory.value_count:
-            if self._written is None or self._written[0] is not frozen:
+            if (
+                self._written is None
+                or self._written[0] is not frozen
+                or not is_here(self.home, self._written[1])
+            ):
                 self._written = (frozen, write_delta(self.home, frozen, self.generation))
                 self.context.counters.layer_written(WrittenBy.FLUSH, self._written[1].size_bytes)
             upload_layer(self.home, self._written[1])
@@ -508,12 +519,14 @@ class Timeline:
             self.stack = self.stack.with_disk(disk, files, flushed)
             self.manifest = manifest
             self._room_made.notify_all()
+        for file in files.values():
+            file.note_local()
         for layer in removed:
             if layer.name not in self.stack.files:
                 self._remove_local(before[layer.name])
 
     def _remove_local(self, file: DiskLayer) -> None:
-        """Of a layer that no manifest needs any more; a reader that is still at it brings it again."""
+        """Of a layer that no manifest needs any more; a reader that is still at it goes on without one."""
         try:
             file.remove_local()
         except OSError as error:

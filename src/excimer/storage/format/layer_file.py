@@ -197,14 +197,19 @@ def unpack_header(data: bytes, file: str) -> LayerHeader:
     return LayerHeader(LayerKind(kind), start_lsn, end_lsn, tenant.hex(), timeline.hex())
 
 
-def unpack_index(tail: bytes, index_offset: int, file: str) -> LayerIndex:
-    """From the bytes of the file from `index_offset` on. Raises `DamagedLayerError`."""
+def unpack_index(tail: bytes, index_offset: int, file: str, *, fingerprint: int | None = None) -> LayerIndex:
+    """From the bytes of the file from `index_offset` on. With a fingerprint, it must be that layer's.
+
+    Raises `DamagedLayerError`.
+    """
     trailer = tail[-TRAILER_SIZE_BYTES:]
     if len(trailer) != TRAILER_SIZE_BYTES or trailer[-8:] != MAGIC:
         raise DamagedLayerError(file, "its trailer is missing")
     offset, stored_size, raw_size, _, block_count, checksum, own_checksum, _ = _TRAILER.unpack(trailer)
     if own_checksum != google_crc32c.value(trailer[:36]):
         raise DamagedLayerError(file, "its trailer fails the checksum")
+    if fingerprint is not None and checksum != fingerprint:
+        raise DamagedLayerError(file, "it is another layer than the manifest says")
     stored = tail[:-TRAILER_SIZE_BYTES]
     if offset != index_offset or stored_size != len(stored) or checksum != google_crc32c.value(stored):
         raise DamagedLayerError(file, "its index fails the checksum")

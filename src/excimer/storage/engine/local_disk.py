@@ -1,0 +1,146 @@
+"""How much of the local disk copies of layers take, over all tenants, and which of them go first.
+
+::
+
+    0 ................ low water ........ high water
+                           <---- evict ----|            when a copy makes the sum exceed high water, the
+                                                        least recently used go until low water is reached
+
+Every local copy is a cache of an object, so evicting one costs a download and never data. Layers report what
+they take (`use`) and that they were read (`next_tick`). A copy that is being read goes on being
+readable for its readers: the file is unlinked, not emptied.
+
+One thread downloads the rest of a layer in the background where that pays (`partial_copy` says where).
+
+Not here: files (`disk_layer`, `partial_copy`), the memory for decompressed blocks (`block_cache`).
+"""
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Protocol
+
+from excimer.base.errors import ExcimerError
+
+_log = logging.getLogger(__name__)
+
+LOW_WATER_FRACTION: Final = 0.9
+BACKGROUND_JOBS_MAX: Final = 64
+"""Downloads that may wait; what comes on top is simply not downloaded."""
+
+
+class LocalCopy(Protocol):
+    """A layer as this module sees it."""
+
+    last_used: int
+    """A tick of `LocalDisk.next_tick`."""
+
+    def evict(self) -> None:
+        """Removes the local file, if any. Never blocks for long; an error leaves it where it is."""
+
+
+class LocalDisk:
+    """One per process. Any thread; call it without holding a layer's lock, for it may evict another one."""
+
+    def __init__(self, size_bytes_max: int | None = None) -> None:
+        """None: no bound."""
+        self.size_bytes_max = size_bytes_max
+        self.evictions = 0
+        self.evicted_bytes = 0
+        self.fetched_bytes = 0
+        """Of layers, from object storage."""
+        self.fetches = 0
+        self.fetch_failures = 0
+        self._taken: dict[LocalCopy, int] = {}
+        self._total_bytes = 0
+        self._lock = threading.Lock()
+        self._ticks = itertools.count(1)
+        self._jobs = 0
+        self._executor: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    @property
+    def size_bytes(self) -> int:
+        """What all copies take."""
+        return self._total_bytes
+
+    @property
+    def copies(self) -> int:
+        return len(self._taken)
+
+    def next_tick(self) -> int:
+        return next(self._ticks)
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether so much more would evict nothing."""
+        return self.size_bytes_max is None or self._total_bytes + size_bytes <= self.size_bytes_max
+
+    def use(self, copy: LocalCopy, size_bytes: int) -> None:
+        """The copy takes so much now (0: it is gone). Evicts others if that is too much in all."""
+        with self._lock:
+            self._total_bytes += size_bytes - self._taken.pop(copy, 0)
+            if size_bytes:
+                self._taken[copy] = size_bytes
+            victims = self._choose_victims_locked(copy)
+        for victim, victim_size in victims:
+            victim.evict()
+            self.evictions += 1
+            self.evicted_bytes += victim_size
+
+    def count_fetch(self, size_bytes: int | None) -> None:
+        """A request for bytes of a layer; None: it failed."""
+        with self._lock:
+            self.fetches += 1
+            if size_bytes is None:
+                self.fetch_failures += 1
+            else:
+                self.fetched_bytes += size_bytes
+
+    def in_background(self, job: Callable[[], None]) -> bool:
+        """Runs the job some time; False if there is too much to do already. What it raises is logged."""
+        with self._lock:
+            if self._closed or self._jobs >= BACKGROUND_JOBS_MAX:
+                return False
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="layer download")
+            self._jobs += 1
+            self._executor.submit(self._run, job)
+            return True
+
+    def close(self) -> None:
+        """No more background work; what waits is dropped, what runs is not waited for."""
+        with self._lock:
+            self._closed = True
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def wait_idle(self) -> None:
+        """Blocks until the background work begun so far is done. For tests and benchmarks."""
+        with self._lock:
+            executor = self._executor
+        if executor is not None:
+            executor.submit(lambda: None).result()
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except (ExcimerError, OSError) as error:
+            _log.warning("a layer was not downloaded in the background: %s", error)
+        finally:
+            with self._lock:
+                self._jobs -= 1
+
+    def _choose_victims_locked(self, user: LocalCopy) -> list[tuple[LocalCopy, int]]:
+        if self.size_bytes_max is None or self._total_bytes <= self.size_bytes_max:
+            return []
+        victims = []
+        for copy in sorted(self._taken, key=lambda copy: copy.last_used):
+            if self._total_bytes <= self.size_bytes_max * LOW_WATER_FRACTION:
+                break
+            if copy is not user:
+                victims.append((copy, self._taken.pop(copy)))
+                self._total_bytes -= victims[-1][1]
+        return victims
