@@ -42,6 +42,13 @@ class FoundManifest(NamedTuple):
     manifest: Manifest
 
 
+class TimelineObjects(NamedTuple):
+    manifests: list[ManifestName]
+    """Ascending."""
+    layers: list[str]
+    """Their whole names."""
+
+
 class ManifestStore:
     """The manifests of one timeline, written by one thread at a time. Calls block."""
 
@@ -80,6 +87,11 @@ class ManifestStore:
                 self._store.delete(f"{self._prefix}/{old}")
         return name
 
+    @property
+    def last_sequence(self) -> int:
+        """Of the last manifest known to be there."""
+        return self._sequence
+
     def _is_there(self, sequence: int, data: bytes) -> bool:
         """Whether a write whose answer was lost has happened."""
         name = ManifestName(self._generation, sequence)
@@ -89,26 +101,51 @@ class ManifestStore:
             return False
 
 
+def check_not_overtaken(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> None:
+    """Raises `OvertakenError` if a newer generation has a manifest of the timeline. Blocks."""
+    list_timeline(store, tenant_id, timeline_id, generation)
+
+
+def list_timeline(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> TimelineObjects:
+    """Raises `OvertakenError` if a manifest is of a newer generation. Blocks."""
+    prefix = f"{timeline_prefix(tenant_id, timeline_id)}/"
+    manifests, layers = [], []
+    for info in store.list(prefix.rstrip("/")):
+        name = parse_manifest_name(info.name.removeprefix(prefix))
+        if name is not None:
+            manifests.append(name)
+        elif info.name.startswith(f"{prefix}layers/"):
+            layers.append(info.name)
+    manifests.sort()
+    if manifests and manifests[-1].generation > generation:
+        raise OvertakenError(
+            f"timeline {timeline_id} is owned by generation {manifests[-1].generation}: "
+            f"this one, {generation}, must stop"
+        )
+    return TimelineObjects(manifests, layers)
+
+
 def find_newest_manifest(
     store: ObjectStore, tenant_id: str, timeline_id: str, generation: int
 ) -> FoundManifest | None:
     """None when the timeline has none. Raises `OvertakenError` if one is of a newer generation than ours."""
-    prefix = timeline_prefix(tenant_id, timeline_id)
     for _ in range(MANIFESTS_KEPT):
-        names = sorted(
-            name
-            for info in store.list(prefix)
-            if (name := parse_manifest_name(info.name.rsplit("/", 1)[-1])) is not None
-        )
+        names = list_timeline(store, tenant_id, timeline_id, generation).manifests
         if not names:
             return None
         newest = names[-1]
-        if newest.generation > generation:
-            raise OvertakenError(
-                f"timeline {timeline_id} is owned by generation {newest.generation}: "
-                f"this one, {generation}, must stop"
-            )
-        with suppress(ObjectMissingError):  # its still running owner has written newer ones meanwhile
-            data = store.get(f"{prefix}/{newest}")
-            return FoundManifest(newest, unpack_manifest(data, f"{prefix}/{newest}"))
+        manifest = read_manifest(store, tenant_id, timeline_id, newest)
+        if manifest is not None:  # else its still running owner has written newer ones meanwhile
+            return FoundManifest(newest, manifest)
     raise ObjectStoreError(f"the manifests of timeline {timeline_id} change faster than they can be read")
+
+
+def read_manifest(
+    store: ObjectStore, tenant_id: str, timeline_id: str, name: ManifestName
+) -> Manifest | None:
+    """None if it is gone. Blocks. Raises `DamagedManifestError`, `ObjectStoreError`."""
+    object_name = f"{timeline_prefix(tenant_id, timeline_id)}/{name}"
+    try:
+        return unpack_manifest(store.get(object_name), object_name)
+    except ObjectMissingError:
+        return None

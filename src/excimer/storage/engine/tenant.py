@@ -26,6 +26,7 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.io.object_store import ObjectExistsError, ObjectStore
 from excimer.storage.engine.archived_timeline import ArchivedTimeline
+from excimer.storage.engine.claim import claim_newest
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.detach_job import DetachJob
 from excimer.storage.engine.errors import (
@@ -39,7 +40,7 @@ from excimer.storage.engine.layer_stack import Ancestry
 from excimer.storage.engine.manifest_store import (
     FoundManifest,
     ManifestStore,
-    find_newest_manifest,
+    check_not_overtaken,
     tenant_prefix,
     timeline_prefix,
 )
@@ -237,7 +238,8 @@ class TenantStorage:
     async def delete_timeline(self, timeline_id: TimelineId) -> None:
         """Removes the timeline and its objects. Stop its `run` and its ingest before.
 
-        Raises `TimelineMissingError`, `TimelineHasBranchesError`, `ObjectStoreError` (call it again).
+        Raises `TimelineMissingError`, `TimelineHasBranchesError`, `ObjectStoreError` (call it again),
+        `OvertakenError`: it is a newer generation's, and untouched.
         """
         async with self._changing:
             branches = self.branches(timeline_id)
@@ -246,6 +248,9 @@ class TenantStorage:
                     f"timeline {timeline_id} cannot be deleted: {', '.join(branches)} branch from it"
                 )
             self._check_not_detaching(timeline_id)
+            await self._in_thread(
+                partial(check_not_overtaken, self.context.store, self.tenant_id, timeline_id, self.generation)
+            )
             if timeline_id in self.archived:
                 await self._rewrite_archived(timeline_id, _as_deleted)
             else:
@@ -378,7 +383,7 @@ class TenantStorage:
         """The newest manifest of an archived timeline, changed and durable; None if there is none left."""
 
         def rewrite() -> FoundManifest | None:
-            found = find_newest_manifest(self.context.store, self.tenant_id, timeline_id, self.generation)
+            found = claim_newest(self.context.store, self.tenant_id, timeline_id, self.generation)
             if found is None:
                 return None
             manifest = change(found.manifest)
@@ -399,7 +404,7 @@ class TenantStorage:
         store = self.context.store
         prefix = f"{tenant_prefix(self.tenant_id)}/timelines"
         for timeline_id in sorted({info.name.split("/")[3] for info in store.list(prefix)}):
-            newest = find_newest_manifest(store, self.tenant_id, timeline_id, self.generation)
+            newest = claim_newest(store, self.tenant_id, timeline_id, self.generation)
             if newest is None:
                 continue  # created halfway: without a manifest it does not exist
             if newest.manifest.deleted:

@@ -35,7 +35,7 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
 from excimer.storage.engine.compactor import Compactor
 from excimer.storage.engine.context import StorageContext
-from excimer.storage.engine.disk_layer import DiskLayer
+from excimer.storage.engine.deletion_queue import DeletionQueue
 from excimer.storage.engine.engine_counters import WrittenBy
 from excimer.storage.engine.errors import (
     IngestPausedError,
@@ -103,6 +103,7 @@ class Timeline:
             files={layer.name: self.home.disk_layer(layer) for layer in manifest.layers},
             ancestry=None if ancestor is None else Ancestry(ancestor, Lsn(manifest.ancestor_lsn)),
         )
+        self.deletions = DeletionQueue(self.home, generation)
         self.position = WalPosition(Lsn(manifest.prev_record_lsn), Lsn(manifest.disk_consistent_lsn))
         self.manifest = manifest
         """The newest durable one."""
@@ -329,6 +330,10 @@ class Timeline:
                 group.create_task(flushing, name=f"flush {self.timeline_id}")
                 compacting = self._again_after_errors("compaction", self._compact_when_due)
                 group.create_task(compacting, name=f"compact {self.timeline_id}")
+                deleting = self._again_after_errors(
+                    "deletion", partial(self.deletions.run_when_wanted, self.in_thread)
+                )
+                group.create_task(deleting, name=f"delete layers {self.timeline_id}")
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
 
@@ -369,6 +374,7 @@ class Timeline:
         self._stopped = True
         await self.in_thread(self._wake_writer)
         async with self._flush_lock:
+            await self.in_thread(self.deletions.close)
             for file in self.stack.files.values():
                 file.close()
 
@@ -506,13 +512,14 @@ class Timeline:
         removed: Sequence[LayerDescription] = (),
         flushed: FrozenLayer | None = None,
     ) -> None:
-        """Makes uploaded layers part of the timeline: a durable manifest, then the layer stack.
+        """Makes uploaded layers part of the timeline, and others not: a durable manifest, then the layer
+        stack; then what was removed is deleted in the background. A layer in both is described anew.
 
-        Blocks. One caller at a time: hold the flush lock.
+        Blocks. One caller at a time: hold the flush lock, and to remove something the compaction lock.
         """
-        before = self.stack.files
-        files = {layer.name: self.home.disk_layer(layer) for layer in added if layer.name not in before}
-        disk = self.stack.disk.changed(added=added, removed=removed)
+        before = self.stack
+        files = {layer.name: self.home.disk_layer(layer) for layer in added if layer.name not in before.files}
+        disk = before.disk.changed(added=added, removed=removed)
         manifest = msgspec.structs.replace(manifest, layers=disk.descriptions)
         self._manifests.write(manifest)
         with self._write_lock:
@@ -521,24 +528,23 @@ class Timeline:
             self._room_made.notify_all()
         for file in files.values():
             file.note_local()
-        for layer in removed:
-            if layer.name not in self.stack.files:
-                self._remove_local(before[layer.name])
+        self._give_up_layers(before)
 
-    def _remove_local(self, file: DiskLayer) -> None:
-        """Of a layer that no manifest needs any more; a reader that is still at it goes on without one."""
-        try:
-            file.remove_local()
-        except OSError as error:
-            _log.warning("the copy of %s stays until the next start: %s", file.object_name, error)
+    def _give_up_layers(self, before: LayerStack) -> None:
+        """Deletes in the background what a commit has dropped."""
+        self.deletions.superseded(before.disk)
+        self.deletions.add(file for name, file in before.files.items() if name not in self.stack.files)
 
     def _commit_rewritten(self, manifest: Manifest, ancestry: Ancestry | None) -> None:
         disk = LayerMap.from_descriptions(manifest.layers)
-        known = self.stack.files
+        before = self.stack
         added = {
-            layer.name: self.home.disk_layer(layer) for layer in manifest.layers if layer.name not in known
+            layer.name: self.home.disk_layer(layer)
+            for layer in manifest.layers
+            if layer.name not in before.files
         }
         self._manifests.write(manifest)
         with self._write_lock:
             self.stack = replace(self.stack.with_disk(disk, added, None), ancestry=ancestry)
             self.manifest = manifest
+        self._give_up_layers(before)

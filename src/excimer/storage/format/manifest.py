@@ -19,6 +19,8 @@ from excimer.base.errors import CorruptionError
 from excimer.storage.format.layer_file import LayerKind
 
 FORMAT_VERSION = 1
+MAX_GENERATION = (1 << 32) - 1
+LAYER_NAME_PARTS = 6
 
 _FIRST_LINE = re.compile(rb"excimer index (\d+) ([0-9a-f]{8})\n")
 _NAME = re.compile(r"index-([0-9a-f]{8})-([0-9a-f]{8})\Z")
@@ -91,6 +93,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """None: nothing is left to do."""
     deleted: bool = False
     """The timeline is being deleted: its objects may be missing already."""
+    claimed_from: str = ""
+    """Of the first manifest of a generation only: the name of the older generation's that it repeats."""
 
 
 class ManifestName(NamedTuple):
@@ -107,6 +111,15 @@ def parse_manifest_name(text: str) -> ManifestName | None:
     """None for an object that is not a manifest."""
     match = _NAME.match(text)
     return ManifestName(int(match[1], 16), int(match[2], 16)) if match else None
+
+
+def layer_generation(layer_name: str) -> int:
+    """Which generation wrote the layer of this name; `MAX_GENERATION` if it is not a layer's name."""
+    parts = layer_name.split("-")
+    try:
+        return int(parts[-2], 16) if len(parts) == LAYER_NAME_PARTS else MAX_GENERATION
+    except ValueError:
+        return MAX_GENERATION
 
 
 def pack_manifest(manifest: Manifest) -> bytes:

@@ -1,0 +1,86 @@
+"""How a new generation takes a timeline over, so that no older one can remove what it needs (G1, D3).
+
+::
+
+    older generation                          newer generation
+      manifest 1-7: layers A, B                 reads 1-7
+      manifest 1-8: layers B                    writes 2-1, a copy of 1-7       (the claim)
+      is 2-1 there? no -> deletes A             is 1-7 still the newest of the older? no: 1-8
+                                                writes 2-2, a copy of 1-8
+      is 2-1 there? yes -> deletes nothing      is 1-8 still ...? yes -> serves
+
+The older one makes its manifest durable before it looks for a claim, and the newer one its claim before it
+looks for manifests: of two that cross, one sees the other. A claim says which manifest it repeats until the
+next commit, so that a crash in the middle is noticed and the check is made again.
+
+Only then are layers removed that no manifest names and that an older generation has written: what a
+crash left behind.
+"""
+
+import logging
+from typing import Final
+
+import msgspec
+
+from excimer.io.object_store import ObjectStore, ObjectStoreError
+from excimer.storage.engine.manifest_store import (
+    FoundManifest,
+    ManifestStore,
+    find_newest_manifest,
+    list_timeline,
+    read_manifest,
+)
+from excimer.storage.format.manifest import Manifest, ManifestName, layer_generation
+
+_log = logging.getLogger(__name__)
+
+CLAIMS_MAX: Final = 10
+
+
+def claim_newest(
+    store: ObjectStore, tenant_id: str, timeline_id: str, generation: int
+) -> FoundManifest | None:
+    """The newest manifest, as one of our own generation; None when the timeline has none.
+
+    One that says *deleted* is answered as it is. Blocks. Raises `OvertakenError`, `DamagedManifestError`,
+    `ObjectStoreError`.
+    """
+    found = find_newest_manifest(store, tenant_id, timeline_id, generation)
+    if found is None or found.manifest.deleted:
+        return found
+    is_own = found.name.generation == generation
+    if is_own and not found.manifest.claimed_from:
+        return found
+    claimed_from = found.manifest.claimed_from if is_own else ""
+    writer = ManifestStore(store, tenant_id, timeline_id, generation, found.name.sequence if is_own else 0)
+    for _ in range(CLAIMS_MAX):
+        objects = list_timeline(store, tenant_id, timeline_id, generation)
+        older = [name for name in objects.manifests if name.generation < generation]
+        newest = str(older[-1]) if older else claimed_from
+        if newest == claimed_from:
+            _remove_strangers(store, found.manifest, objects.layers, generation)
+            return FoundManifest(found.name, msgspec.structs.replace(found.manifest, claimed_from=""))
+        manifest = read_manifest(store, tenant_id, timeline_id, older[-1])
+        if manifest is not None:
+            claim = msgspec.structs.replace(manifest, claimed_from=newest)
+            writer.write(claim)
+            claimed_from = newest
+            found = FoundManifest(ManifestName(generation, writer.last_sequence), claim)
+            if manifest.deleted:
+                return found
+    raise ObjectStoreError(f"the manifests of timeline {timeline_id} change faster than they can be claimed")
+
+
+def _remove_strangers(store: ObjectStore, manifest: Manifest, layers: list[str], generation: int) -> None:
+    named = {layer.name for layer in manifest.layers}
+    strangers = [
+        name
+        for name in layers
+        if (last_part := name.rsplit("/", 1)[-1]) not in named and layer_generation(last_part) < generation
+    ]
+    if not strangers:
+        return
+    try:
+        store.delete_many(strangers)
+    except ObjectStoreError as error:
+        _log.warning("%d layers that no manifest names were not removed: %s", len(strangers), error)
