@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import branching, cold_scan, commits, ingest, page_reads, starting, warm_reads
+from bench import branching, cold_scan, commits, ingest, many_tenants, page_reads, starting, warm_reads
 from bench.model import FULL, GOALS, QUICK, Bench, Family, Result, make_result
 from bench.report import print_table, write_results
 
@@ -25,6 +25,7 @@ FAMILIES = (
     Family(page_reads.IDS, page_reads.measure),
     Family(("cold_scan_mb_s",), cold_scan.measure),
     Family(("branch_ms",), branching.measure),
+    Family(many_tenants.IDS, many_tenants.measure),
     Family(("endpoint_start_ms", "manifest_to_row_ms"), starting.measure),
 )
 

@@ -36,6 +36,9 @@ GOALS = {
         Goal("getpage_seq_mb_s", "MB/s", 500.0, True, "pages in images, 128 adjacent ones a request"),
         Goal("cold_scan_mb_s", "MB/s", 200.0, True, "first sequential scan of a new compute"),
         Goal("branch_ms", "ms", 20.0, False, "a branch, by the pageserver's API"),
+        Goal("tenants_start_s", "s", 10.0, False, "a pageserver with 1,000 tenants of 3 branches"),
+        Goal("tenants_rss_mib", "MiB", 2048.0, False, "its memory"),
+        Goal("tenants_idle_cpu_percent", "%", 1.0, False, "its CPU while nothing happens, of a core"),
         Goal("endpoint_start_ms", "ms", 1000.0, False, "endpoint start, command to first row"),
         Goal("manifest_to_row_ms", "ms", 200.0, False, "of that, from the basebackup to the first row"),
     )
@@ -80,6 +83,10 @@ class Effort:
     """For single pages, per round."""
     redo_pages: int
     """With ten records each."""
+    tenants: int
+    """Of three branches each."""
+    idle_s: int
+    """How long an idle pageserver is watched."""
 
 
 FULL = Effort(
@@ -91,6 +98,8 @@ FULL = Effort(
     ingest_rows=2_000_000,
     getpage_requests=60_000,
     redo_pages=6_000,
+    tenants=1000,
+    idle_s=30,
 )
 QUICK = Effort(
     rounds=2,
@@ -101,6 +110,8 @@ QUICK = Effort(
     ingest_rows=1_000_000,
     getpage_requests=8_000,
     redo_pages=2_000,
+    tenants=100,
+    idle_s=3,
 )
 
 Samples = dict[str, list[float]]

@@ -38,7 +38,7 @@ from bench.page_client import BenchPageClient, page_requests
 from bench.page_store import TENANT, TIMELINE, PageStore, Table, make_page_store, storage
 from bench.pgbench import BenchFailedError
 from excimer.base.keys import BLOCK_SIZE_BYTES
-from excimer.io.object_store import ObstoreObjectStore
+from excimer.io.obstore_object_store import ObstoreObjectStore
 from excimer.storage.engine.page_reads import block_key
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline

@@ -29,7 +29,8 @@ from excimer.base.keys import (
 )
 from excimer.base.lsn import Lsn, parse_lsn
 from excimer.io.filesystem import LocalFilesystem
-from excimer.io.object_store import MemoryObjectStore, ObjectStore, ObstoreObjectStore
+from excimer.io.object_store import MemoryObjectStore, ObjectStore
+from excimer.io.obstore_object_store import ObstoreObjectStore
 from excimer.pageserver.ingest import WalIngest
 from excimer.pageserver.initdb_import import import_initdb
 from excimer.pgformat.control_file import ControlFile

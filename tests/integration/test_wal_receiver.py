@@ -63,7 +63,7 @@ async def receiving(recorder: Recorder, sources: list[Source]) -> AsyncIterator[
         receiver = WalReceiver(
             consumer=recorder,
             sources=lambda: sources,
-            wait_for_news=lambda timeout_s: asyncio.sleep(min(timeout_s, 0.02)),
+            wait_for_news=lambda timeout_s: asyncio.sleep(min(timeout_s or 1.0, 0.02)),
             connect=connect,
             executor=executor,
             clock=SystemClock(),

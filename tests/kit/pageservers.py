@@ -74,6 +74,18 @@ class PageserverProcess:
             time.sleep(0.05)
         raise AssertionError(f"the pageserver is not ready:\n{self.log.read_text()}")
 
+    def rss_bytes(self) -> int:
+        """Resident memory."""
+        assert self.process is not None
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu_s(self) -> float:
+        """CPU time it has used, of all its threads."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def kill(self) -> None:
         """SIGKILL, as a crash."""
         assert self.process is not None

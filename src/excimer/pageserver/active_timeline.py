@@ -13,12 +13,15 @@ Not here: creating and deleting timelines (`tenants`), choosing safekeepers (`wa
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from excimer.base.clock import Clock
 from excimer.base.errors import CorruptionError, FencedError
+from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, kind_range, make_key
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
 from excimer.pageserver.basebackup_job import BasebackupPoint, build_basebackup
@@ -54,7 +57,10 @@ class TimelineWorld:
     metrics: TimelineMetrics
     connect: Callable[[Timeline], Connect]
     sources: Callable[[Timeline], list[Source]]
-    wait_for_news: Callable[[float], Awaitable[object]]
+    wait_for_news: Callable[[TenantId, TimelineId, float | None], Awaitable[object]]
+    """Of a timeline's safekeepers, at most so many seconds."""
+    moved: deque[tuple[TenantId, TimelineId]] = field(default_factory=deque)
+    """Timelines whose positions have changed, for whoever tells others; some more than once."""
 
 
 class ActiveTimeline:
@@ -75,18 +81,21 @@ class ActiveTimeline:
         self.receiver = WalReceiver(
             consumer=self,
             sources=lambda: world.sources(store),
-            wait_for_news=world.wait_for_news,
+            wait_for_news=partial(world.wait_for_news, *labels),
             connect=world.connect(store),
             executor=world.executor,
             clock=world.clock,
-            on_progress=self._wal_bytes.inc,
+            on_progress=self._progressed,
         )
+
+        store.on_flushed = self._moved
 
     # Life
 
     def start(self) -> None:
         """Begins to receive WAL and to flush."""
         name = self.store.timeline_id
+        self._moved()
         self._tasks = [
             self._world.scope.supervise(f"receive {name}", lambda: self._guarded(self._receive)),
             self._world.scope.supervise(f"flush {name}", lambda: self._guarded(self.store.run)),
@@ -114,6 +123,13 @@ class ActiveTimeline:
                 self.problem = f"{type(error).__name__}: {error}"
                 self._world.health.report(self._check_name, self.problem)
                 raise
+
+    def _progressed(self, wal_size_bytes: int) -> None:
+        self._wal_bytes.inc(wal_size_bytes)
+        self._moved()
+
+    def _moved(self) -> None:
+        self._world.moved.append((self.store.tenant_id, self.store.timeline_id))
 
     @property
     def _check_name(self) -> str:

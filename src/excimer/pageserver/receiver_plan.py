@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 from excimer.base.address import Address
 from excimer.base.clock import Monotonic
-from excimer.base.lsn import Lsn
+from excimer.base.lsn import INVALID_LSN, Lsn
 
 STALL_TIMEOUT_S = 3.0
 """A source that sends nothing for so long is left if another is known to have more."""
+IDLE_S = 20.0
+"""An idle timeline gives up its connection: there may be thousands, and news comes through the broker."""
 BACKOFF_S_MIN = 0.2
 BACKOFF_S_MAX = 2.0
 """Short, because computes wait for the pageserver when all safekeepers come back together."""
@@ -48,13 +50,20 @@ def next_failure(last: Failure | None, now: Monotonic) -> Failure:
 
 
 def choose_source(
-    sources: Iterable[Source], failures: Mapping[Address, Failure], now: Monotonic
+    sources: Iterable[Source],
+    failures: Mapping[Address, Failure],
+    now: Monotonic,
+    idle_lsn: Lsn | None = None,
 ) -> Source | None:
-    """The source to connect to now: most WAL first, then fewest failures; None when all must rest."""
+    """The source to connect to now: most WAL first, then fewest failures; None when all must rest.
+
+    With `idle_lsn`, up to which all WAL is here and durable, only one that has more, or may have.
+    """
     rested = [
         source
         for source in sources
-        if source.address not in failures or failures[source.address].until <= now
+        if (source.address not in failures or failures[source.address].until <= now)
+        and (idle_lsn is None or is_ahead(source, idle_lsn))
     ]
     return min(
         rested,
@@ -65,6 +74,28 @@ def choose_source(
         ),
         default=None,
     )
+
+
+def is_ahead(source: Source, lsn: Lsn) -> bool:
+    """Whether the source has, or for all we know may have, WAL above `lsn`."""
+    return source.commit_lsn > lsn or source.commit_lsn == INVALID_LSN
+
+
+def is_idle(
+    sources: Iterable[Source], received_lsn: Lsn, durable_lsn: Lsn, last_received: Monotonic, now: Monotonic
+) -> bool:
+    """Whether the connection may go: all WAL is here and durable, and for a while there was no more."""
+    return (
+        now - last_received >= IDLE_S
+        and durable_lsn >= received_lsn
+        and not any(is_ahead(source, received_lsn) for source in sources)
+    )
+
+
+def wait_s(failures: Mapping[Address, Failure], now: Monotonic) -> float | None:
+    """How long to wait for news when there is no source now: until one has rested; None for ever."""
+    rests = [failure.until - now for failure in failures.values() if failure.until > now]
+    return min(rests, default=None)
 
 
 def is_stalled(

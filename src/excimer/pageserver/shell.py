@@ -37,6 +37,7 @@ from excimer.pageserver.settings import PageserverSettings
 from excimer.pageserver.tenant_records import TenantRecords
 from excimer.pageserver.tenants import Tenants
 from excimer.pageserver.wal_receiver import Connect
+from excimer.service.announcements import Announcements
 from excimer.service.broker_client import BrokerClient
 from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app, serving_http
@@ -50,7 +51,7 @@ from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
 from excimer.storage.engine.local_disk import LocalDisk
 from excimer.storage.engine.timeline import Timeline
 from excimer.wire.auth import Claims, Scope, TokenVerifier, encode_token
-from excimer.wire.broker import PUBLISH_INTERVAL_S, PageserverTimelineStatus
+from excimer.wire.broker import PageserverTimelineStatus
 from excimer.wire.replication import format_options
 
 log = get_logger(__name__)
@@ -109,7 +110,7 @@ async def _parts(
             metrics=TimelineMetrics(registry),
             connect=partial(_connector, settings),
             sources=partial(_sources, [parse_address(text) for text in settings.wal_sources], broker),
-            wait_for_news=asyncio.sleep if broker is None else broker.safekeepers.wait_for_news,
+            wait_for_news=_no_news if broker is None else broker.safekeepers.wait_for_news,
         )
         context = _storage_context(settings, pools, storage_threads, upload_threads)
         stack.callback(context.local_disk.close)
@@ -191,6 +192,11 @@ def _connector(settings: PageserverSettings, timeline: Timeline) -> Connect:
     return connect
 
 
+async def _no_news(_tenant: TenantId, _timeline: TimelineId, timeout_s: float | None) -> None:
+    """Without a broker nothing is heard of safekeepers but what the settings say."""
+    await asyncio.wait([asyncio.get_running_loop().create_future()], timeout=timeout_s)
+
+
 def _sources(static: list[Address], broker: BrokerClient | None, timeline: Timeline) -> list[Source]:
     sources = [Source(address, INVALID_LSN) for address in static]
     if broker is not None:
@@ -202,30 +208,28 @@ def _sources(static: list[Address], broker: BrokerClient | None, timeline: Timel
 async def _publish_statuses(
     settings: PageserverSettings, tenants: Tenants, metrics: TimelineMetrics, broker: BrokerClient | None
 ) -> None:
-    """Tells every timeline's progress: at once (within `CHANGE_CHECK_S`) on change, else each second."""
+    """Tells each timeline's progress: within `CHANGE_CHECK_S` of a change, then ever more rarely."""
     loop = asyncio.get_running_loop()
-    told: dict[tuple[TenantId, TimelineId], tuple[PageserverTimelineStatus, float]] = {}
+    announcements: Announcements[tuple[TenantId, TimelineId]] = Announcements()
     while True:
-        active = tenants.all_active()
-        for timeline in active:
-            store = timeline.store
-            key = store.tenant_id, store.timeline_id
+        now = loop.time()
+        for key in tenants.take_moved():
+            announcements.changed(key, now)
+        for key in announcements.due(now):
+            timeline = tenants.find_active(*key)
+            if timeline is None:
+                announcements.forget(key)
+                metrics.forget(*key)
+                continue
             status = PageserverTimelineStatus(
                 pageserver_id=NodeId(settings.id),
-                tenant_id=store.tenant_id,
-                timeline_id=store.timeline_id,
-                last_record_lsn=store.last_record_lsn,
-                disk_consistent_lsn=store.disk_consistent_lsn,
-                remote_consistent_lsn=store.remote_consistent_lsn,
+                tenant_id=key[0],
+                timeline_id=key[1],
+                last_record_lsn=timeline.store.last_record_lsn,
+                disk_consistent_lsn=timeline.store.disk_consistent_lsn,
+                remote_consistent_lsn=timeline.store.remote_consistent_lsn,
             )
-            last = told.get(key)
-            if last is not None and last[0] == status and loop.time() - last[1] < PUBLISH_INTERVAL_S:
-                continue
-            told[key] = status, loop.time()
-            metrics.tell(status, store.stack.disk.level_zero_count)
+            metrics.tell(status, timeline.store.stack.disk.level_zero_count)
             if broker is not None:
                 await broker.publish(status)
-        for key in told.keys() - {(each.store.tenant_id, each.store.timeline_id) for each in active}:
-            del told[key]
-            metrics.forget(*key)
         await asyncio.sleep(CHANGE_CHECK_S)

@@ -196,12 +196,23 @@ class Tenants:
 
     def active(self, tenant_id: TenantId, timeline_id: TimelineId) -> ActiveTimeline:
         """Raises `TenantMissingError`, `TimelineMissingError`, `TenantAttachingError`. Cheap."""
-        tenant = self._tenants.get(tenant_id)
-        found = None if tenant is None else tenant.timelines.get(timeline_id)
+        found = self.find_active(tenant_id, timeline_id)
         if found is None:
             self._attached(tenant_id)
             raise TimelineMissingError(tenant_id, timeline_id)
         return found
+
+    def find_active(self, tenant_id: TenantId, timeline_id: TimelineId) -> ActiveTimeline | None:
+        """None when there is no such timeline now."""
+        tenant = self._tenants.get(tenant_id)
+        return None if tenant is None else tenant.timelines.get(timeline_id)
+
+    def take_moved(self) -> set[tuple[TenantId, TimelineId]]:
+        """Timelines that have received WAL or made some durable since the last call."""
+        moved = set()
+        while self._world.moved:
+            moved.add(self._world.moved.popleft())
+        return moved
 
     def all_active(self) -> list[ActiveTimeline]:
         return [timeline for tenant in self._tenants.values() for timeline in tenant.timelines.values()]

@@ -5,7 +5,8 @@ being all that has arrived meanwhile. `WalStream` stops reading its socket when 
 pageserver that is behind holds back the safekeeper's sending, not its commits. Only committed WAL is
 ever sent (C3), so nothing that was ingested has to be taken back.
 
-After any loss the stream begins again at the end of the last whole record.
+After any loss the stream begins again at the end of the last whole record. A timeline to which nothing
+happens lets its connection go and waits for news that a safekeeper has more.
 
 Not here: which source to take (`receiver_plan`), decoding (`ingest`).
 """
@@ -19,14 +20,20 @@ from excimer.base.address import Address
 from excimer.base.clock import Clock, Monotonic
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.base.lsn import Lsn
-from excimer.pageserver.receiver_plan import Failure, Source, choose_source, is_stalled, next_failure
+from excimer.pageserver.receiver_plan import (
+    Failure,
+    Source,
+    choose_source,
+    is_idle,
+    is_stalled,
+    next_failure,
+    wait_s,
+)
 from excimer.service.logs import get_logger
 from excimer.service.replication_client import ReplicationClient, WalStream, stream_wal
 
 log = get_logger(__name__)
 
-NEWS_WAIT_S = 0.5
-"""How long to wait for news of safekeepers before looking again."""
 STALL_CHECK_S = 1.0
 STREAM_START_TIMEOUT_S = 5.0
 """How long a connected source may take to agree to stream: one that hangs must not hold the timeline up."""
@@ -58,7 +65,7 @@ class WalReceiver:
         *,
         consumer: WalConsumer,
         sources: Callable[[], Iterable[Source]],
-        wait_for_news: Callable[[float], Awaitable[object]],
+        wait_for_news: Callable[[float | None], Awaitable[object]],
         connect: Connect,
         executor: Executor,
         clock: Clock,
@@ -73,16 +80,20 @@ class WalReceiver:
         self._clock = clock
         self._on_progress = on_progress
         self._failures: dict[Address, Failure] = {}
+        self._idle_lsn: Lsn | None = None
+        """Where the stream was let go because nothing more came; None when it was not."""
         self.source: Address | None = None
         """Where WAL comes from now."""
 
     async def run(self) -> None:
         """Never returns. Raises CorruptionError when the WAL itself cannot be understood."""
         while True:
-            source = choose_source(self._sources(), self._failures, self._clock.monotonic())
+            now = self._clock.monotonic()
+            source = choose_source(self._sources(), self._failures, now, self._idle_lsn)
             if source is None:
-                await self._wait_for_news(NEWS_WAIT_S)
+                await self._wait_for_news(wait_s(self._failures, now))
                 continue
+            self._idle_lsn = None
             try:
                 await self._take_from(source.address)
             except (RetryableError, RefusedError, OSError) as error:
@@ -101,13 +112,14 @@ class WalReceiver:
                 stream = await stream_wal(client, start_lsn)
             self.source = address
             log.info("WAL source connected", address=str(address), start_lsn=start_lsn)
-            await self._take_chunks(address, client, stream, start_lsn)
+            self._idle_lsn = await self._take_chunks(address, client, stream, start_lsn)
         finally:
             client.close()
 
     async def _take_chunks(
         self, address: Address, client: ReplicationClient, stream: WalStream, received_lsn: Lsn
-    ) -> None:
+    ) -> Lsn:
+        """Until nothing more comes; where that was."""
         loop = asyncio.get_running_loop()
         last_received = self._clock.monotonic()
         while True:
@@ -117,6 +129,9 @@ class WalReceiver:
             except TimeoutError:
                 self._check_stall(address, received_lsn, last_received)
                 self._report(client, received_lsn)
+                if self._is_idle(received_lsn, last_received):
+                    log.info("WAL source let go: nothing has come for a while", address=str(address))
+                    return received_lsn
                 continue
             await _uninterrupted(
                 loop.run_in_executor(self._executor, self._consumer.ingest, chunk.start_lsn, chunk.data)
@@ -131,6 +146,11 @@ class WalReceiver:
         now = self._clock.monotonic()
         if is_stalled(self._sources(), address, received_lsn, last_received, now):
             raise StalledError(f"nothing came from {address} for {now - last_received:.0f} s")
+
+    def _is_idle(self, received_lsn: Lsn, last_received: Monotonic) -> bool:
+        _, durable_lsn = self._consumer.positions()
+        now = self._clock.monotonic()
+        return is_idle(self._sources(), received_lsn, durable_lsn, last_received, now)
 
     def _report(self, client: ReplicationClient, received_lsn: Lsn) -> None:
         record_lsn, durable_lsn = self._consumer.positions()

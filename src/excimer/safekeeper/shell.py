@@ -13,6 +13,8 @@ import sys
 from excimer import __version__
 from excimer.base.clock import Clock
 from excimer.base.errors import RefusedError
+from excimer.base.ids import TimelineId
+from excimer.base.lsn import Lsn
 from excimer.safekeeper.disk import Disk
 from excimer.safekeeper.endpoints.management import management_router
 from excimer.safekeeper.endpoints.proposer_port import ProposerPort
@@ -21,6 +23,7 @@ from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.registry import TimelineRegistry
 from excimer.safekeeper.settings import SafekeeperSettings
 from excimer.safekeeper.timeline import SafekeeperTimeline
+from excimer.service.announcements import Announcements
 from excimer.service.broker_client import BrokerClient
 from excimer.service.health import Health
 from excimer.service.http import create_app, serving_http
@@ -30,7 +33,7 @@ from excimer.service.logs import get_logger
 from excimer.service.metrics import new_registry
 from excimer.service.tasks import SystemClock, TaskScope
 from excimer.wire.auth import TokenVerifier
-from excimer.wire.broker import PUBLISH_INTERVAL_S, SafekeeperTimelineStatus
+from excimer.wire.broker import ALIVE_INTERVAL_S, SafekeeperTimelineStatus
 from excimer.wire.safekeeping import Term
 
 LOOK_INTERVAL_S = 0.1
@@ -108,7 +111,7 @@ async def _persist_commits(timelines: TimelineRegistry) -> None:
 
 
 class _StatusPublisher:
-    """Tells the broker of each timeline: at once of a new one, soon after a change, and each second."""
+    """Tells the broker of each timeline: soon after a change, then ever more rarely; and that we live."""
 
     def __init__(
         self,
@@ -125,24 +128,32 @@ class _StatusPublisher:
         self._clock = clock
         self._replication_address = replication_address
         self._http_address = http_address
-        self._published: dict[str, tuple[SafekeeperTimelineStatus, float]] = {}
+        self._announcements: Announcements[TimelineId] = Announcements(CHANGE_INTERVAL_S)
+        self._known: dict[TimelineId, tuple[int, Lsn, Lsn]] = {}
 
     async def run(self) -> None:
+        await self._broker.answer_asking(lambda: self._announcements.tell_all(self._clock.monotonic()))
+        alive_told = -ALIVE_INTERVAL_S
         while True:
             now = self._clock.monotonic()
-            published: dict[str, tuple[SafekeeperTimelineStatus, float]] = {}
-            for timeline in self._timelines.all():
-                key = timeline.identity.timeline_id
-                status = self._status_of(timeline)
-                previous = self._published.get(key)
-                is_due = previous is None or now - previous[1] >= (
-                    PUBLISH_INTERVAL_S if previous[0] == status else CHANGE_INTERVAL_S
-                )
-                if is_due:
-                    await self._broker.publish(status)
-                published[key] = (status, now) if is_due or previous is None else previous
-            self._published = published
+            if now - alive_told >= ALIVE_INTERVAL_S:
+                alive_told = now
+                await self._broker.tell_alive(self._settings.id)
+            timelines = {timeline.identity.timeline_id: timeline for timeline in self._timelines.all()}
+            self._notice_changes(timelines, now)
+            for timeline_id in self._announcements.due(now):
+                await self._broker.publish(self._status_of(timelines[timeline_id]))
             await asyncio.sleep(LOOK_INTERVAL_S)
+
+    def _notice_changes(self, timelines: dict[TimelineId, SafekeeperTimeline], now: float) -> None:
+        for timeline_id, timeline in timelines.items():
+            state = timeline.term, timeline.flush_lsn, timeline.commit_lsn
+            if self._known.get(timeline_id) != state:
+                self._known[timeline_id] = state
+                self._announcements.changed(timeline_id, now)
+        for timeline_id in self._known.keys() - timelines.keys():
+            del self._known[timeline_id]
+            self._announcements.forget(timeline_id)
 
     def _status_of(self, timeline: SafekeeperTimeline) -> SafekeeperTimelineStatus:
         return SafekeeperTimelineStatus(

@@ -1,8 +1,9 @@
 """The connection to the broker: publish statuses, hear others', keep the latest of each timeline.
 
 The broker may be away at any time, also at the start: `BrokerClient` connects in the background
-and reconnects for ever. While it is away, publishing does nothing (a status is repeated each
-second anyway) and the caches keep what they last heard, with its age.
+and reconnects for ever. While it is away, publishing does nothing (a status is repeated anyway) and
+the caches keep what they last heard. Whoever listens to safekeepers asks them for everything at each
+connection, because what stands still is repeated rarely.
 
 Not here: what the messages mean (`excimer.wire.broker`), and any guarantee of delivery.
 """
@@ -24,18 +25,22 @@ from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope
 from excimer.wire.broker import (
+    ALIVE_PREFIX,
+    ASK_SAFEKEEPERS_SUBJECT,
     PageserverTimelineStatus,
     SafekeeperTimelineStatus,
     TimelineStatus,
+    alive_subject,
     decode_status,
     encode_status,
     pageserver_subject,
+    parse_alive_subject,
     safekeeper_subject,
     subject_of,
 )
 
 FRESH_S: Final = 5.0
-"""A status older than this says that its sender is gone."""
+"""A node that has not been heard of for so long is gone, and what it said does not count."""
 
 FORGET_S: Final = 3600.0
 RECONNECT_WAIT_S: Final = 1
@@ -47,42 +52,59 @@ log = get_logger(__name__)
 
 
 class LatestStatuses(Generic[S]):
-    """The newest status of each timeline from each node, and waiting for news."""
+    """The newest status of each timeline from each node, and waiting for news of one."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._latest: dict[tuple[TenantId, TimelineId], dict[NodeId, tuple[S, Monotonic]]] = {}
-        self._news = asyncio.Condition()
-        self._listeners: list[Callable[[S], None]] = []
-
-    def add_listener(self, listener: Callable[[S], None]) -> None:
-        """Calls `listener` for each status heard, on the event loop; it must not block."""
-        self._listeners.append(listener)
+        self._seen: dict[NodeId, Monotonic] = {}
+        self._waiting: dict[tuple[TenantId, TimelineId], set[asyncio.Future[None]]] = {}
 
     def of_timeline(self, tenant_id: TenantId, timeline_id: TimelineId, fresh_s: float = FRESH_S) -> list[S]:
-        """Statuses not older than `fresh_s`, one per node, in the order of node ids."""
+        """Statuses of nodes that were heard of in the last `fresh_s`, in the order of node ids."""
         oldest = self._clock.monotonic() - fresh_s
         by_node = self._latest.get((tenant_id, timeline_id), {})
-        return [status for _, (status, heard) in sorted(by_node.items()) if heard >= oldest]
+        return [status for node_id, (status, _) in sorted(by_node.items()) if self._seen[node_id] >= oldest]
 
-    async def wait_for_news(self, timeout_s: float) -> bool:
-        """Waits until any status arrives. False after `timeout_s`."""
+    async def wait_for_news(
+        self, tenant_id: TenantId, timeline_id: TimelineId, timeout_s: float | None
+    ) -> bool:
+        """Waits until a status of the timeline arrives. False after `timeout_s`; None waits for ever."""
+        key = tenant_id, timeline_id
+        arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, set()).add(arrived)
         try:
-            async with asyncio.timeout(timeout_s), self._news:
-                await self._news.wait()
+            async with asyncio.timeout(timeout_s):
+                await arrived
         except TimeoutError:
             return False
+        finally:
+            waiting = self._waiting[key]
+            waiting.discard(arrived)
+            if not waiting:
+                del self._waiting[key]
         return True
 
-    async def put(self, node_id: NodeId, status: S) -> None:
-        self._latest.setdefault((status.tenant_id, status.timeline_id), {})[node_id] = (
-            status,
-            self._clock.monotonic(),
-        )
-        for listener in self._listeners:
-            listener(status)
-        async with self._news:
-            self._news.notify_all()
+    def put(self, node_id: NodeId, status: S) -> None:
+        key = status.tenant_id, status.timeline_id
+        now = self._clock.monotonic()
+        self._seen[node_id] = now
+        self._latest.setdefault(key, {})[node_id] = (status, now)
+        self._wake(key)
+
+    def alive(self, node_id: NodeId) -> None:
+        """The node lives, and what it said last still holds; which is news if it was thought to be gone."""
+        now = self._clock.monotonic()
+        was_gone = now - self._seen.get(node_id, now) > FRESH_S
+        self._seen[node_id] = now
+        if was_gone:
+            for key in list(self._waiting):
+                self._wake(key)
+
+    def _wake(self, key: tuple[TenantId, TimelineId]) -> None:
+        for arrived in self._waiting.get(key, ()):
+            if not arrived.done():
+                arrived.set_result(None)
 
     def forget_old(self) -> None:
         """Drops what has not been heard of for `FORGET_S`, so that deleted timelines do not pile up."""
@@ -110,6 +132,8 @@ class BrokerClient:
         self._subjects: set[str] = set()
         self._connected = asyncio.Event()
         self._closing = False
+        self._asks = False
+        self._on_asked: Callable[[], None] | None = None
         self.safekeepers: LatestStatuses[SafekeeperTimelineStatus] = LatestStatuses(clock)
         self.pageservers: LatestStatuses[PageserverTimelineStatus] = LatestStatuses(clock)
 
@@ -143,21 +167,48 @@ class BrokerClient:
 
     async def publish(self, status: TimelineStatus) -> None:
         """Sends if connected, else does nothing. Never raises, never waits for the network."""
-        if self._client.is_connected:
-            with contextlib.suppress(OSError, NatsError):
-                await self._client.publish(subject_of(status), encode_status(status))
+        await self._send(subject_of(status), encode_status(status))
+
+    async def tell_alive(self, safekeeper_id: NodeId) -> None:
+        """Says that this safekeeper lives. Never raises, never waits for the network."""
+        await self._send(alive_subject(safekeeper_id))
 
     async def listen_safekeepers(
         self, tenant_id: TenantId | None = None, timeline_id: TimelineId | None = None
     ) -> None:
-        """From now on `safekeepers` hears of one timeline, a tenant's, or (no arguments) all."""
+        """From now on `safekeepers` hears of one timeline, a tenant's, or (no arguments) all.
+
+        All safekeepers are asked, now and at each new connection.
+        """
+        self._asks = True
         await self._listen(safekeeper_subject(tenant_id, timeline_id))
+        await self._listen(alive_subject())
+        await self._send(ASK_SAFEKEEPERS_SUBJECT)
+
+    async def answer_asking(self, on_asked: Callable[[], None]) -> None:
+        """`on_asked` is called on the event loop when somebody wants to hear of all timelines, and at
+        each new connection: what was published while there was none is lost.
+        """
+        self._on_asked = on_asked
+        await self._listen(ASK_SAFEKEEPERS_SUBJECT)
 
     async def listen_pageservers(
         self, tenant_id: TenantId | None = None, timeline_id: TimelineId | None = None
     ) -> None:
         """From now on `pageservers` hears of one timeline, a tenant's, or (no arguments) all."""
         await self._listen(pageserver_subject(tenant_id, timeline_id))
+
+    async def _send(self, subject: str, payload: bytes = b"") -> None:
+        if self._client.is_connected:
+            with contextlib.suppress(OSError, NatsError):
+                await self._client.publish(subject, payload)
+
+    async def _ask_and_answer(self) -> None:
+        """Both sides have missed something while there was no connection."""
+        if self._asks:
+            await self._send(ASK_SAFEKEEPERS_SUBJECT)
+        if self._on_asked is not None:
+            self._on_asked()
 
     async def _listen(self, subject: str) -> None:
         if subject not in self._subjects:
@@ -182,18 +233,26 @@ class BrokerClient:
         self._connected.set()
         for subject in self._subjects:
             await self._client.subscribe(subject, cb=self._heard)
+        await self._ask_and_answer()
         log.info("broker connected", address=_address(self._url))
 
     async def _heard(self, message: Msg) -> None:
+        if message.subject == ASK_SAFEKEEPERS_SUBJECT:
+            if self._on_asked is not None:
+                self._on_asked()
+            return
         try:
+            if message.subject.startswith(ALIVE_PREFIX + "."):
+                self.safekeepers.alive(parse_alive_subject(message.subject))
+                return
             status = decode_status(message.subject, message.data)
         except RefusedError as error:
             log.warning("broker message ignored", error=error)
             return
         if isinstance(status, SafekeeperTimelineStatus):
-            await self.safekeepers.put(status.safekeeper_id, status)
+            self.safekeepers.put(status.safekeeper_id, status)
         else:
-            await self.pageservers.put(status.pageserver_id, status)
+            self.pageservers.put(status.pageserver_id, status)
 
     async def _forget_now_and_then(self) -> None:
         while True:
@@ -210,6 +269,7 @@ class BrokerClient:
 
     async def _reconnected(self) -> None:
         log.info("broker connected again", address=_address(self._url))
+        await self._ask_and_answer()
 
 
 def _credentials(url: str) -> tuple[list[str], str | None, str | None]:

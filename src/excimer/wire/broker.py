@@ -1,14 +1,17 @@
 """Messages of the broker: small statuses that safekeepers and pageservers publish about timelines.
 
-They travel as JSON over NATS, one subject per kind and timeline, published on change and at
-least each second. They are hints, never truth: one may be lost, late or repeated, so whoever
-acts upon one checks with its sender.
+They travel as JSON over NATS, one subject per kind and timeline, published on change and then again
+and again, ever more rarely. They are hints, never truth: one may be lost, late or repeated, so whoever
+acts upon one checks with its sender. That a node still lives is told once for all its timelines, each
+second; a node that has just come asks for all statuses.
 
 ====================================  =============================
 subject                               message
 ====================================  =============================
 excimer.safekeeper.TENANT.TIMELINE    `SafekeeperTimelineStatus`
 excimer.pageserver.TENANT.TIMELINE    `PageserverTimelineStatus`
+excimer.alive.safekeeper.ID           nothing
+excimer.ask.safekeepers               nothing
 ====================================  =============================
 
 Not here: the connection (`excimer.service.broker_client`).
@@ -24,7 +27,9 @@ from excimer.base.lsn import Lsn
 
 SAFEKEEPER_PREFIX: Final = "excimer.safekeeper"
 PAGESERVER_PREFIX: Final = "excimer.pageserver"
-PUBLISH_INTERVAL_S: Final = 1.0
+ALIVE_PREFIX: Final = "excimer.alive.safekeeper"
+ASK_SAFEKEEPERS_SUBJECT: Final = "excimer.ask.safekeepers"
+ALIVE_INTERVAL_S: Final = 1.0
 
 
 class BrokerMessageError(RefusedError):
@@ -75,6 +80,19 @@ def safekeeper_subject(tenant_id: TenantId | None = None, timeline_id: TimelineI
 def pageserver_subject(tenant_id: TenantId | None = None, timeline_id: TimelineId | None = None) -> str:
     """The subject of one timeline, of a tenant's timelines, or of all."""
     return _subject(PAGESERVER_PREFIX, tenant_id, timeline_id)
+
+
+def alive_subject(safekeeper_id: NodeId | None = None) -> str:
+    """The subject of one safekeeper's sign of life, or of all."""
+    return f"{ALIVE_PREFIX}.{'*' if safekeeper_id is None else safekeeper_id}"
+
+
+def parse_alive_subject(subject: str) -> NodeId:
+    """Raises `BrokerMessageError`."""
+    prefix, _, text = subject.rpartition(".")
+    if prefix != ALIVE_PREFIX or not text.isascii() or not text.isdigit():
+        raise BrokerMessageError(f"{subject!r} names no safekeeper")
+    return NodeId(int(text))
 
 
 def encode_status(status: TimelineStatus) -> bytes:

@@ -13,12 +13,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from excimer.base.clock import Monotonic, UnixTime
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.broker.nats_config import parse_log_line
 from excimer.broker.settings import BrokerSettings
 from excimer.broker.shell import NatsServer, serve_broker
-from excimer.service.broker_client import BrokerClient
+from excimer.service.broker_client import FRESH_S, BrokerClient, LatestStatuses
 from excimer.service.http_client import HttpClient
 from excimer.service.instance_lock import AlreadyRunningError
 from excimer.service.listen import ListenError, bind_listen
@@ -28,8 +29,10 @@ from excimer.wire.broker import (
     BrokerMessageError,
     PageserverTimelineStatus,
     SafekeeperTimelineStatus,
+    alive_subject,
     decode_status,
     encode_status,
+    parse_alive_subject,
     subject_of,
 )
 from tests.kit.ports import free_port
@@ -97,7 +100,7 @@ def test_statuses_arrive_and_connections_survive_a_restart(tmp_path: Path) -> No
         async with asyncio.timeout(10):
             while not receiver.safekeepers.of_timeline(TENANT, TIMELINE, fresh_s=0.5):
                 await sender.publish(SAFEKEEPER)
-                await receiver.safekeepers.wait_for_news(0.1)
+                await receiver.safekeepers.wait_for_news(TENANT, TIMELINE, 0.1)
 
     async def main() -> None:
         clock = SystemClock()
@@ -113,7 +116,7 @@ def test_statuses_arrive_and_connections_survive_a_restart(tmp_path: Path) -> No
                 assert await receiver.wait_until_connected(5)
                 await heard(sender, receiver)
                 await sender.publish(PAGESERVER)
-                assert await receiver.pageservers.wait_for_news(5)
+                assert await receiver.pageservers.wait_for_news(TENANT, TIMELINE, 5)
                 assert receiver.safekeepers.of_timeline(TENANT, TIMELINE) == [SAFEKEEPER]
                 assert receiver.pageservers.of_timeline(TENANT, TIMELINE) == [PAGESERVER]
                 assert receiver.safekeepers.of_timeline(TENANT, TimelineId("c" * 32)) == []
@@ -125,6 +128,73 @@ def test_statuses_arrive_and_connections_survive_a_restart(tmp_path: Path) -> No
                 assert b"excimer_broker_restarts_total 1" in metrics
 
     asyncio.run(main())
+
+
+def test_who_comes_late_asks_and_who_lost_the_connection_tells_again(tmp_path: Path) -> None:
+    settings = new_settings(tmp_path)
+
+    async def main() -> None:
+        clock = SystemClock()
+        asked = asyncio.Queue[None]()
+        async with (
+            asyncio.timeout(20),
+            broker(settings) as http,
+            BrokerClient(url(settings), "safekeeper", clock) as safekeeper,
+        ):
+            await safekeeper.answer_asking(lambda: asked.put_nowait(None))
+            await asked.get()  # its own first connection
+            async with BrokerClient(url(settings), "late", clock) as late:
+                await late.listen_safekeepers()
+                await asked.get()
+                await safekeeper.publish(SAFEKEEPER)
+                assert await late.safekeepers.wait_for_news(TENANT, TIMELINE, None)
+                os.kill(int((tmp_path / "nats.pid").read_text()), signal.SIGKILL)
+                await asked.get()
+                await wait_well(http)
+
+    asyncio.run(main())
+
+
+class HandClock:
+    def __init__(self) -> None:
+        self.time_s = 100.0
+
+    def monotonic(self) -> Monotonic:
+        return Monotonic(self.time_s)
+
+    def now(self) -> UnixTime:
+        return UnixTime(self.time_s)
+
+
+def test_a_status_holds_as_long_as_its_node_lives() -> None:
+    async def main() -> None:
+        clock = HandClock()
+        statuses = LatestStatuses[SafekeeperTimelineStatus](clock)
+        statuses.put(NodeId(1), SAFEKEEPER)
+        for _ in range(10):
+            clock.time_s += FRESH_S - 1
+            statuses.alive(NodeId(1))
+        assert statuses.of_timeline(TENANT, TIMELINE) == [SAFEKEEPER]
+        clock.time_s += FRESH_S + 1
+        assert statuses.of_timeline(TENANT, TIMELINE) == []
+        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+            waiting = group.create_task(statuses.wait_for_news(TENANT, TIMELINE, None))
+            await asyncio.sleep(0)
+            statuses.alive(NodeId(2))
+            await asyncio.sleep(0)
+            assert not waiting.done(), "another node's life is no news of this timeline"
+            statuses.alive(NodeId(1))
+        assert waiting.result()
+        assert statuses.of_timeline(TENANT, TIMELINE) == [SAFEKEEPER]
+
+    asyncio.run(main())
+
+
+def test_signs_of_life_name_a_safekeeper() -> None:
+    assert parse_alive_subject(alive_subject(NodeId(12))) == 12
+    for subject in ("excimer.alive.safekeeper.x", "excimer.alive.safekeeper.", "excimer.alive.3", ""):
+        with pytest.raises(BrokerMessageError):
+            parse_alive_subject(subject)
 
 
 def test_a_wrong_password_gets_nothing(tmp_path: Path) -> None:

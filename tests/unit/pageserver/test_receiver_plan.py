@@ -5,12 +5,15 @@ from excimer.base.clock import Monotonic
 from excimer.base.lsn import Lsn
 from excimer.pageserver.receiver_plan import (
     BACKOFF_S_MAX,
+    IDLE_S,
     STALL_TIMEOUT_S,
     Failure,
     Source,
     choose_source,
+    is_idle,
     is_stalled,
     next_failure,
+    wait_s,
 )
 
 A, B, C = (Address("h", port) for port in (1, 2, 3))
@@ -51,3 +54,30 @@ def test_silence_is_a_stall_only_if_another_has_more() -> None:
     assert not is_stalled(sources(a=5, b=9), A, 5, NOW, Monotonic(late - 0.1))
     assert not is_stalled(sources(a=9, b=5), A, 5, NOW, late)
     assert not is_stalled(sources(a=5, b=9), A, 9, NOW, late)
+
+
+def test_an_idle_timeline_connects_only_to_who_has_more_or_is_unknown() -> None:
+    assert choose_source(sources(a=5, b=9), {}, NOW, Lsn(9)) is None
+    assert choose_source(sources(a=5, b=9), {}, NOW, Lsn(8)) == Source(B, Lsn(9))
+    assert choose_source(sources(a=5, c=0), {}, NOW, Lsn(9)) == Source(C, Lsn(0))
+
+
+def test_a_connection_goes_when_all_is_here_and_durable() -> None:
+    late = Monotonic(NOW + IDLE_S)
+    assert is_idle(sources(a=9, b=5), Lsn(9), Lsn(9), NOW, late)
+    assert not is_idle(sources(a=9), Lsn(9), Lsn(9), NOW, Monotonic(late - 0.1))
+    assert not is_idle(sources(a=9), Lsn(9), Lsn(8), NOW, late), (
+        "D2: the safekeeper must hear that it is durable"
+    )
+    assert not is_idle(sources(a=9, b=10), Lsn(9), Lsn(9), NOW, late)
+    assert not is_idle(sources(a=0), Lsn(9), Lsn(9), NOW, late)
+
+
+def test_waiting_ends_when_a_source_has_rested() -> None:
+    assert wait_s({}, NOW) is None
+    failures = {
+        A: Failure(1, Monotonic(103.0)),
+        B: Failure(1, Monotonic(101.0)),
+        C: Failure(1, Monotonic(99.0)),
+    }
+    assert wait_s(failures, NOW) == 1.0

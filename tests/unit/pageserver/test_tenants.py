@@ -80,7 +80,7 @@ async def node(directory: Path, store: ObjectStore, connect: Connect = unreachab
             metrics=TimelineMetrics(CollectorRegistry()),
             connect=lambda _: connect,
             sources=lambda _: [Source(Address("nowhere", 1), Lsn(0))],
-            wait_for_news=asyncio.sleep,
+            wait_for_news=lambda _tenant, _timeline, timeout_s: asyncio.sleep(timeout_s or 0.1),
         )
         records = TenantRecords(directory / "tenants")
         tenants = Tenants(context=context, records=records, world=world, chance=random.Random(1))

@@ -8,7 +8,7 @@ import pytest
 
 from excimer.base.address import Address
 from excimer.base.lsn import INVALID_LSN, Lsn
-from excimer.pageserver import wal_receiver
+from excimer.pageserver import receiver_plan, wal_receiver
 from excimer.pageserver.receiver_plan import Source
 from excimer.pageserver.wal_receiver import WalReceiver
 from excimer.service.replication_client import ReplicationClient, ReplicationLostError
@@ -25,6 +25,22 @@ class HangingClient:
 
     async def start_physical(self, start_lsn: Lsn, sink: object, *, slot: str | None = None) -> None:
         await asyncio.Event().wait()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class SilentClient:
+    """Streams nothing."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    async def start_physical(self, start_lsn: Lsn, sink: object, *, slot: str | None = None) -> None:
+        return
+
+    def report(self, **lsns: Lsn) -> None:
+        return
 
     def close(self) -> None:
         self.is_closed = True
@@ -59,7 +75,7 @@ def test_a_source_that_hangs_before_it_streams_is_left_for_another(monkeypatch: 
             receiver = WalReceiver(
                 consumer=Nothing(),
                 sources=lambda: [Source(HANGING, Lsn(100)), Source(OTHER, Lsn(50))],
-                wait_for_news=asyncio.sleep,
+                wait_for_news=lambda timeout_s: asyncio.sleep(timeout_s or 0.1),
                 connect=connect,
                 executor=executor,
                 clock=SystemClock(),
@@ -68,4 +84,51 @@ def test_a_source_that_hangs_before_it_streams_is_left_for_another(monkeypatch: 
                 await reached.wait()
         assert client.is_closed
 
+    asyncio.run(scenario())
+
+
+class Durable(Nothing):
+    """All it has is in object storage."""
+
+    def positions(self) -> tuple[Lsn, Lsn]:
+        return Lsn(8), Lsn(8)
+
+
+def test_an_idle_timeline_lets_its_source_go_until_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wal_receiver, "STALL_CHECK_S", 0.01)
+    monkeypatch.setattr(receiver_plan, "IDLE_S", 0.02)
+    clients: list[SilentClient] = []
+    news = asyncio.Queue[float | None]()
+    commit_lsn = Lsn(8)
+
+    async def connect(address: Address) -> ReplicationClient:
+        clients.append(SilentClient())
+        if len(clients) == 2:
+            back.set()
+        return cast(ReplicationClient, clients[-1])
+
+    async def wait_for_news(timeout_s: float | None) -> None:
+        await news.put(timeout_s)
+        await heard.wait()
+
+    async def scenario() -> None:
+        nonlocal commit_lsn
+        with ThreadPoolExecutor(1) as executor:
+            receiver = WalReceiver(
+                consumer=Durable(),
+                sources=lambda: [Source(OTHER, commit_lsn)],
+                wait_for_news=wait_for_news,
+                connect=connect,
+                executor=executor,
+                clock=SystemClock(),
+            )
+            async with running("receiver", receiver.run()), asyncio.timeout(5):
+                assert await news.get() is None, "nothing failed: only news matters"
+                assert [client.is_closed for client in clients] == [True]
+                assert receiver.source is None
+                commit_lsn = Lsn(16)
+                heard.set()
+                await back.wait()
+
+    heard, back = asyncio.Event(), asyncio.Event()
     asyncio.run(scenario())

@@ -2,8 +2,10 @@
 
 import asyncio
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -321,6 +323,42 @@ async def test_run_flushes_by_size(tmp_path: Path) -> None:
 
 def has_image_at(timeline: Timeline, lsn: int) -> bool:
     return any(layer.is_image and layer.end_lsn == lsn for layer in timeline.stack.disk.layers)
+
+
+class CountingExecutor(ThreadPoolExecutor):
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.count = 0
+
+    def submit(self, *arguments: Any, **named: Any) -> Any:
+        self.count += 1
+        return super().submit(*arguments, **named)
+
+
+@in_event_loop
+async def test_an_idle_timeline_wakes_up_for_nothing(tmp_path: Path) -> None:
+    settings = StorageSettings(flush_interval_s=0.01)
+    async with storage_context(tmp_path, settings=settings) as context:
+        executor = CountingExecutor()
+        counting = dataclasses.replace(context, executor=executor)
+        timeline = await (await attach(counting)).create_timeline(new_main(), IMPORTED)
+        running = asyncio.ensure_future(timeline.run())
+        await asyncio.sleep(0.1)
+        before = executor.count
+        await asyncio.sleep(0.2)
+        assert executor.count == before
+        flushed = asyncio.Event()
+        timeline.on_flushed = flushed.set
+        for lsn in (0x1008, 0x1010):
+            flushed.clear()
+            put(timeline, [image(block(0), lsn, b"more")])
+            async with asyncio.timeout(10):
+                await flushed.wait()
+            assert timeline.disk_consistent_lsn == lsn
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        executor.shutdown()
 
 
 @in_event_loop

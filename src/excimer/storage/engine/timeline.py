@@ -119,6 +119,9 @@ class Timeline:
         self._room_made = threading.Condition(self._write_lock)
         self._flush_lock = asyncio.Lock()
         self._flush_wanted = asyncio.Event()
+        self._unflushed = asyncio.Event()
+        self.on_flushed: Callable[[], None] = lambda: None
+        """Called on the event loop when more has become durable."""
         self._compaction_wanted = asyncio.Event()
         self._compaction_wanted.set()
         self._room = asyncio.Event()
@@ -199,6 +202,8 @@ class Timeline:
             if end_lsn < self.last_record_lsn:
                 raise ValueError(f"WAL up to {format_lsn(end_lsn)} was put before")
             self.stack.open.put_batch(batch.entries, batch.data, self.last_record_lsn, end_lsn)
+            if not self._has_unflushed():
+                self._loop.call_soon_threadsafe(self._unflushed.set)
             self.position = WalPosition(prev_record_lsn, end_lsn)
             if self._open_is_full() and len(self.stack.frozen) < self.context.settings.frozen_layers_max:
                 self._freeze_locked()
@@ -352,6 +357,9 @@ class Timeline:
 
     async def _flush_when_due(self) -> None:
         if not self.stack.frozen:
+            self._unflushed.clear()
+            if not self._has_unflushed():  # an idle timeline wakes up for nothing
+                await self._unflushed.wait()
             try:
                 async with asyncio.timeout(self.settings.flush_interval_s):
                     await self._flush_wanted.wait()
@@ -372,7 +380,11 @@ class Timeline:
     async def close(self) -> None:
         """No more batches from here on; waits for a flush under way. What memory holds is not flushed."""
         self._stopped = True
-        await self.in_thread(self._wake_writer)
+        if self._write_lock.acquire(blocking=False):  # thousands may be closed at once: no thread for each
+            self._room_made.notify_all()
+            self._write_lock.release()
+        else:
+            await self.in_thread(self._wake_writer)
         async with self._flush_lock:
             await self.in_thread(self.deletions.close)
             for file in self.stack.files.values():
@@ -431,6 +443,10 @@ class Timeline:
             if lsn <= self.last_record_lsn and not arrived.done():
                 arrived.set_result(None)
 
+    def _has_unflushed(self) -> bool:
+        """Whether WAL has moved since the open layer was opened."""
+        return self.last_record_lsn > self.stack.open.start_lsn
+
     def _open_is_full(self) -> bool:
         return self.stack.open.size_bytes >= self.settings.flush_size_bytes
 
@@ -464,7 +480,7 @@ class Timeline:
 
     def _freeze_locked(self) -> None:
         """Freezes the open layer if WAL has moved since it was opened, even if no value came of it."""
-        if self.last_record_lsn > self.stack.open.start_lsn:
+        if self._has_unflushed():
             self.stack = self.stack.with_frozen_open(self.last_record_lsn, self.prev_record_lsn)
             self._loop.call_soon_threadsafe(self._flush_wanted.set)
 
@@ -474,6 +490,7 @@ class Timeline:
                 await self.whole_in_thread(partial(self._flush_one, self.stack.frozen[0]))
                 self._room.set()
                 self._compaction_wanted.set()
+                self.on_flushed()
 
     def _flush_one(self, frozen: FrozenLayer) -> None:
         """File, object, manifest, and only then the exchange: each durable before the next."""
