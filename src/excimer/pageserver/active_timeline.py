@@ -22,7 +22,7 @@ from functools import partial
 from excimer.base.clock import Clock
 from excimer.base.errors import CorruptionError, FencedError
 from excimer.base.ids import TenantId, TimelineId
-from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, kind_range, make_key
+from excimer.base.keys import KeyKind, make_key
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
 from excimer.pageserver.basebackup_job import BasebackupPoint, build_basebackup
 from excimer.pageserver.ingest import WalGapError, WalIngest
@@ -30,12 +30,14 @@ from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp, find_lsn_at_time
 from excimer.pageserver.metrics import TimelineMetrics
 from excimer.pageserver.model import TimelineDetail
 from excimer.pageserver.receiver_plan import Source
+from excimer.pageserver.sizes import LogicalSizes, remote_size_bytes
 from excimer.pageserver.wal_receiver import Connect, WalReceiver
 from excimer.pgformat.checkpoint_state import CheckpointState
 from excimer.pgformat.control_file import ControlFile
 from excimer.service.health import Health
 from excimer.service.logs import get_logger, log_context
 from excimer.service.tasks import TaskScope
+from excimer.storage.engine.archived_timeline import ArchivedTimeline
 from excimer.storage.engine.timeline import Timeline
 
 log = get_logger(__name__)
@@ -76,6 +78,7 @@ class ActiveTimeline:
         self._basebackup_lock = asyncio.Lock()
         self._is_complete = False
         self._last_basebackup: tuple[Lsn, bytes] | None = None
+        self.logical_sizes = LogicalSizes(store, self._loop.time)
         labels = store.tenant_id, store.timeline_id
         self._wal_bytes = world.metrics.wal_bytes.labels(*labels)
         self.receiver = WalReceiver(
@@ -233,7 +236,7 @@ class ActiveTimeline:
             disk_consistent_lsn=store.disk_consistent_lsn,
             remote_consistent_lsn=store.remote_consistent_lsn,
             oldest_lsn=store.oldest_lsn,
-            physical_size_bytes=sum(layer.size_bytes for layer in store.manifest.layers),
+            physical_size_bytes=remote_size_bytes(store),
             wal_source=None if source is None else str(source),
             problem=self.problem,
         )
@@ -244,27 +247,45 @@ class ActiveTimeline:
         stack = self.store.stack
         return stack.open.size_bytes + sum(frozen.memory.size_bytes for frozen in stack.frozen)
 
-    async def logical_size_bytes(self) -> int:
-        """All relations' blocks at the newest LSN."""
-        return await asyncio.to_thread(self._logical_size_bytes)
-
-    def _logical_size_bytes(self) -> int:
-        sizes = self.store.scan(*kind_range(KeyKind.RELATION_SIZE), self.store.last_record_lsn)
-        return sum(int.from_bytes(value, "little") for _, value in sizes) * BLOCK_SIZE_BYTES
-
     async def lsn_at_timestamp(self, timestamptz: int) -> LsnAtTimestamp:
         return await asyncio.to_thread(self._lsn_at_timestamp, timestamptz)
 
     def _lsn_at_timestamp(self, timestamptz: int) -> LsnAtTimestamp:
         store = self.store
-
-        def commit_time(lsn: Lsn) -> int | None:
-            value = store.get_value(make_key(KeyKind.COMMIT_TIME), lsn)
-            return None if value is None else int.from_bytes(value, "little", signed=True)
-
         return find_lsn_at_timestamp(
-            commit_time, store.oldest_lsn, store.last_record_lsn, timestamptz, store.wal_segment_size_bytes
+            self.commit_time,
+            store.oldest_lsn,
+            store.last_record_lsn,
+            timestamptz,
+            store.wal_segment_size_bytes,
         )
+
+    def commit_time(self, lsn: Lsn) -> int | None:
+        """When the last commit at or below an LSN happened (timestamptz); None if none is known. Blocks."""
+        value = self.store.get_value(make_key(KeyKind.COMMIT_TIME), lsn)
+        return None if value is None else int.from_bytes(value, "little", signed=True)
+
+
+def detail_of_archived(tenant_id: TenantId, archived: ArchivedTimeline) -> TimelineDetail:
+    """The same of a timeline that is not in service."""
+    return TimelineDetail(
+        tenant_id=tenant_id,
+        timeline_id=archived.timeline_id,
+        pg_version=archived.pg_version,
+        system_id=archived.system_id,
+        wal_segment_size=archived.wal_segment_size_bytes,
+        ancestor_timeline_id=archived.ancestor_timeline_id,
+        ancestor_lsn=None if archived.ancestor_timeline_id is None else archived.ancestor_lsn,
+        last_record_lsn=archived.last_record_lsn,
+        prev_record_lsn=archived.prev_record_lsn,
+        disk_consistent_lsn=archived.last_record_lsn,
+        remote_consistent_lsn=archived.last_record_lsn,
+        oldest_lsn=archived.oldest_lsn,
+        physical_size_bytes=archived.size_bytes,
+        wal_source=None,
+        problem=None,
+        is_archived=True,
+    )
 
 
 def _has_all_ancestry(store: Timeline) -> bool:

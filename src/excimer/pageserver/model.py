@@ -52,6 +52,23 @@ class NewTimeline(msgspec.Struct, frozen=True, kw_only=True):
     """None: the newest the ancestor has."""
 
 
+class TimelineSizes(msgspec.Struct, frozen=True, kw_only=True):
+    timeline_id: TimelineId
+    logical_size_bytes: int | None
+    """All relations at the head; None while it is archived."""
+    resident_size_bytes: int
+    """What of its layers lies on the pageserver's disk."""
+    remote_size_bytes: int
+    """Its own layers in object storage, its ancestors' not included."""
+
+
+class TenantSizes(msgspec.Struct, frozen=True, kw_only=True):
+    synthetic_size_bytes: int
+    archived_size_bytes: int
+    """Layers of archived timelines in object storage; not part of the synthetic size."""
+    timelines: list[TimelineSizes]
+
+
 class TimelineDetail(msgspec.Struct, frozen=True, kw_only=True):
     tenant_id: TenantId
     timeline_id: TimelineId
@@ -72,3 +89,5 @@ class TimelineDetail(msgspec.Struct, frozen=True, kw_only=True):
     """The safekeeper that WAL comes from now."""
     problem: str | None
     """Why it is broken: it takes no more WAL then."""
+    is_archived: bool = False
+    """It is not served, and its LSNs are the durable ones."""

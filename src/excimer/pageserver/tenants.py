@@ -20,8 +20,8 @@ from excimer.base.chance import Chance
 from excimer.base.clock import unix_to_timestamptz
 from excimer.base.errors import CorruptionError, FencedError, RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
-from excimer.base.lsn import INVALID_LSN, format_lsn, record_end
-from excimer.pageserver.active_timeline import ActiveTimeline, TimelineWorld
+from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
+from excimer.pageserver.active_timeline import ActiveTimeline, TimelineWorld, detail_of_archived
 from excimer.pageserver.bootstrap import DEFAULT_VERSION, new_cluster
 from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp, TimestampOutsideHistoryError
 from excimer.pageserver.model import (
@@ -29,15 +29,18 @@ from excimer.pageserver.model import (
     NewTimeline,
     TenantMissingError,
     TenantRecord,
+    TenantSizes,
     TimelineDetail,
     TimelineExistsError,
     TimelineInUseError,
     TimelineMissingError,
 )
+from excimer.pageserver.sizes import tenant_sizes
 from excimer.pageserver.tenant_records import TenantRecords
 from excimer.service.logs import get_logger, log_context
 from excimer.storage.engine import tenant as storage
 from excimer.storage.engine.context import StorageContext
+from excimer.storage.engine.errors import TimelineArchivedError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 
@@ -198,7 +201,8 @@ class Tenants:
         """Raises `TenantMissingError`, `TimelineMissingError`, `TenantAttachingError`. Cheap."""
         found = self.find_active(tenant_id, timeline_id)
         if found is None:
-            self._attached(tenant_id)
+            if timeline_id in self._attached(tenant_id)[1].archived:
+                raise TimelineArchivedError(f"timeline {timeline_id} is archived: unarchive it first")
             raise TimelineMissingError(tenant_id, timeline_id)
         return found
 
@@ -280,33 +284,78 @@ class Tenants:
         return active
 
     def timelines(self, tenant_id: TenantId) -> list[TimelineDetail]:
-        tenant, _ = self._attached(tenant_id)
-        return [timeline.detail() for _, timeline in sorted(tenant.timelines.items())]
+        tenant, store = self._attached(tenant_id)
+        details = [timeline.detail() for timeline in tenant.timelines.values()]
+        details += [detail_of_archived(tenant_id, archived) for archived in store.archived.values()]
+        return sorted(details, key=lambda detail: detail.timeline_id)
 
     def timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail:
+        _, store = self._attached(tenant_id)
+        if timeline_id in store.archived:
+            return detail_of_archived(tenant_id, store.archived[timeline_id])
         return self.active(tenant_id, timeline_id).detail()
 
-    async def logical_size_bytes(self, tenant_id: TenantId, timeline_id: TimelineId) -> int:
-        return await self.active(tenant_id, timeline_id).logical_size_bytes()
+    async def logical_size_bytes(self, tenant_id: TenantId, timeline_id: TimelineId) -> int | None:
+        """None while it is archived."""
+        if timeline_id in self._attached(tenant_id)[1].archived:
+            return None
+        return await self.active(tenant_id, timeline_id).logical_sizes.at_head()
+
+    async def sizes(self, tenant_id: TenantId) -> TenantSizes:
+        """Raises as reads do."""
+        tenant, store = self._attached(tenant_id)
+        logical = {each: active.logical_sizes for each, active in tenant.timelines.items()}
+        return await tenant_sizes(store, logical, asyncio.get_running_loop().time())
 
     async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
         """Raises `TimelineMissingError`, `TimelineInUseError`, `ObjectStoreError` (call again)."""
         tenant, _ = self._attached(tenant_id)
         async with tenant.changing:
-            active = self.active(tenant_id, timeline_id)
-            branches = [
-                other.store.timeline_id
-                for other in tenant.timelines.values()
-                if other.store.ancestor is active.store
-            ]
+            _, store = self._attached(tenant_id)
+            branches = store.branches(timeline_id)
             if branches:
                 raise TimelineInUseError(
                     f"timeline {timeline_id} cannot be deleted: {', '.join(sorted(branches))} branch from it"
                 )
-            _, store = self._attached(tenant_id)
-            await active.stop()
+            store.check_not_detaching(timeline_id)
+            if timeline_id not in store.archived:
+                await self.active(tenant_id, timeline_id).stop()
             await store.delete_timeline(timeline_id)
-            del tenant.timelines[timeline_id]
+            tenant.timelines.pop(timeline_id, None)
+
+    async def archive_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail:
+        """Lets go of all but the timeline's objects. Repeatable. Raises `TimelineMissingError`,
+        `TimelineArchivedError` while branches of it are not archived, `ObjectStoreError` (call again).
+        """
+        tenant, store = self._attached(tenant_id)
+        if timeline_id not in store.archived:
+            await self.active(tenant_id, timeline_id).store.flush()
+        async with tenant.changing:
+            _, store = self._attached(tenant_id)
+            await store.archive_timeline(timeline_id)
+            active = tenant.timelines.pop(timeline_id, None)
+            if active is not None:
+                await active.stop()
+            await store.offload_timeline(timeline_id)
+        return self.timeline(tenant_id, timeline_id)
+
+    async def unarchive_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail:
+        """In service again. Repeatable. Raises `TimelineMissingError`, `TimelineArchivedError` while its
+        ancestor is archived, and what reading a manifest raises.
+        """
+        tenant, _ = self._attached(tenant_id)
+        async with tenant.changing:
+            _, store = self._attached(tenant_id)
+            timeline = await store.unarchive_timeline(timeline_id)
+            if timeline_id not in tenant.timelines:
+                self._activate(tenant, timeline)
+            return tenant.timelines[timeline_id].detail()
+
+    async def detach_ancestor(self, tenant_id: TenantId, timeline_id: TimelineId) -> list[TimelineId]:
+        """See `TenantStorage.detach_ancestor`. May take long; other changes of the tenant go on meanwhile."""
+        self.active(tenant_id, timeline_id)
+        _, store = self._attached(tenant_id)
+        return await store.detach_ancestor(timeline_id)
 
     async def flush(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail:
         """Everything received becomes durable."""
@@ -321,6 +370,14 @@ class Tenants:
         if timestamptz > unix_to_timestamptz(self._world.clock.now()):
             raise TimestampOutsideHistoryError("the timestamp lies in the future")
         return await self.active(tenant_id, timeline_id).lsn_at_timestamp(timestamptz)
+
+    async def timestamp_of_lsn(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> int | None:
+        """When the last commit at or below the LSN happened (timestamptz); None if none is known.
+
+        Raises `LsnTimeoutError` for an LSN that has not come yet, `LsnTooOldError`.
+        """
+        active = self.active(tenant_id, timeline_id)
+        return await asyncio.to_thread(active.commit_time, lsn)
 
     def _known(self, tenant_id: TenantId) -> _Tenant:
         try:

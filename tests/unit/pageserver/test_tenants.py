@@ -33,6 +33,7 @@ from excimer.pageserver.wal_receiver import Connect
 from excimer.service.health import Health
 from excimer.service.replication_client import ReplicationClient, ReplicationLostError
 from excimer.service.tasks import SystemClock, TaskScope
+from excimer.storage.engine.errors import TimelineArchivedError
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.storage_world import in_event_loop, storage_context
 
@@ -229,3 +230,70 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "aa.json").write_bytes(b'{"tenant_id": ')
     with pytest.raises(DamagedTenantRecordError, match=r"aa\.json"):
         records.read_all()
+
+
+@in_event_loop
+async def test_an_archived_timeline_is_kept_and_comes_back(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    async with node(tmp_path, store) as first:
+        await first.tenants.attach(TENANT, 1)
+        lsn = await first.make_main()
+        await first.tenants.create_timeline(
+            TENANT, NewTimeline(timeline_id=BRANCH, ancestor_timeline_id=MAIN)
+        )
+        with pytest.raises(TimelineArchivedError, match=f"before its branches: {BRANCH}"):
+            await first.tenants.archive_timeline(TENANT, MAIN)
+        for _ in range(2):
+            for timeline_id in (BRANCH, MAIN):
+                assert (await first.tenants.archive_timeline(TENANT, timeline_id)).is_archived
+        assert first.tenants.all_active() == []
+        with pytest.raises(TimelineArchivedError, match="unarchive it first"):
+            first.tenants.active(TENANT, MAIN)
+        with pytest.raises(TimelineArchivedError, match="unarchive it first"):
+            await first.tenants.create_timeline(
+                TENANT, NewTimeline(timeline_id=TimelineId("33" * 16), ancestor_timeline_id=MAIN)
+            )
+        assert not list((tmp_path / "layers").glob("**/image-*"))
+    async with node(tmp_path, store) as second:
+        await second.until_well()
+        details = second.tenants.timelines(TENANT)
+        assert [(each.timeline_id, each.is_archived) for each in details] == [(MAIN, True), (BRANCH, True)]
+        assert details[0].last_record_lsn == lsn
+        with pytest.raises(TimelineArchivedError, match="before its ancestor"):
+            await second.tenants.unarchive_timeline(TENANT, BRANCH)
+        with pytest.raises(TimelineInUseError, match=BRANCH):
+            await second.tenants.delete_timeline(TENANT, MAIN)
+        sizes = await second.tenants.sizes(TENANT)
+        assert sizes.synthetic_size_bytes == 0 < sizes.archived_size_bytes
+        assert await second.tenants.logical_size_bytes(TENANT, MAIN) is None
+        await second.tenants.unarchive_timeline(TENANT, MAIN)
+        assert (await second.tenants.unarchive_timeline(TENANT, MAIN)).last_record_lsn == lsn
+        assert len(second.tenants.all_active()) == 1
+        await second.tenants.delete_timeline(TENANT, BRANCH)
+        assert [each.timeline_id for each in second.tenants.timelines(TENANT)] == [MAIN]
+
+
+@in_event_loop
+async def test_a_detached_branch_needs_its_ancestor_no_more(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    async with node(tmp_path, store) as only:
+        await only.tenants.attach(TENANT, 1)
+        lsn = await only.make_main()
+        sibling = TimelineId("33" * 16)
+        for timeline_id in (BRANCH, sibling):
+            await only.tenants.create_timeline(
+                TENANT, NewTimeline(timeline_id=timeline_id, ancestor_timeline_id=MAIN)
+            )
+        before = await only.tenants.sizes(TENANT)
+        assert before.synthetic_size_bytes == before.timelines[0].logical_size_bytes
+        assert await only.tenants.detach_ancestor(TENANT, BRANCH) == [sibling]
+        assert await only.tenants.detach_ancestor(TENANT, BRANCH) == []
+        details = {each.timeline_id: each for each in only.tenants.timelines(TENANT)}
+        assert details[BRANCH].ancestor_timeline_id is None
+        assert (details[sibling].ancestor_timeline_id, details[sibling].ancestor_lsn) == (BRANCH, lsn)
+        await only.tenants.delete_timeline(TENANT, MAIN)
+        after = await only.tenants.sizes(TENANT)
+        assert [each.timeline_id for each in after.timelines] == [BRANCH, sibling]
+        assert after.synthetic_size_bytes == before.synthetic_size_bytes
+        assert after.timelines[0].remote_size_bytes > 0 == after.timelines[1].remote_size_bytes
+        assert await only.tenants.active(TENANT, sibling).basebackup(lsn)

@@ -3,7 +3,8 @@
 LSNs are text as PostgreSQL writes them, ids 32 hex digits. Every route needs a bearer token of scope
 ``pageserver_api``. Errors are mapped to statuses by `service.http`, the one table of that kind.
 
-Not here: pages and basebackups, which computes ask for over the page service.
+Not here: archiving, detaching, sizes (`history_api`); pages and basebackups, which computes ask for
+over the page service.
 """
 
 from datetime import datetime
@@ -33,7 +34,7 @@ class TenantOperations(Protocol):
     async def create_timeline(self, tenant_id: TenantId, new: NewTimeline) -> TimelineDetail: ...
     def timelines(self, tenant_id: TenantId) -> list[TimelineDetail]: ...
     def timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail: ...
-    async def logical_size_bytes(self, tenant_id: TenantId, timeline_id: TimelineId) -> int: ...
+    async def logical_size_bytes(self, tenant_id: TenantId, timeline_id: TimelineId) -> int | None: ...
     async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None: ...
     async def flush(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail: ...
     async def lsn_at_timestamp(
@@ -83,6 +84,7 @@ class TimelineAnswer(BaseModel):
     )
     wal_source: str | None
     problem: str | None = Field(description="why the timeline takes no more WAL; null: all is well")
+    is_archived: bool = Field(False, description="only kept: not served, no endpoint can start on it")
 
 
 class LsnAnswer(BaseModel):
@@ -108,6 +110,7 @@ def timeline_answer(detail: TimelineDetail, logical_size_bytes: int | None = Non
         logical_size_bytes=logical_size_bytes,
         wal_source=detail.wal_source,
         problem=detail.problem,
+        is_archived=detail.is_archived,
     )
 
 

@@ -21,6 +21,7 @@ from excimer.base.lsn import Lsn
 from excimer.io.object_store import ObjectExistsError, ObjectMissingError
 from excimer.storage.engine.disk_layer import DiskLayer
 from excimer.storage.engine.layer_writing import upload_layer, write_values_delta
+from excimer.storage.engine.partial_copy import LayerMissingError
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.layer_block import unpack_block
 from excimer.storage.format.manifest import LayerDescription, Manifest
@@ -60,14 +61,16 @@ class DetachJob:
         """All layers that the branch needs lie under its prefix. Raises `LsnTimeoutError`,
         `DetachDisturbedError`, `ObjectStoreError`, OSError, `CorruptionError`.
         """
+        missing: ObjectMissingError | LayerMissingError | None = None
         for _ in range(PLANS_MAX):
             await self._flush_ancestors()
-            with suppress(ObjectMissingError):
-                await self._carry_out(self._plan())
-                return
+            try:
+                return await self._carry_out(self._plan())
+            except (ObjectMissingError, LayerMissingError) as error:  # most often replaced meanwhile
+                missing = error
         raise DetachDisturbedError(
-            f"timeline {self._timeline.timeline_id} cannot be detached while its ancestors' layers change: "
-            "try again"
+            f"timeline {self._timeline.timeline_id} cannot be detached now, its ancestors' layers change "
+            f"or are lost: {missing}"
         )
 
     def manifest(self) -> Manifest | None:

@@ -70,6 +70,10 @@ class LocalDisk:
     def copies(self) -> int:
         return len(self._taken)
 
+    def size_of(self, copy: LocalCopy) -> int:
+        """What one copy takes."""
+        return self._taken.get(copy, 0)
+
     def next_tick(self) -> int:
         return next(self._ticks)
 

@@ -247,7 +247,7 @@ class TenantStorage:
                 raise TimelineHasBranchesError(
                     f"timeline {timeline_id} cannot be deleted: {', '.join(branches)} branch from it"
                 )
-            self._check_not_detaching(timeline_id)
+            self.check_not_detaching(timeline_id)
             await self._in_thread(
                 partial(check_not_overtaken, self.context.store, self.tenant_id, timeline_id, self.generation)
             )
@@ -272,7 +272,7 @@ class TenantStorage:
             if timeline_id in self.archived:
                 return
             timeline = self.timeline(timeline_id)
-            self._check_not_detaching(timeline_id)
+            self.check_not_detaching(timeline_id)
             live = [each.timeline_id for each in self.timelines.values() if each.ancestor is timeline]
             if live:
                 raise TimelineArchivedError(
@@ -325,7 +325,7 @@ class TenantStorage:
         `TimelineBusyError`, and what `DetachJob.prepare` does.
         """
         timeline = self.timeline(timeline_id)
-        self._check_not_detaching(timeline_id)
+        self.check_not_detaching(timeline_id)
         self._detaching.add(timeline_id)
         try:
             job = DetachJob(timeline)
@@ -446,7 +446,8 @@ class TenantStorage:
     async def _in_thread(self, function: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self.context.executor, function)
 
-    def _check_not_detaching(self, timeline_id: TimelineId) -> None:
+    def check_not_detaching(self, timeline_id: TimelineId) -> None:
+        """Raises `TimelineBusyError`."""
         if timeline_id in self._detaching:
             raise TimelineBusyError(f"timeline {timeline_id} is being detached from its ancestor: try again")
 
