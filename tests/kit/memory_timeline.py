@@ -5,6 +5,8 @@ Values are whole (a page, a size, a map): nothing is redone here.
 
 import asyncio
 import bisect
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
@@ -75,6 +77,9 @@ class MemoryTimeline:
             return self._pages(key, count, lsn)
         finally:
             self.reading -= 1
+
+    def start_read(self, key: bytes, count: int, lsn: Lsn) -> Callable[[], Awaitable[bytes]]:
+        return partial(self.get_pages, key, count, lsn)
 
     def _pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:
         kind, spc, db, rel, fork, block = parse_key(key)

@@ -137,7 +137,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner.run(self.tenant.close())
         if not keep_files:
             shutil.rmtree(self.directory, ignore_errors=True)
-        self.context.cache._blocks.clear()
+        self.context.cache.clear()
         self.generation += 1
         self.tenant = self.runner.run(TenantStorage.attach(self.context, TENANT, self.generation))
         for timeline_id, oracle in self.oracles.items():

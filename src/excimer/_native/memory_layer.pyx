@@ -20,6 +20,7 @@ cdef extern from "<pthread.h>" nogil:
         pass
     int pthread_mutex_init(pthread_mutex_t* mutex, void* attributes)
     int pthread_mutex_lock(pthread_mutex_t* mutex)
+    int pthread_mutex_trylock(pthread_mutex_t* mutex)
     int pthread_mutex_unlock(pthread_mutex_t* mutex)
     int pthread_mutex_destroy(pthread_mutex_t* mutex)
 
@@ -273,30 +274,53 @@ cdef class MemoryLayer:
 
     def collect(self, PageChains chains, unsigned long long high_lsn) -> None:
         """Offers the values of the chains' keys at or below `high_lsn`, newest first."""
-        cdef unsigned char key[KEY_SIZE]
-        cdef KeyHead* head
-        cdef Node* node
-        cdef int slot, at, taken = 0
-        memcpy(key, chains.first_key, KEY_SIZE)
         with nogil:
             pthread_mutex_lock(&self.mutex)
             try:
-                for slot in range(chains.count):
-                    if not chains.slots[slot].closed:
-                        head = self.find(key)
-                        at = head.newest if head is not NULL else -1
-                        while at >= 0 and not chains.slots[slot].closed:
-                            node = &self.nodes[at]
-                            if node.lsn <= high_lsn:
-                                taken |= chains.offer(
-                                    slot, node.kind, node.flags, node.lsn, node.payload, node.length
-                                )
-                            at = node.older
-                    advance_key(key)
+                self.offer_all(chains, high_lsn, <long long> 1 << 62)
             finally:
                 pthread_mutex_unlock(&self.mutex)
-        if taken:
-            chains.hold(self)
+        chains.hold(self)
+
+    def try_collect(self, PageChains chains, unsigned long long high_lsn, int values_max) -> bool:
+        """`collect` without waiting for anybody, nor for the GIL.
+
+        False if a writer is at work just now or more than `values_max` values lie in the way; the chains
+        are then of no further use.
+        """
+        cdef bint whole
+        if pthread_mutex_trylock(&self.mutex):
+            return False
+        try:
+            whole = self.offer_all(chains, high_lsn, values_max)
+        finally:
+            pthread_mutex_unlock(&self.mutex)
+        chains.hold(self)
+        return whole
+
+    cdef int offer_all(
+        self, PageChains chains, unsigned long long high_lsn, long long values_max
+    ) except -1 nogil:
+        """Whether `values_max` was enough. The mutex is held."""
+        cdef unsigned char key[KEY_SIZE]
+        cdef KeyHead* head
+        cdef Node* node
+        cdef int slot, at
+        memcpy(key, chains.first_key, KEY_SIZE)
+        for slot in range(chains.count):
+            if not chains.slots[slot].closed:
+                head = self.find(key)
+                at = head.newest if head is not NULL else -1
+                while at >= 0 and not chains.slots[slot].closed:
+                    node = &self.nodes[at]
+                    if node.lsn <= high_lsn:
+                        chains.offer(slot, node.kind, node.flags, node.lsn, node.payload, node.length)
+                    values_max -= 1
+                    if values_max < 0:
+                        return 0
+                    at = node.older
+            advance_key(key)
+        return 1
 
     def scan(
         self, bytes start, bytes end, unsigned long long low_lsn, unsigned long long high_lsn, dict found
@@ -338,23 +362,43 @@ cdef class MemoryLayer:
     def find_value(self, bytes key, unsigned long long low_lsn, unsigned long long high_lsn) -> tuple | None:
         """The newest (LSN, kind, payload) of one key with low_lsn < LSN <= high_lsn."""
         cdef const unsigned char* wanted = <const unsigned char*> PyBytes_AS_STRING(key)
-        cdef KeyHead* head
         cdef Node node
-        cdef int at
+        cdef bint found
         if len(key) != KEY_SIZE:
             raise ValueError("keys have 18 bytes")
         with nogil:
             pthread_mutex_lock(&self.mutex)
-            head = self.find(wanted)
-            at = head.newest if head is not NULL else -1
-            while at >= 0 and self.nodes[at].lsn > high_lsn:
-                at = self.nodes[at].older
-            if at >= 0:
-                node = self.nodes[at]
+            found = self.find_newest(wanted, low_lsn, high_lsn, &node)
             pthread_mutex_unlock(&self.mutex)
-        if at < 0 or node.lsn <= low_lsn:
+        return (node.lsn, node.kind, <bytes> node.payload[:node.length]) if found else None
+
+    def try_find_value(
+        self, bytes key, unsigned long long low_lsn, unsigned long long high_lsn
+    ) -> tuple | None:
+        """`find_value` as (value or None,) without waiting; None if a writer is at work just now."""
+        cdef const unsigned char* wanted = <const unsigned char*> PyBytes_AS_STRING(key)
+        cdef Node node
+        cdef bint found
+        if len(key) != KEY_SIZE:
+            raise ValueError("keys have 18 bytes")
+        if pthread_mutex_trylock(&self.mutex):
             return None
-        return node.lsn, node.kind, <bytes> node.payload[:node.length]
+        found = self.find_newest(wanted, low_lsn, high_lsn, &node)
+        pthread_mutex_unlock(&self.mutex)
+        return ((node.lsn, node.kind, <bytes> node.payload[:node.length]) if found else None,)
+
+    cdef bint find_newest(
+        self, const unsigned char* key, unsigned long long low_lsn, unsigned long long high_lsn, Node* node
+    ) noexcept nogil:
+        """The mutex is held; payloads stay where they are as long as the layer lives."""
+        cdef KeyHead* head = self.find(key)
+        cdef int at = head.newest if head is not NULL else -1
+        while at >= 0 and self.nodes[at].lsn > high_lsn:
+            at = self.nodes[at].older
+        if at < 0 or self.nodes[at].lsn <= low_lsn:
+            return False
+        node[0] = self.nodes[at]
+        return True
 
     def freeze(self) -> None:
         """No more values from here on. Cheap; the sorting waits for `sorted_copy`."""

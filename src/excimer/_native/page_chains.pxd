@@ -34,6 +34,7 @@ cdef class PageChains:
         const unsigned char* payload, unsigned int length,
     ) except -1 nogil
     cdef bytes redo_request(self, int slot)
+    cdef int restore_from(self, int* slot) except -2 nogil
     cdef int restore_base(self, int slot) except -2 nogil
     cdef void fill_page(self, int slot, Link* link, const unsigned char* plain) noexcept nogil
     cdef bint starts_itself(self, int slot)

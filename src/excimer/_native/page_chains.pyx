@@ -80,6 +80,7 @@ cdef enum:
     REDO_OPERATION = 0x52
     CLOSED_BY_VALUE = 1
     CLOSED_EMPTY = 2
+    PAGES_WITH_GIL_MAX = 32
 
 
 class MalformedValueError(ValueError):
@@ -205,11 +206,12 @@ cdef class PageChains:
         self.pages = <unsigned char*> PyBytes_AS_STRING(self.output)
         while slot < self.count:
             # Once for all pages, not once for each: threads that wait for the GIL wake up at every release.
-            with nogil:
-                outcome = 0
-                while slot < self.count and outcome == 0:
-                    outcome = self.restore_base(slot)
-                    slot += 1
+            # For few pages not at all: to have it back may take milliseconds when others compute.
+            if self.count <= PAGES_WITH_GIL_MAX:
+                outcome = self.restore_from(&slot)
+            else:
+                with nogil:
+                    outcome = self.restore_from(&slot)
             if outcome == 0:
                 break
             link = &self.links[self.slots[slot - 1].oldest]
@@ -221,6 +223,14 @@ cdef class PageChains:
             data = link.payload[PAGE_IMAGE_HEAD_SIZE:link.length]
             compressed.append((slot - 1, outcome, data, BLOCK_SIZE - hole))
         return compressed
+
+    cdef int restore_from(self, int* slot) except -2 nogil:
+        """Bases from this slot on, up to the first with an outcome that is not 0; the slot after it."""
+        cdef int outcome = 0
+        while slot[0] < self.count and outcome == 0:
+            outcome = self.restore_base(slot[0])
+            slot[0] += 1
+        return outcome
 
     cdef int restore_base(self, int slot) except -2 nogil:
         """0: done, or nothing to do; -1: malformed; otherwise the compression that Python must undo.

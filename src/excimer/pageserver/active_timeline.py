@@ -176,6 +176,9 @@ class ActiveTimeline:
     async def get_pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:
         return await self.store.get_pages(key, count, lsn)
 
+    def start_read(self, key: bytes, count: int, lsn: Lsn) -> bytes | Callable[[], Awaitable[bytes]]:
+        return self.store.start_read(key, count, lsn)
+
     async def basebackup(self, lsn: Lsn) -> bytes:
         """Compressed. The last one is kept: computes start again and again at an LSN that stands still."""
         async with self._basebackup_lock:

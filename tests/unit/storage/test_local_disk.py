@@ -107,7 +107,7 @@ async def test_reads_go_on_while_layers_are_evicted(tmp_path: Path) -> None:
     disk = LocalDisk(160_000)
     async with storage_context(tmp_path, local_disk=disk, settings=UNCOMPACTED) as context:
         timeline, pages = await fill(context, 8)
-        context.cache._size_bytes_max = 0
+        context.cache.size_bytes_max = 0
         assert disk.size_bytes <= 160_000
         assert disk.evictions >= 4
         ends = [START + 0x100 * (number + 1) for number in range(8)]

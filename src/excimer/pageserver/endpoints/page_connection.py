@@ -6,10 +6,11 @@
         |  wrong token, unknown timeline, no Hello in time     garbage, silence while
         +---------------------> closed <---------------------- an answer cannot be sent
 
-Requests of one connection run at the same time, up to `REQUESTS_IN_FLIGHT_MAX`; while that many run, or
-while the peer does not take its answers, nothing more is read from the socket, so a connection's
-memory is bounded. A request that fails is answered with an error; only bytes that are not the
-protocol close the connection.
+Requests that came together and can be answered at once, because all they need is in memory, are answered on
+the spot and with one write. Others run as tasks at the same time, up to `REQUESTS_IN_FLIGHT_MAX`; while
+that many run, or while the peer does not take its answers, nothing more is read from the socket, so a
+connection's memory is bounded. After `BLOCKS_AT_ONCE_MAX` blocks other connections have their turn. A
+request that fails is answered with an error; only bytes that are not the protocol close the connection.
 
 Not here: finding timelines and reading pages (`tenants`, the store), frames (`wire.page_service`).
 """
@@ -17,7 +18,8 @@ Not here: finding timelines and reading pages (`tenants`, the store), frames (`w
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Final, Protocol, cast
 
 from excimer.base.errors import CorruptionError, ExcimerError, RefusedError
@@ -52,6 +54,8 @@ log = get_logger(__name__)
 REQUESTS_IN_FLIGHT_MAX: Final = 16
 WRITE_BUFFER_BYTES_MAX: Final = 4 << 20
 """Above this much unsent, a connection starts no more requests and reads no more bytes."""
+BLOCKS_AT_ONCE_MAX: Final = 64
+"""Answered before other connections have their turn: about a millisecond."""
 JOIN_BYTES_MAX: Final = 64 << 10
 """Answers up to this size go out as one joined write; larger ones are not copied."""
 FIRST_LSN: Final = 8
@@ -73,10 +77,14 @@ class ServedTimeline(Protocol):
 
     async def wait_for_lsn(self, lsn: Lsn, timeout_s: float, /) -> None: ...
     async def get_pages(self, key: bytes, count: int, lsn: Lsn, /) -> bytes: ...
+    def start_read(self, key: bytes, count: int, lsn: Lsn, /) -> "bytes | Reading":
+        """`get_pages`: at once if nothing has to be waited for, else what to call and await."""
+
     async def basebackup(self, lsn: Lsn, /) -> bytes:
         """Compressed; the LSN has arrived."""
 
 
+Reading = Callable[[], Awaitable[bytes]]
 Spawn = Callable[[str, Coroutine[Any, Any, None]], object]
 """Runs a coroutine in the background; it must not let an unexpected error end the service."""
 
@@ -204,11 +212,48 @@ class PageConnection(asyncio.Protocol):
     # Requests
 
     def _start_requests(self) -> None:
-        while self._waiting and self._in_flight < REQUESTS_IN_FLIGHT_MAX and self._is_writable:
-            message = self._waiting.popleft()
-            self._in_flight += 1
-            self._service.spawn("page request", self._serve(message))
+        is_done = False
+        try:
+            answers: list[bytes] = []
+            blocks = 0
+            while self._may_start() and blocks < BLOCKS_AT_ONCE_MAX:
+                message = self._waiting.popleft()
+                if isinstance(message, GetPages):
+                    blocks += self._answer_or_start(message, answers)
+                else:
+                    self._start(message.request_id, partial(self._get_basebackup, message))
+            if answers:
+                self._service.metrics.pages.inc(blocks)
+                self._write_all(answers)
+            is_done = True
+        finally:
+            if not is_done:  # a defect: never leave the peer waiting for an answer
+                self.abort()
+        if self._may_start():
+            asyncio.get_running_loop().call_soon(self._start_requests)
         self._set_reading(self._is_writable and not self._waiting)
+
+    def _may_start(self) -> bool:
+        return bool(self._waiting) and self._in_flight < REQUESTS_IN_FLIGHT_MAX and self._is_writable
+
+    def _answer_or_start(self, request: GetPages, answers: list[bytes]) -> int:
+        """Adds the answer to `answers`, or starts a task that will send it; how many blocks were added."""
+        started = time.perf_counter()
+        try:
+            pages = self._start_read(request)
+            if not isinstance(pages, bytes):
+                self._start(request.request_id, partial(self._get_pages, request, pages, started))
+                return 0
+            answers += (_pages_head(request, pages), pages)
+        except ExcimerError as error:
+            self._answer_error(request.request_id, error)
+            return 0
+        self._service.metrics.get_pages_seconds.observe(time.perf_counter() - started)
+        return request.count
+
+    def _start(self, request_id: int, request: Callable[[], Awaitable[None]]) -> None:
+        self._in_flight += 1
+        self._service.spawn("page request", self._serve(request_id, request))
 
     def _set_reading(self, is_wanted: bool) -> None:
         if self._transport is None or self._transport.is_closing() or is_wanted == self._is_reading:
@@ -219,16 +264,13 @@ class PageConnection(asyncio.Protocol):
         else:
             self._transport.pause_reading()
 
-    async def _serve(self, message: GetPages | GetBasebackup) -> None:
+    async def _serve(self, request_id: int, request: Callable[[], Awaitable[None]]) -> None:
         is_answered = False
         try:
-            if isinstance(message, GetPages):
-                await self._get_pages(message)
-            else:
-                await self._get_basebackup(message)
+            await request()
             is_answered = True
         except ExcimerError as error:
-            self._answer_error(message.request_id, error)
+            self._answer_error(request_id, error)
             is_answered = True
         finally:
             self._in_flight -= 1
@@ -237,25 +279,30 @@ class PageConnection(asyncio.Protocol):
             else:  # cancelled, or a defect: never leave the peer waiting for an answer
                 self.abort()
 
-    async def _get_pages(self, request: GetPages) -> None:
-        started = time.perf_counter()
+    def _start_read(self, request: GetPages) -> bytes | Reading:
+        """The pages, or what to call and await for them."""
         if not 0 < request.count <= BLOCKS_MAX:
             raise RefusedError(
                 f"{request.count} blocks were asked for; one request may have 1 to {BLOCKS_MAX}"
             )
         timeline = self._timeline()
-        lsn = request.lsn
-        if lsn == NEWEST_LSN:
-            wanted = max(request.not_modified_since, FIRST_LSN)
-            if timeline.last_record_lsn < wanted:
-                await self._wait(timeline, wanted)
-            lsn = timeline.last_record_lsn
+        newest_lsn = timeline.last_record_lsn
+        if request.lsn == NEWEST_LSN:
+            lsn, wanted_lsn = newest_lsn, max(request.not_modified_since, FIRST_LSN)
         else:
-            lsn = await self._wait(timeline, lsn)
-        pages = await timeline.get_pages(request.key(), request.count, Lsn(lsn))
-        if len(pages) != request.count * BLOCK_SIZE_BYTES:
-            raise CorruptionError(f"{request.count} pages were read as {len(pages)} bytes")
-        self._write(pages_head(request.request_id, request.count), pages)
+            lsn = wanted_lsn = timeline.record_end(request.lsn)
+        if newest_lsn < wanted_lsn:
+            return partial(self._wait_and_read, timeline, request, Lsn(wanted_lsn))
+        return timeline.start_read(request.key(), request.count, Lsn(lsn))
+
+    async def _wait_and_read(self, timeline: ServedTimeline, request: GetPages, wanted_lsn: Lsn) -> bytes:
+        await self._wait(timeline, wanted_lsn)
+        lsn = timeline.last_record_lsn if request.lsn == NEWEST_LSN else wanted_lsn
+        return await timeline.get_pages(request.key(), request.count, lsn)
+
+    async def _get_pages(self, request: GetPages, reading: Reading, started: float) -> None:
+        pages = await reading()
+        self._write(_pages_head(request, pages), pages)
         self._service.metrics.pages.inc(request.count)
         self._service.metrics.get_pages_seconds.observe(time.perf_counter() - started)
 
@@ -300,6 +347,10 @@ class PageConnection(asyncio.Protocol):
             transport.write(head)
             transport.write(body)
 
+    def _write_all(self, parts: list[bytes]) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(parts))
+
     def _set_timer(self, delay_s: float | None, why: str) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -314,3 +365,9 @@ class PageConnection(asyncio.Protocol):
     def _address(self) -> str:
         name = self._transport.get_extra_info("peername") if self._transport is not None else None
         return f"{name[0]}:{name[1]}" if name else "gone"
+
+
+def _pages_head(request: GetPages, pages: bytes) -> bytes:
+    if len(pages) != request.count * BLOCK_SIZE_BYTES:
+        raise CorruptionError(f"{request.count} pages were read as {len(pages)} bytes")
+    return pages_head(request.request_id, request.count)

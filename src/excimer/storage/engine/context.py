@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from excimer._native.block_cache import BlockCache
 from excimer.io.filesystem import Filesystem
 from excimer.io.object_store import ObjectStore
-from excimer.storage.engine.block_cache import BlockCache
 from excimer.storage.engine.engine_counters import EngineCounters
 from excimer.storage.engine.local_disk import LocalDisk
 from excimer.storage.engine.upload_queue import UploadQueue
@@ -17,6 +17,9 @@ from excimer.storage.format.layer_block import BLOCK_TARGET_SIZE_BYTES
 from excimer.storage.format.tenant_settings import TenantSettings
 
 MIB = 1024 * 1024
+
+BLOCK_CACHE_SIZE_BYTES = 128 * MIB
+"""Of decompressed blocks, over all tenants."""
 
 
 class RedoExecutor(Protocol):
@@ -82,7 +85,7 @@ class StorageContext:
     counters: EngineCounters = field(default_factory=EngineCounters)
     compaction_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     """So many timelines compact at the same time."""
-    cache: BlockCache = field(default_factory=BlockCache)
+    cache: BlockCache = field(default_factory=lambda: BlockCache(BLOCK_CACHE_SIZE_BYTES))
     settings: StorageSettings = field(default_factory=StorageSettings)
     local_disk: LocalDisk = field(default_factory=LocalDisk)
     uploads: UploadQueue = field(default_factory=UploadQueue)

@@ -12,12 +12,13 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import zstandard
 
+from excimer._native.block_index import BlockIndex
 from excimer.io.filesystem import RandomReader
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.partial_copy import LayerMissingError, LayerObject, PartialCopy
@@ -34,6 +35,7 @@ from excimer.storage.format.manifest import LayerDescription
 _log = logging.getLogger(__name__)
 
 _per_thread = threading.local()
+_layer_numbers = count(1)
 
 
 class _Opened(NamedTuple):
@@ -59,6 +61,8 @@ class DiskLayer:
         self, context: StorageContext, description: LayerDescription, local_path: Path, object_name: str
     ) -> None:
         self.description = description
+        self.number = next(_layer_numbers)
+        """In the block cache. Every object has its own, so nothing is ever found under another's."""
         self.local_path = local_path
         self.object_name = object_name
         self.last_used = 0
@@ -88,13 +92,13 @@ class DiskLayer:
             for number in numbers:
                 yield from self._read_run(opened, number, number + 1)
             return
-        held = {number: cache.try_get((self.object_name, number)) for number in numbers}
+        held = {number: cache.try_get(self.number, number) for number in numbers}
         for missing, run in groupby(numbers, key=lambda number: held[number] is None):
             run_numbers = list(run)
             if missing:
                 for start, end in _adjacent(run_numbers):
                     for number, block in enumerate(self._read_run(opened, start, end), start):
-                        cache.add((self.object_name, number), block)
+                        cache.add(self.number, number, block)
                         yield block
             else:
                 for number in run_numbers:
@@ -112,6 +116,12 @@ class DiskLayer:
             if self._has_whole():
                 self.last_used = self._disk.next_tick()
                 self._disk.use(self, self.description.size_bytes)
+
+    @property
+    def index(self) -> BlockIndex | None:
+        """None while the layer is not open. Never blocks."""
+        opened = self._opened
+        return None if opened is None else opened.layer_index.blocks
 
     def close(self) -> None:
         """Closes the file, and no longer counts it; a later read opens it again."""

@@ -1,29 +1,45 @@
 """Restoring pages: collect the chains of adjacent blocks, then images, native records, redo.
 
-Collecting blocks (disk, sometimes object storage) and runs in worker threads; redo is awaited.
+A read is first tried where it was asked for, on the event loop, with what memory and the block cache have:
+most reads are a handful of microseconds, and a way through another thread costs a multiple of that. The
+try waits for nothing and gives up where it would have to, or where there is much to do; then everything is
+done in a worker thread, which may wait for disk and object storage. Redo is awaited in either case.
+
+Both ways find the same (`tests/property/test_fast_reads.py`); the slow one is the definition.
 """
 
 import asyncio
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Protocol
+from typing import Final, Protocol
 
 import lz4.block
 import zstandard
 
+from excimer._native.cached_walk import collect_cached
 from excimer._native.page_chains import MalformedValueError, PageChains
 from excimer.base.errors import CorruptionError, RetryableError
-from excimer.base.keys import KeyKind, Relation, make_key, parse_key, relation_size_key, slru_size_key
+from excimer.base.keys import KeyKind, make_key, parse_key
 from excimer.base.lsn import format_lsn
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import NoSuchPageError, PageRebuildError
-from excimer.storage.engine.value_reads import ValueSource, read_value
+from excimer.storage.engine.value_reads import ValueSource, read_value, try_read_value
+from excimer.storage.engine.walk_memory import WalkMemory
 from excimer.storage.format.layer_file import DamagedLayerError
 from excimer.storage.plan.read_path import plan_read
 
+TRIED_BLOCKS_MAX: Final = 32
+TRIED_VALUES_MAX: Final = 512
+"""What may be done on the event loop at once: some tens of microseconds."""
 COMPRESSION_LZ4 = 2
 COMPRESSION_ZSTD = 3
+
+_SIZE_KINDS: Final[dict[int, bytes]] = {
+    KeyKind.RELATION_BLOCK: bytes([KeyKind.RELATION_SIZE]),
+    KeyKind.SLRU_BLOCK: bytes([KeyKind.SLRU_SIZE]),
+}
+_NO_BLOCK: Final = bytes(4)
 
 
 class PageSource(ValueSource, Protocol):
@@ -33,6 +49,8 @@ class PageSource(ValueSource, Protocol):
     def context(self) -> StorageContext: ...
     @property
     def pg_version(self) -> int: ...
+    @property
+    def walk_memory(self) -> WalkMemory: ...
 
 
 class PageRead:
@@ -42,21 +60,52 @@ class PageRead:
         self._source = source
         self._key = key
         self._lsn = lsn
+        self._count = count
         self._chains = PageChains(key, count, lsn)
+        self._redo: tuple[list[int], list[bytes]] | None = None
+        """What redo has to do next, once the chains are collected."""
+
+    def try_pages(self) -> bytes | None:
+        """The pages, if nothing has to be waited for; else None, and `run` goes on from here.
+
+        On the event loop's thread, at most once, before `run`. Errors as `Timeline.get_pages`.
+        """
+        if self._count > TRIED_BLOCKS_MAX or not self._try_collect():
+            return None
+        self._redo = self._restore()
+        return None if self._redo[1] else self._chains.take_pages()
 
     async def run(self) -> bytes:
         """The pages. Errors as `Timeline.get_pages`."""
         context = self._source.context
-        loop = asyncio.get_running_loop()
-        slots, requests = await loop.run_in_executor(context.executor, self._collect_and_restore)
+        if self._redo is None:
+            loop = asyncio.get_running_loop()
+            self._redo = await loop.run_in_executor(context.executor, self._collect_and_restore)
+        slots, requests = self._redo
         while requests:
             pages = await context.redo.redo(requests, self._source.pg_version)
             slots, requests = self._place(slots, pages)
         return self._chains.take_pages()
 
+    def _try_collect(self) -> bool:
+        size = try_read_value(self._source, size_key_of(self._key), self._lsn)
+        if size is None:
+            return False
+        check_within(self._key, self._count, self._lsn, size.value)
+        try:
+            if try_collect_chains(self._source, self._key, self._chains, self._lsn):
+                return True
+        except MalformedValueError:
+            pass  # the slow way meets it again, and says in which file
+        self._chains = PageChains(self._key, self._count, self._lsn)
+        return False
+
     def _collect_and_restore(self) -> tuple[list[int], list[bytes]]:
-        check_blocks_exist(self._source, self._key, self._chains.count, self._lsn)
+        check_blocks_exist(self._source, self._key, self._count, self._lsn)
         collect_chains(self._source, self._key, self._chains, self._lsn)
+        return self._restore()
+
+    def _restore(self) -> tuple[list[int], list[bytes]]:
         try:
             for slot, compression, data, size in self._chains.restore_bases():
                 self._chains.set_image_data(slot, decompress_image(compression, data, size))
@@ -97,8 +146,13 @@ class PageRead:
 
 def check_blocks_exist(source: ValueSource, key: bytes, count: int, lsn: int) -> None:
     """Raises `NoSuchPageError` unless blocks [block, block + count) of the key's relation exist."""
-    size = read_size_blocks(source, key, lsn)
-    block = parse_key(key).block
+    check_within(key, count, lsn, read_value(source, size_key_of(key), lsn))
+
+
+def check_within(key: bytes, count: int, lsn: int, size_value: bytes | None) -> None:
+    """Raises `NoSuchPageError` unless a relation of this size (its stored value) has the blocks."""
+    block = int.from_bytes(key[14:], "big")
+    size = None if size_value is None else int.from_bytes(size_value, "little")
     if size is None or block + count > size:
         first_missing = block if size is None else max(size, block)
         raise NoSuchPageError(block_key(key, first_missing - block), lsn, size)
@@ -106,15 +160,45 @@ def check_blocks_exist(source: ValueSource, key: bytes, count: int, lsn: int) ->
 
 def read_size_blocks(source: ValueSource, key: bytes, lsn: int) -> int | None:
     """Size of the relation fork, or SLRU segment, that a block key belongs to; None if it does not exist."""
-    kind, spc, db, rel, fork, _ = parse_key(key)
-    if kind == KeyKind.RELATION_BLOCK:
-        size_key = relation_size_key(Relation(spc, db, rel), fork)
-    elif kind == KeyKind.SLRU_BLOCK:
-        size_key = slru_size_key(spc, rel)
-    else:
-        raise ValueError(f"key kind {kind:#x} has no blocks")
-    size = read_value(source, size_key, lsn)
+    size = read_value(source, size_key_of(key), lsn)
     return None if size is None else int.from_bytes(size, "little")
+
+
+def size_key_of(key: bytes) -> bytes:
+    """Of a block key's relation fork, or SLRU segment."""
+    try:
+        return _SIZE_KINDS[key[0]] + key[1:14] + _NO_BLOCK
+    except KeyError:
+        raise ValueError(f"key kind {key[0]:#x} has no blocks") from None
+
+
+def try_collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> bool:
+    """`collect_chains` from memory and the block cache only; False if they are not enough.
+
+    The chains are then of no further use. Raises `MalformedValueError`.
+    """
+    last_key = key if chains.count == 1 else block_key(key, chains.count - 1)
+    cache = source.context.cache
+    tick = source.context.local_disk.next_tick()
+    at = source
+    while True:
+        stack = at.stack
+        for memory in stack.memory_layers:
+            if memory.start_lsn < lsn and not memory.try_collect(chains, lsn, TRIED_VALUES_MAX):
+                return False
+        if chains.open_count == 0:
+            return True
+        plan = at.walk_memory.plan(stack, key, last_key, lsn)
+        if not collect_cached(chains, plan.steps, cache, TRIED_VALUES_MAX, tick):
+            return False
+        if chains.open_count == 0:
+            return True
+        if not plan.continues_in_ancestor or stack.ancestry is None:
+            break
+        lsn = min(lsn, stack.ancestry.lsn)
+        at = stack.ancestry.timeline
+    chains.close_all()
+    return True
 
 
 def collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> None:

@@ -55,6 +55,7 @@ from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
 from excimer.storage.engine.settings_store import LiveSettings
 from excimer.storage.engine.value_reads import ValueCache, read_value, read_value_and_lsn, scan_values
+from excimer.storage.engine.walk_memory import WalkMemory
 from excimer.storage.format.manifest import LayerDescription, Manifest
 from excimer.storage.format.tenant_settings import TenantSettings
 from excimer.storage.format.values import PackedBatch
@@ -95,6 +96,7 @@ class Timeline:
         self.wal_segment_size_bytes = manifest.wal_segment_size_bytes
         self.generation = generation
         self.value_cache = ValueCache(context.settings.metadata_cache_entries, self._is_retained)
+        self.walk_memory = WalkMemory()
         self.home = LayerHome(context, manifest.tenant_id, manifest.timeline_id)
         self.stack = LayerStack(
             open=MemoryLayer(manifest.disk_consistent_lsn),
@@ -263,9 +265,25 @@ class Timeline:
         Raises `NoSuchPageError` if any of them does not exist then, `LsnTimeoutError` (wait first),
         `LsnTooOldError`, `PageRebuildError`, `DamagedLayerError`, `ObjectStoreError`.
         """
+        read = self.start_read(key, count, lsn)
+        return read if isinstance(read, bytes) else await read()
+
+    def start_read(self, key: bytes, count: int, lsn: Lsn) -> bytes | Callable[[], Awaitable[bytes]]:
+        """`get_pages`: at once if nothing has to be waited for, else what to call and await; errors likewise.
+
+        On the event loop's thread.
+        """
         self._check_lsn(lsn)
-        pages = await PageRead(self, key, count, lsn).run()
+        read = PageRead(self, key, count, lsn)
+        pages = read.try_pages()
+        if pages is None:
+            return partial(self._finish_read, read, lsn)
         self._check_lsn(lsn)  # while it was read, garbage collection may have passed it
+        return pages
+
+    async def _finish_read(self, read: PageRead, lsn: Lsn) -> bytes:
+        pages = await read.run()
+        self._check_lsn(lsn)
         return pages
 
     async def import_images(self, images: Iterable[tuple[bytes, bytes]]) -> None:

@@ -108,9 +108,7 @@ def _read_cached(source: ValueSource, key: bytes, lsn: int) -> CachedValue:
     low_lsn = known.checked_lsn if known is not None and newer_only else 0
     found, go_on = _find_own(stack, key, low_lsn, lsn)
     if found is not None:
-        value_lsn, kind, payload = found
-        tombstone = _check_kind(key, value_lsn, kind) is ValueKind.TOMBSTONE
-        entry = CachedValue(value_lsn, lsn, None if tombstone else payload)
+        entry = _cache_entry(key, found, lsn)
     elif not go_on:  # images of every live key are without it: when it went is not known
         entry = CachedValue(lsn, lsn, None)
     elif known is not None and newer_only:
@@ -122,6 +120,39 @@ def _read_cached(source: ValueSource, key: bytes, lsn: int) -> CachedValue:
         entry = CachedValue(0, lsn, None)
     source.value_cache.put(key, entry)
     return entry
+
+
+def try_read_value(source: ValueSource, key: bytes, lsn: int) -> CachedValue | None:
+    """What `read_value` finds, if the cache and memory are enough to know. Never blocks."""
+    stack = source.stack
+    while stack.ancestry is not None and lsn <= stack.ancestry.lsn:
+        source = stack.ancestry.timeline
+        stack = source.stack
+    known = source.value_cache.try_get(key)
+    if known is None or lsn < known.found_lsn:
+        return None
+    if lsn <= known.checked_lsn:
+        return known
+    if stack.disk_end_lsn > known.checked_lsn:
+        return None
+    for memory in stack.memory_layers:
+        if memory.newest_lsn > known.checked_lsn and memory.start_lsn < lsn:
+            answer = memory.try_find_value(key, known.checked_lsn, lsn)
+            if answer is None:
+                return None
+            if answer[0] is not None:
+                entry = _cache_entry(key, answer[0], lsn)
+                break
+    else:
+        entry = CachedValue(known.found_lsn, lsn, known.value)
+    source.value_cache.put(key, entry)
+    return entry
+
+
+def _cache_entry(key: bytes, found: StoredValue, lsn: int) -> CachedValue:
+    value_lsn, kind, payload = found
+    tombstone = _check_kind(key, value_lsn, kind) is ValueKind.TOMBSTONE
+    return CachedValue(value_lsn, lsn, None if tombstone else payload)
 
 
 def _find_own(stack: LayerStack, key: bytes, low_lsn: int, high_lsn: int) -> tuple[StoredValue | None, bool]:

@@ -30,14 +30,14 @@ Not here: blocks' insides (`layer_block`), files and objects (`excimer.storage.e
 """
 
 import struct
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import google_crc32c
 import zstandard
 
+from excimer._native.block_index import BlockIndex
 from excimer.base.errors import CorruptionError
 from excimer.base.keys import KEY_SIZE_BYTES
 
@@ -100,22 +100,35 @@ class BlockPlace(NamedTuple):
 
 
 class LayerIndex:
-    """Where the blocks are. Blocks are in key order; a long chain may span several."""
+    """Where the blocks are, kept as the file has it and searched natively (`_native/block_index.pyx`)."""
 
-    def __init__(self, places: list[BlockPlace]) -> None:
-        self.places = places
-        self._last_keys = [place.last_key for place in places]
+    def __init__(self, raw: bytes) -> None:
+        self.blocks = BlockIndex(raw)
+        self.places = BlockPlaces(raw)
 
     def find_blocks(self, first_key: bytes, last_key: bytes, low_lsn: int, high_lsn: int) -> list[int]:
         """Numbers of the blocks that may hold values of keys in [first, last] with low < LSN <= high."""
-        found = []
-        for number in range(bisect_left(self._last_keys, first_key), len(self.places)):
-            place = self.places[number]
-            if place.first_key > last_key:
-                break
-            if place.lowest_lsn <= high_lsn and place.highest_lsn > low_lsn:
-                found.append(number)
-        return found
+        return self.blocks.find_blocks(first_key, last_key, low_lsn, high_lsn)
+
+
+class BlockPlaces(Sequence[BlockPlace]):
+    """A packed index's entries as values, made when they are asked for."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+
+    def __len__(self) -> int:
+        return len(self._raw) // INDEX_ENTRY_SIZE_BYTES
+
+    @overload
+    def __getitem__(self, at: int) -> BlockPlace: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[BlockPlace]: ...
+    def __getitem__(self, at: int | slice) -> BlockPlace | list[BlockPlace]:
+        numbers = range(len(self))[at]
+        if isinstance(numbers, range):
+            return [self[number] for number in numbers]
+        return BlockPlace._make(_INDEX_ENTRY.unpack_from(self._raw, numbers * INDEX_ENTRY_SIZE_BYTES))
 
 
 class LayerEncoder:
@@ -216,7 +229,7 @@ def unpack_index(tail: bytes, index_offset: int, file: str, *, fingerprint: int 
     raw = zstandard.ZstdDecompressor().decompress(stored, max_output_size=raw_size)
     if len(raw) != raw_size or raw_size != block_count * INDEX_ENTRY_SIZE_BYTES:
         raise DamagedLayerError(file, "its index has the wrong size")
-    return LayerIndex([BlockPlace._make(entry) for entry in _INDEX_ENTRY.iter_unpack(raw)])
+    return LayerIndex(raw)
 
 
 def unpack_block_data(
