@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,12 @@ class Stack:
         """The result as JSON. Raises `CommandFailedError`."""
         return json.loads(self.text("--json", *arguments))
 
-    def init(self, *, safekeepers: int = 3, broker_url: str | None = None) -> None:
+    def init(
+        self, *, safekeepers: int = 3, broker_url: str | None = None, options: Sequence[str] = ()
+    ) -> None:
         broker = ["--broker-url", broker_url] if broker_url else []
         version = str(self.pg_version)
-        self.text("init", "--pg-version", version, "--safekeepers", str(safekeepers), *broker)
+        self.text("init", "--pg-version", version, "--safekeepers", str(safekeepers), *broker, *options)
 
     def create_main(self) -> None:
         """A tenant with branch `main` and an endpoint of that name, running."""
@@ -168,14 +170,16 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running_stack(pg_version: int, *, safekeepers: int = 3, broker_url: str | None = None) -> Iterator[Stack]:
+def running_stack(
+    pg_version: int, *, safekeepers: int = 3, broker_url: str | None = None, options: Sequence[str] = ()
+) -> Iterator[Stack]:
     """An initialised and started installation without tenants; stopped and removed at the end."""
     root = Path(tempfile.mkdtemp(prefix="excimer-stack-"))
     root.chmod(0o755)
     build_of(pg_version)
     stack = Stack(root, pg_version)
     try:
-        stack.init(safekeepers=safekeepers, broker_url=broker_url)
+        stack.init(safekeepers=safekeepers, broker_url=broker_url, options=options)
         stack.text("start")
         yield stack
     except BaseException:

@@ -33,6 +33,7 @@ class FakeNode:
     failing: bool = False
     refusing: bool = False
     tenants: set[str] = field(default_factory=set)
+    generations: dict[str, int] = field(default_factory=dict)
     timelines: dict[str, dict[str, Any]] = field(default_factory=dict)
     flush_lsn: int = START_LSN
     commit_lsn: int = START_LSN
@@ -56,6 +57,12 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
         if body["tenant_id"] in node.tenants:
             raise ConflictError("tenant exists")
         node.tenants.add(body["tenant_id"])
+        node.generations[body["tenant_id"]] = body["generation"]
+
+    @app.get("/v1/tenant")
+    async def list_tenants() -> list[dict[str, Any]]:
+        node.check()
+        return [{"tenant_id": tenant, "generation": node.generations[tenant]} for tenant in node.tenants]
 
     @app.delete("/v1/tenant/{tenant}")
     async def delete_tenant(tenant: str) -> None:

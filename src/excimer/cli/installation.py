@@ -64,6 +64,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     page_service_port: int
     pageserver_http_port: int
     safekeepers: tuple[SafekeeperPorts, ...]
+    object_store_url: str | None = None
+    """Where the durable data lives; None: in `object_store/` of the state directory."""
+    object_store_options: dict[str, str] = {}
+    """Credentials, endpoint and the like, as far as they are not in the environment of `excimer start`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,9 @@ class Installation:
             return self.config.broker_url
         return f"nats://excimer:{self.config.broker_password}@{HOST}:{self.config.broker_port}"
 
+    def object_store_url(self) -> str:
+        return self.config.object_store_url or (self.directory / "object_store").as_uri()
+
     def service_parts(self) -> list[Part]:
         """All services, in an order in which they may start; they stop in the reverse one."""
         own_broker = [self._broker()] if self.config.broker_url is None else []
@@ -159,7 +166,8 @@ class Installation:
         settings = PageserverSettings(
             id=1,
             data_dir=self.directory / "pageserver",
-            object_store_url=(self.directory / "object_store").as_uri(),
+            object_store_url=self.object_store_url(),
+            object_store_options=self.config.object_store_options,
             page_service_listen=f"{HOST}:{self.config.page_service_port}",
             http_listen=f"{HOST}:{self.config.pageserver_http_port}",
             broker_url=self.broker_url(),
@@ -244,7 +252,13 @@ def load_installation(directory: Path) -> Installation:
     return Installation(directory, config)
 
 
-def new_config(pg_version: int, safekeepers: int, broker_url: str | None = None) -> Config:
+def new_config(
+    pg_version: int,
+    safekeepers: int,
+    broker_url: str | None = None,
+    object_store_url: str | None = None,
+    object_store_options: dict[str, str] | None = None,
+) -> Config:
     """A configuration with free ports. Raises `StateDirectoryError` for what is not a NATS URL."""
     if broker_url is not None and not _NATS_URL.match(broker_url):
         raise StateDirectoryError(
@@ -257,6 +271,8 @@ def new_config(pg_version: int, safekeepers: int, broker_url: str | None = None)
         broker_http_port=next(ports),
         broker_url=broker_url,
         broker_password=secrets.token_urlsafe(24),
+        object_store_url=object_store_url,
+        object_store_options=object_store_options or {},
         controller_port=next(ports),
         page_service_port=next(ports),
         pageserver_http_port=next(ports),

@@ -79,6 +79,11 @@ class PageserverApi:
         except ConflictError:
             return
 
+    async def list_tenants(self) -> set[TenantId]:
+        """Those that are attached, or are being attached."""
+        answer = await self._client().get("/v1/tenant")
+        return _parse(self._name, answer, lambda rows: {TenantId(row["tenant_id"]) for row in rows})
+
     async def delete_tenant(self, tenant_id: TenantId) -> None:
         await _ignoring_absence(self._client(CREATE_TIMEOUT_S).delete(path_of("v1", "tenant", tenant_id)))
 

@@ -388,6 +388,30 @@ class Controller:
         for tenant in await self._db(self._store.list_tenants):
             async with self._lock(tenant.tenant_id):
                 await self._try_to_finish(self._reconcile_tenant(tenant.tenant_id))
+        for pageserver in await self._db(self._store.list_pageservers):
+            await self._try_to_finish(self._reattach_lost(pageserver))
+
+    async def _reattach_lost(self, pageserver: Pageserver) -> None:
+        """Tenants that a pageserver ought to have and does not know: it has lost its disk.
+
+        They get a new generation, durable before it is spoken, as at any attachment (G1).
+        """
+        api = PageserverApi(pageserver, self._tokens)
+        attached = await api.list_tenants()
+        for listed in await self._db(self._store.list_tenants):
+            if listed.pageserver_id != pageserver.id or listed.tenant_id in attached:
+                continue
+            async with self._lock(listed.tenant_id):
+                tenants = await self._db(self._store.list_tenants)
+                tenant = next((row for row in tenants if row.tenant_id == listed.tenant_id), None)
+                if tenant is None or tenant.state != "active" or tenant.generation != listed.generation:
+                    continue
+                tenant = msgspec.structs.replace(tenant, generation=tenant.generation + 1)
+                await self._db(self._store.put_tenant, tenant)
+                log.warning(
+                    "tenant is unknown to its pageserver: it is attached again", tenant=tenant.tenant_id
+                )
+                await api.create_tenant(tenant.tenant_id, tenant.generation)
 
     async def _reconcile_tenant(self, tenant_id: TenantId) -> None:
         tenants = await self._db(self._store.list_tenants)

@@ -27,6 +27,10 @@ class ObjectStoreError(RetryableError):
     """Object storage could not be reached or answered with an error."""
 
 
+class ObjectStoreDeniedError(ObjectStoreError):
+    """The store answers that we may not: credentials, permissions, or no such bucket."""
+
+
 class ObjectExistsError(RefusedError):
     """The name is taken. Objects are never overwritten."""
 

@@ -9,7 +9,7 @@ Credentials and endpoints come from options (obstore's names, such as ``endpoint
 ``GOOGLE_APPLICATION_CREDENTIALS``, ``AZURE_STORAGE_ACCOUNT_KEY``…), else from the machine's own identity.
 
 A call tries again by itself after a 5xx answer or a broken connection, a few times with growing
-pauses, and gives up after about `CALL_LIMIT_S`; a caller that wants to go on waits longer. Reading an
+pauses, and gives up after about `CallLimits.call_s`; a caller that wants to go on waits longer. Reading an
 object in one call is for small ones; layers are read by ranges.
 
 Not here: whether a store keeps its promises (`object_store_probe`).
@@ -18,6 +18,7 @@ Not here: whether a store keeps its promises (`object_store_probe`).
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar, cast
@@ -33,19 +34,17 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, MemoryStore, from_url
 
 from excimer.base.errors import RefusedError
-from excimer.io.object_store import ObjectExistsError, ObjectInfo, ObjectMissingError, ObjectStoreError
+from excimer.io.object_store import (
+    ObjectExistsError,
+    ObjectInfo,
+    ObjectMissingError,
+    ObjectStoreDeniedError,
+    ObjectStoreError,
+)
 
 if TYPE_CHECKING:
     from obstore.store import S3Config
 
-CONNECT_LIMIT_S: Final = 5
-REQUEST_LIMIT_S: Final = 20
-"""Of one request with its body, which is at most a part of an upload or a few MiB of a layer."""
-RETRIES_MAX: Final = 4
-CALL_LIMIT_S: Final = 20
-"""No new try of the same call after so long."""
-RETRY_PAUSE_MS_FIRST: Final = 100
-RETRY_PAUSE_MS_MAX: Final = 3000
 PART_SIZE_BYTES: Final = 8 * 1024 * 1024
 PARTS_IN_FLIGHT_MAX: Final = 3
 """Of one upload: memory is bounded by this many parts."""
@@ -62,20 +61,32 @@ _SERVER_ERROR: Final = re.compile(r"<Code>([^<]*)</Code>.*?<Message>([^<]*)</Mes
 _Result = TypeVar("_Result")
 
 
-class ObjectStoreDeniedError(ObjectStoreError):
-    """The store answers that we may not: credentials, permissions, or no such bucket."""
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """How long a call may take, and how often it is tried again by itself."""
+
+    connect_s: float = 5.0
+    request_s: float = 20.0
+    """One request with its body, which is at most a part of an upload or a few MiB of a layer."""
+    call_s: float = 20.0
+    """No new try of the same call after so long."""
+    retries_max: int = 4
+    pause_s_first: float = 0.1
+    pause_s_max: float = 3.0
 
 
 class ObstoreObjectStore:
     """Any store that obstore reaches by URL. A local directory is synced to disk after each change."""
 
-    def __init__(self, url: str, options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, url: str, options: Mapping[str, str] | None = None, limits: CallLimits | None = None
+    ) -> None:
         """Connects to nothing yet. Raises RefusedError for what is no URL of a store, or no option of it."""
         parts = urlsplit(url)
         self.url = url
         self._directory = Path(unquote(parts.path)) if parts.scheme == "file" else None
         try:
-            self._store = self._open(parts.scheme, dict(options or {}))
+            self._store = self._open(parts.scheme, dict(options or {}), limits or CallLimits())
         except (BaseError, OSError, ValueError) as error:
             raise RefusedError(f"the object store {url} cannot be opened: {_reason(error)}") from error
 
@@ -162,7 +173,7 @@ class ObstoreObjectStore:
             except (BaseError, OSError) as error:
                 self._fail(error, f"{len(batch)} objects could not be deleted from")
 
-    def _open(self, scheme: str, options: dict[str, str]) -> "obstore.store.ObjectStore":
+    def _open(self, scheme: str, options: dict[str, str], limits: CallLimits) -> "obstore.store.ObjectStore":
         if self._directory is not None:
             if options:
                 raise ValueError("a local directory has no options")
@@ -174,16 +185,16 @@ class ObstoreObjectStore:
             self.url,
             config=cast("S3Config", options),  # or the like of another store: it is checked there
             client_options={
-                "connect_timeout": timedelta(seconds=CONNECT_LIMIT_S),
-                "timeout": timedelta(seconds=REQUEST_LIMIT_S),
+                "connect_timeout": timedelta(seconds=limits.connect_s),
+                "timeout": timedelta(seconds=limits.request_s),
                 "allow_http": _is_plain_http(options),
             },
             retry_config={
-                "max_retries": RETRIES_MAX,
-                "retry_timeout": timedelta(seconds=CALL_LIMIT_S),
+                "max_retries": limits.retries_max,
+                "retry_timeout": timedelta(seconds=limits.call_s),
                 "backoff": {
-                    "init_backoff": timedelta(milliseconds=RETRY_PAUSE_MS_FIRST),
-                    "max_backoff": timedelta(milliseconds=RETRY_PAUSE_MS_MAX),
+                    "init_backoff": timedelta(seconds=limits.pause_s_first),
+                    "max_backoff": timedelta(seconds=limits.pause_s_max),
                     "base": 2,
                 },
             },

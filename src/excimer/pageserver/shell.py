@@ -25,6 +25,8 @@ from excimer.base.address import Address, parse_address
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN
 from excimer.io.filesystem import LocalFilesystem
+from excimer.io.object_store import ObjectStore
+from excimer.io.object_store_probe import check_object_store
 from excimer.io.obstore_object_store import ObstoreObjectStore
 from excimer.pageserver.active_timeline import TimelineWorld
 from excimer.pageserver.endpoints.history_api import make_history_router
@@ -68,7 +70,9 @@ CHANGE_CHECK_S = 0.1
 
 
 async def serve(settings: PageserverSettings) -> None:
-    """Runs until cancelled. Raises `AlreadyRunningError`, `ListenError`, RefusedError for wrong settings."""
+    """Runs until cancelled. Raises `AlreadyRunningError`, `ListenError`, RefusedError for wrong settings and
+    for an object store that cannot be trusted, `ObjectStoreError` when it cannot be reached.
+    """
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(InstanceLock(settings.data_dir, "pageserver"))
         listening = bind_listen(settings.page_service_listen, "page service")
@@ -114,7 +118,9 @@ async def _parts(
             sources=partial(_sources, [parse_address(text) for text in settings.wal_sources], broker),
             wait_for_news=_no_news if broker is None else broker.safekeepers.wait_for_news,
         )
-        context = _storage_context(settings, pools, storage_threads, upload_threads)
+        store = ObstoreObjectStore(settings.object_store_url, settings.object_store_options)
+        await asyncio.to_thread(check_object_store, store, settings.object_store_url)
+        context = _storage_context(settings, store, pools, storage_threads, upload_threads)
         stack.callback(context.local_disk.close)
         EngineMetrics(registry, context.counters)
         ObjectMetrics(registry, context.uploads, context.local_disk)
@@ -142,12 +148,13 @@ async def _broker(settings: PageserverSettings, stack: contextlib.AsyncExitStack
 
 def _storage_context(
     settings: PageserverSettings,
+    store: ObjectStore,
     pools: RedoPools,
     threads: ThreadPoolExecutor,
     upload_threads: ThreadPoolExecutor,
 ) -> StorageContext:
     return StorageContext(
-        store=ObstoreObjectStore(settings.object_store_url, settings.object_store_options),
+        store=store,
         filesystem=LocalFilesystem(),
         local_dir=settings.data_dir / "layers",
         redo=pools,

@@ -193,3 +193,28 @@ def test_branch_points(tmp_path: Path) -> None:
             )
 
     play(tmp_path, story)
+
+
+def test_a_pageserver_that_lost_its_disk_gets_its_tenants_again(tmp_path: Path) -> None:
+    """With a new generation each time, which is durable even if the pageserver does not hear of it."""
+
+    async def story(world: World) -> None:
+        await make_tenant(world)
+        await world.controller.reconcile()
+        assert world.pageserver.generations == {TENANT: 1}
+        world.pageserver.tenants.clear()
+        await world.controller.reconcile()
+        assert world.pageserver.tenants == {TENANT}
+        assert world.pageserver.generations == {TENANT: 2}
+        world.pageserver.tenants.clear()
+        world.pageserver.refusing = True
+        await world.controller.reconcile()
+        world.pageserver.refusing = False
+        await world.controller.reconcile()
+        assert world.pageserver.generations == {TENANT: 4}
+        assert [row.generation for row in world.store.list_tenants()] == [4]
+        world.pageserver.failing = True
+        await world.controller.reconcile()
+        assert [row.generation for row in world.store.list_tenants()] == [4]
+
+    play(tmp_path, story)

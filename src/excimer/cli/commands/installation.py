@@ -2,8 +2,10 @@
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 
@@ -59,24 +61,60 @@ def init(
             help="A NATS server to use, nats://USER:PASSWORD@HOST:PORT; default: our own.", show_default=False
         ),
     ] = None,
+    object_store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="For the data: s3://BUCKET/PREFIX, gs://…, az://…, file:///DIR; default: a local directory.",
+            show_default=False,
+        ),
+    ] = None,
+    object_store_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Of that store, as endpoint=URL; repeatable. Default: the environment, AWS_… and the like.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Make a new local installation."""
     session = session_of(context)
-    installation = make_installation(session, pg_version, safekeepers, force=force, broker_url=broker_url)
+    chosen = ChosenObjectStore(object_store, _parse_options(object_store_option or []))
+    installation = make_installation(
+        session, pg_version, safekeepers, force=force, broker_url=broker_url, object_store=chosen
+    )
     session.say(
         f"made an installation in {installation.directory}; next: excimer start",
         {"directory": str(installation.directory), "pg_version": pg_version, "safekeepers": safekeepers},
     )
 
 
+class ChosenObjectStore(NamedTuple):
+    url: str | None = None
+    """None: a directory of the installation."""
+    options: Mapping[str, str] = MappingProxyType({})
+
+
+OWN_OBJECT_STORE: Final = ChosenObjectStore()
+
+
 def make_installation(
-    session: Session, pg_version: int, safekeepers: int, *, force: bool, broker_url: str | None = None
+    session: Session,
+    pg_version: int,
+    safekeepers: int,
+    *,
+    force: bool,
+    broker_url: str | None = None,
+    object_store: ChosenObjectStore = OWN_OBJECT_STORE,
 ) -> Installation:
+    """Raises RefusedError for wrong options and for an object store that cannot be used."""
     from excimer.postgres import find_build
 
     if not 1 <= safekeepers <= SAFEKEEPERS_MAX or safekeepers % 2 == 0:
         raise UsageError(f"--safekeepers must be odd and at most {SAFEKEEPERS_MAX}: a majority decides")
     find_build(pg_version)
+    _check_object_store(object_store)
     directory = session.directory
     if directory.is_dir() and any(directory.iterdir()):
         if not force:
@@ -86,7 +124,27 @@ def make_installation(
         _remove_installation(directory)
     elif directory.exists() and not directory.is_dir():
         raise StateDirectoryError(f"{directory} is not a directory")
-    return create_installation(directory, new_config(pg_version, safekeepers, broker_url))
+    config = new_config(pg_version, safekeepers, broker_url, object_store.url, dict(object_store.options))
+    return create_installation(directory, config)
+
+
+def _parse_options(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    if any(not key or not equals for key, equals, _ in pairs):
+        raise UsageError("--object-store-option is written KEY=VALUE")
+    return {key: value for key, _, value in pairs}
+
+
+def _check_object_store(chosen: ChosenObjectStore) -> None:
+    """Tries it out now rather than at the first start. Raises RefusedError, `ObjectStoreError`."""
+    if chosen.url is None:
+        if chosen.options:
+            raise UsageError("--object-store-option needs --object-store")
+        return
+    from excimer.io.object_store_probe import check_object_store
+    from excimer.io.obstore_object_store import ObstoreObjectStore
+
+    check_object_store(ObstoreObjectStore(chosen.url, chosen.options), chosen.url)
 
 
 def _remove_installation(directory: Path) -> None:
