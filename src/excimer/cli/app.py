@@ -24,6 +24,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "status": ("installation", "Show which parts run."),
     "tenant": ("tenant", "Tenants (projects): create, list, delete, set-default."),
     "timeline": ("timeline", "Branches: create, branch, list, delete."),
+    "import": ("import_cluster", "Bring in an existing cluster: a data directory, or a running server."),
     "endpoint": ("endpoint", "Endpoints: create, start, stop, list, delete."),
     "export": ("export", "Write a branch as a data directory or tar for plain PostgreSQL."),
     "psql": ("psql", "Open psql on an endpoint."),

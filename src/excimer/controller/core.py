@@ -13,6 +13,7 @@ from excimer.base.errors import RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.controller.model import (
+    HIDDEN_STATES,
     BadRequestError,
     ComputeSpec,
     Endpoint,
@@ -102,7 +103,7 @@ def find_tenant(tenants: Iterable[Tenant], reference: str, default: TenantId | N
 
 def find_branch(timelines: Iterable[Timeline], reference: str) -> Timeline:
     """The branch of a name, a timeline id, or an id's beginning; `timelines` are one tenant's."""
-    shown = [timeline for timeline in timelines if timeline.state != "deleting"]
+    shown = [timeline for timeline in timelines if timeline.state not in HIDDEN_STATES]
     for timeline in shown:
         if reference in (timeline.name, timeline.timeline_id):
             return timeline

@@ -8,9 +8,10 @@ from excimer.base.errors import ConflictError, NotFoundError, RefusedError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 
-State = Literal["creating", "active", "deleting"]
-"""`creating`: rows exist, remote parts perhaps. `deleting`: the name is free, remote parts perhaps not gone.
-Both are driven to their end after a crash; what is `deleting` is not shown to users."""
+State = Literal["creating", "importing", "active", "deleting"]
+"""`creating`: rows exist, remote parts perhaps. `importing`: a branch whose content somebody is sending to
+the pageserver; hidden until it is all there. `deleting`: the name is free, remote parts perhaps not gone.
+All are driven to their end after a crash; what is `deleting` is not shown to users."""
 
 EndpointMode = Literal["primary", "static"]
 
@@ -31,6 +32,10 @@ class InUseError(ConflictError):
 
 class BadRequestError(RefusedError):
     """A name is malformed, or options contradict each other."""
+
+
+HIDDEN_STATES: Final = ("importing", "deleting")
+"""Of branches that users do not see."""
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True):

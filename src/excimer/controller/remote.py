@@ -67,7 +67,7 @@ class PageserverApi:
 
     def __init__(self, pageserver: Pageserver, tokens: TokenMaker) -> None:
         self._name = f"pageserver {pageserver.id}"
-        self._address = pageserver.http_address
+        self.address = self._address = pageserver.http_address
         self._tokens = tokens
 
     def _client(self, timeout_s: float = CALL_TIMEOUT_S) -> HttpClient:
@@ -104,6 +104,19 @@ class PageserverApi:
         except ConflictError:
             answer = await client.get(f"{path}/{timeline.timeline_id}")
         return _parse(self._name, answer, _pageserver_timeline)
+
+    async def find_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> PageserverTimeline | None:
+        """None when the pageserver does not have it (yet)."""
+        try:
+            answer = await self._client().get(path_of("v1", "tenant", tenant_id, "timeline", timeline_id))
+        except NotFoundError:
+            return None
+        return _parse(self._name, answer, _pageserver_timeline)
+
+    async def list_imports(self, tenant_id: TenantId) -> set[TimelineId]:
+        """The timelines that are being sent to it now."""
+        answer = await self._client().get(path_of("v1", "tenant", tenant_id, "import"))
+        return _parse(self._name, answer, lambda rows: {TimelineId(row["timeline_id"]) for row in rows})
 
     async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id)

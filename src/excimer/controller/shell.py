@@ -22,7 +22,9 @@ from excimer.base.errors import ExcimerError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.controller import core
+from excimer.controller.imports import Imports
 from excimer.controller.model import (
+    HIDDEN_STATES,
     MAIN_BRANCH,
     BadRequestError,
     ComputeSpec,
@@ -35,7 +37,7 @@ from excimer.controller.model import (
     Tenant,
     Timeline,
 )
-from excimer.controller.remote import PageserverApi, SafekeeperApi, TokenMaker
+from excimer.controller.remote import PageserverApi, PageserverTimeline, SafekeeperApi, TokenMaker
 from excimer.controller.store import MetadataStore
 from excimer.service.logs import get_logger
 
@@ -63,6 +65,15 @@ class Controller:
         self._tokens = tokens
         self._clock = clock
         self._locks: dict[TenantId, asyncio.Lock] = {}
+        self.imports = Imports(
+            store=store,
+            clock=clock,
+            lock=self._lock,
+            find_tenant=self.find_tenant,
+            pageserver_of=self._pageserver_of,
+            activate=self._activate,
+            delete=self._finish_timeline_deletion,
+        )
 
     async def _db(self, call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
         return await asyncio.to_thread(call, *arguments, **options)
@@ -84,7 +95,7 @@ class Controller:
 
     async def list_timelines(self, tenant_id: TenantId) -> list[Timeline]:
         timelines = await self._db(self._store.list_timelines, tenant_id)
-        return [timeline for timeline in timelines if timeline.state != "deleting"]
+        return [timeline for timeline in timelines if timeline.state not in HIDDEN_STATES]
 
     async def find_branch(self, tenant_id: TenantId, reference: str) -> Timeline:
         return core.find_branch(await self.list_timelines(tenant_id), reference)
@@ -249,6 +260,10 @@ class Controller:
     async def _complete_timeline(self, tenant: Tenant, timeline: Timeline, start_lsn: Lsn | None) -> Timeline:
         """Makes the remote parts of a `creating` timeline and activates it."""
         made = await (await self._pageserver_of(tenant)).create_timeline(timeline, start_lsn)
+        return await self._activate(timeline, made)
+
+    async def _activate(self, timeline: Timeline, made: PageserverTimeline) -> Timeline:
+        """What the pageserver has made gets its safekeepers, and is shown."""
         timeline = msgspec.structs.replace(
             timeline,
             ancestor_lsn=made.ancestor_lsn if timeline.ancestor_timeline_id else None,
@@ -426,6 +441,8 @@ class Controller:
         for timeline in await self._db(self._store.list_timelines, tenant_id):
             if timeline.state == "deleting":
                 await self._try_to_finish(self._finish_timeline_deletion(tenant, timeline))
+            elif timeline.state == "importing":
+                await self._try_to_finish(self.imports.settle(tenant, timeline))
             elif timeline.state == "creating":
                 await self._try_to_finish(self._abandon_or_complete(tenant, timeline))
         await self._place_missing(tenant_id)

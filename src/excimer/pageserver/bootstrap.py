@@ -17,6 +17,7 @@ from excimer.base.errors import RefusedError
 from excimer.base.keys import KeyKind, make_key
 from excimer.io.cache import cache_entry
 from excimer.pageserver.initdb_import import ImportedCluster, import_initdb
+from excimer.pgformat.control_file import ControlFile
 from excimer.postgres import SUPPORTED_VERSIONS, PostgresBuild, find_build, redo_extension, run_initdb
 
 DEFAULT_VERSION = max(SUPPORTED_VERSIONS)
@@ -41,20 +42,33 @@ def initdb_template(build: PostgresBuild) -> Path:
     return cache_entry("initdb", f"{build.version}-{identity}", make) / "data"
 
 
+def own_control_file(pg_version: int) -> ControlFile:
+    """pg_control as our build of a version makes it, to compare with. Blocks, the first time for seconds.
+
+    Raises what `new_cluster` does: without a build that can replay WAL nothing of that version is taken in.
+    """
+    data_dir = initdb_template(_usable_build(pg_version))
+    return ControlFile.unpack((data_dir / "global/pg_control").read_bytes(), pg_version)
+
+
 def new_cluster(pg_version: int, chance: Chance, now: UnixTime) -> ImportedCluster:
     """Everything that a new timeline of this version begins with; its history begins `now`. Blocks.
 
     Raises `PostgresVersionError`, `PostgresMissingError` and what `initdb_template` and `redo_extension` do.
     """
-    if pg_version not in SUPPORTED_VERSIONS:
-        supported = ", ".join(map(str, SUPPORTED_VERSIONS))
-        raise PostgresVersionError(f"PostgreSQL {pg_version} is not supported: choose one of {supported}")
-    build = find_build(pg_version)
-    redo_extension(build)  # without it nothing that is written could be read again: refused before that
-    cluster = import_initdb(initdb_template(build), pg_version)
+    cluster = import_initdb(initdb_template(_usable_build(pg_version)), pg_version)
     system_id = chance.randrange(1, 1 << 63)
     control = msgspec.structs.replace(cluster.control_file, system_id=system_id)
     images = dict(cluster.images)
     images[make_key(KeyKind.CONTROL_FILE)] = control.pack()
     images[make_key(KeyKind.COMMIT_TIME)] = unix_to_timestamptz(now).to_bytes(8, "little", signed=True)
     return cluster._replace(control_file=control, images=list(images.items()))
+
+
+def _usable_build(pg_version: int) -> PostgresBuild:
+    if pg_version not in SUPPORTED_VERSIONS:
+        supported = ", ".join(map(str, SUPPORTED_VERSIONS))
+        raise PostgresVersionError(f"PostgreSQL {pg_version} is not supported: choose one of {supported}")
+    build = find_build(pg_version)
+    redo_extension(build)  # without it nothing that is written could be read again: refused before that
+    return build

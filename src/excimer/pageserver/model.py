@@ -69,6 +69,13 @@ class TenantSizes(msgspec.Struct, frozen=True, kw_only=True):
     timelines: list[TimelineSizes]
 
 
+class ImportProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """An import that is going on. It shows among timelines only when it is complete."""
+
+    timeline_id: TimelineId
+    received_bytes: int
+
+
 class TimelineDetail(msgspec.Struct, frozen=True, kw_only=True):
     tenant_id: TenantId
     timeline_id: TimelineId

@@ -42,6 +42,7 @@ from excimer.pgformat.transaction_records import XACT_OPMASK, XACT_PREPARE, deco
 from excimer.pgformat.wal_record import DecodedRecord, MalformedRecordError, Rmgr, WalRecord
 from excimer.pgformat.wal_segment import InvalidWalError
 from excimer.storage.format.values import ValueKind
+from excimer.wire.replication import POSTGRES_TIMELINE
 
 if TYPE_CHECKING:
     from excimer.pageserver.ingest import WalIngest
@@ -59,7 +60,6 @@ TRUNCATE_FSM = 0x4
 
 _TRUNCATE = struct.Struct("<IIIII")
 _RELMAP = struct.Struct("<IIi")
-_END_OF_RECOVERY = struct.Struct("<qII")
 
 
 class XlogInfo(IntEnum):
@@ -108,10 +108,13 @@ def _apply_xlog(ingest: "WalIngest", record: WalRecord, decoded: DecodedRecord) 
                 checkpoint, full_page_writes=struct.unpack_from("<?", data)[0]
             )
         case XlogInfo.END_OF_RECOVERY:
-            _, timeline, previous = _END_OF_RECOVERY.unpack_from(data)
-            checkpoint = msgspec.structs.replace(checkpoint, timeline=timeline, prev_timeline=previous)
+            pass  # a new timeline of PostgreSQL's, perhaps
         case _:
             return False
+    # Imported WAL may be of another one; whatever starts from what we keep is on this one.
+    checkpoint = msgspec.structs.replace(
+        checkpoint, timeline=POSTGRES_TIMELINE, prev_timeline=POSTGRES_TIMELINE
+    )
     ingest.put_checkpoint_state(CheckpointState(checkpoint, state.settings))
     return True
 

@@ -11,7 +11,7 @@ Not here: what a timeline does once it is there (`active_timeline`); HTTP and TC
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -22,10 +22,12 @@ from excimer.base.errors import CorruptionError, FencedError, RefusedError, Retr
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
 from excimer.pageserver.active_timeline import ActiveTimeline, TimelineWorld, detail_of_archived
-from excimer.pageserver.bootstrap import DEFAULT_VERSION, new_cluster
+from excimer.pageserver.bootstrap import DEFAULT_VERSION, new_cluster, own_control_file
+from excimer.pageserver.cluster_import import ClusterImport
 from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp, TimestampOutsideHistoryError
 from excimer.pageserver.model import (
     GenerationTooOldError,
+    ImportProgress,
     NewTimeline,
     TenantMissingError,
     TenantRecord,
@@ -35,6 +37,7 @@ from excimer.pageserver.model import (
     TimelineInUseError,
     TimelineMissingError,
 )
+from excimer.pageserver.running_imports import RunningImports
 from excimer.pageserver.sizes import tenant_sizes
 from excimer.pageserver.tenant_records import TenantRecords
 from excimer.service.logs import get_logger, log_context
@@ -67,6 +70,7 @@ class _Tenant:
     store: TenantStorage | None = None
     """None while it is being attached."""
     timelines: dict[TimelineId, ActiveTimeline] = field(default_factory=dict)
+    imports: RunningImports = field(default_factory=RunningImports)
     problem: str | None = None
     attaching: asyncio.Task[None] | None = None
 
@@ -175,6 +179,7 @@ class Tenants:
 
     async def _detach(self, tenant: _Tenant) -> None:
         """Stops and closes whatever is attached; the record stays."""
+        await tenant.imports.break_off()
         active, tenant.timelines = list(tenant.timelines.values()), {}
         await asyncio.gather(*(timeline.stop() for timeline in active))
         store, tenant.store = tenant.store, None
@@ -277,6 +282,30 @@ class Tenants:
         return await store.branch_timeline(
             new.timeline_id, new.ancestor_timeline_id, lsn=lsn, prev_record_lsn=INVALID_LSN
         )
+
+    async def import_timeline(
+        self, tenant_id: TenantId, timeline_id: TimelineId, chunks: AsyncIterator[bytes]
+    ) -> TimelineDetail:
+        """Makes a timeline of a cluster that comes as an import stream; it exists when this returns, or not
+        at all. Raises `TimelineExistsError`, what `ClusterImport.run` does, `ImportBrokenOffError`.
+        """
+        tenant, store = self._attached(tenant_id)
+        if timeline_id in tenant.timelines or timeline_id in tenant.imports:
+            raise TimelineExistsError(f"timeline {timeline_id} exists already, or is being imported")
+        job = ClusterImport(store, timeline_id, self._world.executor, own_control_file)
+        async with tenant.imports.running(store, timeline_id, job) as running:
+            made = await job.run(chunks)
+            async with tenant.changing:
+                self._attached(tenant_id)
+                timeline = await store.finish_import(made, job.readable_lsn)
+                running.is_complete = True
+                log.info("cluster imported", tenant_id=tenant_id, timeline_id=timeline_id)
+                return self._activate(tenant, timeline).detail()
+
+    def running_imports(self, tenant_id: TenantId) -> list[ImportProgress]:
+        """Raises `TenantMissingError`, `TenantAttachingError`."""
+        tenant, _ = self._attached(tenant_id)
+        return tenant.imports.progress()
 
     def _activate(self, tenant: _Tenant, timeline: Timeline) -> ActiveTimeline:
         active = tenant.timelines[timeline.timeline_id] = ActiveTimeline(timeline, self._world)

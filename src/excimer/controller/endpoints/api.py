@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from excimer.base.ids import TenantId, TimelineId, new_tenant_id, new_timeline_id
 from excimer.base.lsn import Lsn, parse_lsn
 from excimer.controller.endpoints.api_models import (
+    BeginImportBody,
     BranchAnswer,
     BranchesAnswer,
     CreateBranchBody,
@@ -16,6 +17,7 @@ from excimer.controller.endpoints.api_models import (
     DeletedAnswer,
     EndpointAnswer,
     EndpointsAnswer,
+    ImportAnswer,
     NodesAnswer,
     SpecAnswer,
     TenantAnswer,
@@ -33,6 +35,7 @@ def make_router(controller: Controller) -> APIRouter:
     chance = SystemRandom()
     _add_tenant_routes(router, controller, chance)
     _add_branch_routes(router, controller, chance)
+    _add_import_routes(router, controller)
     _add_endpoint_routes(router, controller)
     add_reading_routes(router, controller)
 
@@ -113,6 +116,33 @@ def _add_branch_routes(router: APIRouter, controller: Controller, chance: System
         """Deletes a branch that has neither branches of its own nor endpoints."""
         gone = await controller.delete_timeline(tenant, branch)
         return DeletedAnswer(state="deleted" if gone else "deleting")
+
+
+def _add_import_routes(router: APIRouter, controller: Controller) -> None:
+    base = "/tenants/{tenant}/imports"
+
+    @router.post(base, tags=["imports"], status_code=HTTP_CREATED)
+    async def begin_import(tenant: str, body: BeginImportBody) -> ImportAnswer:
+        """Reserves the branch's name. The caller sends the cluster to the pageserver, then calls `finish`."""
+        begun = await controller.imports.begin(
+            tenant, TimelineId(body.timeline_id), body.name, body.pg_version
+        )
+        return ImportAnswer(
+            tenant_id=begun.timeline.tenant_id,
+            timeline_id=begun.timeline.timeline_id,
+            pageserver_http_address=begun.pageserver_http_address,
+        )
+
+    @router.post(base + "/{timeline_id}/finish", tags=["imports"])
+    async def finish_import(tenant: str, timeline_id: str) -> BranchAnswer:
+        """Shows the branch, once the pageserver has it whole. Repeatable."""
+        return BranchAnswer.of(await controller.imports.finish(tenant, TimelineId(timeline_id)))
+
+    @router.delete(base + "/{timeline_id}", tags=["imports"])
+    async def abandon_import(tenant: str, timeline_id: str) -> DeletedAnswer:
+        """Forgets an import that is not finished."""
+        await controller.imports.abandon(tenant, TimelineId(timeline_id))
+        return DeletedAnswer(state="deleted")
 
 
 def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:

@@ -40,6 +40,12 @@ class CreateBranchBody(Body):
     pg_version: int | None = Field(None, description="For a fresh cluster; a branch has its ancestor's.")
 
 
+class BeginImportBody(Body):
+    timeline_id: HexId = Field(description="Chosen by the client: the pageserver is told the same.")
+    name: str
+    pg_version: int
+
+
 class CreateEndpointBody(Body):
     name: str
     tenant: str = Field("", description="Name or id; empty: the default tenant.")
@@ -50,6 +56,12 @@ class CreateEndpointBody(Body):
     postgres_port: Port
     http_port: Port
     postgres_settings: dict[str, str] = {}
+
+
+class ImportAnswer(BaseModel):
+    tenant_id: str
+    timeline_id: str
+    pageserver_http_address: str = Field(description="Where the import stream is to be sent.")
 
 
 class TenantAnswer(BaseModel):

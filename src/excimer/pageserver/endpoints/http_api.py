@@ -17,6 +17,7 @@ from excimer.base.clock import unix_to_timestamptz
 from excimer.base.errors import RefusedError
 from excimer.base.ids import TenantId, TimelineId, parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import format_lsn, parse_lsn
+from excimer.pageserver.endpoints.import_api import ImportOperations, add_import_routes
 from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp
 from excimer.pageserver.model import NewTimeline, TenantRecord, TimelineDetail
 
@@ -25,7 +26,7 @@ TenantPath = Annotated[str, Path(pattern=ID_PATTERN, description="32 hex digits"
 TimelinePath = Annotated[str, Path(pattern=ID_PATTERN, description="32 hex digits")]
 
 
-class TenantOperations(Protocol):
+class TenantOperations(ImportOperations, Protocol):
     """What the API asks of the pageserver (`tenants.Tenants`)."""
 
     async def attach(self, tenant_id: TenantId, generation: int) -> TenantRecord: ...
@@ -134,6 +135,7 @@ def make_router(operations: TenantOperations) -> APIRouter:
     _add_tenant_routes(router, operations)
     _add_timeline_routes(router, operations)
     _add_action_routes(router, operations)
+    add_import_routes(router, operations, timeline_answer)
     return router
 
 

@@ -1,4 +1,4 @@
-"""A tenant's timelines on this pageserver: attach, create, branch, list, delete.
+"""A tenant's timelines on this pageserver: attach, create, import, branch, list, delete.
 
 Attaching reads what object storage has (manifests only) and takes what the local directory still
 holds of the layers. One `TenantStorage` per tenant and process; the generation is the controller's
@@ -46,6 +46,7 @@ from excimer.storage.engine.manifest_store import (
 )
 from excimer.storage.engine.settings_store import LiveSettings, SettingsStore
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.engine.timeline_import import TimelineImport
 from excimer.storage.format.manifest import Manifest
 from excimer.storage.format.tenant_settings import Overrides, check_overrides
 from excimer.storage.plan.branch import ROOT, Origin, branch_points, plan_branch
@@ -184,20 +185,36 @@ class TenantStorage:
         """
         async with self._changing:
             self._check_is_new(new.timeline_id)
-            manifest = Manifest(
-                tenant_id=self.tenant_id,
-                timeline_id=new.timeline_id,
-                pg_version=new.pg_version,
-                system_id=new.system_id,
-                wal_segment_size_bytes=new.wal_segment_size_bytes,
-                oldest_lsn=new.last_record_lsn,
-                disk_consistent_lsn=new.last_record_lsn,
-                prev_record_lsn=new.prev_record_lsn,
-            )
-            timeline = self._make(manifest, None)
+            timeline = self._make(self._root_manifest(new), None)
             await timeline.import_images(images)
             self.timelines[timeline.timeline_id] = timeline
             return timeline
+
+    async def begin_import(self, new: NewTimeline) -> TimelineImport:
+        """A timeline without ancestor, made in pieces: its content as of `new.last_record_lsn`, then WAL.
+
+        It exists, for others too, when `finish_import` returns. Raises `TimelineExistsError`,
+        `ObjectStoreError`.
+        """
+        self._check_is_new(new.timeline_id)
+        manifest = msgspec.structs.replace(self._root_manifest(new), importing=True)
+        made = TimelineImport(self._make(manifest, None))
+        await made.begin()
+        return made
+
+    async def finish_import(self, made: TimelineImport, readable_lsn: Lsn) -> Timeline:
+        """All that was put becomes durable, and the timeline one of this tenant's, readable from
+        `readable_lsn` on. Raises `TimelineExistsError`, `ObjectStoreError` (call `abort_import` then).
+        """
+        async with self._changing:
+            self._check_is_new(made.timeline.timeline_id)
+            await made.complete(readable_lsn)
+            self.timelines[made.timeline.timeline_id] = made.timeline
+            return made.timeline
+
+    async def abort_import(self, made: TimelineImport) -> None:
+        """Removes it. Raises `ObjectStoreError`: whoever attaches the tenant next removes it then."""
+        await made.close(partial(_remove_objects, self.context, self.tenant_id, made.timeline.timeline_id))
 
     async def branch_timeline(
         self,
@@ -407,7 +424,7 @@ class TenantStorage:
             newest = claim_newest(store, self.tenant_id, timeline_id, self.generation)
             if newest is None:
                 continue  # created halfway: without a manifest it does not exist
-            if newest.manifest.deleted:
+            if newest.manifest.deleted or newest.manifest.importing:
                 _remove_objects(self.context, self.tenant_id, TimelineId(timeline_id))
                 continue
             found[TimelineId(timeline_id)] = newest
@@ -450,6 +467,18 @@ class TenantStorage:
         """Raises `TimelineBusyError`."""
         if timeline_id in self._detaching:
             raise TimelineBusyError(f"timeline {timeline_id} is being detached from its ancestor: try again")
+
+    def _root_manifest(self, new: NewTimeline) -> Manifest:
+        return Manifest(
+            tenant_id=self.tenant_id,
+            timeline_id=new.timeline_id,
+            pg_version=new.pg_version,
+            system_id=new.system_id,
+            wal_segment_size_bytes=new.wal_segment_size_bytes,
+            oldest_lsn=new.last_record_lsn,
+            disk_consistent_lsn=new.last_record_lsn,
+            prev_record_lsn=new.prev_record_lsn,
+        )
 
     def _check_is_new(self, timeline_id: TimelineId) -> None:
         if timeline_id in self.timelines or timeline_id in self.archived:

@@ -24,7 +24,6 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import TypeVar
 
 import msgspec
@@ -43,13 +42,12 @@ from excimer.storage.engine.errors import (
     LsnTooOldError,
     TimelineStoppedError,
 )
+from excimer.storage.engine.image_sorter import ImageSorter
 from excimer.storage.engine.layer_stack import Ancestry, FrozenLayer, LayerHome, LayerStack
 from excimer.storage.engine.layer_writing import (
-    image_value,
     is_here,
     upload_layer,
     write_delta,
-    write_images,
 )
 from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
@@ -289,8 +287,8 @@ class Timeline:
     async def import_images(self, images: Iterable[tuple[bytes, bytes]]) -> None:
         """The content of a new timeline as of its `disk_consistent_lsn`: every key and its whole value.
 
-        Any order; the images are held in memory together. Writes the timeline's first manifest: before
-        that it does not exist, whatever happens. Raises `ObjectStoreError`, OSError, ValueError.
+        Any order; memory is bounded (`ImageSorter`). Writes the timeline's first manifest: before that it
+        does not exist, whatever happens. Raises `ObjectStoreError`, OSError, ValueError.
         """
         async with self._flush_lock:
             await self.whole_in_thread(partial(self._import_images, images))
@@ -530,14 +528,13 @@ class Timeline:
         self._written = None
 
     def _import_images(self, images: Iterable[tuple[bytes, bytes]]) -> None:
-        lsn = self.manifest.disk_consistent_lsn
-        values = [image_value(key, lsn, data) for key, data in sorted(images)]
-        if any(value.key == following.key for value, following in pairwise(values)):
-            raise ValueError("a key has two images")
-        layers = write_images(self.home, values, lsn, self.generation, covers_after_lsn=0)
-        for layer in layers:
-            upload_layer(self.home, layer)
-        self.commit_layers(self.manifest, layers)
+        sorter = ImageSorter(self.home, self.manifest.disk_consistent_lsn, self.generation, keep_local=True)
+        try:
+            for key, data in images:
+                sorter.add(key, data)
+            self.commit_layers(self.manifest, sorter.finish())
+        finally:
+            sorter.discard()
 
     def commit_layers(
         self,

@@ -1,0 +1,83 @@
+"""The imports of a tenant that are going on: who may break them off, and cleaning up after them.
+
+An import is one HTTP request. It ends complete; or with an error, when its sender goes away, or when
+the tenant is detached; then all of it is removed, before the request is answered if that is possible.
+
+Not here: the import itself (`cluster_import`).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from excimer.base.errors import RetryableError
+from excimer.base.ids import TimelineId
+from excimer.pageserver.cluster_import import ClusterImport
+from excimer.pageserver.model import ImportProgress
+from excimer.service.logs import get_logger
+from excimer.storage.engine.tenant import TenantStorage
+
+log = get_logger(__name__)
+
+
+class ImportBrokenOffError(RetryableError):
+    """The tenant was detached, or the process stopped, while a cluster was imported."""
+
+
+@dataclass(slots=True)
+class RunningImport:
+    job: ClusterImport
+    limit: asyncio.Timeout
+    is_complete: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class RunningImports:
+    """Of one tenant. Belongs to the event loop."""
+
+    def __init__(self) -> None:
+        self._running: dict[TimelineId, RunningImport] = {}
+
+    def __contains__(self, timeline_id: TimelineId) -> bool:
+        return timeline_id in self._running
+
+    def progress(self) -> list[ImportProgress]:
+        return [
+            ImportProgress(timeline_id=timeline_id, received_bytes=each.job.received_bytes)
+            for timeline_id, each in sorted(self._running.items())
+        ]
+
+    @contextlib.asynccontextmanager
+    async def running(
+        self, store: TenantStorage, timeline_id: TimelineId, job: ClusterImport
+    ) -> AsyncIterator[RunningImport]:
+        """For the time of an import; one that is not complete at the end is removed."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                running = self._running[timeline_id] = RunningImport(job, limit)
+                try:
+                    yield running
+                finally:
+                    if not running.is_complete:
+                        await asyncio.shield(_remove(store, job))
+                    del self._running[timeline_id]
+                    running.ended.set()
+        except TimeoutError as error:
+            raise ImportBrokenOffError("the tenant is detached: import again") from error
+
+    async def break_off(self) -> None:
+        """Ends all; returns when nothing of them is left."""
+        running = list(self._running.values())
+        for each in running:
+            each.limit.reschedule(asyncio.get_running_loop().time())
+        await asyncio.gather(*(each.ended.wait() for each in running))
+
+
+async def _remove(store: TenantStorage, job: ClusterImport) -> None:
+    if job.made is None:
+        return
+    try:
+        await store.abort_import(job.made)
+    except (RetryableError, OSError) as error:
+        log.warning("a broken-off import is removed when the tenant is attached next", error=error)
