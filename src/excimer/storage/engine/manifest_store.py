@@ -6,6 +6,10 @@
 A manifest is only ever created (G1): a writer whose name is taken by other content has been
 overtaken by another process of the same generation and stops. A reader takes the greatest name, so
 what an older generation still writes is never looked at.
+
+A listing may lag behind on some stores, while asking for an object by name never does. So whoever takes the
+greatest listed name asks for those that would follow it: the next of the same generation, and the first of
+the next generations, which for that reason are kept.
 """
 
 from contextlib import suppress
@@ -23,6 +27,9 @@ from excimer.storage.format.manifest import (
 
 MANIFESTS_KEPT = 3
 """Older ones of the same generation are deleted; a few stay for people who look for a cause."""
+
+GENERATIONS_LOOKED_AHEAD = 3
+"""Of those that a listing does not have."""
 
 
 class OvertakenError(FencedError):
@@ -81,7 +88,7 @@ class ManifestStore:
                 ) from error
         self._unanswered = None
         self._sequence += 1
-        if self._sequence > MANIFESTS_KEPT:
+        if self._sequence > MANIFESTS_KEPT + 1:  # the first of each generation stays
             old = ManifestName(self._generation, self._sequence - MANIFESTS_KEPT)
             with suppress(ObjectStoreError):  # an old manifest too many does no harm
                 self._store.delete(f"{self._prefix}/{old}")
@@ -104,6 +111,11 @@ class ManifestStore:
 def check_not_overtaken(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> None:
     """Raises `OvertakenError` if a newer generation has a manifest of the timeline. Blocks."""
     list_timeline(store, tenant_id, timeline_id, generation)
+    if _has_first(store, tenant_id, timeline_id, generation + 1):
+        raise OvertakenError(
+            f"timeline {timeline_id} is owned by generation {generation + 1}: "
+            f"this one, {generation}, must stop"
+        )
 
 
 def list_timeline(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> TimelineObjects:
@@ -134,6 +146,7 @@ def find_newest_manifest(
         if not names:
             return None
         newest = names[-1]
+        _refuse_stale_listing(store, tenant_id, timeline_id, newest, generation)
         manifest = read_manifest(store, tenant_id, timeline_id, newest)
         if manifest is not None:  # else its still running owner has written newer ones meanwhile
             return FoundManifest(newest, manifest)
@@ -149,3 +162,24 @@ def read_manifest(
         return unpack_manifest(store.get(object_name), object_name)
     except ObjectMissingError:
         return None
+
+
+def _refuse_stale_listing(
+    store: ObjectStore, tenant_id: str, timeline_id: str, newest: ManifestName, generation: int
+) -> None:
+    """Raises `ObjectStoreError` if a manifest exists that is newer than the newest one listed."""
+    following = ManifestName(newest.generation, newest.sequence + 1)
+    is_stale = store.size_bytes(f"{timeline_prefix(tenant_id, timeline_id)}/{following}") is not None
+    first, last = newest.generation + 1, min(generation, newest.generation + GENERATIONS_LOOKED_AHEAD)
+    is_stale = is_stale or any(
+        _has_first(store, tenant_id, timeline_id, newer) for newer in range(first, last + 1)
+    )
+    if is_stale:
+        raise ObjectStoreError(
+            f"the object store's listing of timeline {timeline_id} lags behind what was written: try again"
+        )
+
+
+def _has_first(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> bool:
+    name = f"{timeline_prefix(tenant_id, timeline_id)}/{ManifestName(generation, 1)}"
+    return store.size_bytes(name) is not None
