@@ -194,6 +194,26 @@ cdef class PageChains:
             raise IndexError(slot)
         return self.slots[slot].oldest >= 0
 
+    def values(self, int slot) -> list:
+        """(LSN, kind, whether it starts the chain, payload) of the values taken so far, newest first.
+
+        For showing how a page comes about; never on the way of a real read.
+        """
+        cdef list found = []
+        cdef Link* link
+        cdef int at, is_first = 1
+        if not 0 <= slot < self.count:
+            raise IndexError(slot)
+        at = self.slots[slot].oldest
+        while at >= 0:
+            link = &self.links[at]
+            starts = is_first and self.slots[slot].closed == CLOSED_BY_VALUE
+            found.append((link.lsn, <int> link.kind, bool(starts), <bytes> link.payload[:link.length]))
+            is_first = 0
+            at = link.newer
+        found.reverse()
+        return found
+
     def restore_bases(self) -> list:
         """Fills in where each chain starts. Returns (slot, compression, data, size) of images to decompress.
 

@@ -29,6 +29,9 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "export": ("export", "Write a branch as a data directory or tar for plain PostgreSQL."),
     "psql": ("psql", "Open psql on an endpoint."),
     "pg": ("pg", "PostgreSQL builds: list, install, add."),
+    "layers": ("layers", "Draw the layers of a branch."),
+    "page": ("page", "Explain how a page is made, layer by layer."),
+    "profile": ("profile", "Write a flame graph of a running part."),
     "logs": ("logs", "Show the log of a part."),
     "doctor": ("doctor", "Check this machine and the installation."),
 }

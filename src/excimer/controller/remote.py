@@ -128,6 +128,17 @@ class PageserverApi:
         answer = await self._client().get(path, {"timestamp": timestamp})
         return _parse(self._name, answer, lambda value: _lsn(value["lsn"]))
 
+    async def layer_map(self, tenant_id: TenantId, timeline_id: TimelineId) -> Any:
+        """As the pageserver answers it."""
+        return await self._client().get(
+            path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "layer_map")
+        )
+
+    async def explain_page(self, tenant_id: TenantId, timeline_id: TimelineId, page: dict[str, str]) -> Any:
+        """As the pageserver answers it; `page` is its query."""
+        path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "explain_page")
+        return await self._client(CREATE_TIMEOUT_S).get(path, page)
+
 
 class SafekeeperApi:
     """One safekeeper's API."""

@@ -31,6 +31,7 @@ from excimer.io.obstore_object_store import ObstoreObjectStore
 from excimer.pageserver.active_timeline import TimelineWorld
 from excimer.pageserver.endpoints.history_api import make_history_router
 from excimer.pageserver.endpoints.http_api import make_router
+from excimer.pageserver.endpoints.inspection_api import make_inspection_router
 from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.metrics import EngineMetrics, PageServiceMetrics, TimelineMetrics
 from excimer.pageserver.object_metrics import ObjectMetrics
@@ -82,8 +83,8 @@ async def serve(settings: PageserverSettings) -> None:
         tenants, service = await stack.enter_async_context(_parts(settings, health, registry))
         app = create_app("Excimer pageserver", __version__, health, registry)
         auth = bearer_auth(service.verifier, SystemClock(), Scope.PAGESERVER_API)
-        app.include_router(make_router(tenants), dependencies=[Depends(auth)])
-        app.include_router(make_history_router(tenants), dependencies=[Depends(auth)])
+        for router in (make_router(tenants), make_history_router(tenants), make_inspection_router(tenants)):
+            app.include_router(router, dependencies=[Depends(auth)])
         http = await stack.enter_async_context(serving_http(app, settings.http_listen, "pageserver API"))
         server = await asyncio.get_running_loop().create_server(service.connection, sock=listening)
         stack.callback(service.close_all)

@@ -1,8 +1,12 @@
-"""Routes about what is in a branch: where its pages can be read."""
+"""Routes about what is in a branch: where its pages can be read, its layers, how a page comes about.
+
+The controller knows which pageserver to ask, and passes on what that one answers.
+"""
 
 from datetime import UTC, datetime
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
 from excimer.base.lsn import Lsn, format_lsn, parse_lsn
@@ -58,3 +62,35 @@ def add_reading_routes(router: APIRouter, controller: Controller) -> None:
             page_service_address=pageserver.page_service_address,
             token=controller.reading_token(timeline.tenant_id),
         )
+
+    @router.get("/tenants/{tenant}/layer_map", tags=["branches"])
+    async def layer_map(tenant: str, branch: str = "main") -> Any:
+        """The layers of a branch, as its pageserver has them."""
+        found = await controller.find_tenant(tenant)
+        timeline = await controller.find_branch(found.tenant_id, branch)
+        _, pageserver = await controller.pageserver_of(found.tenant_id)
+        names = {row.timeline_id: row.name for row in await controller.list_timelines(found.tenant_id)}
+        answer = await pageserver.layer_map(found.tenant_id, timeline.timeline_id)
+        for child in answer["branches"]:
+            child["name"] = names.get(child["timeline_id"])
+        return {"branch": timeline.name, **answer}
+
+    @router.get("/tenants/{tenant}/explain_page", tags=["branches"])
+    async def explain_page(
+        tenant: str,
+        page: Annotated[str, Query(description="SPC/DB/REL FORK BLOCK, as the pageserver reads it")],
+        branch: str = "main",
+        at_lsn: LsnText | None = None,
+        at_timestamp: datetime | None = None,
+    ) -> Any:
+        """How a page of a branch is made at a point of its history, layer by layer."""
+        at = point_in_history(at_lsn, at_timestamp)
+        timeline, lsn = await controller.point_in_branch(tenant, branch, at)
+        _, pageserver = await controller.pageserver_of(timeline.tenant_id)
+        answer = await pageserver.explain_page(
+            timeline.tenant_id, timeline.timeline_id, {"page": page, "lsn": format_lsn(lsn)}
+        )
+        names = {row.timeline_id: row.name for row in await controller.list_timelines(timeline.tenant_id)}
+        for visit in answer["visits"]:
+            visit["branch"] = names.get(visit["timeline_id"])
+        return {"branch": timeline.name, **answer}

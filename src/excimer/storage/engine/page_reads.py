@@ -9,7 +9,7 @@ Both ways find the same (`tests/property/test_fast_reads.py`); the slow one is t
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Final, Protocol
@@ -18,8 +18,10 @@ import lz4.block
 import zstandard
 
 from excimer._native.cached_walk import collect_cached
+from excimer._native.memory_layer import MemoryLayer
 from excimer._native.page_chains import MalformedValueError, PageChains
 from excimer.base.errors import CorruptionError, RetryableError
+from excimer.base.ids import TimelineId
 from excimer.base.keys import KeyKind, make_key, parse_key
 from excimer.base.lsn import format_lsn
 from excimer.storage.engine.context import StorageContext
@@ -27,7 +29,7 @@ from excimer.storage.engine.errors import NoSuchPageError, PageRebuildError
 from excimer.storage.engine.value_reads import ValueSource, read_value, try_read_value
 from excimer.storage.engine.walk_memory import WalkMemory
 from excimer.storage.format.layer_file import DamagedLayerError
-from excimer.storage.plan.read_path import plan_read
+from excimer.storage.plan.read_path import Visit, plan_read
 
 TRIED_BLOCKS_MAX: Final = 32
 TRIED_VALUES_MAX: Final = 512
@@ -51,13 +53,22 @@ class PageSource(ValueSource, Protocol):
     def pg_version(self) -> int: ...
     @property
     def walk_memory(self) -> WalkMemory: ...
+    @property
+    def timeline_id(self) -> TimelineId: ...
+
+
+WalkWatcher = Callable[[PageSource, MemoryLayer | Visit, PageChains], None]
+"""Is told of each layer that a walk has visited, on which timeline, and what it has collected by then."""
 
 
 class PageRead:
     """One read of `count` adjacent blocks at one LSN."""
 
-    def __init__(self, source: PageSource, key: bytes, count: int, lsn: int) -> None:
+    def __init__(
+        self, source: PageSource, key: bytes, count: int, lsn: int, watch: WalkWatcher | None = None
+    ) -> None:
         self._source = source
+        self._watch = watch
         self._key = key
         self._lsn = lsn
         self._count = count
@@ -102,7 +113,7 @@ class PageRead:
 
     def _collect_and_restore(self) -> tuple[list[int], list[bytes]]:
         check_blocks_exist(self._source, self._key, self._count, self._lsn)
-        collect_chains(self._source, self._key, self._chains, self._lsn)
+        collect_chains(self._source, self._key, self._chains, self._lsn, self._watch)
         return self._restore()
 
     def _restore(self) -> tuple[list[int], list[bytes]]:
@@ -201,13 +212,15 @@ def try_collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: 
     return True
 
 
-def collect_chains(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> None:
+def collect_chains(
+    source: PageSource, key: bytes, chains: PageChains, lsn: int, watch: WalkWatcher | None = None
+) -> None:
     """Walks the timeline's layers and its ancestors', newest first, until every chain has its start."""
-    visited = _walk(source, key, chains, lsn)
+    visited = _walk(source, key, chains, lsn, watch)
     source.context.counters.read_visited(visited)
 
 
-def _walk(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> int:
+def _walk(source: PageSource, key: bytes, chains: PageChains, lsn: int, watch: WalkWatcher | None) -> int:
     """How many layer files it took."""
     visited = 0
     last_key = block_key(key, chains.count - 1)
@@ -217,6 +230,8 @@ def _walk(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> int:
         for memory in stack.memory_layers:
             if memory.start_lsn < lsn:
                 memory.collect(chains, lsn)
+                if watch is not None:
+                    watch(at, memory, chains)
         if chains.open_count == 0:
             return visited
         plan = plan_read(stack.disk, key, last_key, 0, lsn)
@@ -228,6 +243,8 @@ def _walk(source: PageSource, key: bytes, chains: PageChains, lsn: int) -> int:
                     chains.add_block(block, visit.low_lsn, visit.high_lsn)
                 except MalformedValueError as error:
                     raise DamagedLayerError(str(file.local_path), str(error)) from error
+            if watch is not None:
+                watch(at, visit, chains)
             if chains.open_count == 0:
                 return visited
         if not plan.continues_in_ancestor or stack.ancestry is None:

@@ -50,6 +50,7 @@ from excimer.storage.engine.layer_writing import (
     write_delta,
 )
 from excimer.storage.engine.manifest_store import ManifestStore
+from excimer.storage.engine.page_explanation import PageExplanation, explain_page
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
 from excimer.storage.engine.settings_store import LiveSettings
 from excimer.storage.engine.value_reads import ValueCache, read_value, read_value_and_lsn, scan_values
@@ -283,6 +284,13 @@ class Timeline:
         pages = await read.run()
         self._check_lsn(lsn)
         return pages
+
+    async def explain_page(self, key: bytes, lsn: Lsn) -> PageExplanation:
+        """How the block comes about at `lsn`. Errors as `get_pages`; damage is explained, not raised."""
+        self._check_lsn(lsn)
+        explanation = await explain_page(self, key, lsn)
+        self._check_lsn(lsn)
+        return explanation
 
     async def import_images(self, images: Iterable[tuple[bytes, bytes]]) -> None:
         """The content of a new timeline as of its `disk_consistent_lsn`: every key and its whole value.
