@@ -7,7 +7,8 @@ import pytest
 from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.storage.engine import redo_crew
 from excimer.storage.engine.redo_crew import ATTEMPTS, RedoCrew, RedoError, RedoUnavailableError
-from excimer.storage.engine.redo_pool import BATCH_REQUESTS_MAX, BATCH_SIZE_BYTES_MAX, split_batches
+from excimer.storage.engine.redo_gathering import BATCH_REQUESTS_MAX, BATCH_SIZE_BYTES_MAX
+from excimer.storage.engine.redo_pool import split_batches
 from excimer.storage.engine.redo_worker import Exchange, Failure, RedoWorkerStartError
 from excimer.wire.redo import decode_redo_request, encode_redo_request
 

@@ -2,11 +2,12 @@
 
 ::
 
-    redo(requests) --split--> batch --thread--> worker process --> pages
-                              batch --thread--> worker process --> pages
+    redo(requests) --.--> batch --thread--> worker process --> pages
+    redo(requests) --'--> batch --thread--> worker process --> pages
 
 Each worker serves one batch at a time, driven by a thread that blocks on its pipes: an event loop
-step per page would cost more than the page. Workers start when first needed.
+step per page would cost more than the page. Requests of several reads that wait at the same time share a
+batch (`redo_gathering`). Workers start when first needed.
 
 Not here: what happens when a worker fails (`redo_crew`), PostgreSQL's side (`csrc/redo`), and which
 records make up a page (`storage.plan`).
@@ -28,14 +29,15 @@ from excimer.storage.engine.redo_crew import (
     RedoError,
     RedoUnavailableError,
 )
+from excimer.storage.engine.redo_gathering import (
+    BATCH_REQUESTS_MAX,
+    BATCH_REQUESTS_MIN,
+    BATCH_SIZE_BYTES_MAX,
+    RedoGathering,
+)
 from excimer.storage.engine.redo_worker import RedoWorker
 
 __all__ = ["RedoError", "RedoPool", "RedoUnavailableError", "split_batches"]
-
-BATCH_REQUESTS_MIN = 16
-"""A batch is not split below this: waking another worker costs more."""
-BATCH_REQUESTS_MAX = 256
-BATCH_SIZE_BYTES_MAX = 4 << 20
 
 
 class RedoPool:
@@ -71,18 +73,15 @@ class RedoPool:
         )
         # As many threads as workers: a thread always finds an idle worker, or room for one more.
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix=f"redo-{build.version}")
+        self._gathering = RedoGathering(self.crew.run_batch, self._executor, workers)
         self._lock = threading.Lock()
         self._closed = False
 
     async def redo(self, requests: Sequence[bytes]) -> list[bytes | RedoError]:
         """Pages for requests (`encode_redo_request`), in their order; a `RedoError` in place of a page
-        that cannot be rebuilt. Raises `RedoUnavailableError`.
+        that cannot be rebuilt. Raises `RedoUnavailableError`. Of one event loop at a time.
         """
-        futures = [asyncio.wrap_future(future) for future in self._submit(requests)]
-        results: list[bytes | RedoError] = []
-        for part in await asyncio.gather(*futures):
-            results += part
-        return results
+        return await self._gathering.redo(requests)
 
     def redo_blocking(self, requests: Sequence[bytes]) -> list[bytes | RedoError]:
         """`redo` for a thread that may block."""
@@ -95,6 +94,7 @@ class RedoPool:
         """Waits for batches under way, then stops all workers. May be called more than once."""
         with self._lock:
             self._closed = True
+        self._gathering.close()
         await asyncio.to_thread(self._executor.shutdown)
         self.crew.close()
         remove_reachable_dir(self._scratch_name, self._scratch_dir)
