@@ -12,7 +12,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import branching, cold_scan, commits, ingest, many_tenants, page_reads, starting, warm_reads
+from bench import (
+    branching,
+    cold_scan,
+    commits,
+    compaction,
+    ingest,
+    many_tenants,
+    page_reads,
+    starting,
+    warm_reads,
+)
 from bench.model import FULL, GOALS, QUICK, Bench, Family, Result, make_result
 from bench.report import print_table, write_results
 
@@ -24,6 +34,7 @@ FAMILIES = (
     Family(("ingest_pgbench_mb_s", "ingest_copy_mb_s", "ingest_vs_recovery_ratio"), ingest.measure),
     Family(page_reads.IDS, page_reads.measure),
     Family(("cold_scan_mb_s",), cold_scan.measure),
+    Family(compaction.IDS, compaction.measure),
     Family(("branch_ms",), branching.measure),
     Family(many_tenants.IDS, many_tenants.measure),
     Family(("endpoint_start_ms", "manifest_to_row_ms"), starting.measure),

@@ -132,9 +132,9 @@ def _table(marks: dict[str, str], name: str) -> Table:
 async def _ingested(context: StorageContext, history: History) -> Timeline:
     tenant = await TenantStorage.attach(context, TENANT, 1)
     cluster = import_initdb(history.beginning, history.build.version)
-    new = _new_timeline(history, cluster.end_lsn, cluster.prev_record_lsn)
+    new = new_timeline(history, cluster.end_lsn, cluster.prev_record_lsn)
     timeline = await tenant.create_timeline(new, cluster.images)
-    await _ingest(timeline, history, cluster.end_lsn)
+    await ingest_history(timeline, history, cluster.end_lsn)
     return timeline
 
 
@@ -144,13 +144,14 @@ async def _write_timeline(
     create_tenant(context.store, TENANT)
     tenant = await TenantStorage.attach(context, TENANT, 1)
     prev_lsn = max(end for end in history.record_ends if end < lsn)
-    timeline = await tenant.create_timeline(_new_timeline(history, lsn, prev_lsn), images)
-    await _ingest(timeline, history, lsn)
+    timeline = await tenant.create_timeline(new_timeline(history, lsn, prev_lsn), images)
+    await ingest_history(timeline, history, lsn)
     await timeline.flush()
     return timeline.last_record_lsn
 
 
-def _new_timeline(history: History, lsn: Lsn, prev_record_lsn: Lsn) -> NewTimeline:
+def new_timeline(history: History, lsn: Lsn, prev_record_lsn: Lsn) -> NewTimeline:
+    """The history as of `lsn`, where the record that starts at `prev_record_lsn` ends."""
     control = ControlFile.unpack(
         (history.beginning / "global/pg_control").read_bytes(), history.build.version
     )
@@ -164,7 +165,8 @@ def _new_timeline(history: History, lsn: Lsn, prev_record_lsn: Lsn) -> NewTimeli
     )
 
 
-async def _ingest(timeline: Timeline, history: History, start_lsn: Lsn) -> None:
+async def ingest_history(timeline: Timeline, history: History, start_lsn: Lsn) -> None:
+    """All WAL from `start_lsn` on. Flushes whenever there is a full layer; the rest stays in memory."""
     loop = asyncio.get_running_loop()
 
     def read_pages(key: bytes, count: int, lsn: Lsn) -> bytes:
