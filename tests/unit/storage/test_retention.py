@@ -46,9 +46,9 @@ def test_points_below_the_cutoff_are_those_held() -> None:
     retention.hold_branch("c", Lsn(300), now_s=1.0)
     assert retention.lease(Lsn(120), now_s=1.0, length_s=10.0) == 11.0
     retention.raise_cutoff(Lsn(200))
-    assert retention.retained(now_s=5.0) == RetainedLsns(Lsn(200), (Lsn(120), Lsn(150)))
+    assert retention.retained(now_s=5.0) == RetainedLsns(Lsn(200), (Lsn(120), Lsn(150)), (Lsn(300),))
     retention.release_branch("a")
-    assert retention.retained(now_s=11.0) == RetainedLsns(Lsn(200), (Lsn(150),))
+    assert retention.retained(now_s=11.0) == RetainedLsns(Lsn(200), (Lsn(150),), (Lsn(300),))
     retention.release_branch("b")
     assert retention.retained(now_s=11.0).points == ()
     assert retention.branch_points() == {"c": 300}

@@ -27,6 +27,7 @@ from excimer.storage.engine.manifest_store import (
     FoundManifest,
     ManifestStore,
     find_newest_manifest,
+    has_follower,
     list_timeline,
     read_manifest,
 )
@@ -57,6 +58,8 @@ def claim_newest(
         objects = list_timeline(store, tenant_id, timeline_id, generation)
         older = [name for name in objects.manifests if name.generation < generation]
         newest = str(older[-1]) if older else claimed_from
+        if older and has_follower(store, tenant_id, timeline_id, older[-1]):
+            continue  # the listing lags behind
         if newest == claimed_from:
             _remove_strangers(store, found.manifest, objects.layers, generation)
             return FoundManifest(found.name, msgspec.structs.replace(found.manifest, claimed_from=""))

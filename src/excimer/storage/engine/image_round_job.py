@@ -158,7 +158,7 @@ async def _read_run(source: RoundSource, run: KeyRun, lsn: Lsn) -> list[Value]:
 def _runs_from(source: RoundSource, plan: RoundPlan) -> Iterator[KeyRun]:
     """What is still to be written of the round, in order. Reads as it goes."""
     if plan.covers_after_lsn == 0:
-        runs = _live_runs(source, plan.lsn)
+        runs = live_runs(source, plan.lsn)
     else:
         files = [source.stack.files[layer.name] for run in plan.sources for layer in run.descriptions]
         runs = merge_runs(heapq.merge(*(_changed_runs(file, plan) for file in files)))
@@ -173,7 +173,7 @@ def _changed_runs(file: DiskLayer, plan: RoundPlan) -> Iterator[KeyRun]:
             raise DamagedLayerError(str(file.local_path), str(error)) from error
 
 
-def _live_runs(source: RoundSource, lsn: Lsn) -> Iterator[KeyRun]:
+def live_runs(source: RoundSource, lsn: Lsn) -> Iterator[KeyRun]:
     """Every key alive at `lsn`, in order: blocks by their relations' sizes, and all other kinds."""
     runs: list[KeyRun] = []
     for start, end in _METADATA_RANGES:

@@ -32,6 +32,14 @@ class FrozenLayer:
 
 
 @dataclass(frozen=True)
+class WalPosition:
+    """The last record put: where it starts and ends. Replaced as a whole, so that it is always a pair."""
+
+    prev_record_lsn: Lsn
+    last_record_lsn: Lsn
+
+
+@dataclass(frozen=True)
 class Ancestry:
     """The timeline that a branch goes on from, and the branch point: nothing above it is read (S2)."""
 

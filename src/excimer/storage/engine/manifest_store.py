@@ -168,8 +168,7 @@ def _refuse_stale_listing(
     store: ObjectStore, tenant_id: str, timeline_id: str, newest: ManifestName, generation: int
 ) -> None:
     """Raises `ObjectStoreError` if a manifest exists that is newer than the newest one listed."""
-    following = ManifestName(newest.generation, newest.sequence + 1)
-    is_stale = store.size_bytes(f"{timeline_prefix(tenant_id, timeline_id)}/{following}") is not None
+    is_stale = has_follower(store, tenant_id, timeline_id, newest)
     first, last = newest.generation + 1, min(generation, newest.generation + GENERATIONS_LOOKED_AHEAD)
     is_stale = is_stale or any(
         _has_first(store, tenant_id, timeline_id, newer) for newer in range(first, last + 1)
@@ -178,6 +177,12 @@ def _refuse_stale_listing(
         raise ObjectStoreError(
             f"the object store's listing of timeline {timeline_id} lags behind what was written: try again"
         )
+
+
+def has_follower(store: ObjectStore, tenant_id: str, timeline_id: str, name: ManifestName) -> bool:
+    """Whether the next manifest of the same generation exists, whatever a listing says. Blocks."""
+    following = ManifestName(name.generation, name.sequence + 1)
+    return store.size_bytes(f"{timeline_prefix(tenant_id, timeline_id)}/{following}") is not None
 
 
 def _has_first(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> bool:

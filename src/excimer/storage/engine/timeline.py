@@ -22,16 +22,17 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import msgspec
 
 from excimer._native.memory_layer import MemoryLayer
-from excimer.base.errors import CorruptionError, RetryableError
+from excimer.base.errors import CorruptionError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
+from excimer.storage.engine.background_steps import Step, run_steps
 from excimer.storage.engine.compactor import Compactor
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.deletion_queue import DeletionQueue
@@ -42,8 +43,9 @@ from excimer.storage.engine.errors import (
     LsnTooOldError,
     TimelineStoppedError,
 )
+from excimer.storage.engine.garbage_collector import GarbageCollector, GcOutcome
 from excimer.storage.engine.image_sorter import ImageSorter
-from excimer.storage.engine.layer_stack import Ancestry, FrozenLayer, LayerHome, LayerStack
+from excimer.storage.engine.layer_stack import Ancestry, FrozenLayer, LayerHome, LayerStack, WalPosition
 from excimer.storage.engine.layer_writing import (
     is_here,
     upload_layer,
@@ -64,14 +66,6 @@ from excimer.storage.plan.retention import Retention
 _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class WalPosition:
-    """The last record put: where it starts and ends. Replaced as a whole, so that it is always a pair."""
-
-    prev_record_lsn: Lsn
-    last_record_lsn: Lsn
 
 
 class Timeline:
@@ -131,6 +125,7 @@ class Timeline:
         self._stopped = False
         self._deleted = False
         self._compactor = Compactor(self)
+        self._collector = GarbageCollector(self, self._compactor)
 
     @property
     def settings(self) -> TenantSettings:
@@ -198,8 +193,7 @@ class Timeline:
         with self._write_lock:
             self._wait_for_compaction_locked(len(batch.data))
             self._wait_for_room_locked()
-            if self._stopped:
-                raise TimelineStoppedError(f"timeline {self.timeline_id} is closed")
+            self._check_runs()
             if end_lsn < self.last_record_lsn:
                 raise ValueError(f"WAL up to {format_lsn(end_lsn)} was put before")
             self.stack.open.put_batch(batch.entries, batch.data, self.last_record_lsn, end_lsn)
@@ -335,6 +329,22 @@ class Timeline:
         async with self.compaction_lock:
             return await self._compactor.step()
 
+    async def collect_garbage(self, time_lsn: Lsn) -> GcOutcome:
+        """Lets go what nobody retains; `time_lsn` is where the timeline stood when the retained window of
+        time begins. Raises `GcTooEarlyError` soon after attaching, and as flushes, reads and uploads do.
+        """
+        return await self._collector.collect(time_lsn)
+
+    def lease(self, lsn: Lsn) -> float:
+        """Keeps an LSN readable for so many seconds from now on; ask again to renew it.
+
+        Raises `LsnTimeoutError` (it has not arrived), `NotRetainedError`.
+        """
+        self._check_arrived(lsn)
+        now_s = self._loop.time()
+        length_s = self.settings.lsn_lease_length_s
+        return self.home_of(lsn).retention.lease(lsn, now_s, length_s) - now_s
+
     @property
     def inherited_size_bytes(self) -> int:
         """What the layers of its ancestors take."""
@@ -348,36 +358,33 @@ class Timeline:
         Errors as `flush`. Hold the compaction lock.
         """
         async with self._flush_lock:
+            self._check_runs()
             commit = partial(self.commit_layers, added=added, removed=removed)
             await self.whole_in_thread(lambda: commit(self.manifest))
 
-    async def run(self) -> None:
-        """Flushes by size and by time, and compacts, until cancelled. Raises `FencedError` when overtaken."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                flushing = self._again_after_errors("flush", self._flush_when_due)
-                group.create_task(flushing, name=f"flush {self.timeline_id}")
-                compacting = self._again_after_errors("compaction", self._compact_when_due)
-                group.create_task(compacting, name=f"compact {self.timeline_id}")
-                deleting = self._again_after_errors(
-                    "deletion", partial(self.deletions.run_when_wanted, self.in_thread)
-                )
-                group.create_task(deleting, name=f"delete layers {self.timeline_id}")
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
+    async def advance_oldest_lsn(self, lsn: Lsn) -> None:
+        """Reads below it are refused when this returns, and after a restart. Errors as `flush`."""
+        async with self._flush_lock:
+            self._check_runs()
+            manifest = msgspec.structs.replace(self.manifest, oldest_lsn=lsn)
+            await self.whole_in_thread(partial(self.commit_layers, manifest, []))
 
-    async def _again_after_errors(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
-        """The step over and over; after an error that may pass, with a pause that grows."""
-        settings = self.context.settings
-        delay_ms = settings.retry_delay_ms_first
-        while True:
-            try:
-                await step()
-                delay_ms = settings.retry_delay_ms_first
-            except (RetryableError, OSError) as error:
-                _log.warning("%s of timeline %s failed, trying again: %s", what, self.timeline_id, error)
-                await asyncio.sleep(delay_ms / 1000)
-                delay_ms = min(delay_ms * 2, settings.retry_delay_ms_max)
+    def _check_runs(self) -> None:
+        """Raises `TimelineStoppedError` once it is closed: what is deleted must not be written again."""
+        if self._stopped:
+            raise TimelineStoppedError(f"timeline {self.timeline_id} is closed")
+
+    async def run(self) -> None:
+        """Flushes by size and by time, compacts, deletes what is no longer named, until cancelled.
+
+        Raises `FencedError` when overtaken.
+        """
+        steps: dict[str, Step] = {
+            "flush": self._flush_when_due,
+            "compaction": self._compact_when_due,
+            "deletion": partial(self.deletions.run_when_wanted, self.in_thread),
+        }
+        await run_steps(self.timeline_id, steps, self.context.settings)
 
     async def _flush_when_due(self) -> None:
         if not self.stack.frozen:
@@ -410,7 +417,8 @@ class Timeline:
         else:
             await self.in_thread(self._wake_writer)
         async with self._flush_lock:
-            await self.in_thread(self.deletions.close)
+            if len(self.deletions):
+                await self.in_thread(self.deletions.close)
             for file in self.stack.files.values():
                 file.close()
 

@@ -37,6 +37,8 @@ class RetainedLsns(NamedTuple):
     """Everything at or above."""
     points: tuple[Lsn, ...]
     """And these below it, ascending."""
+    points_above: tuple[Lsn, ...] = ()
+    """Points held at or above it, ascending: somebody reads there."""
 
 
 class Retention:
@@ -115,7 +117,11 @@ class Retention:
         """What must stay readable now; forgets leases that are over."""
         self._leases = {lsn: until_s for lsn, until_s in self._leases.items() if until_s > now_s}
         held = {*self._branch_counts, *self._leases}
-        return RetainedLsns(self.cutoff_lsn, tuple(sorted(lsn for lsn in held if lsn < self.cutoff_lsn)))
+        return RetainedLsns(
+            self.cutoff_lsn,
+            tuple(sorted(lsn for lsn in held if lsn < self.cutoff_lsn)),
+            tuple(sorted(lsn for lsn in held if lsn >= self.cutoff_lsn)),
+        )
 
     def lease_count(self, now_s: float) -> int:
         return sum(until_s > now_s for until_s in self._leases.values())

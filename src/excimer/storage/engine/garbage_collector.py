@@ -1,0 +1,171 @@
+"""One timeline's garbage collection: a cutoff is announced and made durable, what nobody retains goes (S3).
+
+In this order, each step safe to be the last one:
+
+1. the cutoff is announced: no branch or lease comes to hold anything below it (`plan.retention`);
+2. a manifest says so: reads below it are refused, now and after a restart;
+3. images of all keys at the cutoff are written if they pay, piece by piece, as the compactor writes any;
+4. a manifest no longer names the layers that no retained LSN needs;
+5. they are deleted (`deletion_queue`).
+
+No lock is held against branching: a branch that is being made at this moment holds its point already, or
+comes to hear that the cutoff has passed it.
+
+Not here: which layers (`excimer.storage.plan.gc_plan`), when to collect and where time began (the host).
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from excimer.base.errors import RetryableError
+from excimer.base.lsn import Lsn, record_end
+from excimer.storage.engine.compactor import CompactedTimeline, Compactor
+from excimer.storage.engine.image_round_job import live_runs
+from excimer.storage.format.manifest import Manifest
+from excimer.storage.plan.gc_plan import BottomRound, find_bottom_round, plan_gc
+from excimer.storage.plan.retention import RetainedLsns, Retention, plan_cutoff
+
+_log = logging.getLogger(__name__)
+
+
+class GcTooEarlyError(RetryableError):
+    """Leases that others hold may not have been renewed yet since the tenant was attached."""
+
+    def __init__(self, timeline_id: str, wait_s: float) -> None:
+        super().__init__(
+            f"timeline {timeline_id} was attached a moment ago: garbage is collected in {wait_s:.0f} s, when "
+            "everyone who holds a lease has had time to renew it"
+        )
+        self.wait_s = wait_s
+
+
+@dataclass(frozen=True)
+class GcOutcome:
+    cutoff_lsn: Lsn
+    held_points: int
+    """Below the cutoff: branch points and leases."""
+    layers_removed: int
+    removed_bytes: int
+    has_written_images: bool
+
+
+class CollectedTimeline(CompactedTimeline, Protocol):
+    retention: Retention
+    compaction_lock: asyncio.Lock
+    wal_segment_size_bytes: int
+
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def last_record_lsn(self) -> Lsn: ...
+    @property
+    def disk_consistent_lsn(self) -> Lsn: ...
+    async def compact(self) -> bool: ...
+    async def advance_oldest_lsn(self, lsn: Lsn, /) -> None: ...
+
+
+class GarbageCollector:
+    def __init__(self, timeline: CollectedTimeline, compactor: Compactor) -> None:
+        self._timeline = timeline
+        self._compactor = compactor
+        self._collecting = asyncio.Lock()
+        self._is_damaged = False
+        """Images at a cutoff could not be made whole: more of them would be no better."""
+
+    async def collect(self, time_lsn: Lsn) -> GcOutcome:
+        """`time_lsn`: where the timeline stood when the retained window of time begins.
+
+        Raises `GcTooEarlyError`, and as flushes, reads and uploads do; call it again then.
+        """
+        async with self._collecting:
+            self._check_leases_renewed()
+            cutoff_lsn = await self._advance(time_lsn)
+            has_written = await self._write_bottom_images()
+            removed, retained = await self._remove()
+        outcome = GcOutcome(cutoff_lsn, len(retained.points), *removed, has_written)
+        if outcome.layers_removed:
+            _log.info(
+                "timeline %s: collected %d layers, %d bytes",
+                self._timeline.home.timeline_id,
+                outcome.layers_removed,
+                outcome.removed_bytes,
+            )
+        return outcome
+
+    def _check_leases_renewed(self) -> None:
+        timeline = self._timeline
+        wait_s = timeline.retention.gc_wait_s(_now_s(), timeline.settings.lsn_lease_length_s)
+        if wait_s > 0:
+            raise GcTooEarlyError(timeline.home.timeline_id, wait_s)
+
+    async def _advance(self, time_lsn: Lsn) -> Lsn:
+        timeline = self._timeline
+        async with timeline.compaction_lock:
+            cutoff_lsn = plan_cutoff(
+                time_lsn=time_lsn,
+                last_record_lsn=timeline.last_record_lsn,
+                gc_horizon_bytes=timeline.settings.gc_horizon_bytes,
+                disk_consistent_lsn=timeline.disk_consistent_lsn,
+            )
+            timeline.retention.raise_cutoff(record_end(cutoff_lsn, timeline.wal_segment_size_bytes))
+            announced_lsn = timeline.retention.cutoff_lsn
+            if announced_lsn > timeline.manifest.oldest_lsn:
+                await timeline.advance_oldest_lsn(announced_lsn)
+            return announced_lsn
+
+    async def _write_bottom_images(self) -> bool:
+        """Whether it has. Merges and flushes go on between the pieces."""
+        timeline = self._timeline
+        await self._finish_round()
+        async with timeline.compaction_lock:
+            bottom = await timeline.in_thread(partial(self._worthwhile_round, self._retained()))
+            if bottom is None or self._is_damaged:
+                return False
+            async with timeline.context.compaction_slots:
+                await self._compactor.write_piece(bottom.plan)
+        await self._finish_round()
+        self._is_damaged = not any(
+            run.end_lsn == bottom.plan.lsn and run.covers_after_lsn is not None
+            for run in timeline.stack.disk.image_runs
+        )
+        return True
+
+    async def _finish_round(self) -> None:
+        while self._has_unfinished_round() and await self._timeline.compact():
+            pass
+
+    def _has_unfinished_round(self) -> bool:
+        layers = self._timeline.manifest.layers
+        return any(layer.round_after_lsn is not None for layer in layers)
+
+    def _worthwhile_round(self, retained: RetainedLsns) -> BottomRound | None:
+        timeline = self._timeline
+        if self._has_unfinished_round():
+            return None
+        bottom = find_bottom_round(timeline.stack.disk, retained, start_lsn=timeline.ancestor_lsn)
+        if bottom is None:
+            return None
+        live_keys = sum(run.blocks for run in live_runs(timeline, retained.cutoff_lsn))
+        return bottom if bottom.is_worth_it(live_keys) else None
+
+    async def _remove(self) -> tuple[tuple[int, int], RetainedLsns]:
+        timeline = self._timeline
+        async with timeline.compaction_lock:
+            retained = self._retained()
+            plan = await timeline.in_thread(partial(plan_gc, timeline.stack.disk, retained))
+            if plan.removable:
+                await timeline.replace_layers([], plan.removable)
+        return (len(plan.removable), plan.size_bytes), retained
+
+    def _retained(self) -> RetainedLsns:
+        """Nothing counts as passed that no durable manifest calls so."""
+        retained = self._timeline.retention.retained(_now_s())
+        durable_lsn = Lsn(self._timeline.manifest.oldest_lsn)
+        return retained._replace(cutoff_lsn=min(retained.cutoff_lsn, durable_lsn))
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,251 @@
+"""Garbage collection on a real engine: what goes, what stays readable, and in which order."""
+
+import asyncio
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from excimer.base.ids import TimelineId
+from excimer.base.keys import relation_block_key
+from excimer.base.lsn import Lsn
+from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, ObjectStoreError
+from excimer.storage.engine.context import StorageContext, StorageSettings
+from excimer.storage.engine.errors import LsnTooOldError, TimelineStoppedError
+from excimer.storage.engine.garbage_collector import GcTooEarlyError
+from excimer.storage.engine.tenant import TenantStorage
+from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.values import pack_batch
+from excimer.storage.plan.retention import NotRetainedError
+from tests.kit.storage_oracle import FORKS, IMPORTED, RELATIONS, TimelineOracle
+from tests.kit.storage_world import MAIN, START, attach, in_event_loop, new_main, storage_context
+
+CHILD, GRANDCHILD = TimelineId("22" * 16), TimelineId("33" * 16)
+SMALL = StorageSettings(
+    flush_size_bytes=30_000,
+    block_size_bytes=4000,
+    image_layer_size_bytes=40_000,
+    compaction_threshold=2,
+    image_creation_threshold=2,
+    gc_horizon_bytes=0,
+    lsn_lease_length_s=0.0,
+)
+
+
+async def grow(timeline: Timeline, oracle: TimelineOracle, chance: random.Random, flushes: int) -> None:
+    """So many flushes of some records each, compacted as they come."""
+    for _ in range(flushes):
+        before = oracle.last_lsn
+        oracle.next_values(chance, 30)
+        for values, end_lsn in oracle.batches_after(before, 10):
+            timeline.put_batch(pack_batch(values), end_lsn, Lsn(end_lsn - 8))
+        await timeline.flush()
+        while await timeline.compact():
+            pass
+
+
+async def check_reads(timeline: Timeline, oracle: TimelineOracle, lsn: int) -> None:
+    """Every page of every relation at one LSN, and the values of all other keys."""
+    for relation in RELATIONS:
+        for fork in FORKS:
+            for block in range(oracle.size(relation, fork, lsn) or 0):
+                key = relation_block_key(relation, fork, block)
+                assert await timeline.get_pages(key, 1, Lsn(lsn)) == oracle.page(key, lsn)
+
+
+async def new_tenant(context: StorageContext) -> tuple[TenantStorage, Timeline, TimelineOracle]:
+    tenant = await attach(context)
+    return tenant, await tenant.create_timeline(new_main(), IMPORTED), TimelineOracle.imported()
+
+
+def own_objects(objects: MemoryObjectStore, timeline: Timeline) -> set[str]:
+    return {name.rsplit("/", 1)[-1] for name in objects.objects if f"{timeline.timeline_id}/layers/" in name}
+
+
+@in_event_loop
+async def test_history_goes_and_held_points_stay(tmp_path: Path) -> None:
+    """A child, a grandchild below its parent's branch point, and a lease: each read survives everything."""
+    objects, chance = MemoryObjectStore(), random.Random(1)
+    async with storage_context(tmp_path, store=objects, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 4)
+        early, late, leased = (oracle.ends[len(oracle.ends) * part // 10] for part in (3, 6, 8))
+        child = await tenant.branch_timeline(CHILD, MAIN, lsn=Lsn(late), prev_record_lsn=Lsn(late - 8))
+        child_oracle = TimelineOracle(ancestor=oracle, ancestor_lsn=late)
+        await grow(child, child_oracle, chance, 3)
+        await tenant.branch_timeline(GRANDCHILD, CHILD, lsn=Lsn(early), prev_record_lsn=Lsn(early - 8))
+        grandchild_oracle = TimelineOracle(ancestor=child_oracle, ancestor_lsn=early)
+        await tenant.set_settings({"lsn_lease_length_s": 1000})
+        timeline.lease(Lsn(leased))
+        await tenant.set_settings({})
+        await grow(timeline, oracle, chance, 12)
+        before = sum(layer.size_bytes for layer in timeline.manifest.layers)
+        outcome = await timeline.collect_garbage(timeline.last_record_lsn)
+        await timeline.in_thread(timeline.deletions.drain)
+        assert outcome.held_points == 3
+        assert outcome.layers_removed > 0
+        assert sum(layer.size_bytes for layer in timeline.manifest.layers) < before
+        assert own_objects(objects, timeline) == {layer.name for layer in timeline.manifest.layers}
+        await check_reads(timeline, oracle, leased)
+        await check_reads(timeline, oracle, oracle.last_lsn)
+        await check_reads(child, child_oracle, late)
+        await check_reads(child, child_oracle, child_oracle.last_lsn)
+        await check_reads(tenant.timeline(GRANDCHILD), grandchild_oracle, early)
+        with pytest.raises(LsnTooOldError):
+            await check_reads(timeline, oracle, oracle.ends[len(oracle.ends) // 2])
+        await tenant.delete_timeline(GRANDCHILD)
+        await tenant.delete_timeline(CHILD)
+        outcome = await timeline.collect_garbage(timeline.last_record_lsn)
+        assert (outcome.held_points, outcome.layers_removed > 0) == (1, True)
+
+
+@in_event_loop
+async def test_a_branch_collects_its_own_history_and_needs_no_copy_of_its_ancestor(tmp_path: Path) -> None:
+    chance = random.Random(2)
+    async with storage_context(tmp_path, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 6)
+        child = await tenant.branch_timeline(CHILD, MAIN)
+        child_oracle = TimelineOracle(ancestor=oracle, ancestor_lsn=oracle.last_lsn)
+        await grow(child, child_oracle, chance, 12)
+        outcome = await child.collect_garbage(child.last_record_lsn)
+        assert outcome.layers_removed > 0
+        assert (child.oldest_lsn, timeline.oldest_lsn) == (outcome.cutoff_lsn, START)
+        await check_reads(child, child_oracle, child_oracle.last_lsn)
+        await check_reads(timeline, oracle, oracle.last_lsn)
+        await check_reads(timeline, oracle, oracle.ends[5])
+        # Below its branch point the child shows its ancestor, under the ancestor's cutoff.
+        await check_reads(child, child_oracle, oracle.ends[5])
+        await timeline.collect_garbage(timeline.last_record_lsn)
+        with pytest.raises(LsnTooOldError):
+            await check_reads(child, child_oracle, oracle.ends[5])
+        await check_reads(child, child_oracle, child_oracle.last_lsn)
+
+
+@in_event_loop
+async def test_each_window_keeps_what_is_in_it(tmp_path: Path) -> None:
+    chance = random.Random(3)
+    async with storage_context(tmp_path, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 4)
+        middle = Lsn(oracle.ends[50])
+        assert (await timeline.collect_garbage(middle)).cutoff_lsn == middle
+        await tenant.set_settings({"gc_horizon_bytes": 400})
+        outcome = await timeline.collect_garbage(timeline.last_record_lsn)
+        assert outcome.cutoff_lsn == timeline.last_record_lsn - 400
+        assert timeline.oldest_lsn == outcome.cutoff_lsn
+        for lsn in oracle.ends:
+            if lsn >= outcome.cutoff_lsn:
+                await check_reads(timeline, oracle, lsn)
+
+
+@in_event_loop
+async def test_nothing_is_collected_before_leases_could_be_renewed(tmp_path: Path) -> None:
+    async with storage_context(tmp_path, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, random.Random(4), 3)
+        await tenant.set_settings({"lsn_lease_length_s": 1000})
+        with pytest.raises(GcTooEarlyError, match="attached a moment ago"):
+            await timeline.collect_garbage(timeline.last_record_lsn)
+        assert timeline.oldest_lsn == START
+        assert 999 < timeline.lease(Lsn(oracle.ends[3])) <= 1000
+
+
+@in_event_loop
+async def test_no_layer_goes_before_the_cutoff_is_durable(tmp_path: Path) -> None:
+    """The manifest with the cutoff fails: nothing has gone, and what it announced is refused to newcomers."""
+    failing: set[str] = set()
+
+    def fault(operation: str, name: str) -> None:
+        if operation in failing and "index-" in name:
+            raise ObjectStoreError(f"{operation} {name}")
+
+    store, chance = FaultyObjectStore(MemoryObjectStore(), fault), random.Random(5)
+    async with storage_context(tmp_path, store=store, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 8)
+        names = set(timeline.stack.files)
+        failing.add("put")
+        with pytest.raises(ObjectStoreError):
+            await timeline.collect_garbage(timeline.last_record_lsn)
+        assert set(timeline.stack.files) == names
+        assert timeline.oldest_lsn == START
+        await check_reads(timeline, oracle, oracle.ends[10])
+        with pytest.raises(NotRetainedError):
+            await tenant.branch_timeline(CHILD, MAIN, lsn=Lsn(oracle.ends[10]))
+        failing.clear()
+        assert (await timeline.collect_garbage(timeline.last_record_lsn)).layers_removed > 0
+        await tenant.close()
+        again = (await attach(context, generation=2)).timeline(MAIN)
+        assert again.oldest_lsn == oracle.last_lsn
+        await check_reads(again, oracle, oracle.last_lsn)
+
+
+@in_event_loop
+async def test_a_collection_under_way_does_not_bring_a_deleted_timeline_back(tmp_path: Path) -> None:
+    objects, chance = MemoryObjectStore(), random.Random(6)
+    async with storage_context(tmp_path, store=objects, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 8)
+        async with timeline.compaction_lock:
+            collecting = asyncio.create_task(timeline.collect_garbage(timeline.last_record_lsn))
+            await asyncio.sleep(0)
+            await tenant.delete_timeline(MAIN)
+        with pytest.raises(TimelineStoppedError):
+            await collecting
+        assert not [name for name in objects.objects if MAIN in name]
+
+
+@in_event_loop
+async def test_a_branch_that_is_being_made_is_not_collected_from(tmp_path: Path) -> None:
+    """Its manifest is on the way while a whole collection passes its branch point."""
+    reached, let_go = threading.Event(), threading.Event()
+
+    def fault(operation: str, name: str) -> None:
+        if operation == "put" and f"{CHILD}/index-" in name:
+            reached.set()
+            assert let_go.wait(10)
+
+    store, chance = FaultyObjectStore(MemoryObjectStore(), fault), random.Random(7)
+    async with storage_context(tmp_path, store=store, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 6)
+        lsn = Lsn(oracle.ends[20])
+        branching = asyncio.create_task(
+            tenant.branch_timeline(CHILD, MAIN, lsn=lsn, prev_record_lsn=Lsn(lsn - 8))
+        )
+        assert await asyncio.to_thread(reached.wait, 10)
+        outcome = await timeline.collect_garbage(timeline.last_record_lsn)
+        await timeline.in_thread(timeline.deletions.drain)
+        assert (outcome.held_points, outcome.cutoff_lsn) == (1, oracle.last_lsn)
+        let_go.set()
+        await check_reads(await branching, TimelineOracle(ancestor=oracle, ancestor_lsn=lsn), lsn)
+
+
+@in_event_loop
+async def test_a_branch_that_comes_during_a_collection_is_refused(tmp_path: Path) -> None:
+    """From the announcement on: the manifest with the cutoff is still on the way."""
+    reached, let_go = threading.Event(), threading.Event()
+
+    def fault(operation: str, name: str) -> None:
+        if reached.is_set() or operation != "put" or "index-" not in name or not armed:
+            return
+        reached.set()
+        assert let_go.wait(10)
+
+    armed: list[bool] = []
+    store, chance = FaultyObjectStore(MemoryObjectStore(), fault), random.Random(8)
+    async with storage_context(tmp_path, store=store, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 4)
+        armed.append(True)
+        collecting = asyncio.create_task(timeline.collect_garbage(timeline.last_record_lsn))
+        assert await asyncio.to_thread(reached.wait, 10)
+        with pytest.raises(NotRetainedError):
+            await tenant.branch_timeline(CHILD, MAIN, lsn=Lsn(oracle.ends[20]))
+        with pytest.raises(NotRetainedError):
+            timeline.lease(Lsn(oracle.ends[20]))
+        await check_reads(timeline, oracle, oracle.ends[20])  # it is still there
+        let_go.set()
+        await collecting
