@@ -17,7 +17,7 @@ from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.merge_job import MergeJob
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.layer_block import pack_value, unpack_block
-from excimer.storage.format.manifest import LayerDescription, Manifest
+from excimer.storage.format.manifest import LayerDescription, Manifest, ManifestName
 from excimer.storage.format.values import Value, ValueKind
 from excimer.storage.plan.layer_map import LayerRun
 
@@ -92,12 +92,13 @@ def manifest_before_its_layers(patch: pytest.MonkeyPatch) -> None:
     def upload_later(home: LayerHome, description: LayerDescription) -> None:
         waiting.append((home, description))
 
-    def write_and_upload(self: ManifestStore, manifest: Manifest) -> None:
-        write(self, manifest)
+    def write_and_upload(self: ManifestStore, manifest: Manifest) -> ManifestName:
+        name = write(self, manifest)
         uploads = [each for each in waiting if each[0].context.store is self._store]
         waiting.clear()
         for home, description in uploads:
             upload(home, description)
+        return name
 
     for module in (timeline, compactor):
         patch.setattr(module, "upload_layer", upload_later)

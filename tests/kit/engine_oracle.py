@@ -49,11 +49,14 @@ MAP_KEY = make_key(KeyKind.RELATION_MAP, 1663, 5)
 TWO_PHASE_KEY = make_key(KeyKind.TWO_PHASE, 0, 0, 700)
 IMPORTED: list[tuple[bytes, bytes]] = [
     (size_key(RELATIONS[0], Fork.MAIN), struct.pack("<I", 8)),
-    *(
-        (block_key(RELATIONS[0], Fork.MAIN, number), random.Random(number).randbytes(8192))
-        for number in range(6)
-    ),
+    *((block_key(RELATIONS[0], Fork.MAIN, at), random.Random(at).randbytes(8192)) for at in range(6)),
     (block_key(RELATIONS[0], Fork.MAIN, 6), bytes(BLOCK_SIZE_BYTES)),
+    (size_key(RELATIONS[1], Fork.MAIN), struct.pack("<I", BLOCKS_MAX)),
+    *(
+        (block_key(RELATIONS[1], Fork.MAIN, at), random.Random(99 + at).randbytes(8192))
+        for at in range(BLOCKS_MAX)
+    ),
+    (TWO_PHASE_KEY, b"prepared"),
     (MAP_KEY, b"the first map"),
 ]
 """Pages that do not compress: what is put later is small beside them, and rounds of images partial."""

@@ -11,17 +11,29 @@ import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+import pytest
 
 from excimer.base.errors import FencedError, RefusedError
 from excimer.base.ids import TimelineId
 from excimer.base.keys import KeyKind, kind_range, make_key
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore
+from excimer.storage.engine import detach_job, disk_layer
 from excimer.storage.engine.context import StorageContext, StorageSettings
-from excimer.storage.engine.errors import IngestPausedError, LsnTooOldError, NoSuchPageError
+from excimer.storage.engine.errors import (
+    IngestPausedError,
+    LsnTooOldError,
+    NoSuchPageError,
+    TimelineArchivedError,
+)
+from excimer.storage.engine.local_disk import LocalDisk
+from excimer.storage.engine.partial_copy import PartialCopy
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.engine.upload_queue import UploadQueue
 from excimer.storage.format.values import pack_batch
 from tests.kit.engine_oracle import FILES, IMPORTED, BlockFile, TimelineOracle
 from tests.kit.io_faults import CrashError, Fault, InlineExecutor, UnsyncedFilesystem
@@ -37,6 +49,17 @@ SMALL = StorageSettings(
 )
 RECORDS_PER_BATCH = 10
 COMPACTION_STEPS_MAX = 100
+CHUNK_SIZE_BYTES = 2000
+"""Layers are small here."""
+
+
+class PromptDisk(LocalDisk):
+    """Does at once what it is to do in the background."""
+
+    def in_background(self, job: Callable[[], None]) -> bool:
+        self._jobs += 1
+        self._run(job)
+        return True
 
 
 @dataclass
@@ -62,6 +85,7 @@ class EngineWorld:
     oracles: dict[TimelineId, TimelineOracle] = field(default_factory=dict)
     durable: dict[TimelineId, int] = field(default_factory=dict)
     """What was acknowledged as durable, by timeline."""
+    local_disk_bytes: int | None = 200_000
     durable_files: set[Path] = field(default_factory=set)
     crashes: int = 0
     moves: int = 0
@@ -69,6 +93,9 @@ class EngineWorld:
     def __post_init__(self) -> None:
         self.chance = random.Random(self.seed)
         self.runner = asyncio.Runner()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(detach_job, "ANCESTOR_WAIT_S", 0.0)  # all WAL is there, or never comes
+        self.patch.setattr(disk_layer, "PartialCopy", partial(PartialCopy, chunk_size_bytes=CHUNK_SIZE_BYTES))
         self.process = self._new_process(self.directory / "0", 1)
         self.former: Process | None = None
         """The one that had the tenant before, and does not know yet that it has it no more."""
@@ -86,6 +113,8 @@ class EngineWorld:
             apply_native=apply_native,
             executor=InlineExecutor(),
             settings=self.settings,
+            local_disk=PromptDisk(self.local_disk_bytes),
+            uploads=UploadQueue(pause_s_first=0),
         )
         return Process(directory, generation, fault, filesystem, context)
 
@@ -101,9 +130,11 @@ class EngineWorld:
         self.durable[MAIN] = START
 
     def close(self) -> None:
+        self.process.fault.at = 0
         if self.process.tenant is not None and not self.process.fault.crashed:
             self.runner.run(self.process.tenant.close())
         self.runner.close()
+        self.patch.undo()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def restart(self, *, keep_files: bool) -> None:
@@ -121,8 +152,13 @@ class EngineWorld:
         self.process = self._new_process(self.directory / str(self.moves), self.process.generation + 1)
         self.recover()
 
-    def crash(self, step: Callable[[], object], operations: int, *, power_failure: bool) -> bool:
-        """Ends the process at the `operations`-th operation of `step`; whether it came that far."""
+    def crash(
+        self, step: Callable[[], object], operations: int, *, power_failure: bool, again: int = 0
+    ) -> bool:
+        """Ends the process at the `operations`-th operation of `step`; whether it came that far.
+
+        With `again` the next one ends too, that many operations after its start.
+        """
         self.process.fault.crash_in(operations)
         try:
             step()
@@ -132,15 +168,29 @@ class EngineWorld:
             if not self.process.fault.crashed:
                 self.process.fault.at = 0
                 return False
+        self._start_anew(power_failure=power_failure)
+        if again:
+            self.process.fault.crash_in(again)
+            try:
+                self.recover()
+                self.process.fault.at = 0
+                return True
+            except CrashError:
+                self.crashes += 1
+                self._start_anew(power_failure=power_failure)
+        self.recover()
+        return True
+
+    def _start_anew(self, *, power_failure: bool) -> None:
         if power_failure:
             self.process.filesystem.lose_unsynced(self.process.directory, self.chance)
         self.process = self._new_process(self.process.directory, self.process.generation)
-        self.recover()
-        return True
 
     def recover(self) -> None:
         """Attaches, compares what is there with what was acknowledged, and sends WAL again."""
         self._attach()
+        for timeline_id in list(self.tenant.archived):
+            self.runner.run(self.tenant.unarchive_timeline(timeline_id))
         self._know_of_unanswered()
         assert set(self.tenant.timelines) == set(self.oracles)
         for timeline_id, oracle in self.oracles.items():
@@ -155,6 +205,7 @@ class EngineWorld:
             self.durable[timeline_id] = durable_lsn
             self.put_after(timeline, oracle, durable_lsn)
         self.check_local_files()
+        self.check_objects()
 
     def _attach(self) -> None:
         process = self.process
@@ -225,6 +276,38 @@ class EngineWorld:
             self.durable[timeline_id] = acknowledged
             raise
         del self.oracles[timeline_id]
+
+    def evict(self, timeline_id: TimelineId, share: float) -> None:
+        """The disk is needed for something else: local copies of layers go, in no particular order."""
+        for file in self.timeline(timeline_id).stack.files.values():
+            if self.chance.random() < share:
+                file.evict()
+
+    def detach(self, timeline_id: TimelineId) -> None:
+        """Nothing that can be read changes, so that the oracle never hears of it."""
+        timeline = self.timeline(timeline_id)
+        ancestor_id, branch_lsn = timeline.manifest.ancestor_timeline_id, timeline.ancestor_lsn
+        moved = self.runner.run(self.tenant.detach_ancestor(timeline_id))
+        assert timeline.ancestor is None
+        assert timeline_id not in moved
+        for other in self.tenant.timelines.values():
+            if ancestor_id is not None and other.manifest.ancestor_timeline_id == ancestor_id:
+                assert other.ancestor_lsn > branch_lsn
+        assert all(self.timeline(each).ancestor is timeline for each in moved)
+
+    def archive_and_back(self, timeline_id: TimelineId) -> None:
+        """A branch that others leave is not archived."""
+        if self.tenant.branches(timeline_id):
+            with pytest.raises(TimelineArchivedError):
+                self.runner.run(self.tenant.archive_timeline(timeline_id))
+            return
+        self.runner.run(self.tenant.archive_timeline(timeline_id))
+        self.runner.run(self.tenant.offload_timeline(timeline_id))
+        with pytest.raises(TimelineArchivedError):
+            self.timeline(timeline_id)
+        timeline = self.runner.run(self.tenant.unarchive_timeline(timeline_id))
+        assert timeline.last_record_lsn == self.oracles[timeline_id].last_lsn
+        self.durable[timeline_id] = timeline.last_record_lsn
 
     def former_acts(self, act: Callable[[Timeline], Awaitable[object]]) -> None:
         """The process that lost the tenant goes on working on every timeline it knows."""
@@ -303,6 +386,13 @@ class EngineWorld:
         except LsnTooOldError:
             return
         raise AssertionError(f"{timeline_id} served {format_lsn(lsn)}, which is before its history")
+
+    def check_objects(self) -> None:
+        """What a manifest names is there."""
+        for timeline in self.tenant.timelines.values():
+            for layer in timeline.manifest.layers:
+                name = timeline.home.object_name(layer)
+                assert name in self.objects.objects, f"{name} is named by a manifest and not there"
 
     def check_local_files(self) -> None:
         """Right after attaching: nothing is there that nobody removes."""

@@ -71,7 +71,7 @@ class EngineMachine(RuleBasedStateMachine):
         ancestor_id = self.any_timeline(data)
         self.world.branch(ancestor_id, self.any_record_end(data, ancestor_id))
 
-    @precondition(lambda self: len(self.world.oracles) > 1 and self.world.former is None)
+    @precondition(lambda self: len(self.world.oracles) > 1)
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
         self.world.delete(data.draw(st.sampled_from(self.leaves())))
@@ -80,23 +80,44 @@ class EngineMachine(RuleBasedStateMachine):
     def restart(self, keep_files: bool) -> None:
         self.world.restart(keep_files=keep_files)
 
-    @rule(data=st.data(), operations=st.integers(1, 40), power_failure=st.booleans())
-    def crash(self, data: st.DataObject, operations: int, power_failure: bool) -> None:
+    @rule(
+        data=st.data(),
+        operations=st.integers(1, 30),
+        power_failure=st.booleans(),
+        again=st.one_of(st.just(0), st.integers(1, 30)),
+    )
+    def crash(self, data: st.DataObject, operations: int, power_failure: bool, again: int) -> None:
         timeline_id = self.any_timeline(data)
         world = self.world
-        world.put(timeline_id, 20)
+        for _ in range(2):
+            world.put(timeline_id, 10)
+            world.flush(timeline_id)
+        world.put(timeline_id, 10)
         steps = {
             "flush": lambda: world.flush(timeline_id),
             "compact": lambda: world.compact(timeline_id),
-            "branch": lambda: world.branch(timeline_id, world.oracles[timeline_id].last_lsn),
-            "delete": lambda: world.delete(self.leaves()[-1]),
+            "read": lambda: world.check_some(),
+            "archive": lambda: world.archive_and_back(timeline_id),
+            "detach": lambda: world.detach(timeline_id),
         }
-        if len(world.oracles) == 1 or world.former is not None:
-            del steps["delete"]
-        if len(world.oracles) >= TIMELINES_MAX:
-            del steps["branch"]
+        if len(world.oracles) < TIMELINES_MAX:
+            steps["branch"] = lambda: world.branch(timeline_id, world.oracles[timeline_id].last_lsn)
+        if len(world.oracles) > 1:
+            steps["delete"] = lambda: world.delete(self.leaves()[-1])
         step = steps[data.draw(st.sampled_from(sorted(steps)))]
-        world.crash(step, operations, power_failure=power_failure)
+        world.crash(step, operations, power_failure=power_failure, again=again)
+
+    @rule(data=st.data(), share=st.floats(0.1, 1.0))
+    def evict(self, data: st.DataObject, share: float) -> None:
+        self.world.evict(self.any_timeline(data), share)
+
+    @rule(data=st.data())
+    def detach(self, data: st.DataObject) -> None:
+        self.world.detach(self.any_timeline(data))
+
+    @rule(data=st.data())
+    def archive_and_back(self, data: st.DataObject) -> None:
+        self.world.archive_and_back(self.any_timeline(data))
 
     @rule()
     def move(self) -> None:
@@ -137,10 +158,8 @@ class EngineMachine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(ends[-30:]))
 
     def leaves(self) -> list[TimelineId]:
-        """Timelines nobody branches from; never the root alone."""
-        oracles = self.world.oracles
-        ancestors = [id(oracle.ancestor) for oracle in oracles.values()]
-        return [timeline_id for timeline_id, oracle in oracles.items() if id(oracle) not in ancestors]
+        """Timelines nobody branches from."""
+        return [each for each in self.world.oracles if not self.world.tenant.branches(each)]
 
 
 EngineMachine.TestCase.settings = SETTINGS

@@ -63,7 +63,8 @@ def test_a_flush_under_way_does_not_bring_a_deleted_timeline_back(tmp_path: Path
             await asyncio.gather(flushing, return_exceptions=True)
             await deleting
             await asyncio.sleep(0.1)
-            assert not [name for name in objects.objects if "/timelines/" in name]
+            left = [name for name in objects.objects if "/timelines/" in name]
+            assert [name.rsplit("/", 1)[-1] for name in left] == ["deleted"]
             assert not (await attach(context)).timelines
 
     asyncio.run(scenario())

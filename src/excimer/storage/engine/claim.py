@@ -56,6 +56,8 @@ def claim_newest(
     writer = ManifestStore(store, tenant_id, timeline_id, generation, found.name.sequence if is_own else 0)
     for _ in range(CLAIMS_MAX):
         objects = list_timeline(store, tenant_id, timeline_id, generation)
+        if objects.has_marker:
+            return FoundManifest(found.name, msgspec.structs.replace(found.manifest, deleted=True))
         older = [name for name in objects.manifests if name.generation < generation]
         newest = str(older[-1]) if older else claimed_from
         if older and has_follower(store, tenant_id, timeline_id, older[-1]):

@@ -2,6 +2,7 @@
 
     tenants/TENANT/timelines/TIMELINE/index-GENERATION-SEQUENCE
     tenants/TENANT/timelines/TIMELINE/layers/LAYER
+    tenants/TENANT/timelines/TIMELINE/deleted             there is no such timeline any more
 
 A manifest is only ever created (G1): a writer whose name is taken by other content has been
 overtaken by another process of the same generation and stops. A reader takes the greatest name, so
@@ -13,7 +14,7 @@ the next generations, which for that reason are kept.
 """
 
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from excimer.base.errors import FencedError
 from excimer.io.object_store import ObjectExistsError, ObjectMissingError, ObjectStore, ObjectStoreError
@@ -30,6 +31,9 @@ MANIFESTS_KEPT = 3
 
 GENERATIONS_LOOKED_AHEAD = 3
 """Of those that a listing does not have."""
+
+
+DELETED_MARKER: Final = "deleted"
 
 
 class OvertakenError(FencedError):
@@ -54,6 +58,8 @@ class TimelineObjects(NamedTuple):
     """Ascending."""
     layers: list[str]
     """Their whole names."""
+    has_marker: bool
+    """It was deleted, whatever else is there (`timeline_removal`)."""
 
 
 class ManifestStore:
@@ -121,20 +127,22 @@ def check_not_overtaken(store: ObjectStore, tenant_id: str, timeline_id: str, ge
 def list_timeline(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> TimelineObjects:
     """Raises `OvertakenError` if a manifest is of a newer generation. Blocks."""
     prefix = f"{timeline_prefix(tenant_id, timeline_id)}/"
-    manifests, layers = [], []
+    manifests, layers, has_marker = [], [], False
     for info in store.list(prefix.rstrip("/")):
         name = parse_manifest_name(info.name.removeprefix(prefix))
         if name is not None:
             manifests.append(name)
         elif info.name.startswith(f"{prefix}layers/"):
             layers.append(info.name)
+        elif info.name == f"{prefix}{DELETED_MARKER}":
+            has_marker = True
     manifests.sort()
     if manifests and manifests[-1].generation > generation:
         raise OvertakenError(
             f"timeline {timeline_id} is owned by generation {manifests[-1].generation}: "
             f"this one, {generation}, must stop"
         )
-    return TimelineObjects(manifests, layers)
+    return TimelineObjects(manifests, layers, has_marker)
 
 
 def find_newest_manifest(

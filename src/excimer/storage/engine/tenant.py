@@ -47,6 +47,7 @@ from excimer.storage.engine.manifest_store import (
 from excimer.storage.engine.settings_store import LiveSettings, SettingsStore
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.engine.timeline_import import TimelineImport
+from excimer.storage.engine.timeline_removal import deleted_timelines, remove_leftovers, remove_timeline
 from excimer.storage.format.manifest import Manifest
 from excimer.storage.format.tenant_settings import Overrides, check_overrides
 from excimer.storage.plan.branch import ROOT, Origin, branch_points, plan_branch
@@ -107,6 +108,8 @@ class TenantStorage:
         self.settings = LiveSettings(context.settings.tenant_defaults(), {})
         self._settings_store = SettingsStore(context.store, tenant_id, generation)
         self.archived: dict[TimelineId, ArchivedTimeline] = {}
+        self._deleted: set[TimelineId] = set()
+        """Ids that are not used again."""
         self._changing = asyncio.Lock()
         self._detaching: set[TimelineId] = set()
 
@@ -214,7 +217,7 @@ class TenantStorage:
 
     async def abort_import(self, made: TimelineImport) -> None:
         """Removes it. Raises `ObjectStoreError`: whoever attaches the tenant next removes it then."""
-        await made.close(partial(_remove_objects, self.context, self.tenant_id, made.timeline.timeline_id))
+        await made.close(partial(remove_leftovers, self.context, self.tenant_id, made.timeline.timeline_id))
 
     async def branch_timeline(
         self,
@@ -274,7 +277,7 @@ class TenantStorage:
                 timeline = self.timeline(timeline_id)
                 await timeline.close()
                 await timeline.mark_deleted()
-            await self._in_thread(partial(_remove_objects, self.context, self.tenant_id, timeline_id))
+            await self._in_thread(partial(self._remove, timeline_id))
             self.archived.pop(timeline_id, None)
             self.timelines.pop(timeline_id, None)
             self._hold_branch_points()
@@ -420,15 +423,28 @@ class TenantStorage:
         found = {}
         store = self.context.store
         prefix = f"{tenant_prefix(self.tenant_id)}/timelines"
-        for timeline_id in sorted({info.name.split("/")[3] for info in store.list(prefix)}):
+        infos = store.list(prefix)
+        deleted = deleted_timelines(infos)
+        for each, has_leftovers in deleted.items():
+            if has_leftovers:
+                remove_leftovers(self.context, self.tenant_id, each)
+        self._deleted |= deleted.keys()
+        for timeline_id in sorted({info.name.split("/")[3] for info in infos} - deleted.keys()):
             newest = claim_newest(store, self.tenant_id, timeline_id, self.generation)
             if newest is None:
                 continue  # created halfway: without a manifest it does not exist
-            if newest.manifest.deleted or newest.manifest.importing:
-                _remove_objects(self.context, self.tenant_id, TimelineId(timeline_id))
+            if newest.manifest.importing:
+                remove_leftovers(self.context, self.tenant_id, TimelineId(timeline_id))
+                continue
+            if newest.manifest.deleted:
+                self._remove(TimelineId(timeline_id))
                 continue
             found[TimelineId(timeline_id)] = newest
         return found
+
+    def _remove(self, timeline_id: TimelineId) -> None:
+        remove_timeline(self.context, self.tenant_id, timeline_id, self.generation)
+        self._deleted.add(timeline_id)
 
     def _open(self, found: FoundManifest) -> Timeline:
         manifest = found.manifest
@@ -483,6 +499,10 @@ class TenantStorage:
     def _check_is_new(self, timeline_id: TimelineId) -> None:
         if timeline_id in self.timelines or timeline_id in self.archived:
             raise TimelineExistsError(f"tenant {self.tenant_id} has a timeline {timeline_id} already")
+        if timeline_id in self._deleted:
+            raise TimelineExistsError(
+                f"tenant {self.tenant_id} had a timeline {timeline_id}, which was deleted: choose another id"
+            )
 
 
 def _ancestors_first(manifests: dict[TimelineId, Manifest]) -> list[TimelineId]:
@@ -526,12 +546,3 @@ def _take_stock(timeline: Timeline) -> None:
             filesystem.remove(directory / name)
         else:
             file.note_local()
-
-
-def _remove_objects(context: StorageContext, tenant_id: TenantId, timeline_id: TimelineId) -> None:
-    """Layers first, then manifests from the oldest on, so that the one that says *deleted* goes last."""
-    prefix = timeline_prefix(tenant_id, timeline_id)
-    infos = context.store.list(prefix)
-    for info in sorted(infos, key=lambda info: ("/layers/" not in info.name, info.name)):
-        context.store.delete(info.name)
-    context.filesystem.remove_tree(context.local_dir / prefix)

@@ -1,0 +1,108 @@
+"""Two generations at work on one tenant at once, over many seeds (G1, D3). Rerun one: `run_seed(SEED)`."""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from excimer.base.errors import ExcimerError
+from excimer.storage.engine import claim, deletion_queue, tenant, timeline_removal
+from excimer.storage.engine.manifest_store import FoundManifest, find_newest_manifest, list_timeline
+from tests.kit.directories import new_memory_directory
+from tests.simulation.two_pageservers import TwoPageservers
+
+SEED_COUNT = int(os.environ.get("EXCIMER_GENERATION_SEEDS", "60"))
+MUTANT_SEED_COUNT = 200
+
+
+def run_seed(seed: int) -> TwoPageservers:
+    directory = new_memory_directory("excimer-generations-")
+    try:
+        return TwoPageservers(seed, directory).run()
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_the_newer_generation_loses_nothing() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(SEED_COUNT):
+        try:
+            seen += run_seed(seed).seen
+        except (AssertionError, ExcimerError) as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+    assert seen["deletion fenced"] > SEED_COUNT // 10, "the two never meet"
+    assert seen["victim gone before"] > SEED_COUNT // 10
+    assert seen["newer branch"] > SEED_COUNT
+
+
+def test_a_seed_tells_the_same_story_twice() -> None:
+    assert run_seed(3).baton.trace == run_seed(3).baton.trace != run_seed(4).baton.trace
+
+
+def deletes_unasked(patch: pytest.MonkeyPatch) -> None:
+    """D3 broken: nobody looks for a newer generation before deleting."""
+    for module in (deletion_queue, tenant, timeline_removal):
+        patch.setattr(module, "check_not_overtaken", lambda *arguments: None)
+
+
+def looks_before_it_says_so(patch: pytest.MonkeyPatch) -> None:
+    """A timeline's deletion looks for a newer generation before its manifest says so, not after."""
+    patch.setattr(timeline_removal, "check_not_overtaken", lambda *arguments: None)
+
+
+def claims_nothing(patch: pytest.MonkeyPatch) -> None:
+    """A new generation reads the newest manifest and works on from there."""
+
+    def found(*arguments: object) -> FoundManifest | None:
+        return find_newest_manifest(*arguments)  # type: ignore[arg-type]
+
+    patch.setattr(tenant, "claim_newest", found)
+
+
+def claims_without_a_second_look(patch: pytest.MonkeyPatch) -> None:
+    """What the older generation wrote between the newer one's reading and its claim is not seen."""
+
+    def first_look(*arguments: object) -> object:
+        objects = list_timeline(*arguments)  # type: ignore[arg-type]
+        claims = [name for name in objects.manifests if name.generation == arguments[3]]
+        if not claims:
+            return objects
+        return objects._replace(manifests=claims, has_marker=False)
+
+    patch.setattr(claim, "list_timeline", first_look)
+
+
+def forgets_the_deleted(patch: pytest.MonkeyPatch) -> None:
+    """No marker stays: what an older generation writes afterwards is a timeline again."""
+    remove_leftovers = timeline_removal.remove_leftovers
+
+    def remove_all(*arguments: object) -> None:
+        remove_leftovers(*arguments)  # type: ignore[arg-type]
+        context, tenant_id, timeline_id = arguments
+        context.store.delete(timeline_removal._marker_name(tenant_id, timeline_id))  # type: ignore[attr-defined, arg-type]
+
+    patch.setattr(timeline_removal, "remove_leftovers", remove_all)
+
+
+MUTANTS: tuple[Callable[[pytest.MonkeyPatch], None], ...] = (
+    deletes_unasked,
+    looks_before_it_says_so,
+    claims_nothing,
+    claims_without_a_second_look,
+    forgets_the_deleted,
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_a_broken_rule_is_noticed(
+    mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant(monkeypatch)
+    for seed in range(MUTANT_SEED_COUNT):
+        try:
+            run_seed(seed)
+        except (AssertionError, ExcimerError):
+            return
+    pytest.fail(f"{MUTANT_SEED_COUNT} seeds do not notice {mutant.__name__}")
