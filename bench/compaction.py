@@ -32,6 +32,7 @@ from excimer.base.lsn import MAX_LSN
 from excimer.io.obstore_object_store import ObstoreObjectStore
 from excimer.pageserver.initdb_import import import_initdb
 from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
+from excimer.storage.engine.disk_layer import DiskLayer
 from excimer.storage.engine.engine_counters import WrittenBy
 from excimer.storage.engine.page_reads import block_key
 from excimer.storage.engine.tenant import TenantStorage, create_tenant
@@ -163,39 +164,37 @@ async def _compact(timeline: Timeline, table: Table, *, with_readers: bool) -> t
     reading = [_read_until(timeline, table, stop) for _ in range(READERS if with_readers else 0)]
     async with asyncio.TaskGroup() as group:
         readers = [group.create_task(each, name=f"reader {at}") for at, each in enumerate(reading)]
-        merged, imaged = await _compact_all(timeline)
+        merged_files, merge_s, imaged = await _compact_all(timeline)
         stop.set()
+    merged = Work(sum(map(_raw_size_bytes, merged_files)), merge_s)
     if not merged.size_bytes or not imaged.size_bytes:
         raise BenchFailedError("there was nothing to compact")
     return merged, imaged, [latency for reader in readers for latency in reader.result()]
 
 
-async def _compact_all(timeline: Timeline) -> tuple[Work, Work]:
+async def _compact_all(timeline: Timeline) -> tuple[list[DiskLayer], float, Work]:
+    """The layers that merges have replaced, and how long that took; what rounds did."""
     written = timeline.context.counters.written_bytes
-    sizes: dict[str, int] = {}
-    merged, imaged = Work(0, 0.0), Work(0, 0.0)
+    merged: list[DiskLayer] = []
+    merge_s, imaged = 0.0, Work(0, 0.0)
     while True:
-        before = {layer.name: layer for layer in timeline.manifest.layers}
-        for name in before.keys() - sizes.keys():
-            sizes[name] = await asyncio.to_thread(_raw_size_bytes, timeline, name)
-        merged_bytes = written[WrittenBy.MERGE]
+        before, merged_bytes = timeline.stack.files, written[WrittenBy.MERGE]
         begun = time.monotonic()
         if not await timeline.compact():
-            return merged, imaged
+            return merged, merge_s, imaged
         time_s = time.monotonic() - begun
-        after = {layer.name: layer for layer in timeline.manifest.layers}
+        after = timeline.stack.files
         if written[WrittenBy.MERGE] != merged_bytes:
-            size = sum(sizes[name] for name in before.keys() - after.keys())
-            merged = Work(merged.size_bytes + size, merged.time_s + time_s)
+            merged += [before[name] for name in before.keys() - after.keys()]
+            merge_s += time_s
         else:
-            new = sum(after[name].value_count for name in after.keys() - before.keys())
+            new = sum(after[name].description.value_count for name in after.keys() - before.keys())
             imaged = Work(imaged.size_bytes + new * BLOCK_SIZE_BYTES, imaged.time_s + time_s)
 
 
-def _raw_size_bytes(timeline: Timeline, name: str) -> int:
-    """Of a layer's values, uncompressed. Also leaves its file in the page cache."""
-    blocks = timeline.stack.files[name].blocks(MIN_KEY, MAX_KEY, 0, MAX_LSN, cached=False)
-    return sum(map(len, blocks))
+def _raw_size_bytes(file: DiskLayer) -> int:
+    """Of a layer's values, uncompressed. Also of one that is replaced: nobody deletes it here."""
+    return sum(map(len, file.blocks(MIN_KEY, MAX_KEY, 0, MAX_LSN, cached=False)))
 
 
 async def _read_for(timeline: Timeline, table: Table, count: int) -> list[float]:
