@@ -65,7 +65,7 @@ cdef class LayerMerge:
     cdef unsigned char last_key[KEY_SIZE]
     cdef unsigned long long last_lsn
     cdef bint has_last
-    cdef int failed_source
+    cdef readonly int failed_source
     cdef readonly bint at_key_boundary
     cdef readonly unsigned long long value_count
     cdef readonly unsigned long long key_count
@@ -79,6 +79,7 @@ cdef class LayerMerge:
         self.target_size = target_size_bytes
         self.held = [None] * self.source_count
         self.at_key_boundary = True
+        self.failed_source = -1
         for number in range(self.source_count):
             self.sources[number].low_lsn = lsn_ranges[number][0]
             self.sources[number].high_lsn = lsn_ranges[number][1]

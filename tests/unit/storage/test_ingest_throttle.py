@@ -103,7 +103,7 @@ async def test_nobody_waits_for_a_compaction_that_is_stuck(tmp_path: Path) -> No
         timeline = await (await attach(context)).create_timeline(new_main(), IMPORTED)
         oracle = TimelineOracle.imported()
         await fall_behind(timeline, oracle)
-        layer = timeline.manifest.layers[0]
+        layer = timeline.stack.disk.delta_runs[-1].descriptions[0]
         timeline.stack.files[layer.name].remove_local()
         objects.objects[timeline.home.object_name(layer)] = bytes(layer.size_bytes)
         with pytest.raises(DamagedLayerError):
@@ -111,3 +111,7 @@ async def test_nobody_waits_for_a_compaction_that_is_stuck(tmp_path: Path) -> No
         async with asyncio.timeout(30):
             await asyncio.to_thread(put_next, timeline, oracle)
         assert context.counters.delayed_puts == 0
+        await timeline.flush()
+        assert await timeline.compact()  # without the damaged one
+        assert timeline.stack.disk.level_zero_count == 1
+        assert layer.name in timeline.stack.files

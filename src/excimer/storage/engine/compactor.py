@@ -24,6 +24,7 @@ from excimer.storage.engine.engine_counters import WrittenBy
 from excimer.storage.engine.image_round_job import RoundSource, write_round_piece
 from excimer.storage.engine.layer_writing import upload_layer
 from excimer.storage.engine.merge_job import MergeJob
+from excimer.storage.format.layer_file import DamagedLayerError
 from excimer.storage.format.manifest import LayerDescription
 from excimer.storage.format.tenant_settings import TenantSettings
 from excimer.storage.plan.compaction_plan import (
@@ -60,6 +61,8 @@ class Compactor:
         self._timeline = timeline
         self.is_stuck = False
         """The last step met damage: more of the same will not help, and nobody should wait for it."""
+        self._damaged: set[str] = set()
+        """Layers that a merge has failed on: others are merged around them."""
 
     def put_delay_s(self, batch_size_bytes: int) -> float:
         """How long ingest should wait before this batch, so that compaction keeps up. Any thread."""
@@ -86,7 +89,7 @@ class Compactor:
 
     async def _step(self) -> bool:
         timeline, limits = self._timeline, self._limits()
-        merge = plan_merge(timeline.stack.disk, limits)
+        merge = plan_merge(timeline.stack.disk, limits, self._damaged)
         if merge is not None:
             await self._merge(merge)
             return True
@@ -129,9 +132,14 @@ class Compactor:
         size_bytes = timeline.settings.compaction_target_size_bytes
         job = MergeJob(timeline.home, timeline.stack.files, plan, timeline.generation, size_bytes)
         written: list[LayerDescription] = []
-        while (layer := await timeline.whole_in_thread(job.write_next)) is not None:
-            written.append(layer)
-            await self._upload([layer], WrittenBy.MERGE)
+        try:
+            while (layer := await timeline.whole_in_thread(job.write_next)) is not None:
+                written.append(layer)
+                await self._upload([layer], WrittenBy.MERGE)
+        except DamagedLayerError:
+            if job.damaged_run is not None:
+                self._damaged.update(each.name for each in job.damaged_run.descriptions)
+            raise
         await timeline.replace_layers(written, plan.descriptions)
         timeline.context.counters.layers_merged(sum(layer.size_bytes for layer in plan.descriptions))
 

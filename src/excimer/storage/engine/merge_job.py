@@ -9,7 +9,7 @@ Nothing of the merge counts before one manifest names all of its layers and none
 All calls block.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -50,6 +50,8 @@ class MergeJob:
             [(run.start_lsn, run.end_lsn) for run in plan.runs], home.context.settings.block_size_bytes
         )
         self._key_count = 0
+        self.damaged_run: LayerRun | None = None
+        """After `DamagedLayerError`: whose it is."""
 
     def write_next(self) -> LayerDescription | None:
         """The next L1 layer as a local file, durable on return; None when all is merged.
@@ -91,22 +93,29 @@ class MergeJob:
             try:
                 outcome = merge.step(end_at_key)
             except MalformedValueError as error:
-                raise DamagedLayerError(self._names(), str(error)) from error
+                self.damaged_run = self._plan.runs[merge.failed_source]
+                raise DamagedLayerError(_names(self.damaged_run.descriptions), str(error)) from error
             if outcome == BLOCK_READY:
                 return RawBlock(*merge.take_block())
             if outcome == FINISHED:
                 return None
-            merge.feed(outcome, next(self._blocks[outcome], b""))
+            try:
+                merge.feed(outcome, next(self._blocks[outcome], b""))
+            except DamagedLayerError:
+                self.damaged_run = self._plan.runs[outcome]
+                raise
 
     def _check_complete(self) -> None:
         expected = sum(layer.value_count for layer in self._plan.descriptions)
         if self._merge.value_count != expected:
             raise CorruptionError(
-                f"a merge of {self._names()} met {self._merge.value_count} values instead of {expected}"
+                f"a merge of {_names(self._plan.descriptions)} met {self._merge.value_count} values"
+                f" instead of {expected}"
             )
 
-    def _names(self) -> str:
-        return ", ".join(layer.name for layer in self._plan.descriptions)
+
+def _names(layers: Iterable[LayerDescription]) -> str:
+    return ", ".join(layer.name for layer in layers)
 
 
 def _blocks_of(run: LayerRun, files: Mapping[str, DiskLayer]) -> Iterator[bytes]:

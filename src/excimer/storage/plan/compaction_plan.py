@@ -33,7 +33,7 @@ until GC cuts the history off.
 Not here: doing it (`excimer.storage.engine.compactor`), slowing ingest (`ingest_throttle`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from excimer.base.keys import MIN_KEY
@@ -105,20 +105,27 @@ class RoundPlan:
         return self.covers_after_lsn if self.covers_after_lsn < self.lsn else 0
 
 
-def plan_merge(layer_map: LayerMap, limits: CompactionLimits) -> MergePlan | None:
-    """The merge that is due, or None."""
+def plan_merge(
+    layer_map: LayerMap, limits: CompactionLimits, damaged: Collection[str] = ()
+) -> MergePlan | None:
+    """The merge that is due, or None. `damaged`: names of layers that cannot be merged."""
     runs = layer_map.delta_runs[::-1]
-    if layer_map.level_zero_count < limits.merge_threshold:
+    whole = [
+        run.is_level_zero and not any(layer.name in damaged for layer in run.descriptions) for run in runs
+    ]
+    if sum(whole) < limits.merge_threshold:
         return None
-    first = next(at for at, run in enumerate(runs) if run.is_level_zero)
+    first = whole.index(True)
     chosen: list[LayerRun] = []
-    for run in runs[first : first + MERGED_RUNS_MAX]:
-        if not run.is_level_zero or (chosen and run.start_lsn < chosen[-1].end_lsn):
+    for run, is_whole in zip(runs[first : first + MERGED_RUNS_MAX], whole[first:], strict=False):
+        if not is_whole or (chosen and run.start_lsn < chosen[-1].end_lsn):
             break
         chosen.append(run)
     size = sum(run.size_bytes for run in chosen)
     round_lsn = _unfinished_lsn(layer_map)
     for run in reversed(runs[:first]):
+        if any(layer.name in damaged for layer in run.descriptions):
+            break
         waits_for_round = round_lsn is not None and run.start_lsn >= round_lsn
         size_max = limits.merged_layer_size_bytes * (WAITING_LAYERS_MAX if waits_for_round else 1)
         if run.size_bytes > size or run.size_bytes + size > size_max:
