@@ -30,6 +30,8 @@ class MemoryTimeline:
         self.gate = asyncio.Event()
         """Reads of pages wait for it; open unless a test clears it."""
         self.gate.set()
+        self.at_once = False
+        """Whether `start_read` answers on the spot."""
         self.reading = 0
         self.reading_most = 0
         self._values: dict[bytes, list[tuple[Lsn, bytes | None]]] = {}
@@ -78,7 +80,10 @@ class MemoryTimeline:
         finally:
             self.reading -= 1
 
-    def start_read(self, key: bytes, count: int, lsn: Lsn) -> Callable[[], Awaitable[bytes]]:
+    def start_read(self, key: bytes, count: int, lsn: Lsn) -> bytes | Callable[[], Awaitable[bytes]]:
+        if self.at_once:
+            self.reads.append((key, count, lsn))
+            return self._pages(key, count, lsn)
         return partial(self.get_pages, key, count, lsn)
 
     def _pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:

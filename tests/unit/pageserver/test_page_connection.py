@@ -301,6 +301,67 @@ def test_concurrency_of_one_connection_is_bounded_and_all_are_answered() -> None
     play(story)
 
 
+def test_what_can_be_answered_at_once_is_answered_at_once() -> None:
+    """All of it, with errors between, also behind a request that waits; the connection stays in order."""
+
+    async def story(world: World) -> None:
+        world.timeline.at_once = True
+        async with world.client() as client:
+            client.send(GetPages(1, NEWEST_LSN, 0x208, 0, 0, *RELATION, 0, 1))
+            for number in range(2, 300):
+                count = 0 if number % 50 == 0 else 1
+                client.send(GetPages(number, NEWEST_LSN, 0, 0, 0, *RELATION, number, count))
+            answers = [await client.receive() for _ in range(299)]
+            assert {answer.request_id for answer in answers if isinstance(answer, ErrorAnswer)} == {
+                1,
+                *range(50, 300, 50),
+            }
+            found = {answer.request_id: answer.pages for answer in answers if isinstance(answer, Pages)}
+            assert found == {number: page(number, 0x100) for number in range(2, 300) if number % 50}
+            assert world.timeline.reading_most == 0
+
+    play(story)
+
+
+def test_a_busy_connection_lets_others_have_their_turn() -> None:
+    async def story(world: World) -> None:
+        world.timeline.at_once = True
+        async with world.client() as busy, world.client() as other:
+            for number in range(2000):
+                busy.send(GetPages(number + 1, NEWEST_LSN, 0, 0, 0, *RELATION, 0, 4))
+            await asyncio.sleep(0)
+            assert await other.get_pages(KEY, 1)
+            assert len(world.timeline.reads) < 1000
+            for _ in range(2000):
+                assert isinstance(await busy.receive(), Pages)
+
+    play(story)
+
+
+def test_a_defect_in_an_answer_at_once_drops_the_connection_and_not_the_service() -> None:
+    async def story(world: World) -> None:
+        world.timeline.at_once = True
+        failures: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: failures.append(context["exception"])
+        )
+
+        def broken(key: bytes, count: int, lsn: Lsn) -> bytes:
+            raise ZeroDivisionError
+
+        working = world.timeline.start_read
+        world.timeline.start_read = broken  # type: ignore[method-assign]
+        async with world.client() as client:
+            with pytest.raises((EOFError, ConnectionError)):
+                await client.get_pages(KEY, 1)
+        assert [type(failure) for failure in failures] == [ZeroDivisionError]
+        world.timeline.start_read = working  # type: ignore[method-assign]
+        async with world.client() as client:
+            assert await client.get_pages(KEY, 1)
+
+    play(story)
+
+
 def test_a_slow_reader_stops_the_work_for_it_and_gets_everything_later() -> None:
     async def story(world: World) -> None:
         async with world.client() as client:

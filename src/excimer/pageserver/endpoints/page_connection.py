@@ -51,13 +51,16 @@ from excimer.wire.page_service import (
 
 log = get_logger(__name__)
 
-REQUESTS_IN_FLIGHT_MAX: Final = 16
+REQUESTS_IN_FLIGHT_MAX: Final = 32
+"""As many as libhydrate sends at once."""
+BLOCKS_IN_FLIGHT_MAX: Final = 2048
+"""No request is started while those under way are for so many."""
 WRITE_BUFFER_BYTES_MAX: Final = 4 << 20
 """Above this much unsent, a connection starts no more requests and reads no more bytes."""
 BLOCKS_AT_ONCE_MAX: Final = 64
 """Answered before other connections have their turn: about a millisecond."""
 JOIN_BYTES_MAX: Final = 64 << 10
-"""Answers up to this size go out as one joined write; larger ones are not copied."""
+"""Answers up to this size are joined with others into one write; larger ones are not copied."""
 FIRST_LSN: Final = 8
 """Any timeline that can be read at all has got further."""
 HELLO_TIMEOUT_S: Final = 10.0
@@ -134,6 +137,9 @@ class PageConnection(asyncio.Protocol):
         self._peer: tuple[TenantId, TimelineId] | None = None
         self._waiting: deque[GetPages | GetBasebackup] = deque()
         self._in_flight = 0
+        self._blocks_in_flight = 0
+        self._outgoing: list[bytes] = []
+        """Answers of one step of the event loop, written together."""
         self._is_reading = True
         self._is_writable = True
         self._timer: asyncio.TimerHandle | None = None
@@ -159,6 +165,7 @@ class PageConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._set_timer(None, "")
         self._waiting.clear()
+        self._outgoing.clear()
         self._transport = None
         self._service.closed(self)
 
@@ -206,6 +213,7 @@ class PageConnection(asyncio.Protocol):
         log.info("page connection refused", error=error, peer=self._address())
         self._waiting.clear()
         self._write(encode_server_message(ErrorAnswer(CONNECTION_REQUEST_ID, error_code(error), str(error))))
+        self._write_outgoing()
         if self._transport is not None:
             self._transport.close()
 
@@ -214,17 +222,16 @@ class PageConnection(asyncio.Protocol):
     def _start_requests(self) -> None:
         is_done = False
         try:
-            answers: list[bytes] = []
             blocks = 0
             while self._may_start() and blocks < BLOCKS_AT_ONCE_MAX:
                 message = self._waiting.popleft()
                 if isinstance(message, GetPages):
-                    blocks += self._answer_or_start(message, answers)
+                    blocks += self._answer_or_start(message)
                 else:
-                    self._start(message.request_id, partial(self._get_basebackup, message))
-            if answers:
+                    self._start(message.request_id, 0, partial(self._get_basebackup, message))
+            if blocks:
                 self._service.metrics.pages.inc(blocks)
-                self._write_all(answers)
+                self._write_outgoing()
             is_done = True
         finally:
             if not is_done:  # a defect: never leave the peer waiting for an answer
@@ -234,26 +241,33 @@ class PageConnection(asyncio.Protocol):
         self._set_reading(self._is_writable and not self._waiting)
 
     def _may_start(self) -> bool:
-        return bool(self._waiting) and self._in_flight < REQUESTS_IN_FLIGHT_MAX and self._is_writable
+        return (
+            bool(self._waiting)
+            and self._is_writable
+            and self._in_flight < REQUESTS_IN_FLIGHT_MAX
+            and self._blocks_in_flight < BLOCKS_IN_FLIGHT_MAX
+        )
 
-    def _answer_or_start(self, request: GetPages, answers: list[bytes]) -> int:
-        """Adds the answer to `answers`, or starts a task that will send it; how many blocks were added."""
+    def _answer_or_start(self, request: GetPages) -> int:
+        """Answers, or starts a task that will; how many blocks were answered."""
         started = time.perf_counter()
         try:
             pages = self._start_read(request)
             if not isinstance(pages, bytes):
-                self._start(request.request_id, partial(self._get_pages, request, pages, started))
+                answering = partial(self._get_pages, request, pages, started)
+                self._start(request.request_id, request.count, answering)
                 return 0
-            answers += (_pages_head(request, pages), pages)
+            self._outgoing += (_pages_head(request, pages), pages)
         except ExcimerError as error:
             self._answer_error(request.request_id, error)
             return 0
         self._service.metrics.get_pages_seconds.observe(time.perf_counter() - started)
         return request.count
 
-    def _start(self, request_id: int, request: Callable[[], Awaitable[None]]) -> None:
+    def _start(self, request_id: int, blocks: int, request: Callable[[], Awaitable[None]]) -> None:
         self._in_flight += 1
-        self._service.spawn("page request", self._serve(request_id, request))
+        self._blocks_in_flight += blocks
+        self._service.spawn("page request", self._serve(request_id, blocks, request))
 
     def _set_reading(self, is_wanted: bool) -> None:
         if self._transport is None or self._transport.is_closing() or is_wanted == self._is_reading:
@@ -264,7 +278,7 @@ class PageConnection(asyncio.Protocol):
         else:
             self._transport.pause_reading()
 
-    async def _serve(self, request_id: int, request: Callable[[], Awaitable[None]]) -> None:
+    async def _serve(self, request_id: int, blocks: int, request: Callable[[], Awaitable[None]]) -> None:
         is_answered = False
         try:
             await request()
@@ -274,6 +288,7 @@ class PageConnection(asyncio.Protocol):
             is_answered = True
         finally:
             self._in_flight -= 1
+            self._blocks_in_flight -= blocks
             if is_answered:
                 self._start_requests()
             else:  # cancelled, or a defect: never leave the peer waiting for an answer
@@ -338,18 +353,25 @@ class PageConnection(asyncio.Protocol):
     # Socket
 
     def _write(self, head: bytes, body: bytes = b"") -> None:
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._write_outgoing)
+        self._outgoing += (head, body)
+
+    def _write_outgoing(self) -> None:
+        """One system call for what was answered together; large answers go out uncopied."""
+        parts, self._outgoing = self._outgoing, []
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if len(body) <= JOIN_BYTES_MAX:
-            transport.write(head + body)
-        else:
-            transport.write(head)
-            transport.write(body)
-
-    def _write_all(self, parts: list[bytes]) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(b"".join(parts))
+        joined: list[bytes] = []
+        for part in parts:
+            if len(part) > JOIN_BYTES_MAX:
+                transport.write(b"".join(joined))
+                joined = []
+                transport.write(part)
+            else:
+                joined.append(part)
+        transport.write(b"".join(joined))
 
     def _set_timer(self, delay_s: float | None, why: str) -> None:
         if self._timer is not None:
