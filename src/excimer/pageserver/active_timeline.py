@@ -26,7 +26,12 @@ from excimer.base.keys import KeyKind, make_key
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
 from excimer.pageserver.basebackup_job import BasebackupPoint, build_basebackup
 from excimer.pageserver.ingest import WalGapError, WalIngest
-from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp, find_lsn_at_timestamp
+from excimer.pageserver.lsn_by_timestamp import (
+    LsnAtTimestamp,
+    WindowStart,
+    find_lsn_at_timestamp,
+    find_window_start,
+)
 from excimer.pageserver.metrics import TimelineMetrics
 from excimer.pageserver.model import TimelineDetail
 from excimer.pageserver.receiver_plan import Source
@@ -261,6 +266,13 @@ class ActiveTimeline:
             store.last_record_lsn,
             timestamptz,
             store.wal_segment_size_bytes,
+        )
+
+    async def window_start(self, timestamptz: int) -> WindowStart:
+        """Where the timeline stood at a moment that a window of retained history begins with."""
+        store = self.store
+        return await asyncio.to_thread(
+            find_window_start, self.commit_time, store.oldest_lsn, store.last_record_lsn, timestamptz
         )
 
     def commit_time(self, lsn: Lsn) -> int | None:

@@ -51,6 +51,42 @@ def find_lsn_at_timestamp(
     first = commit_time(start_lsn)
     if first is None or first > timestamptz:
         raise TimestampOutsideHistoryError("the timestamp is before the history that this timeline keeps")
+    later = _first_later(commit_time, start_lsn, end_lsn, timestamptz)
+    cut = record_end(later - 1, wal_segment_size_bytes)
+    return LsnAtTimestamp(max(start_lsn, cut), Answer.BETWEEN)
+
+
+class WindowStart(NamedTuple):
+    lsn: Lsn
+    """Where the timeline stood when the window began."""
+    next_commit: int | None
+    """When the first commit after it happened (timestamptz); None if there is none."""
+
+
+def find_window_start(
+    commit_time: Callable[[Lsn], int | None], start_lsn: Lsn, end_lsn: Lsn, timestamptz: int
+) -> WindowStart:
+    """What has to be kept to show every state since a moment: from the answer on.
+
+    Unlike above, what is before the first commit that is known counts as older than any moment: it shows
+    what that commit found. Where no commit is known nothing is given up.
+    """
+    last = commit_time(end_lsn)
+    if last is None:
+        return WindowStart(start_lsn, None)
+    if last <= timestamptz:
+        return WindowStart(end_lsn, None)
+    first = commit_time(start_lsn)
+    if first is not None and first > timestamptz:
+        return WindowStart(start_lsn, first)
+    later = _first_later(commit_time, start_lsn, end_lsn, timestamptz)
+    return WindowStart(Lsn(later - 1), commit_time(Lsn(later)))
+
+
+def _first_later(
+    commit_time: Callable[[Lsn], int | None], start_lsn: Lsn, end_lsn: Lsn, timestamptz: int
+) -> int:
+    """The end of the first commit later than a moment, which lies between the two."""
     included, later = int(start_lsn), int(end_lsn)
     while later - included > 1:
         middle = (included + later) // 2
@@ -59,5 +95,4 @@ def find_lsn_at_timestamp(
             later = middle
         else:
             included = middle
-    cut = record_end(later - 1, wal_segment_size_bytes)
-    return LsnAtTimestamp(max(start_lsn, cut), Answer.BETWEEN)
+    return later

@@ -33,6 +33,8 @@ from excimer.pageserver.endpoints.history_api import make_history_router
 from excimer.pageserver.endpoints.http_api import make_router
 from excimer.pageserver.endpoints.inspection_api import make_inspection_router
 from excimer.pageserver.endpoints.page_connection import PageService
+from excimer.pageserver.endpoints.retention_api import make_lease_router, make_retention_router
+from excimer.pageserver.history_keeper import HistoryKeeper
 from excimer.pageserver.metrics import EngineMetrics, PageServiceMetrics, TimelineMetrics
 from excimer.pageserver.object_metrics import ObjectMetrics
 from excimer.pageserver.receiver_plan import Source
@@ -80,11 +82,13 @@ async def serve(settings: PageserverSettings) -> None:
         stack.callback(listening.close)
         health = Health("pageserver")
         registry = new_registry("pageserver", __version__)
-        tenants, service = await stack.enter_async_context(_parts(settings, health, registry))
+        tenants, keeper, service = await stack.enter_async_context(_parts(settings, health, registry))
         app = create_app("Excimer pageserver", __version__, health, registry)
         auth = bearer_auth(service.verifier, SystemClock(), Scope.PAGESERVER_API)
-        for router in (make_router(tenants), make_history_router(tenants), make_inspection_router(tenants)):
+        routers = make_router(tenants), make_history_router(tenants), make_inspection_router(tenants)
+        for router in (*routers, make_retention_router(keeper)):
             app.include_router(router, dependencies=[Depends(auth)])
+        app.include_router(make_lease_router(keeper, bearer_auth(service.verifier, SystemClock())))
         http = await stack.enter_async_context(serving_http(app, settings.http_listen, "pageserver API"))
         server = await asyncio.get_running_loop().create_server(service.connection, sock=listening)
         stack.callback(service.close_all)
@@ -97,7 +101,7 @@ async def serve(settings: PageserverSettings) -> None:
 @contextlib.asynccontextmanager
 async def _parts(
     settings: PageserverSettings, health: Health, registry: CollectorRegistry
-) -> AsyncIterator[tuple[Tenants, PageService]]:
+) -> AsyncIterator[tuple[Tenants, HistoryKeeper, PageService]]:
     async with contextlib.AsyncExitStack() as stack:
         storage_threads = ThreadPoolExecutor(STORAGE_THREADS, thread_name_prefix="storage")
         stack.callback(storage_threads.shutdown, wait=False, cancel_futures=True)
@@ -135,7 +139,9 @@ async def _parts(
         stack.callback(context.uploads.stop)
         await tenants.start()
         scope.supervise("statuses", partial(_publish_statuses, settings, tenants, world.metrics, broker))
-        yield tenants, _page_service(settings, tenants, scope, registry)
+        keeper = HistoryKeeper(tenants, scope, SystemClock(), random.SystemRandom())
+        scope.supervise("garbage collection", keeper.run)
+        yield tenants, keeper, _page_service(settings, tenants, scope, registry)
 
 
 async def _broker(settings: PageserverSettings, stack: contextlib.AsyncExitStack) -> BrokerClient | None:

@@ -226,6 +226,23 @@ class Tenants:
     def all_active(self) -> list[ActiveTimeline]:
         return [timeline for tenant in self._tenants.values() for timeline in tenant.timelines.values()]
 
+    def active_of(self, tenant_id: TenantId) -> list[ActiveTimeline]:
+        """None of a tenant that is not attached."""
+        tenant = self._tenants.get(tenant_id)
+        return [] if tenant is None else list(tenant.timelines.values())
+
+    def storage_of(self, tenant_id: TenantId) -> TenantStorage:
+        """Raises `TenantMissingError`, `TenantAttachingError`."""
+        return self._attached(tenant_id)[1]
+
+    def gc_periods(self) -> list[tuple[TenantId, float]]:
+        """Of each attached tenant the time between two garbage collections."""
+        return [
+            (tenant_id, tenant.store.settings.current.gc_period_s)
+            for tenant_id, tenant in self._tenants.items()
+            if tenant.store is not None
+        ]
+
     async def create_timeline(self, tenant_id: TenantId, new: NewTimeline) -> TimelineDetail:
         """Makes a timeline; answers with the one that exists if it was made in the same way.
 

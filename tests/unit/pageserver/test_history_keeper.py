@@ -1,0 +1,274 @@
+"""Settings, collections by hand and by schedule, leases, on a real engine with a clock in the test's hand."""
+
+import asyncio
+import contextlib
+import random
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from fastapi import Depends
+from httpx import ASGITransport, AsyncClient
+
+from excimer.base.clock import Monotonic, UnixTime, unix_to_timestamptz
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.keys import KeyKind, make_key
+from excimer.base.lsn import Lsn, format_lsn
+from excimer.pageserver.endpoints.retention_api import make_lease_router, make_retention_router
+from excimer.pageserver.history_keeper import HistoryKeeper
+from excimer.pageserver.lsn_by_timestamp import WindowStart, find_window_start
+from excimer.service.health import Health
+from excimer.service.http import bearer_auth, create_app
+from excimer.service.metrics import new_registry
+from excimer.service.tasks import SystemClock, TaskScope
+from excimer.storage.engine.context import StorageSettings
+from excimer.storage.engine.garbage_collector import GcTooEarlyError
+from excimer.storage.engine.tenant import TenantStorage
+from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.tenant_settings import TenantSettingsError
+from excimer.storage.format.values import Value, ValueKind
+from excimer.wire.auth import Claims, Scope, TokenVerifier, encode_token, generate_key_pair
+from tests.kit.storage_oracle import IMPORTED
+from tests.kit.storage_world import MAIN, START, TENANT, attach, in_event_loop, new_main, put, storage_context
+
+COMMIT_TIME = make_key(KeyKind.COMMIT_TIME)
+NOW = 1_800_000_000.0
+HOUR = 3600.0
+
+
+@dataclass
+class HandClock:
+    time: float = NOW
+
+    def monotonic(self) -> Monotonic:
+        return Monotonic(self.time)
+
+    def now(self) -> UnixTime:
+        return UnixTime(self.time)
+
+
+class Kept:
+    """A timeline in service, without WAL."""
+
+    def __init__(self, store: Timeline) -> None:
+        self.store = store
+        self.searches = 0
+
+    def record_end(self, lsn: int) -> Lsn:
+        return Lsn(lsn & ~7)
+
+    async def window_start(self, timestamptz: int) -> WindowStart:
+        self.searches += 1
+        store = self.store
+        return find_window_start(self.commit_time, store.oldest_lsn, store.last_record_lsn, timestamptz)
+
+    def commit_time(self, lsn: Lsn) -> int | None:
+        value = self.store.get_value(COMMIT_TIME, lsn)
+        return None if value is None else int.from_bytes(value, "little", signed=True)
+
+    async def commit(self, lsn: int, time: float) -> None:
+        value = struct.pack("<q", unix_to_timestamptz(time))
+        put(self.store, [Value(COMMIT_TIME, lsn, ValueKind.IMAGE, True, value)])
+        await self.store.flush()
+
+
+@dataclass
+class Attached:
+    """One attached tenant."""
+
+    storage: TenantStorage
+    kept: dict[TimelineId, Kept] = field(default_factory=dict)
+
+    def storage_of(self, tenant_id: TenantId) -> TenantStorage:
+        return self.storage
+
+    def active(self, tenant_id: TenantId, timeline_id: TimelineId) -> Kept:
+        return self.kept[timeline_id]
+
+    def active_of(self, tenant_id: TenantId) -> list[Kept]:
+        return list(self.kept.values())
+
+    def all_active(self) -> list[Kept]:
+        return list(self.kept.values())
+
+    def gc_periods(self) -> list[tuple[TenantId, float]]:
+        return [(TENANT, self.storage.settings.current.gc_period_s)]
+
+
+@dataclass
+class World:
+    keeper: HistoryKeeper
+    main: Kept
+    clock: HandClock
+    scope: TaskScope
+    storage: TenantStorage
+
+    async def pass_time(self, seconds: float) -> None:
+        """A look at who is due, then what it started."""
+        self.clock.time += seconds
+        before = asyncio.all_tasks()
+        self.keeper.start_due()
+        for task in asyncio.all_tasks() - before:
+            await task
+
+
+@contextlib.asynccontextmanager
+async def world(directory: Path) -> AsyncIterator[World]:
+    settings = StorageSettings(gc_horizon_bytes=0, lsn_lease_length_s=0.0, pitr_interval_s=24 * HOUR)
+    async with storage_context(directory, settings=settings) as context, TaskScope() as scope:
+        storage = await attach(context)
+        main = Kept(await storage.create_timeline(new_main(), IMPORTED))
+        clock = HandClock()
+        keeper = HistoryKeeper(Attached(storage, {MAIN: main}), scope, clock, random.Random(1))
+        yield World(keeper, main, clock, scope, storage)
+
+
+def test_a_window_begins_before_the_first_commit_that_is_in_it() -> None:
+    times = {20: 1000, 30: 2000, 40: 3000}
+
+    def commit_time(lsn: Lsn) -> int | None:
+        return max((time for at, time in times.items() if at <= lsn), default=None)
+
+    def start(timestamptz: int) -> WindowStart:
+        return find_window_start(commit_time, Lsn(10), Lsn(50), timestamptz)
+
+    assert start(500) == WindowStart(Lsn(19), 1000)  # what was before the first commit is as old as can be
+    assert start(1000) == WindowStart(Lsn(29), 2000)
+    assert start(2999) == WindowStart(Lsn(39), 3000)
+    assert start(3000) == WindowStart(Lsn(50), None)
+    assert find_window_start(commit_time, Lsn(20), Lsn(50), 500) == WindowStart(Lsn(20), 1000)
+    assert find_window_start(lambda lsn: None, Lsn(10), Lsn(50), 500) == WindowStart(Lsn(10), None)
+
+
+@in_event_loop
+async def test_history_leaves_the_window_by_time(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        for number in range(1, 5):
+            await here.main.commit(START + 0x100 * number, NOW + number * HOUR)
+        here.clock.time = NOW + 5 * HOUR
+        assert (await here.keeper.collect_garbage(TENANT, MAIN)).cutoff_lsn == START + 0x100 - 8
+        await here.keeper.change_config(TENANT, {"pitr_interval_s": 2.5 * HOUR})
+        assert (await here.keeper.collect_garbage(TENANT, MAIN)).cutoff_lsn == START + 0x300 - 8
+        here.clock.time = NOW + 100 * HOUR
+        assert (await here.keeper.collect_garbage(TENANT, MAIN)).cutoff_lsn == START + 0x400
+
+
+@in_event_loop
+async def test_an_idle_timeline_is_looked_at_only_when_a_commit_leaves_the_window(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.main.commit(START + 0x100, NOW)
+        await here.main.commit(START + 0x200, NOW + HOUR)
+        await here.pass_time(0)
+        assert here.main.searches == 0  # its first turn is some time within the first period
+        await here.pass_time(1.5 * HOUR)
+        assert here.main.searches == 1
+        for _ in range(20):
+            await here.pass_time(HOUR)
+        assert here.main.searches == 1
+        for _ in range(4):
+            await here.pass_time(HOUR)
+        assert here.main.searches == 3  # one for each commit, and then never again
+        assert here.main.store.oldest_lsn == START + 0x200
+        for _ in range(50):
+            await here.pass_time(HOUR)
+        assert here.main.searches == 3
+        await here.main.commit(START + 0x300, here.clock.time)
+        await here.pass_time(HOUR)
+        assert here.main.searches == 4
+
+
+@in_event_loop
+async def test_settings_are_live_and_wrong_ones_change_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        keeper = here.keeper
+        await keeper.set_config(TENANT, {"gc_period_s": 0})
+        await here.main.commit(START + 0x100, NOW)
+        await here.pass_time(1000 * HOUR)
+        assert here.main.searches == 0  # only by hand
+        with pytest.raises(TenantSettingsError):
+            await keeper.change_config(TENANT, {"gc_period_s": 60, "nonsense": 1})
+        assert keeper.config(TENANT).overrides == {"gc_period_s": 0}
+        await keeper.change_config(TENANT, {"gc_period_s": 60})
+        await here.pass_time(0)
+        await here.pass_time(60)
+        assert here.main.searches == 1
+        await keeper.change_config(TENANT, {"gc_period_s": None})
+        assert keeper.config(TENANT).effective.gc_period_s == 3600
+
+
+@in_event_loop
+async def test_a_collection_that_is_too_early_is_made_when_it_may_be(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.main.commit(START + 0x100, NOW)
+        await here.keeper.change_config(TENANT, {"lsn_lease_length_s": 600, "pitr_interval_s": 0})
+        with pytest.raises(GcTooEarlyError):
+            await here.keeper.collect_garbage(TENANT, MAIN)
+        await here.pass_time(0)
+        await here.pass_time(HOUR)
+        assert here.main.store.oldest_lsn == START
+        here.main.store.retention.attached_at_s -= 600
+        await here.pass_time(601)
+        assert here.main.store.oldest_lsn == START + 0x100
+
+
+KEYS = generate_key_pair()
+
+
+def token(scope: Scope, tenant_id: TenantId | None = None) -> dict[str, str]:
+    return {
+        "Authorization": f"Bearer {encode_token(KEYS.private_pem, Claims(scope=scope, tenant_id=tenant_id))}"
+    }
+
+
+@in_event_loop
+async def test_the_routes(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.main.commit(START + 0x100, NOW)
+        app = create_app("pageserver", "1", Health("pageserver"), new_registry("pageserver", "1"))
+        verifier = TokenVerifier(KEYS.public_pem)
+        auth = bearer_auth(verifier, SystemClock(), Scope.PAGESERVER_API)
+        app.include_router(make_retention_router(here.keeper), dependencies=[Depends(auth)])
+        app.include_router(make_lease_router(here.keeper, bearer_auth(verifier, SystemClock())))
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://pageserver/v1") as client:
+            await check_routes(client, here)
+
+
+async def check_routes(client: AsyncClient, here: World) -> None:
+    timeline = f"/tenant/{TENANT}/timeline/{MAIN}"
+    operator = token(Scope.PAGESERVER_API)
+    config = (await client.get(f"/tenant/{TENANT}/config", headers=operator)).json()
+    assert config["overrides"] == {}
+    assert config["effective"]["gc_period_s"] == 3600
+    answer = await client.put(f"/tenant/{TENANT}/config", json={"gc_period_s": 5}, headers=operator)
+    assert answer.json()["overrides"] == {"gc_period_s": 5}
+    answer = await client.patch(f"/tenant/{TENANT}/config", json={"gc_perid_s": 5}, headers=operator)
+    assert (answer.status_code, "did you mean 'gc_period_s'" in answer.json()["message"]) == (400, True)
+    answer = await client.patch(
+        f"/tenant/{TENANT}/config", json={"lsn_lease_length_s": 60, "gc_period_s": None}, headers=operator
+    )
+    assert answer.json()["overrides"] == {"lsn_lease_length_s": 60}
+    lease = {"lsn": format_lsn(START + 0x100)}
+    for claims in (operator, token(Scope.TENANT, TENANT)):
+        answer = await client.post(f"{timeline}/lsn_lease", json=lease, headers=claims)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["valid_until"].startswith("2027-01-15T08:0")
+    for wrong in (token(Scope.TENANT, TenantId("ff" * 16)), token(Scope.SAFEKEEPER_DATA), {}):
+        answer = await client.post(f"{timeline}/lsn_lease", json=lease, headers=wrong)
+        assert answer.status_code in (401, 403), answer.text
+    answer = await client.put(f"{timeline}/do_gc", headers=operator)
+    assert (answer.status_code, answer.json()["kind"]) == (503, "GcTooEarlyError")
+    await here.keeper.set_config(TENANT, {})
+    answer = await client.put(f"{timeline}/do_gc", headers=operator)
+    assert answer.json() == {
+        "cutoff_lsn": format_lsn(START + 0x100 - 8),
+        "held_points": 0,
+        "layers_removed": 0,
+        "removed_bytes": 0,
+        "wrote_images": False,
+    }
+    assert (await client.put(f"{timeline}/compact", headers=operator)).json() == {"steps": 0}
+    assert (await client.put(f"{timeline}/do_gc", headers=token(Scope.TENANT, TENANT))).status_code == 403
+    answer = await client.post(f"{timeline}/lsn_lease", json={"lsn": format_lsn(START)}, headers=operator)
+    assert (answer.status_code, answer.json()["kind"]) == (400, "NotRetainedError")
