@@ -185,6 +185,9 @@ async def check_after_crash(context: StorageContext, world: World) -> None:
     for timeline in tenant.timelines.values():
         names = context.filesystem.list_files(timeline.home.local_dir)
         assert set(names) <= set(timeline.stack.files), "a crash left files that nobody removes"
+    for timeline in tenant.timelines.values():
+        await compact(timeline)  # from wherever it was left
+    await check(tenant, world)
 
 
 async def replay(tenant: TenantStorage, world: World) -> None:
