@@ -1,5 +1,6 @@
 """Existing clusters brought in, from a directory and from a running server, compared by pg_dumpall."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -9,22 +10,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from excimer.base.lsn import parse_lsn
+from excimer.base.lsn import Lsn, parse_lsn
 from excimer.cli.errors import EXIT_UNAVAILABLE
 from excimer.io.processes import make_owned_dir, spawn
 from excimer.io.processes import run as run_program
 from excimer.postgres import run_initdb
+from excimer.wire.auth import Scope
 from tests.kit.builds import NEWEST_VERSION, build_of
+from tests.kit.page_client import connect_pages
+from tests.kit.page_truth import Comparer, Comparison
 from tests.kit.rich_cluster import AMCHECK_OPTIONS, DUMP_OPTIONS, comparable, fill
 from tests.kit.stack import Stack, running_stack
+from tests.kit.stack_truth import StackView, branch_of
 from tests.kit.stock_server import StockServer, stock_server
 
-VERSIONS = [int(text) for text in os.environ.get("EXCIMER_IMPORT_VERSIONS", str(NEWEST_VERSION)).split()]
+VERSIONS = [int(text) for text in os.environ.get("EXCIMER_IMPORT_VERSIONS", str(NEWEST_VERSION)).split(",")]
 LISTEN = {"listen_addresses": "127.0.0.1", "max_prepared_transactions": "5"}
 
+PAGES_COMPARED = 1000
 WAL_AHEAD_BYTES = 64 << 20
 CHURN = """
 create temp table if not exists own (n int);
@@ -106,6 +113,9 @@ def test_a_stopped_directory_becomes_a_branch(stack: Stack, root: Path) -> None:
         dump = dump_of(server)
     made = stack.json("import", str(data_dir), "--branch-name", "directory")
     assert (made["name"], made["pg_version"]) == ("directory", stack.pg_version)
+    compared = asyncio.run(compare_pages(stack, "directory", data_dir, parse_lsn(made["start_lsn"])))
+    assert not compared.wrong
+    assert compared.compared["page"] == PAGES_COMPARED
     serve(stack, "directory")
     assert stack.query("select gid from pg_prepared_xacts", "directory") == [("p",)]
     stack.query("rollback prepared 'p'", "directory")
@@ -202,12 +212,14 @@ def test_killed_in_the_middle_nothing_is_left_and_a_second_try_works(stack: Stac
     run_initdb(build_of(stack.pg_version), data_dir)
     with source(stack, data_dir) as server:
         server.sql("create table t as select n from generate_series(1, 1000) n")
-        before = objects(stack)
+        before = stored(stack)
         for victim in ("command line", "pageserver"):
             far = server.sql("select pg_current_wal_lsn() + 1000000000")[0][0]
             command = stack.command("import", url_of(server), "--branch-name", "again", "--to", far)
             importing = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            stack.wait_until(lambda: wal_is_streamed(server) and bool(objects(stack) - before), "the images")
+            stack.wait_until(
+                lambda: wal_is_streamed(server) and bool(stored(stack) - before), "copying the files"
+            )
             taken = stack.run("import", url_of(server), "--branch-name", "again")
             assert "is being imported" in taken.stderr
             if victim == "pageserver":
@@ -218,7 +230,7 @@ def test_killed_in_the_middle_nothing_is_left_and_a_second_try_works(stack: Stac
             importing.communicate()
             names = [row["name"] for row in stack.json("timeline", "list")["branches"]]
             assert "again" not in names
-            stack.wait_until(lambda: not objects(stack) - before, "removing what was half made")
+            stack.wait_until(lambda: not stored(stack) - before, "removing what was half made")
         stack.json("import", url_of(server), "--branch-name", "again")
     serve(stack, "again")
     assert stack.query("select count(*) from t", "again") == [(1000,)]
@@ -267,5 +279,16 @@ def take_backup(server: StockServer, target: Path, *options: str) -> None:
     )
 
 
-def objects(stack: Stack) -> set[Path]:
-    return {path for path in (stack.directory / "object_store").rglob("*") if path.is_file()}
+async def compare_pages(stack: Stack, name: str, data_dir: Path, lsn: Lsn) -> Comparison:
+    """What the page service says against the stopped cluster's files, byte for byte."""
+    branch = branch_of(stack, name)
+    async with connect_pages(branch.page_address) as client:
+        await client.hello(branch.tenant_id, branch.timeline_id, branch.token(Scope.TENANT))
+        view = StackView(client, await client.get_basebackup(lsn))
+        return await Comparer(view, lsn, data_dir, Random(1)).compare(PAGES_COMPARED)
+
+
+def stored(stack: Stack) -> set[str]:
+    """Timelines that object storage has anything of."""
+    objects = (stack.directory / "object_store").glob("tenants/*/timelines/**/*")
+    return {str(path).partition("/timelines/")[2].split("/")[0] for path in objects if path.is_file()}

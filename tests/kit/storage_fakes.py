@@ -35,6 +35,7 @@ class FakeNode:
     tenants: set[str] = field(default_factory=set)
     generations: dict[str, int] = field(default_factory=dict)
     timelines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    importing: set[str] = field(default_factory=set)
     flush_lsn: int = START_LSN
     commit_lsn: int = START_LSN
 
@@ -93,7 +94,14 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
 
     @app.get("/v1/tenant/{tenant}/timeline/{timeline}")
     async def get_timeline(tenant: str, timeline: str) -> dict[str, Any]:
+        if timeline not in node.timelines:
+            raise NotFoundError("no such timeline")
         return node.timelines[timeline]
+
+    @app.get("/v1/tenant/{tenant}/import")
+    async def list_imports(tenant: str) -> list[dict[str, Any]]:
+        node.check()
+        return [{"timeline_id": timeline, "received_bytes": 1} for timeline in sorted(node.importing)]
 
     @app.delete("/v1/tenant/{tenant}/timeline/{timeline}")
     async def delete_timeline(tenant: str, timeline: str) -> None:

@@ -17,7 +17,7 @@ from excimer.base.errors import CorruptionError
 from excimer.base.keys import Fork
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, parse_lsn, record_end
 from excimer.cli.import_source import SourceRefusedError, check_target, tar_frames
-from excimer.io.cluster_directory import checkpoint_end, cluster_paths, read_parts, read_wal
+from excimer.io.cluster_directory import WalMissingError, checkpoint_end, cluster_paths, read_parts, read_wal
 from excimer.pgformat.cluster_files import (
     ClusterFileError,
     FileKind,
@@ -62,7 +62,7 @@ class DirectorySource:
             self._files = _list_files(directory)
         except OSError as error:
             raise SourceRefusedError(f"cannot read {error.filename}: {error.strerror}") from error
-        except (CorruptionError, ClusterFileError) as error:
+        except (CorruptionError, ClusterFileError, WalMissingError) as error:
             raise SourceRefusedError(f"{directory}: {error}") from error
         self.total_size_bytes = sum(size for _, size in self._files)
 

@@ -24,11 +24,11 @@ class WalMissingError(RefusedError):
 
 
 def cluster_paths(directory: Path) -> Iterator[str]:
-    """Relative paths of all plain files that may matter; pg_control last, as in a backup."""
+    """Relative paths of all plain files that may matter; pg_control first: it says whether to go on."""
+    yield _CONTROL_FILE
     for path in _files(directory, ""):
         if path != _CONTROL_FILE:
             yield path
-    yield _CONTROL_FILE
 
 
 def _files(directory: Path, below: str) -> Iterator[str]:

@@ -60,7 +60,10 @@ class ClusterBuiltDifferentlyError(ClusterFileError):
 class ClusterImages:
     """File after file: `begin_file`, `feed`, `end_file`; then `finish`. Calls `add` for each image."""
 
-    def __init__(self, add: Callable[[bytes, bytes], None]) -> None:
+    def __init__(self, pg_version: int, add: Callable[[bytes, bytes], None]) -> None:
+        self.control_file: ControlFile | None = None
+        """As it came; None until it has."""
+        self._pg_version = pg_version
         self._add = add
         self._file: ClusterFile | None = None
         self._prefix = b""
@@ -68,7 +71,6 @@ class ClusterImages:
         self._rest = b""
         self._relation_sizes: dict[tuple[Relation, int], int] = {}
         self._two_phase: dict[int, bytes] = {}
-        self._control = b""
 
     def begin_file(self, file: ClusterFile) -> None:
         self._file = file
@@ -98,7 +100,10 @@ class ClusterImages:
         self._rest = rest
 
     def end_file(self) -> None:
-        """Part of a block at the end does not count, as PostgreSQL does not count it."""
+        """Part of a block at the end does not count, as PostgreSQL does not count it.
+
+        Raises `ControlFileError`, and what `add` does.
+        """
         file, self._file = self._file, None
         if file is None:
             return
@@ -118,27 +123,26 @@ class ClusterImages:
             case FileKind.TWO_PHASE:
                 self._two_phase[file.xid] = self._rest
             case FileKind.CONTROL:
-                self._control = self._rest
+                self.control_file = ControlFile.unpack(self._rest, self._pg_version)
 
-    def finish(self, pg_version: int) -> ControlFile:
-        """Adds what only all files together say. Raises `ClusterFileError`, `ControlFileError`."""
-        if not self._control:
+    def finish(self) -> None:
+        """Adds what only all files together say. Raises `ClusterFileError`."""
+        if self.control_file is None:
             raise ClusterFileError("there is no global/pg_control among the files")
-        said = ControlFile.unpack(self._control, pg_version)
-        control = as_imported(said)
+        control = as_imported(self.control_file)
         checkpoint = control.checkpoint
         unlogged = {relation for relation, fork in self._relation_sizes if fork == Fork.INIT}
         for (relation, fork), size in self._relation_sizes.items():
             if fork == Fork.INIT or relation not in unlogged:
                 self._add(relation_size_key(relation, fork), size.to_bytes(4, "little"))
         for xid, content in self._two_phase.items():
-            self._add(two_phase_key(_full_xid(xid, checkpoint.next_xid, pg_version)), content)
+            full_xid = _full_xid(xid, checkpoint.next_xid, self._pg_version)
+            self._add(two_phase_key(full_xid), content)
         state = CheckpointState(checkpoint, ClusterSettings.from_control_file(control))
         commit_time = (checkpoint.time - _POSTGRES_EPOCH_S) * 1_000_000
         self._add(make_key(KeyKind.CHECKPOINT), state.pack())
         self._add(make_key(KeyKind.CONTROL_FILE), control.pack())
         self._add(make_key(KeyKind.COMMIT_TIME), commit_time.to_bytes(8, "little", signed=True))
-        return said
 
 
 def as_imported(control: ControlFile) -> ControlFile:

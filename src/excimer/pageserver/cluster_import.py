@@ -82,6 +82,7 @@ class ClusterImport:
         self._begin: ImportBegin | None = None
         self._images: ClusterImages | None = None
         self._ours: ControlFile | None = None
+        self._is_checked = False
         self._ingest: WalIngest | None = None
         self.made: TimelineImport | None = None
         self.readable_lsn = Lsn(0)
@@ -135,7 +136,7 @@ class ClusterImport:
                 prev_record_lsn=begin.prev_record_lsn,
             )
         )
-        self._images = ClusterImages(self.made.add_image)
+        self._images = ClusterImages(begin.pg_version, self.made.add_image)
 
     # Files
 
@@ -153,19 +154,27 @@ class ClusterImport:
                     images.feed(part)
                 case MemberEnd():
                     images.end_file()
+                    if images.control_file is not None and not self._is_checked:
+                        self._check_control_file(images.control_file)
 
-    async def _end_files(self, end: FilesEnd) -> None:
-        images, self._images = self._images, None
-        if images is None or self.made is None or self._begin is None or self._ours is None:
-            raise ImportStreamError("files end before they began, or twice")
-        if not self._tar.is_between_members:
-            raise ImportStreamError("the tar file is cut short")
-        self.readable_lsn = end.readable_lsn
-        control = await self._in_thread(partial(images.finish, self._begin.pg_version))
+    def _check_control_file(self, control: ControlFile) -> None:
+        """As soon as it is there, which of a directory is before all else."""
+        assert self._begin is not None
+        assert self._ours is not None
         check_built_alike(control, self._ours)
         said = control.system_id, control.wal_segment_size
         if said != (self._begin.system_id, self._begin.wal_segment_size_bytes):
             raise ClusterFileError("pg_control is of another cluster than the stream says")
+        self._is_checked = True
+
+    async def _end_files(self, end: FilesEnd) -> None:
+        images, self._images = self._images, None
+        if images is None or self.made is None:
+            raise ImportStreamError("files end before they began, or twice")
+        if not self._tar.is_between_members:
+            raise ImportStreamError("the tar file is cut short")
+        self.readable_lsn = end.readable_lsn
+        await self._in_thread(images.finish)
         await self.made.finish_images()
         timeline = self.made.timeline
         self._ingest = await self._in_thread(partial(WalIngest, timeline, read_pages=self._read_pages))

@@ -42,7 +42,7 @@ def import_initdb(directory: Path, pg_version: int) -> ImportedCluster:
     if control.state != ClusterState.SHUTDOWNED:
         raise ClusterNotStoppedError(f"the cluster in {directory} is not shut down cleanly")
     collected: list[Image] = []
-    images = ClusterImages(lambda key, data: collected.append((key, data)))
+    images = ClusterImages(pg_version, lambda key, data: collected.append((key, data)))
     for path in cluster_paths(directory):
         file = identify_file(path)
         if file is not None:
@@ -50,6 +50,6 @@ def import_initdb(directory: Path, pg_version: int) -> ImportedCluster:
             for part in read_parts(directory / path):
                 images.feed(part)
             images.end_file()
-    images.finish(pg_version)
+    images.finish()
     end_lsn = checkpoint_end(directory, control, pg_version)
     return ImportedCluster(control, end_lsn, Lsn(control.checkpoint_lsn), sorted(collected))

@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 
 class ImportBrokenOffError(RetryableError):
-    """The tenant was detached, or the process stopped, while a cluster was imported."""
+    """The tenant was detached, or the timeline deleted, while the cluster was imported."""
 
 
 @dataclass(slots=True)
@@ -64,11 +64,11 @@ class RunningImports:
                     del self._running[timeline_id]
                     running.ended.set()
         except TimeoutError as error:
-            raise ImportBrokenOffError("the tenant is detached: import again") from error
+            raise ImportBrokenOffError("the import was ended from outside: nothing was imported") from error
 
-    async def break_off(self) -> None:
-        """Ends all; returns when nothing of them is left."""
-        running = list(self._running.values())
+    async def break_off(self, timeline_id: TimelineId | None = None) -> None:
+        """Ends one, or all; returns when nothing of them is left."""
+        running = [each for key, each in self._running.items() if timeline_id in (None, key)]
         for each in running:
             each.limit.reschedule(asyncio.get_running_loop().time())
         await asyncio.gather(*(each.ended.wait() for each in running))

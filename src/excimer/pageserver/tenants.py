@@ -354,8 +354,11 @@ class Tenants:
         return await tenant_sizes(store, logical, asyncio.get_running_loop().time())
 
     async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
-        """Raises `TimelineMissingError`, `TimelineInUseError`, `ObjectStoreError` (call again)."""
+        """An import that goes on is ended. Raises `TimelineMissingError`, `TimelineInUseError`,
+        `ObjectStoreError` (call again).
+        """
         tenant, _ = self._attached(tenant_id)
+        await tenant.imports.break_off(timeline_id)
         async with tenant.changing:
             _, store = self._attached(tenant_id)
             branches = store.branches(timeline_id)
