@@ -17,6 +17,7 @@ from bench import (
     cold_scan,
     commits,
     compaction,
+    first_page,
     ingest,
     many_tenants,
     page_reads,
@@ -36,6 +37,7 @@ FAMILIES = (
     Family(("cold_scan_mb_s",), cold_scan.measure),
     Family(compaction.IDS, compaction.measure),
     Family(("branch_ms",), branching.measure),
+    Family(("attach_first_page_ms",), first_page.measure),
     Family(many_tenants.IDS, many_tenants.measure),
     Family(("endpoint_start_ms", "manifest_to_row_ms"), starting.measure),
 )

@@ -44,6 +44,7 @@ GOALS = {
             "p99 of reads while it compacts, of before",
         ),
         Goal("branch_ms", "ms", 20.0, False, "a branch, by the pageserver's API"),
+        Goal("attach_first_page_ms", "ms", 200.0, False, "first page of 10 GB after attaching, disk empty"),
         Goal("tenants_start_s", "s", 10.0, False, "a pageserver with 1,000 tenants of 3 branches"),
         Goal("tenants_rss_mib", "MiB", 2048.0, False, "its memory"),
         Goal("tenants_idle_cpu_percent", "%", 1.0, False, "its CPU while nothing happens, of a core"),

@@ -18,11 +18,12 @@ crash left behind.
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 
-from excimer.io.object_store import ObjectStore, ObjectStoreError
+from excimer.io.object_store import ObjectInfo, ObjectStore, ObjectStoreError
 from excimer.storage.engine.manifest_store import (
     FoundManifest,
     ManifestStore,
@@ -39,21 +40,33 @@ CLAIMS_MAX: Final = 10
 
 
 def claim_newest(
-    store: ObjectStore, tenant_id: str, timeline_id: str, generation: int
+    store: ObjectStore,
+    tenant_id: str,
+    timeline_id: str,
+    generation: int,
+    listed: Iterable[ObjectInfo] | None = None,
 ) -> FoundManifest | None:
-    """The newest manifest, as one of our own generation; None when the timeline has none.
+    """The newest manifest, as one of our own generation; None when the timeline has none. `listed` is what a
+    listing of its prefix has just answered.
 
     One that says *deleted* is answered as it is. Blocks. Raises `OvertakenError`, `DamagedManifestError`,
     `ObjectStoreError`.
     """
-    found = find_newest_manifest(store, tenant_id, timeline_id, generation)
+    found = find_newest_manifest(store, tenant_id, timeline_id, generation, listed)
     if found is None or found.manifest.deleted:
         return found
     is_own = found.name.generation == generation
     if is_own and not found.manifest.claimed_from:
         return found
-    claimed_from = found.manifest.claimed_from if is_own else ""
     writer = ManifestStore(store, tenant_id, timeline_id, generation, found.name.sequence if is_own else 0)
+    claimed_from = found.manifest.claimed_from
+    if not is_own:
+        if found.has_marker:
+            return FoundManifest(found.name, msgspec.structs.replace(found.manifest, deleted=True))
+        claimed_from = str(found.name)
+        claim = msgspec.structs.replace(found.manifest, claimed_from=claimed_from)
+        writer.write(claim)
+        found = FoundManifest(ManifestName(generation, writer.last_sequence), claim)
     for _ in range(CLAIMS_MAX):
         objects = list_timeline(store, tenant_id, timeline_id, generation)
         if objects.has_marker:

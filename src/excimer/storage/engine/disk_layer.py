@@ -21,7 +21,12 @@ import zstandard
 from excimer._native.block_index import BlockIndex
 from excimer.io.filesystem import RandomReader
 from excimer.storage.engine.context import StorageContext
-from excimer.storage.engine.partial_copy import LayerMissingError, LayerObject, PartialCopy
+from excimer.storage.engine.partial_copy import (
+    CHUNK_SIZE_BYTES,
+    LayerMissingError,
+    LayerObject,
+    PartialCopy,
+)
 from excimer.storage.format.layer_file import (
     HEADER_SIZE_BYTES,
     DamagedLayerError,
@@ -67,8 +72,8 @@ class DiskLayer:
         self.object_name = object_name
         self.last_used = 0
         self._context = context
-        self._disk = context.local_disk
-        self._object = LayerObject(context.store, self._disk, object_name, description.size_bytes)
+        self.disk = context.local_disk
+        self._object = LayerObject(context.store, self.disk, object_name, description.size_bytes)
         self._open_lock = threading.Lock()
         """Held while opening, which may wait for object storage."""
         self._lock = threading.Lock()
@@ -84,7 +89,7 @@ class DiskLayer:
         With `cached` false they are neither looked for nor left in the cache (compaction, big scans).
         Raises `DamagedLayerError`, `LayerMissingError`, `ObjectStoreError`.
         """
-        self.last_used = self._disk.next_tick()
+        self.last_used = self.disk.next_tick()
         opened = self._open()
         cache = self._context.cache
         numbers = opened.layer_index.find_blocks(first_key, last_key, low_lsn, high_lsn)
@@ -110,12 +115,23 @@ class DiskLayer:
         """Makes the index ready, so that reads need only blocks. Errors as `blocks`."""
         self._open()
 
+    def needs_fetch(self, first_key: bytes, last_key: bytes, low_lsn: int, high_lsn: int) -> bool:
+        """Whether `blocks` would have to ask object storage, as far as that can be told at once."""
+        opened = self._opened
+        if opened is None:
+            return self.disk.size_of(self) != self.description.size_bytes
+        if opened.partial is None:
+            return False
+        partial, index = opened.partial, opened.layer_index
+        places = (index.places[each] for each in index.find_blocks(first_key, last_key, low_lsn, high_lsn))
+        return any(not partial.has(place.offset, place.stored_size_bytes) for place in places)
+
     def note_local(self) -> None:
         """Counts a whole local copy, if there is one, as taking disk."""
         with suppress(OSError):
             if self._has_whole():
-                self.last_used = self._disk.next_tick()
-                self._disk.use(self, self.description.size_bytes)
+                self.last_used = self.disk.next_tick()
+                self.disk.use(self, self.description.size_bytes)
 
     @property
     def index(self) -> BlockIndex | None:
@@ -129,7 +145,7 @@ class DiskLayer:
             opened, self._opened = self._opened, None
         if opened is not None and opened.partial is not None:
             opened.partial.drop()
-        self._disk.use(self, 0)
+        self.disk.use(self, 0)
         del opened  # the descriptor is closed when the last reader lets go of it
 
     def remove_local(self) -> None:
@@ -158,7 +174,7 @@ class DiskLayer:
                 opened = self._open_whole_or_partial()
                 with self._lock:
                     self._opened = opened
-                self._disk.use(self, opened.local_size_bytes(self.description.size_bytes))
+                self.disk.use(self, opened.local_size_bytes(self.description.size_bytes))
                 return opened
             return self._opened
 
@@ -191,12 +207,14 @@ class DiskLayer:
 
     def _open_partial(self) -> _Opened:
         description = self.description
-        tail = self._object.fetch(description.index_offset, description.size_bytes)
-        index = self._unpack_index(tail, self.object_name)
         partial = PartialCopy(self._object, self._context.filesystem, self.local_path)
         if self._is_removed:
             partial.drop()
-        return _Opened(index, None, partial)
+        if description.size_bytes <= CHUNK_SIZE_BYTES:  # one request rather than two
+            tail = partial.read(0, description.size_bytes)[description.index_offset :]
+        else:
+            tail = self._object.fetch(description.index_offset, description.size_bytes)
+        return _Opened(self._unpack_index(tail, self.object_name), None, partial)
 
     def _unpack_index(self, tail: bytes, name: str) -> LayerIndex:
         description = self.description
@@ -237,10 +255,10 @@ class DiskLayer:
         if self._opened is not opened or self._is_removed or size == partial.counted_bytes:
             return
         partial.counted_bytes = size
-        self._disk.use(self, size)
+        self.disk.use(self, size)
         rest = self.description.size_bytes - size
-        if self._disk.has_room(rest) and partial.try_take_wish_for_rest():
-            self._disk.in_background(lambda: self._fetch_rest(opened, partial))
+        if self.disk.has_room(rest) and partial.try_take_wish_for_rest():
+            self.disk.in_background(lambda: self._fetch_rest(opened, partial))
 
     def _fetch_rest(self, opened: _Opened, partial: PartialCopy) -> None:
         if self._opened is opened:

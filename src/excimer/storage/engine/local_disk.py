@@ -18,8 +18,8 @@ Not here: files (`disk_layer`, `partial_copy`), the memory for decompressed bloc
 import itertools
 import logging
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Final, Protocol
 
 from excimer.base.errors import ExcimerError
@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 LOW_WATER_FRACTION: Final = 0.9
 BACKGROUND_JOBS_MAX: Final = 64
 """Downloads that may wait; what comes on top is simply not downloaded."""
+FETCHERS_MAX: Final = 16
+"""Requests of reads at the same time, beyond one per read."""
 
 
 class LocalCopy(Protocol):
@@ -59,6 +61,7 @@ class LocalDisk:
         self._ticks = itertools.count(1)
         self._jobs = 0
         self._executor: ThreadPoolExecutor | None = None
+        self._fetchers: ThreadPoolExecutor | None = None
         self._closed = False
 
     @property
@@ -113,12 +116,23 @@ class LocalDisk:
             self._executor.submit(self._run, job)
             return True
 
+    def run_together(self, fetches: Iterable[Callable[[], None]]) -> None:
+        """Runs what fetches at the same time, and waits for all of it. Not from within one of them."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._fetchers is None:
+                self._fetchers = ThreadPoolExecutor(FETCHERS_MAX, thread_name_prefix="layer fetch")
+            running = [self._fetchers.submit(fetch) for fetch in fetches]
+        wait(running)
+
     def close(self) -> None:
         """No more background work; what waits is dropped, what runs is not waited for."""
         with self._lock:
             self._closed = True
-            executor, self._executor = self._executor, None
-        if executor is not None:
+            executors = [each for each in (self._executor, self._fetchers) if each is not None]
+            self._executor = self._fetchers = None
+        for executor in executors:
             executor.shutdown(wait=False, cancel_futures=True)
 
     def wait_idle(self) -> None:

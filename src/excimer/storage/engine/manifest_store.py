@@ -13,11 +13,19 @@ greatest listed name asks for those that would follow it: the next of the same g
 the next generations, which for that reason are kept.
 """
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final, NamedTuple
 
 from excimer.base.errors import FencedError
-from excimer.io.object_store import ObjectExistsError, ObjectMissingError, ObjectStore, ObjectStoreError
+from excimer.io.object_store import (
+    ObjectExistsError,
+    ObjectInfo,
+    ObjectMissingError,
+    ObjectStore,
+    ObjectStoreError,
+)
 from excimer.storage.format.manifest import (
     Manifest,
     ManifestName,
@@ -51,6 +59,8 @@ def timeline_prefix(tenant_id: str, timeline_id: str) -> str:
 class FoundManifest(NamedTuple):
     name: ManifestName
     manifest: Manifest
+    has_marker: bool = False
+    """As of `TimelineObjects`, where it was found by a listing."""
 
 
 class TimelineObjects(NamedTuple):
@@ -126,9 +136,17 @@ def check_not_overtaken(store: ObjectStore, tenant_id: str, timeline_id: str, ge
 
 def list_timeline(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> TimelineObjects:
     """Raises `OvertakenError` if a manifest is of a newer generation. Blocks."""
+    listed = store.list(timeline_prefix(tenant_id, timeline_id))
+    return sort_listing(listed, tenant_id, timeline_id, generation)
+
+
+def sort_listing(
+    listed: Iterable[ObjectInfo], tenant_id: str, timeline_id: str, generation: int
+) -> TimelineObjects:
+    """What a listing of a timeline's prefix has. Raises as `list_timeline`."""
     prefix = f"{timeline_prefix(tenant_id, timeline_id)}/"
     manifests, layers, has_marker = [], [], False
-    for info in store.list(prefix.rstrip("/")):
+    for info in listed:
         name = parse_manifest_name(info.name.removeprefix(prefix))
         if name is not None:
             manifests.append(name)
@@ -146,18 +164,27 @@ def list_timeline(store: ObjectStore, tenant_id: str, timeline_id: str, generati
 
 
 def find_newest_manifest(
-    store: ObjectStore, tenant_id: str, timeline_id: str, generation: int
+    store: ObjectStore,
+    tenant_id: str,
+    timeline_id: str,
+    generation: int,
+    listed: Iterable[ObjectInfo] | None = None,
 ) -> FoundManifest | None:
-    """None when the timeline has none. Raises `OvertakenError` if one is of a newer generation than ours."""
+    """None when the timeline has none. `listed` is what a listing of its prefix has just answered.
+
+    Raises `OvertakenError` if one is of a newer generation than ours.
+    """
     for _ in range(MANIFESTS_KEPT):
-        names = list_timeline(store, tenant_id, timeline_id, generation).manifests
-        if not names:
+        if listed is None:
+            listed = store.list(timeline_prefix(tenant_id, timeline_id))
+        objects = sort_listing(listed, tenant_id, timeline_id, generation)
+        listed = None
+        if not objects.manifests:
             return None
-        newest = names[-1]
-        _refuse_stale_listing(store, tenant_id, timeline_id, newest, generation)
-        manifest = read_manifest(store, tenant_id, timeline_id, newest)
+        newest = objects.manifests[-1]
+        manifest = _read_newest(store, tenant_id, timeline_id, newest, generation)
         if manifest is not None:  # else its still running owner has written newer ones meanwhile
-            return FoundManifest(newest, manifest)
+            return FoundManifest(newest, manifest, objects.has_marker)
     raise ObjectStoreError(f"the manifests of timeline {timeline_id} change faster than they can be read")
 
 
@@ -172,19 +199,26 @@ def read_manifest(
         return None
 
 
-def _refuse_stale_listing(
+def _read_newest(
     store: ObjectStore, tenant_id: str, timeline_id: str, newest: ManifestName, generation: int
-) -> None:
-    """Raises `ObjectStoreError` if a manifest exists that is newer than the newest one listed."""
-    is_stale = has_follower(store, tenant_id, timeline_id, newest)
-    first, last = newest.generation + 1, min(generation, newest.generation + GENERATIONS_LOOKED_AHEAD)
-    is_stale = is_stale or any(
-        _has_first(store, tenant_id, timeline_id, newer) for newer in range(first, last + 1)
-    )
-    if is_stale:
+) -> Manifest | None:
+    """As `read_manifest`. Raises `ObjectStoreError` too if one exists that is newer than this newest listed.
+
+    All is asked at the same time: an attachment is as slow as the answers it waits for in turn.
+    """
+    last = min(generation, newest.generation + GENERATIONS_LOOKED_AHEAD)
+    with ThreadPoolExecutor(1 + GENERATIONS_LOOKED_AHEAD, thread_name_prefix="newest manifest") as beside:
+        questions = [beside.submit(has_follower, store, tenant_id, timeline_id, newest)]
+        questions += [
+            beside.submit(_has_first, store, tenant_id, timeline_id, newer)
+            for newer in range(newest.generation + 1, last + 1)
+        ]
+        manifest = read_manifest(store, tenant_id, timeline_id, newest)
+    if any(question.result() for question in questions):
         raise ObjectStoreError(
             f"the object store's listing of timeline {timeline_id} lags behind what was written: try again"
         )
+    return manifest
 
 
 def has_follower(store: ObjectStore, tenant_id: str, timeline_id: str, name: ManifestName) -> bool:

@@ -26,6 +26,7 @@ from excimer.base.keys import KeyKind, make_key, parse_key
 from excimer.base.lsn import format_lsn
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import NoSuchPageError, PageRebuildError
+from excimer.storage.engine.layer_prefetch import prefetch
 from excimer.storage.engine.value_reads import ValueSource, read_value, try_read_value
 from excimer.storage.engine.walk_memory import WalkMemory
 from excimer.storage.format.layer_file import DamagedLayerError
@@ -235,6 +236,7 @@ def _walk(source: PageSource, key: bytes, chains: PageChains, lsn: int, watch: W
         if chains.open_count == 0:
             return visited
         plan = plan_read(stack.disk, key, last_key, 0, lsn)
+        prefetch(plan.visits, stack.files, key, last_key)
         for visit in plan.visits:
             visited += 1
             file = stack.files[visit.layer.description.name]

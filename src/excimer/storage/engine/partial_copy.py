@@ -107,6 +107,11 @@ class PartialCopy:
             fetched |= self._load(*run)
         return b"".join(self._piece(chunk, fetched, offset, end) for chunk in range(first, last + 1))
 
+    def has(self, offset: int, size: int) -> bool:
+        """Whether all of it is here now."""
+        first, last = offset // self._chunk_size_bytes, (offset + size - 1) // self._chunk_size_bytes
+        return self._states.count(PRESENT, first, last + 1) == last + 1 - first
+
     def try_take_wish_for_rest(self) -> bool:
         """True once, when half is here."""
         with self._changed:

@@ -24,7 +24,7 @@ import msgspec
 from excimer.base.errors import CorruptionError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
-from excimer.io.object_store import ObjectExistsError, ObjectStore
+from excimer.io.object_store import ObjectExistsError, ObjectInfo, ObjectStore
 from excimer.storage.engine.archived_timeline import ArchivedTimeline
 from excimer.storage.engine.claim import claim_newest
 from excimer.storage.engine.context import StorageContext
@@ -120,9 +120,12 @@ class TenantStorage:
         """
         tenant = cls(context, tenant_id, generation)
         loop = asyncio.get_running_loop()
-        overrides = await loop.run_in_executor(context.executor, tenant._settings_store.read)
-        tenant.settings.set(overrides)
-        found = await loop.run_in_executor(context.executor, tenant._find_manifests)
+        reading = loop.run_in_executor(context.executor, tenant._settings_store.read)
+        try:
+            found = await tenant._find_manifests()
+        finally:
+            await asyncio.wait([reading])
+        tenant.settings.set(reading.result())
         for timeline_id in _ancestors_first({each: one.manifest for each, one in found.items()}):
             if found[timeline_id].manifest.archived:
                 tenant.archived[timeline_id] = ArchivedTimeline.of(found[timeline_id].manifest)
@@ -419,28 +422,41 @@ class TenantStorage:
         self.timelines.clear()
         self.archived.clear()
 
-    def _find_manifests(self) -> dict[TimelineId, FoundManifest]:
-        found = {}
-        store = self.context.store
+    async def _find_manifests(self) -> dict[TimelineId, FoundManifest]:
+        """Of all timelines at the same time. Waits for all of them, and raises then."""
         prefix = f"{tenant_prefix(self.tenant_id)}/timelines"
-        infos = store.list(prefix)
+        infos = await self._in_thread(partial(self.context.store.list, prefix))
         deleted = deleted_timelines(infos)
         for each, has_leftovers in deleted.items():
             if has_leftovers:
-                remove_leftovers(self.context, self.tenant_id, each)
+                await self._in_thread(partial(remove_leftovers, self.context, self.tenant_id, each))
         self._deleted |= deleted.keys()
-        for timeline_id in sorted({info.name.split("/")[3] for info in infos} - deleted.keys()):
-            newest = claim_newest(store, self.tenant_id, timeline_id, self.generation)
-            if newest is None:
-                continue  # created halfway: without a manifest it does not exist
-            if newest.manifest.importing:
-                remove_leftovers(self.context, self.tenant_id, TimelineId(timeline_id))
-                continue
-            if newest.manifest.deleted:
-                self._remove(TimelineId(timeline_id))
-                continue
-            found[TimelineId(timeline_id)] = newest
+        listed: dict[TimelineId, list[ObjectInfo]] = {}
+        for info in infos:
+            listed.setdefault(TimelineId(info.name.split("/")[3]), []).append(info)
+        there = sorted(listed.keys() - deleted.keys())
+        claims = [self._in_thread(partial(self._claim, each, listed[each])) for each in there]
+        outcomes = await asyncio.gather(*claims, return_exceptions=True)
+        found = {}
+        for timeline_id, outcome in zip(there, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if outcome is not None:
+                found[timeline_id] = outcome
         return found
+
+    def _claim(self, timeline_id: TimelineId, listed: list[ObjectInfo]) -> FoundManifest | None:
+        """None if the timeline does not exist, or does so no longer."""
+        newest = claim_newest(self.context.store, self.tenant_id, timeline_id, self.generation, listed)
+        if newest is None:
+            return None  # created halfway: without a manifest it does not exist
+        if newest.manifest.importing:
+            remove_leftovers(self.context, self.tenant_id, timeline_id)
+            return None
+        if newest.manifest.deleted:
+            self._remove(timeline_id)
+            return None
+        return newest
 
     def _remove(self, timeline_id: TimelineId) -> None:
         remove_timeline(self.context, self.tenant_id, timeline_id, self.generation)

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from excimer._native.page_chains import MalformedValueError, scan_block
 from excimer.base.errors import CorruptionError
 from excimer.base.keys import KEY_SIZE_BYTES, describe_key
+from excimer.storage.engine.layer_prefetch import prefetch
 from excimer.storage.engine.layer_stack import LayerStack
 from excimer.storage.format.layer_file import DamagedLayerError
 from excimer.storage.format.values import ValueKind
@@ -187,6 +188,8 @@ def _scan_disk(
     only_first: bool,
 ) -> bool:
     plan = plan_read(stack.disk, start, previous_key(end), *lsns)
+    if only_first:
+        prefetch(plan.visits, stack.files, start, previous_key(end))
     for visit in plan.visits:
         file = stack.files[visit.layer.description.name]
         for block in file.blocks(start, previous_key(end), visit.low_lsn, visit.high_lsn):
