@@ -38,6 +38,7 @@ class FakeNode:
     importing: set[str] = field(default_factory=set)
     flush_lsn: int = START_LSN
     commit_lsn: int = START_LSN
+    writers: int = 0
 
     def check(self) -> None:
         if self.failing:
@@ -89,6 +90,8 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
             "wal_segment_size": 1 << 24,
             "last_record_lsn": lsn,
             "ancestor_lsn": lsn if "ancestor_timeline_id" in body else None,
+            "ancestor_timeline_id": body.get("ancestor_timeline_id"),
+            "is_archived": False,
         }
         return node.timelines[body["new_timeline_id"]]
 
@@ -113,7 +116,52 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
     async def lsn_by_timestamp(tenant: str, timeline: str, timestamp: str) -> dict[str, str]:
         return {"lsn": format_lsn(START_LSN + int(timestamp[0:4])), "kind": "present"}
 
+    add_history_routes(app, node)
     return app
+
+
+def add_history_routes(app: FastAPI, node: FakeNode) -> None:
+    path = "/v1/tenant/{tenant}/timeline"
+
+    @app.get(path)
+    async def list_timelines(tenant: str) -> list[dict[str, Any]]:
+        node.check()
+        return list(node.timelines.values())
+
+    @app.put(path + "/{timeline}/archival_config")
+    async def set_archival_config(tenant: str, timeline: str, body: dict[str, str]) -> None:
+        node.check_creation()
+        node.timelines[timeline]["is_archived"] = body["state"] == "archived"
+
+    @app.put(path + "/{timeline}/detach_ancestor")
+    async def detach_ancestor(tenant: str, timeline: str) -> dict[str, list[str]]:
+        node.check_creation()
+        detached = node.timelines[timeline]
+        parent, lsn = detached["ancestor_timeline_id"], detached["ancestor_lsn"]
+        detached |= {"ancestor_timeline_id": None, "ancestor_lsn": None}
+        moved = [
+            each
+            for each in node.timelines.values()
+            if parent is not None
+            and each["ancestor_timeline_id"] == parent
+            and parse_lsn(each["ancestor_lsn"]) <= parse_lsn(lsn)
+        ]
+        for each in moved:
+            each["ancestor_timeline_id"] = timeline
+        return {"reparented_timelines": [each["timeline_id"] for each in moved]}
+
+    @app.get(path + "/{timeline}/get_timestamp_of_lsn")
+    async def timestamp_of_lsn(tenant: str, timeline: str, lsn: str) -> dict[str, str]:
+        return {"timestamp": f"{parse_lsn(lsn) - START_LSN:04}-01-01T00:00:00Z"}
+
+    @app.get("/v1/tenant/{tenant}/sizes")
+    async def sizes(tenant: str) -> dict[str, Any]:
+        node.check()
+        kinds = ("logical", "resident", "remote")
+        rows = [
+            {"timeline_id": each} | {f"{kind}_size_bytes": 8192 for kind in kinds} for each in node.timelines
+        ]
+        return {"synthetic_size_bytes": 16384, "archived_size_bytes": 0, "timelines": rows}
 
 
 def safekeeper_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastAPI:
@@ -128,9 +176,10 @@ def safekeeper_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
         node.timelines[timeline] = body
 
     @app.get(path)
-    async def get_timeline(tenant: str, timeline: str) -> dict[str, str]:
+    async def get_timeline(tenant: str, timeline: str) -> dict[str, Any]:
         node.check()
-        return {"flush_lsn": format_lsn(node.flush_lsn), "commit_lsn": format_lsn(node.commit_lsn)}
+        lsns = {"flush_lsn": format_lsn(node.flush_lsn), "commit_lsn": format_lsn(node.commit_lsn)}
+        return lsns | {"writers": node.writers}
 
     @app.delete(path)
     async def delete_timeline(tenant: str, timeline: str) -> None:

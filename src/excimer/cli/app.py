@@ -22,8 +22,11 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "start": ("installation", "Start the services that do not run."),
     "stop": ("installation", "Stop endpoints and services."),
     "status": ("installation", "Show which parts run."),
-    "tenant": ("tenant", "Tenants (projects): create, list, delete, set-default."),
-    "timeline": ("timeline", "Branches: create, branch, list, delete."),
+    "tenant": ("tenant", "Tenants (projects): create, list, size, delete, set-default."),
+    "timeline": (
+        "timeline",
+        "Branches: create, branch, list, restore, reset, archive, detach-ancestor, delete…",
+    ),
     "import": ("import_cluster", "Bring in an existing cluster: a data directory, or a running server."),
     "endpoint": ("endpoint", "Endpoints: create, start, stop, list, delete."),
     "export": ("export", "Write a branch as a data directory or tar for plain PostgreSQL."),

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from excimer.base.errors import RetryableError
+from excimer.base.errors import ConflictError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.controller.model import (
@@ -23,6 +23,7 @@ from excimer.controller.model import (
     Pageserver,
     Placement,
     Safekeeper,
+    State,
     Tenant,
     Timeline,
     UnknownNameError,
@@ -43,6 +44,12 @@ class NoNodesError(RetryableError):
 class IncompleteError(RetryableError):
     """What is referred to is still being created."""
 
+
+class BranchArchivedError(ConflictError):
+    """An archived branch is only kept."""
+
+
+ARCHIVE_STATES: Final[tuple[State, ...]] = ("archiving", "archived", "unarchiving")
 
 SHOWN_SIZE_MAX = 80
 """How much of a wrong name is repeated."""
@@ -160,8 +167,8 @@ def plan_timeline(
     check_pg_version(pg_version)
     if any(timeline.name == name and timeline.state != "deleting" for timeline in timelines):
         raise NameTakenError(f"there is already a branch {name!r} in tenant {tenant.name!r}")
-    if ancestor is not None and ancestor.state != "active":
-        raise IncompleteError(f"branch {ancestor.name!r} is still being created: try again")
+    if ancestor is not None:
+        check_in_service(ancestor)
     return Timeline(
         tenant_id=tenant.tenant_id,
         timeline_id=timeline_id,
@@ -175,6 +182,17 @@ def plan_timeline(
         wal_segment_size=ancestor.wal_segment_size if ancestor else 0,
         created_at=now,
     )
+
+
+def check_in_service(timeline: Timeline) -> None:
+    """Raises unless endpoints, readers and branches can use the branch now."""
+    if timeline.state in ARCHIVE_STATES:
+        raise BranchArchivedError(
+            f"branch {timeline.name!r} is archived: unarchive it first "
+            f"(excimer timeline unarchive {timeline.name})"
+        )
+    if timeline.state not in ("active", "detaching"):
+        raise IncompleteError(f"branch {timeline.name!r} is still being created: try again")
 
 
 def check_timeline_deletable(
@@ -275,12 +293,6 @@ def plan_endpoint(
         postgres_settings=postgres_settings,
         created_at=now,
     )
-
-
-def check_readable(timeline: Timeline) -> None:
-    """Raises `IncompleteError` for a branch that is not whole yet."""
-    if timeline.state != "active":
-        raise IncompleteError(f"branch {timeline.name!r} is still being created: try again")
 
 
 def check_lsn_reached(timeline: Timeline, lsn: Lsn, head_lsn: Lsn) -> None:

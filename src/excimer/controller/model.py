@@ -8,10 +8,22 @@ from excimer.base.errors import ConflictError, NotFoundError, RefusedError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 
-State = Literal["creating", "importing", "active", "deleting"]
+State = Literal[
+    "creating",
+    "importing",
+    "replacing",
+    "active",
+    "archiving",
+    "archived",
+    "unarchiving",
+    "detaching",
+    "deleting",
+]
 """`creating`: rows exist, remote parts perhaps. `importing`: a branch whose content somebody is sending to
-the pageserver; hidden until it is all there. `deleting`: the name is free, remote parts perhaps not gone.
-All are driven to their end after a crash; what is `deleting` is not shown to users."""
+the pageserver; hidden until it is all there. `replacing`: made to take over another timeline's name, hidden
+until it does. `archived`: only kept. `deleting`: the name is free, remote parts perhaps not gone; hidden.
+All but `active` and `archived` are driven to their end after a crash.
+"""
 
 EndpointMode = Literal["primary", "static"]
 
@@ -34,7 +46,7 @@ class BadRequestError(RefusedError):
     """A name is malformed, or options contradict each other."""
 
 
-HIDDEN_STATES: Final = ("importing", "deleting")
+HIDDEN_STATES: Final = ("importing", "replacing", "deleting")
 """Of branches that users do not see."""
 
 
@@ -64,6 +76,10 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     system_id: int
     wal_segment_size: int
     created_at: float
+    replaces_timeline_id: TimelineId | None = None
+    """While it is `replacing`: whose name and endpoints it is to take over."""
+    replaced_name: str | None = None
+    """Under which name that one is then kept; None: it goes."""
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ CREATE_TIMEOUT_S: Final = 120.0
 
 READING_TOKEN_LIFETIME_S: Final = 86_400
 CALL_TIMEOUT_S: Final = 10.0
+HISTORY_TIMEOUT_S: Final = 30.0
 
 T = TypeVar("T")
 
@@ -41,6 +42,8 @@ class PageserverTimeline(msgspec.Struct, frozen=True, kw_only=True):
     wal_segment_size: int
     last_record_lsn: Lsn
     ancestor_lsn: Lsn | None = None
+    ancestor_timeline_id: TimelineId | None = None
+    is_archived: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,32 @@ class PageserverApi:
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "explain_page")
         return await self._client(CREATE_TIMEOUT_S).get(path, page)
 
+    async def timestamp_of_lsn(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> str:
+        """When the last commit at or below `lsn` happened (RFC 3339). NotFoundError if none is known."""
+        path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "get_timestamp_of_lsn")
+        answer = await self._client().get(path, {"lsn": format_lsn(lsn)})
+        return _parse(self._name, answer, lambda value: str(value["timestamp"]))
+
+    async def list_timelines(self, tenant_id: TenantId) -> dict[TimelineId, PageserverTimeline]:
+        """All it has, archived ones included."""
+        answer = await self._client().get(path_of("v1", "tenant", tenant_id, "timeline"))
+        rows = _parse(self._name, answer, lambda rows: [_pageserver_timeline(row) for row in rows])
+        return {row.timeline_id: row for row in rows}
+
+    async def set_archived(self, tenant_id: TenantId, timeline_id: TimelineId, *, is_archived: bool) -> None:
+        path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "archival_config")
+        state = "archived" if is_archived else "unarchived"
+        await self._client(HISTORY_TIMEOUT_S).call("PUT", path, {"state": state})
+
+    async def detach_ancestor(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
+        """It goes on when we no longer wait: then ask again."""
+        path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "detach_ancestor")
+        await self._client(HISTORY_TIMEOUT_S).call("PUT", path)
+
+    async def sizes(self, tenant_id: TenantId) -> dict[str, Any]:
+        answer = await self._client(HISTORY_TIMEOUT_S).get(path_of("v1", "tenant", tenant_id, "sizes"))
+        return _parse(self._name, answer, lambda value: {**value, "timelines": list(value["timelines"])})
+
 
 class SafekeeperApi:
     """One safekeeper's API."""
@@ -172,6 +201,11 @@ class SafekeeperApi:
         """Flush LSN and commit LSN."""
         answer = await self._client().get(_safekeeper_path(tenant_id, timeline_id))
         return _parse(self._name, answer, lambda v: (_lsn(v["flush_lsn"]), _lsn(v["commit_lsn"])))
+
+    async def count_writers(self, tenant_id: TenantId, timeline_id: TimelineId) -> int:
+        """Computes that are connected to write."""
+        answer = await self._client().get(_safekeeper_path(tenant_id, timeline_id))
+        return _parse(self._name, answer, lambda value: int(value["writers"]))
 
 
 def _safekeeper_path(tenant_id: TenantId, timeline_id: TimelineId) -> str:

@@ -22,6 +22,7 @@ from excimer.base.errors import ExcimerError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.controller import core
+from excimer.controller.history_operations import BranchHistory, BranchTools
 from excimer.controller.imports import Imports
 from excimer.controller.model import (
     HIDDEN_STATES,
@@ -65,6 +66,18 @@ class Controller:
         self._tokens = tokens
         self._clock = clock
         self._locks: dict[TenantId, asyncio.Lock] = {}
+        tools = BranchTools(
+            lock=self._lock,
+            find_tenant=self.find_tenant,
+            branch_point=self._branch_point,
+            newest_commit_lsn=self._newest_commit_lsn,
+            make_remote_parts=self._make_remote_parts,
+            finish_timeline_deletion=self._finish_timeline_deletion,
+            try_to_finish=self._try_to_finish,
+            pageserver_api=self._pageserver_of,
+            safekeeper_apis=self._safekeeper_apis,
+        )
+        self.history = BranchHistory(store, clock, tools)
         self.imports = Imports(
             store=store,
             clock=clock,
@@ -245,12 +258,9 @@ class Controller:
 
     async def _read_quorum_lsns(self, timeline: Timeline) -> tuple[Lsn, Lsn]:
         """The highest flush LSN and commit LSN at a majority."""
-        safekeepers = await self._safekeepers_of(timeline)
+        apis = await self._safekeeper_apis(timeline)
         answers = await asyncio.gather(
-            *(
-                api.read_lsns(timeline.tenant_id, timeline.timeline_id)
-                for api in (SafekeeperApi(safekeeper, self._tokens) for safekeeper in safekeepers)
-            ),
+            *(api.read_lsns(timeline.tenant_id, timeline.timeline_id) for api in apis),
             return_exceptions=True,
         )
         heard = [answer for answer in answers if not isinstance(answer, BaseException)]
@@ -264,6 +274,16 @@ class Controller:
 
     async def _activate(self, timeline: Timeline, made: PageserverTimeline) -> Timeline:
         """What the pageserver has made gets its safekeepers, and is shown."""
+        timeline = _with_state(await self._place_everywhere(timeline, made), "active")
+        await self._db(self._store.put_timeline, timeline)
+        return timeline
+
+    async def _make_remote_parts(self, tenant: Tenant, timeline: Timeline, start_lsn: Lsn | None) -> Timeline:
+        """On the pageserver and a majority of safekeepers; the row then says where the timeline begins."""
+        made = await (await self._pageserver_of(tenant)).create_timeline(timeline, start_lsn)
+        return await self._place_everywhere(timeline, made)
+
+    async def _place_everywhere(self, timeline: Timeline, made: PageserverTimeline) -> Timeline:
         timeline = msgspec.structs.replace(
             timeline,
             ancestor_lsn=made.ancestor_lsn if timeline.ancestor_timeline_id else None,
@@ -279,8 +299,6 @@ class Controller:
             *(self._place(timeline, placement) for placement in placements), return_exceptions=True
         )
         _require_quorum(sum(answer is None for answer in answers), answers)
-        timeline = _with_state(timeline, "active")
-        await self._db(self._store.put_timeline, timeline)
         return timeline
 
     async def _place(self, timeline: Timeline, placement: Placement) -> None:
@@ -327,8 +345,7 @@ class Controller:
         tenant = await self.find_tenant(tenant_reference)
         async with self._lock(tenant.tenant_id):
             timeline = await self.find_branch(tenant.tenant_id, branch)
-            if timeline.state != "active":
-                raise core.IncompleteError(f"branch {timeline.name!r} is still being created: try again")
+            core.check_in_service(timeline)
             endpoint = core.plan_endpoint(
                 await self._db(self._store.list_endpoints),
                 timeline,
@@ -354,6 +371,7 @@ class Controller:
         tenants = {row.tenant_id: row for row in await self._db(self._store.list_tenants)}
         tenant = tenants[endpoint.tenant_id]
         timeline = await self.find_branch(tenant.tenant_id, endpoint.timeline_id)
+        core.check_in_service(timeline)
         pageservers = {row.id: row for row in await self._db(self._store.list_pageservers)}
         return core.build_spec(
             endpoint,
@@ -375,7 +393,7 @@ class Controller:
         """
         tenant = await self.find_tenant(tenant_reference)
         timeline = await self.find_branch(tenant.tenant_id, reference)
-        core.check_readable(timeline)
+        core.check_in_service(timeline)
         head_lsn = await self._newest_commit_lsn(timeline)
         lsn = head_lsn if at is None else await self._branch_point(tenant, timeline, at) or head_lsn
         core.check_lsn_reached(timeline, lsn, head_lsn)
@@ -445,6 +463,8 @@ class Controller:
                 await self._try_to_finish(self.imports.settle(tenant, timeline))
             elif timeline.state == "creating":
                 await self._try_to_finish(self._abandon_or_complete(tenant, timeline))
+            else:
+                await self._try_to_finish(self.history.settle(tenant, timeline))
         await self._place_missing(tenant_id)
 
     async def _abandon_or_complete(self, tenant: Tenant, timeline: Timeline) -> None:
@@ -477,10 +497,12 @@ class Controller:
         pageservers = {row.id: row for row in await self._db(self._store.list_pageservers)}
         return PageserverApi(pageservers[tenant.pageserver_id], self._tokens)
 
-    async def _safekeepers_of(self, timeline: Timeline) -> list[Safekeeper]:
+    async def _safekeeper_apis(self, timeline: Timeline) -> list[SafekeeperApi]:
+        """Of those that are to have the timeline."""
         placements = await self._db(self._store.list_placements, timeline.timeline_id)
         placed: set[NodeId] = {placement.safekeeper_id for placement in placements}
-        return [row for row in await self._db(self._store.list_safekeepers) if row.id in placed]
+        safekeepers = await self._db(self._store.list_safekeepers)
+        return [SafekeeperApi(row, self._tokens) for row in safekeepers if row.id in placed]
 
 
 def _in_state(tenant: Tenant, state: State) -> Tenant:

@@ -68,6 +68,10 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE TABLE preference (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
     """,
+    """
+    ALTER TABLE timeline ADD COLUMN replaces_timeline_id TEXT;
+    ALTER TABLE timeline ADD COLUMN replaced_name TEXT
+    """,
 )
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -218,6 +222,20 @@ class SqliteStore:
     def put_timeline(self, timeline: Timeline) -> None:
         with self._transaction() as connection:
             self._put(connection, ("timeline_id",), timeline)
+
+    def put_timelines(self, timelines: Sequence[Timeline]) -> None:
+        with self._transaction() as connection:
+            for timeline in timelines:
+                self._put(connection, ("timeline_id",), timeline)
+
+    def replace_timeline(self, old: Timeline, new: Timeline, endpoints: Sequence[str]) -> None:
+        with self._transaction() as connection:
+            for timeline in (old, new):
+                self._put(connection, ("timeline_id",), timeline)
+            connection.executemany(
+                "UPDATE endpoint SET timeline_id = ? WHERE name = ?",
+                [(new.timeline_id, name) for name in endpoints],
+            )
 
     def remove_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
         with self._transaction() as connection:

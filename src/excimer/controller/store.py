@@ -32,6 +32,14 @@ class MetadataStore(Protocol):
     def put_timeline(self, timeline: Timeline) -> None:
         """Adds it, or replaces the row of its id."""
 
+    def put_timelines(self, timelines: Sequence[Timeline]) -> None:
+        """All of them, or none."""
+
+    def replace_timeline(self, old: Timeline, new: Timeline, endpoints: Sequence[str]) -> None:
+        """Both rows, which may exchange names, and the endpoints of these names on the new one: all or
+        nothing.
+        """
+
     def remove_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
         """With its placements. Raises `InUseError` while a branch or endpoint needs it."""
 

@@ -35,7 +35,7 @@ from excimer.pageserver.lsn_by_timestamp import (
 from excimer.pageserver.metrics import TimelineMetrics
 from excimer.pageserver.model import TimelineDetail
 from excimer.pageserver.receiver_plan import Source
-from excimer.pageserver.sizes import LogicalSizes, remote_size_bytes
+from excimer.pageserver.sizes import LogicalSizes, remote_size_bytes, resident_size_bytes
 from excimer.pageserver.wal_receiver import Connect, WalReceiver
 from excimer.pgformat.checkpoint_state import CheckpointState
 from excimer.pgformat.control_file import ControlFile
@@ -83,9 +83,17 @@ class ActiveTimeline:
         self._basebackup_lock = asyncio.Lock()
         self._is_complete = False
         self._last_basebackup: tuple[Lsn, bytes] | None = None
-        self.logical_sizes = LogicalSizes(store, self._loop.time)
+        gauge = world.metrics.logical_size_bytes
+        self.logical_sizes = LogicalSizes(
+            store,
+            self._loop.time,
+            tell=lambda size: gauge.labels(store.tenant_id, store.timeline_id).set(size),
+        )
         labels = store.tenant_id, store.timeline_id
         self._wal_bytes = world.metrics.wal_bytes.labels(*labels)
+        world.metrics.watch_sizes(
+            labels, remote=lambda: remote_size_bytes(store), resident=lambda: resident_size_bytes(store)
+        )
         self.receiver = WalReceiver(
             consumer=self,
             sources=lambda: world.sources(store),

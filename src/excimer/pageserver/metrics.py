@@ -3,7 +3,7 @@
 Not here: figures of the process itself, which `service.metrics` adds to every registry.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -130,6 +130,24 @@ class TimelineMetrics:
         self.wal_connections = Counter(
             "excimer_wal_connections", "Times a safekeeper was connected to.", self._LABELS, registry=registry
         )
+        self.remote_size_bytes = Gauge(
+            "excimer_timeline_remote_size_bytes",
+            "Its own layers in object storage.",
+            self._LABELS,
+            registry=registry,
+        )
+        self.resident_size_bytes = Gauge(
+            "excimer_timeline_resident_size_bytes",
+            "What of its layers lies on the local disk.",
+            self._LABELS,
+            registry=registry,
+        )
+        self.logical_size_bytes = Gauge(
+            "excimer_timeline_logical_size_bytes",
+            "All relations at the head, when somebody last asked for it.",
+            self._LABELS,
+            registry=registry,
+        )
 
     def tell(self, status: PageserverTimelineStatus, level_zero_count: int) -> None:
         """Sets the positions of a timeline, and how many flushes are not merged yet."""
@@ -139,10 +157,18 @@ class TimelineMetrics:
         self.remote_consistent_lsn.labels(*labels).set(status.remote_consistent_lsn)
         self.level_zero_layers.labels(*labels).set(level_zero_count)
 
+    def watch_sizes(
+        self, labels: tuple[str, str], *, remote: Callable[[], float], resident: Callable[[], float]
+    ) -> None:
+        """Sizes are summed up when metrics are asked for."""
+        self.remote_size_bytes.labels(*labels).set_function(remote)
+        self.resident_size_bytes.labels(*labels).set_function(resident)
+
     def forget(self, tenant_id: str, timeline_id: str) -> None:
         """Removes a timeline's series."""
         gauges = (self.last_record_lsn, self.disk_consistent_lsn, self.remote_consistent_lsn)
-        for metric in (*gauges, self.level_zero_layers, self.wal_bytes, self.wal_connections):
+        sizes = (self.remote_size_bytes, self.resident_size_bytes, self.logical_size_bytes)
+        for metric in (*gauges, *sizes, self.level_zero_layers, self.wal_bytes, self.wal_connections):
             _remove(metric, tenant_id, timeline_id)
 
 

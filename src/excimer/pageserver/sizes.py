@@ -36,9 +36,13 @@ class HeadSize:
 class LogicalSizes:
     """Of one timeline."""
 
-    def __init__(self, store: Timeline, now_s: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Timeline, now_s: Callable[[], float], tell: Callable[[int], object] = lambda _: None
+    ) -> None:
+        """`tell` hears of each size that was computed for the head."""
         self._store = store
         self._now_s = now_s
+        self._tell = tell
         self._past: dict[Lsn, int] = {}
         self.newest: HeadSize | None = None
         """The last that was computed for the head; None before anybody asked."""
@@ -50,6 +54,7 @@ class LogicalSizes:
             return known.size_bytes
         size = await asyncio.to_thread(read_logical_size, self._store, lsn)
         self.newest = HeadSize(lsn, size, self._now_s())
+        self._tell(size)
         return size
 
     async def at(self, lsn: Lsn) -> int:

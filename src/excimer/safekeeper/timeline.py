@@ -90,6 +90,7 @@ class SafekeeperTimeline:
         self._closed: RetryableError | FencedError | None = None
         self._persisted_commit_lsn = record.commit_lsn
         self._flush: FlushWal | None = None
+        self._writers: set[ConnectionId] = set()
         self._acceptor: Acceptor | None = None
         self._storage = self._new_storage(record.commit_lsn)
         self._scanner: WalScanner
@@ -125,6 +126,7 @@ class SafekeeperTimeline:
         again), CorruptionError.
         """
         with self._lock:
+            self._writers.add(connection)
             acceptor = self._usable()
             outgoing: list[Outgoing] = []
             try:
@@ -140,8 +142,14 @@ class SafekeeperTimeline:
 
     def disconnected(self, connection: ConnectionId) -> None:
         with self._lock:
+            self._writers.discard(connection)
             if self._acceptor is not None:
                 self._acceptor.disconnected(connection)
+
+    @property
+    def writers(self) -> int:
+        """Proposers that are connected."""
+        return len(self._writers)
 
     def read_wal(self, start_lsn: Lsn, end_lsn: Lsn) -> bytes:
         """Stored bytes; zeros below the timeline's start. Raises `WalMissingError`."""

@@ -12,9 +12,9 @@ import typer
 
 from excimer.base.errors import NotFoundError, RefusedError, RetryableError
 from excimer.cli.app import COMMANDS
+from excimer.cli.branch_options import branch_point
 from excimer.cli.command_line import run
 from excimer.cli.commands.endpoint import check_lsn
-from excimer.cli.commands.timeline import branch_point
 from excimer.cli.errors import UsageError, exit_code_of
 from excimer.cli.session import common_options_first
 

@@ -125,9 +125,9 @@ def start(context: typer.Context, name: NameArgument) -> None:
 def start_endpoint(session: Session, installation: Installation, name: str) -> tuple[dict[str, Any], bool]:
     """The endpoint, and whether it was started now. Refuses a second primary on a branch."""
     client = ControllerClient(installation)
-    spec = client.get("endpoints", name, "spec")
-    endpoint: dict[str, Any] = spec["endpoint"]
     with exclusive(installation, session.note):
+        spec = client.get("endpoints", name, "spec")
+        endpoint: dict[str, Any] = spec["endpoint"]
         if endpoint["mode"] == "primary":
             _refuse_second_primary(installation, client, endpoint)
         part = installation.endpoint_part(spec)

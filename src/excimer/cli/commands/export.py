@@ -10,8 +10,8 @@ import typer
 
 from excimer.base.errors import RefusedError
 from excimer.base.lsn import format_lsn, parse_lsn
+from excimer.cli.branch_options import TenantOption, branch_point
 from excimer.cli.commands.tenant import tenant_name
-from excimer.cli.commands.timeline import TenantOption, branch_point
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
 from excimer.cli.installation import load_installation

@@ -13,8 +13,8 @@ import typer
 
 from excimer.base.errors import ConflictError, ExcimerError
 from excimer.base.lsn import InvalidLsnError, Lsn, parse_lsn
+from excimer.cli.branch_options import TenantOption
 from excimer.cli.commands.tenant import tenant_name
-from excimer.cli.commands.timeline import TenantOption
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
 from excimer.cli.import_source import ImportSource

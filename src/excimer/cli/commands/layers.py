@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from excimer.base.errors import RefusedError
+from excimer.cli.branch_options import TenantOption
 from excimer.cli.commands.tenant import tenant_name
-from excimer.cli.commands.timeline import TenantOption
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
 from excimer.cli.session import session_of

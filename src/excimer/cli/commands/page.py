@@ -7,9 +7,9 @@ import typer
 
 from excimer.base.errors import NotFoundError
 from excimer.base.keys import DEFAULT_TABLESPACE, GLOBAL_TABLESPACE, SLRU_DIRECTORIES
+from excimer.cli.branch_options import TenantOption, branch_point
 from excimer.cli.commands.endpoint import is_running, url_of
 from excimer.cli.commands.tenant import tenant_name
-from excimer.cli.commands.timeline import TenantOption, branch_point
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import NotRunningError, UsageError
 from excimer.cli.installation import Installation, load_installation

@@ -1,10 +1,11 @@
-"""`excimer tenant create | list | delete | set-default`."""
+"""`excimer tenant create | list | size | delete | set-default`."""
 
 import secrets
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from excimer.base.errors import NotFoundError, RetryableError
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
 from excimer.cli.session import Session, session_of
@@ -73,6 +74,53 @@ def _show_tenants(console: "Console", tenants: list[dict[str, Any]]) -> None:
             tenant["created_at"][:19].replace("T", " "),
         )
     console.print(table)
+
+
+@app.command()
+def size(
+    context: typer.Context,
+    tenant: Annotated[
+        str, typer.Argument(help="Name or id; none: the default one.", show_default=False)
+    ] = "",
+) -> None:
+    """Show a tenant's synthetic size, and the sizes of its branches."""
+    session = session_of(context)
+    client = ControllerClient(load_installation(session.directory))
+    answer = client.get("tenants", tenant_name(client, tenant), "sizes")
+    session.answer(answer, lambda console: _show_sizes(console, answer))
+
+
+def _show_sizes(console: "Console", answer: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console.print(f"synthetic size {size_text(answer['synthetic_size_bytes'])}", highlight=False)
+    if answer["archived_size_bytes"]:
+        console.print(f"archived {size_text(answer['archived_size_bytes'])}", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("branch", "logical", "on disk", "in object storage"):
+        table.add_column(heading, justify="left" if heading == "branch" else "right")
+    for row in answer["branches"]:
+        kinds = (row[f"{kind}_size_bytes"] for kind in ("logical", "resident", "remote"))
+        table.add_row(row["name"], *("archived" if size is None else size_text(size) for size in kinds))
+    console.print(table)
+
+
+def read_sizes(client: ControllerClient, tenant: str) -> Any:
+    """None while the pageserver cannot be asked: what does not need sizes goes on without."""
+    try:
+        return client.get("tenants", tenant, "sizes")
+    except (RetryableError, NotFoundError):
+        return None
+
+
+def size_text(size_bytes: int) -> str:
+    """``7.4 MB``: as PostgreSQL counts, 1 kB = 1024 bytes."""
+    size, unit = float(size_bytes), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
 
 
 @app.command()

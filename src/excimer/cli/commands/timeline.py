@@ -1,15 +1,17 @@
-"""`excimer timeline create | branch | list | delete`: branches."""
+"""`excimer timeline create | branch | list | delete`: branches.
 
-import re
+Not here: what is done to their history (`timeline_history`).
+"""
+
 import secrets
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from excimer.cli.commands.tenant import tenant_name
+from excimer.cli.branch_options import TenantOption, branch_point
+from excimer.cli.commands import timeline_history
+from excimer.cli.commands.tenant import read_sizes, size_text, tenant_name
 from excimer.cli.controller_client import ControllerClient
-from excimer.cli.errors import UsageError
 from excimer.cli.installation import load_installation
 from excimer.cli.session import Session, session_of
 
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
-TenantOption = Annotated[str | None, typer.Option("--tenant", help="Tenant; default: the default one.")]
 
-_LSN = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}\Z")
+for _name, _command in timeline_history.COMMANDS.items():
+    app.command(_name)(_command)
 
 
 @app.command()
@@ -73,21 +75,6 @@ def create_branch(session: Session, tenant: str | None, body: dict[str, Any]) ->
     return made
 
 
-def branch_point(at: str | None) -> dict[str, str]:
-    """The request's field for an LSN or a time. Raises `UsageError`."""
-    if at is None:
-        return {}
-    if _LSN.match(at):
-        return {"at_lsn": at}
-    try:
-        moment = datetime.fromisoformat(at)
-    except ValueError as error:
-        raise UsageError(
-            f"--at {at!r} is neither an LSN like 0/16B3748 nor a time like 2026-01-31T12:00:00Z"
-        ) from error
-    return {"at_timestamp": moment.astimezone(UTC).isoformat()}
-
-
 @app.command("list")
 def list_branches(context: typer.Context, tenant: TenantOption = None) -> None:
     """List branches as a tree."""
@@ -96,6 +83,11 @@ def list_branches(context: typer.Context, tenant: TenantOption = None) -> None:
     name = tenant_name(client, tenant)
     answer = client.get("tenants", name, "branches")
     endpoints = client.get("endpoints")["endpoints"]
+    sizes = {row["timeline_id"]: row for row in (read_sizes(client, name) or {"branches": []})["branches"]}
+    for row in answer["branches"]:
+        known = sizes.get(row["timeline_id"], {})
+        for kind in ("logical", "resident", "remote"):
+            row[f"{kind}_size_bytes"] = known.get(f"{kind}_size_bytes")
     session.answer(answer, lambda console: _show_tree(console, name, answer["branches"], endpoints))
 
 
@@ -124,7 +116,9 @@ def _branch_label(row: dict[str, Any], endpoints: list[dict[str, Any]]) -> str:
     used = f"  [cyan]{', '.join(names)}[/cyan]" if names else ""
     state = "" if row["state"] == "active" else f" [yellow]{row['state']}[/yellow]"
     identity = f"[dim]{row['timeline_id']} pg{row['pg_version']}[/dim]"
-    return f"[bold]{row['name']}[/bold]{where} {identity}{state}{used}"
+    size = row["logical_size_bytes"]
+    shown = "" if size is None else f" {size_text(size)}"
+    return f"[bold]{row['name']}[/bold]{where} {identity}{shown}{state}{used}"
 
 
 @app.command()

@@ -23,6 +23,7 @@ from excimer.controller.endpoints.api_models import (
     TenantAnswer,
     TenantsAnswer,
 )
+from excimer.controller.endpoints.history_api import add_history_routes
 from excimer.controller.endpoints.reading import add_reading_routes, point_in_history
 from excimer.controller.model import BadRequestError
 from excimer.controller.shell import Controller
@@ -38,6 +39,7 @@ def make_router(controller: Controller) -> APIRouter:
     _add_import_routes(router, controller)
     _add_endpoint_routes(router, controller)
     add_reading_routes(router, controller)
+    add_history_routes(router, controller)
 
     @router.get("/nodes", tags=["nodes"])
     async def list_nodes() -> NodesAnswer:

@@ -46,6 +46,7 @@ class TimelineInfo(BaseModel):
     term: int
     flush_lsn: str
     commit_lsn: str
+    writers: int = Field(description="proposers of computes that are connected now")
 
 
 def management_router(timelines: TimelineRegistry, verifier: TokenVerifier, clock: Clock) -> APIRouter:
@@ -99,4 +100,5 @@ def _info(timeline: SafekeeperTimeline) -> TimelineInfo:
         term=timeline.term,
         flush_lsn=format_lsn(timeline.flush_lsn),
         commit_lsn=format_lsn(timeline.commit_lsn),
+        writers=timeline.writers,
     )

@@ -1,0 +1,187 @@
+"""`excimer timeline restore | reset | archive | unarchive | detach-ancestor | lsn-at | time-of`.
+
+Not here: branches themselves (`timeline`).
+"""
+
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+import typer
+
+from excimer.cli.branch_options import TenantOption, branch_point
+from excimer.cli.commands.endpoint import is_running, stop_endpoint
+from excimer.cli.commands.tenant import tenant_name
+from excimer.cli.controller_client import ControllerClient
+from excimer.cli.errors import StillRunningError, UsageError
+from excimer.cli.installation import Installation, load_installation
+from excimer.cli.local_processes import exclusive
+from excimer.cli.session import Session, session_of
+
+BranchArgument = Annotated[str, typer.Argument(help="Name or id of the branch.")]
+KeepOption = Annotated[
+    str | None,
+    typer.Option("--preserve-under-name", help="Name for what the branch was.", show_default=False),
+]
+StopOption = Annotated[
+    bool, typer.Option("--stop-endpoints", help="Stop the branch's endpoints that run; else it is refused.")
+]
+TIME_HELP = "LSN (0/16B3748) or time (2026-01-31T12:00:00Z; without zone: local)"
+
+
+def restore(
+    context: typer.Context,
+    branch_name: BranchArgument,
+    to: Annotated[str, typer.Option("--to", help=TIME_HELP + " of the branch's history.")],
+    preserve_under_name: KeepOption = None,
+    stop_endpoints: StopOption = False,
+    tenant: TenantOption = None,
+) -> None:
+    """Bring a branch back to an earlier state. What it was stays as a branch; endpoints stay on the name."""
+    body = branch_point(to)
+    done = _replace(context, branch_name, tenant, "restore", body, preserve_under_name, stop_endpoints)
+    session_of(context).say(
+        f"branch {done['branch']['name']} is as it was at {done['branch']['ancestor_lsn']}; "
+        f"what it was until now is branch {(done['old_branch'] or {}).get('name', '')}",
+        done,
+    )
+
+
+def reset(
+    context: typer.Context,
+    branch_name: BranchArgument,
+    preserve_under_name: KeepOption = None,
+    stop_endpoints: StopOption = False,
+    tenant: TenantOption = None,
+) -> None:
+    """Make a branch what its parent is now. What it was is deleted, unless you name it or others need it."""
+    done = _replace(context, branch_name, tenant, "reset", {}, preserve_under_name, stop_endpoints)
+    old = done["old_branch"]
+    session_of(context).say(
+        f"branch {done['branch']['name']} is as its parent at {done['branch']['ancestor_lsn']}; what it was "
+        + (f"is branch {old['name']}" if old else "is gone"),
+        done,
+    )
+
+
+def _replace(
+    context: typer.Context,
+    branch_name: str,
+    tenant: str | None,
+    action: str,
+    body: dict[str, str],
+    kept_as: str | None,
+    stop_endpoints: bool,
+) -> dict[str, Any]:
+    asked = {"timeline_id": secrets.token_hex(16), "preserve_under_name": kept_as} | body
+    done: dict[str, Any] = _change(context, branch_name, tenant, action, asked, stop_endpoints=stop_endpoints)
+    return done
+
+
+def archive(
+    context: typer.Context,
+    branch_name: BranchArgument,
+    stop_endpoints: StopOption = False,
+    tenant: TenantOption = None,
+) -> None:
+    """Keep a branch in object storage only: no endpoint can start on it, and it costs next to nothing."""
+    done = _change(context, branch_name, tenant, "archive", {}, stop_endpoints=stop_endpoints)
+    session_of(context).say(f"branch {done['name']}: {done['state']}", done)
+
+
+def unarchive(context: typer.Context, branch_name: BranchArgument, tenant: TenantOption = None) -> None:
+    """Take an archived branch into service again."""
+    done = _change(context, branch_name, tenant, "unarchive", {})
+    session_of(context).say(f"branch {done['name']}: {done['state']}", done)
+
+
+def detach_ancestor(context: typer.Context, branch_name: BranchArgument, tenant: TenantOption = None) -> None:
+    """Make a branch independent of its parent; earlier branches of the parent become branches of this one."""
+    done = _change(context, branch_name, tenant, "detach_ancestor", {})
+    what = "has no parent" if done["state"] == "active" else "is being detached; it goes on in the background"
+    session_of(context).say(f"branch {done['name']} {what}", done)
+
+
+def lsn_at(
+    context: typer.Context,
+    branch_name: BranchArgument,
+    time: Annotated[str, typer.Argument(help="2026-01-31T12:00:00Z; without zone: local.")],
+    tenant: TenantOption = None,
+) -> None:
+    """Show the LSN of a branch at a moment: the newest before any later commit."""
+    point = branch_point(time)
+    if "at_timestamp" not in point:
+        raise UsageError(f"{time!r} is not a time like 2026-01-31T12:00:00Z")
+    query = {"branch": branch_name, "timestamp": point["at_timestamp"]}
+    found = _ask(context, tenant, "lsn_at_timestamp", query)
+    session_of(context).say(found["lsn"], found)
+
+
+def time_of(
+    context: typer.Context,
+    branch_name: BranchArgument,
+    lsn: Annotated[str, typer.Argument(help="Like 0/16B3748.")],
+    tenant: TenantOption = None,
+) -> None:
+    """Show when the last commit at or before an LSN of a branch happened."""
+    if "at_lsn" not in branch_point(lsn):
+        raise UsageError(f"{lsn!r} is not an LSN like 0/16B3748")
+    found = _ask(context, tenant, "timestamp_of_lsn", {"branch": branch_name, "lsn": lsn})
+    session_of(context).say(found["timestamp"], found)
+
+
+def _ask(context: typer.Context, tenant: str | None, question: str, query: dict[str, str]) -> dict[str, Any]:
+    client = ControllerClient(load_installation(session_of(context).directory))
+    answer: dict[str, Any] = client.get("tenants", tenant_name(client, tenant), question, query=query)
+    return answer
+
+
+def _change(
+    context: typer.Context,
+    branch_name: str,
+    tenant: str | None,
+    action: str,
+    body: dict[str, Any],
+    *,
+    stop_endpoints: bool | None = None,
+) -> dict[str, Any]:
+    """`stop_endpoints` None: endpoints may run. No endpoint of this installation can start meanwhile."""
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    client = ControllerClient(installation)
+    place = ("tenants", tenant_name(client, tenant), "branches", branch_name)
+    if stop_endpoints:
+        for name in _running(installation, client, place):
+            stop_endpoint(session, installation, name, immediate=False)
+    with exclusive(installation, session.note):
+        if stop_endpoints is not None:
+            _refuse_running(session, _running(installation, client, place), branch_name)
+        with session.step(f"{action.replace('_', '-')} {branch_name}"):
+            done: dict[str, Any] = client.post(*place, action, body=body)
+    return done
+
+
+def _running(installation: Installation, client: ControllerClient, place: tuple[str, ...]) -> list[str]:
+    timeline_id = client.get(*place)["timeline_id"]
+    endpoints = client.get("endpoints")["endpoints"]
+    names = [each["name"] for each in endpoints if each["timeline_id"] == timeline_id]
+    return [name for name in names if is_running(installation, name)]
+
+
+def _refuse_running(session: Session, running: list[str], branch_name: str) -> None:
+    if running:
+        raise StillRunningError(
+            f"{', '.join(running)} runs on branch {branch_name}: excimer endpoint stop {running[0]}, "
+            "or --stop-endpoints"
+        )
+
+
+COMMANDS: Final[dict[str, Callable[..., None]]] = {
+    "restore": restore,
+    "reset": reset,
+    "archive": archive,
+    "unarchive": unarchive,
+    "detach-ancestor": detach_ancestor,
+    "lsn-at": lsn_at,
+    "time-of": time_of,
+}
