@@ -55,7 +55,8 @@ class EngineMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         counters = self._counters
         visits = HistogramMetricFamily(
-            "excimer_layers_visited", "Layer files that a read of adjacent pages took to complete."
+            "excimer_layers_visited",
+            "Layer files that a read of adjacent pages took; reads out of caches are not counted.",
         )
         total = 0
         buckets = []

@@ -12,9 +12,9 @@ Not here: what to do (`excimer.storage.plan.compaction_plan`), merging (`merge_j
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 
@@ -38,8 +38,6 @@ from excimer.storage.plan.ingest_throttle import ThrottleLimits, plan_put_delay_
 
 _log = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
-
 
 class CompactedTimeline(RoundSource, Protocol):
     @property
@@ -50,7 +48,6 @@ class CompactedTimeline(RoundSource, Protocol):
     def settings(self) -> TenantSettings: ...
     @property
     def inherited_size_bytes(self) -> int: ...
-    async def whole_in_thread(self, function: Callable[[], _Result], /) -> _Result: ...
     async def replace_layers(
         self, added: Sequence[LayerDescription], removed: Sequence[LayerDescription], /
     ) -> None: ...

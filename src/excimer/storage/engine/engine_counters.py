@@ -37,7 +37,7 @@ class EngineCounters:
         self.delayed_puts_s = 0.0
 
     def read_visited(self, layers: int) -> None:
-        """A read of a page, or of adjacent pages, took so many layer files to complete."""
+        """A read of a page, or of adjacent pages, took so many layer files. One out of caches is not told."""
         with self._lock:
             self._visits[bisect_left(VISITS_BOUNDS, layers)] += 1
             self.visits_sum += layers

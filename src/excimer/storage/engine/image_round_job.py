@@ -74,6 +74,7 @@ class RoundSource(PageSource, Protocol):
     generation: int
 
     async def in_thread(self, function: Callable[[], _Result], /) -> _Result: ...
+    async def whole_in_thread(self, function: Callable[[], _Result], /) -> _Result: ...
 
 
 async def write_round_piece(source: RoundSource, plan: RoundPlan) -> RoundPiece:
@@ -91,7 +92,7 @@ async def write_round_piece(source: RoundSource, plan: RoundPlan) -> RoundPiece:
             size += sum(VALUE_HEAD_SIZE_BYTES + len(value.payload) for value in taken or ())
     layers: list[LayerDescription] = []
     if values:
-        layers = await source.in_thread(partial(_write, source, values, plan.lsn))
+        layers = await source.whole_in_thread(partial(_write, source, values, plan.lsn))
     return RoundPiece(layers, is_whole, is_last)
 
 
