@@ -37,12 +37,19 @@ cdef extern from *:
         mixed ^= (uint64_t)third * 0x94D049BB133111EBull; mixed ^= mixed >> 32;
         return (uint32_t)(mixed * 0x9E3779B97F4A7C15ull >> 32);
     }
+    static inline void prefetch_bytes(const unsigned char *start, uint32_t length) {
+        /* What is longer than this the processor fetches ahead by itself. */
+        __builtin_prefetch(start);
+        if (length > 64) __builtin_prefetch(start + 64);
+        if (length > 128) __builtin_prefetch(start + 128);
+    }
     static inline void advance_key(unsigned char *key) {
         for (int at = 17; at >= 14 && ++key[at] == 0; at--) ;
     }
     """
     unsigned int hash_key(const unsigned char* key) nogil
     void advance_key(unsigned char* key) nogil
+    void prefetch_bytes(const unsigned char* start, unsigned int length) nogil
 
 cdef enum:
     KEY_SIZE = 18
@@ -59,6 +66,7 @@ cdef struct Node:
     unsigned long long lsn
     unsigned int length
     int older
+    int head
     unsigned char kind
     unsigned char flags
 
@@ -90,8 +98,6 @@ cdef class MemoryLayer:
     cdef readonly unsigned long long newest_lsn
     cdef readonly unsigned long long data_size_bytes
     cdef readonly bint frozen
-    cdef int position
-    cdef int position_node
 
     def __cinit__(self, unsigned long long start_lsn):
         pthread_mutex_init(&self.mutex, NULL)
@@ -99,7 +105,6 @@ cdef class MemoryLayer:
         self.newest_lsn = start_lsn
         self.buffers = []
         self.table_mask = 1023
-        self.position_node = -1
         self.table = <int*> calloc(self.table_mask + 1, sizeof(int))
         if self.table is NULL:
             raise MemoryError
@@ -201,6 +206,7 @@ cdef class MemoryLayer:
                 self.nodes = grown
             node = &self.nodes[self.node_count]
             node.older = head.newest
+            node.head = number
             head.newest = self.node_count
             self.node_count += 1
         node.lsn = lsn
@@ -412,25 +418,55 @@ cdef class MemoryLayer:
 
 
 cdef class SortedValues:
-    """A frozen layer's values by key, newest first; cuts them into blocks."""
+    """A frozen layer's values by key, newest first; cuts them into blocks.
+
+    The values are laid out in their order first, in one pass over the nodes as they came: to follow each key's
+    chain would wait for memory at every step. So whoever cuts blocks can ask for payloads ahead of time.
+    """
     cdef MemoryLayer layer
     cdef KeyHead* heads
+    cdef Node* nodes
+    cdef int* ends
+    """Of each head's nodes."""
     cdef int position
     cdef int node
 
     def __cinit__(self, MemoryLayer layer):
-        cdef size_t size = layer.head_count * sizeof(KeyHead)
+        cdef size_t count = layer.head_count
         self.layer = layer
-        self.heads = <KeyHead*> malloc(size if size else 1)
-        if self.heads is NULL:
+        self.heads = <KeyHead*> malloc(count * sizeof(KeyHead) + 1)
+        self.ends = <int*> calloc(count + 1, sizeof(int))
+        self.nodes = <Node*> malloc(layer.node_count * sizeof(Node) + 1)
+        if self.heads is NULL or self.ends is NULL or self.nodes is NULL:
             raise MemoryError
         with nogil:
-            memcpy(self.heads, layer.heads, size)
-            qsort(self.heads, layer.head_count, sizeof(KeyHead), compare_heads)
-        self.node = self.heads[0].newest if layer.head_count else -1
+            memcpy(self.heads, layer.heads, count * sizeof(KeyHead))
+            qsort(self.heads, count, sizeof(KeyHead), compare_heads)
+            self.lay_out(layer.nodes, layer.node_count, layer.head_count)
+
+    cdef int lay_out(self, const Node* nodes, int node_count, int head_count) except -1 nogil:
+        cdef int* places = <int*> malloc(head_count * sizeof(int) + 1)
+        cdef int at, position, start = 0
+        if places is NULL:
+            raise MemoryError
+        for position in range(head_count):
+            places[nodes[self.heads[position].newest].head] = position
+        for at in range(node_count):
+            self.ends[places[nodes[at].head]] += 1
+        for position in range(head_count):  # from counts to starts, which the nodes then move to ends
+            start += self.ends[position]
+            self.ends[position] = start - self.ends[position]
+        for at in range(node_count - 1, -1, -1):
+            position = places[nodes[at].head]
+            self.nodes[self.ends[position]] = nodes[at]
+            self.ends[position] += 1
+        free(places)
+        return 0
 
     def __dealloc__(self):
         free(self.heads)
+        free(self.ends)
+        free(self.nodes)
 
     @property
     def key_range(self) -> tuple:
@@ -447,30 +483,28 @@ cdef class SortedValues:
 
         A block holds at least one value and stops before the value that would take it past the target.
         """
-        cdef int position = self.position, node = self.node, last_position = self.position
+        cdef int node = self.node, last_position = self.position, node_count = self.layer.node_count
         cdef size_t size = 0, step
         cdef unsigned long long low = <unsigned long long> -1, high = 0
         cdef unsigned int count = 0
         cdef unsigned char* out
         cdef Node* value
-        if position >= self.layer.head_count:
+        if node >= node_count:
             return None
-        while position < self.layer.head_count:
-            step = VALUE_HEAD_SIZE + self.layer.nodes[node].length
+        while node < node_count:
+            step = VALUE_HEAD_SIZE + self.nodes[node].length
             if size and size + step > target_size_bytes:
                 break
+            prefetch_bytes(self.nodes[node].payload, self.nodes[node].length)
             size += step
-            last_position = position
-            node = self.layer.nodes[node].older
-            if node < 0:
-                position += 1
-                node = self.heads[position].newest if position < self.layer.head_count else -1
+            node += 1
         block = PyBytes_FromStringAndSize(NULL, size)
         out = <unsigned char*> PyBytes_AS_STRING(block)
         first_key = <bytes> self.heads[self.position].key[:KEY_SIZE]
         with nogil:
-            while self.position != position or self.node != node:
-                value = &self.layer.nodes[self.node]
+            while self.node < node:
+                value = &self.nodes[self.node]
+                last_position = self.position
                 memcpy(out, self.heads[self.position].key, KEY_SIZE)
                 out[18] = value.kind
                 out[19] = value.flags
@@ -481,9 +515,7 @@ cdef class SortedValues:
                 count += 1
                 low = value.lsn if value.lsn < low else low
                 high = value.lsn if value.lsn > high else high
-                self.node = value.older
-                if self.node < 0:
+                self.node += 1
+                if self.node == self.ends[self.position]:
                     self.position += 1
-                    if self.position < self.layer.head_count:
-                        self.node = self.heads[self.position].newest
         return block, first_key, <bytes> self.heads[last_position].key[:KEY_SIZE], low, high, count
