@@ -30,6 +30,8 @@ class PretendStore:
         """When the value in an image was really made."""
         self.history: dict[bytes, list[int]] = {key: [START] for key in KEYS}
         self.lsn = START
+        self.damaged: set[str] = set()
+        """Merges plan around these; whoever repairs them leaves a flush between merged ones."""
         images = {(key, START) for key in KEYS}
         self.map = self.map.changed(added=[self.describe(LayerKind.IMAGE, (START, START), images, 0)])
 
@@ -76,7 +78,7 @@ class PretendStore:
 
     def compact(self, *, leave_out: bytes | None = None) -> bool:
         """One step as the engine does it; whether there was one."""
-        merge = plan_merge(self.map, LIMITS)
+        merge = plan_merge(self.map, LIMITS, self.damaged)
         if merge is not None:
             self.merge(merge)
             return True
@@ -136,13 +138,16 @@ class PretendStore:
 
 
 @settings(deadline=None)
-@given(steps=st.lists(st.sampled_from("ffffccge"), max_size=50), seed=st.integers(0, 2**32))
+@given(steps=st.lists(st.sampled_from("ffffccgde"), max_size=50), seed=st.integers(0, 2**32))
 def test_a_walk_meets_the_newest_value(steps: list[str], seed: int) -> None:
     chance = random.Random(seed)
     store = PretendStore()
     for step in steps:
         if step == "f":
             store.flush(chance)
+        elif step == "d":
+            flushed = [layer.name for layer in store.map.descriptions if layer.kind is LayerKind.DELTA]
+            store.damaged = set(chance.sample(flushed, min(1, len(flushed)))) if not store.damaged else set()
         elif step == "e":  # WAL without any value
             store.lsn += chance.randrange(1, 4)
         else:
@@ -177,3 +182,24 @@ def test_an_image_splits_the_delta_it_stands_in() -> None:
     visits = plan_read(store.map, key, key, 0, 120).visits
     shown = [(visit.layer.is_image, visit.low_lsn, visit.high_lsn) for visit in visits]
     assert shown == [(False, 110, 120), (True, 109, 110), (False, 100, 110), (True, 99, 100)]
+
+
+def test_a_merge_has_no_other_delta_in_between() -> None:
+    store = PretendStore()
+    key = KEYS[0]
+    for lsn in (100, 110, 120, 130, 140):
+        store.add(LayerKind.DELTA, lsn, lsn + 10, {(key, lsn + 5)})
+    runs = store.map.delta_runs[::-1]
+    store.damaged = {runs[2].descriptions[0].name}
+    plan = plan_merge(store.map, LIMITS, store.damaged)
+    assert plan is not None
+    assert (plan.start_lsn, plan.end_lsn) == (100, 120)
+    store.merge(plan)
+    plan = plan_merge(store.map, LIMITS, store.damaged)
+    assert plan is not None
+    assert (plan.start_lsn, plan.end_lsn) == (130, 150)
+    store.merge(plan)
+    store.add(LayerKind.DELTA, 150, 160, {(key, 155)})
+    plan = plan_merge(store.map, LIMITS)  # of L0 (120, 130] and (150, 160] the older, below a merged one
+    assert plan is not None
+    assert plan.end_lsn == 130
