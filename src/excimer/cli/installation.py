@@ -220,6 +220,7 @@ class Installation:
             postgres_listen=f"{HOST}:{endpoint['postgres_port']}",
             http_listen=f"{HOST}:{endpoint['http_port']}",
             pageserver_address=spec["pageserver_address"],
+            pageserver_http_address=spec["pageserver_http_address"],
             safekeepers=spec["safekeepers"],
             token=spec["token"],
             postgres_settings=endpoint["postgres_settings"],

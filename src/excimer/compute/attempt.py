@@ -28,6 +28,7 @@ from excimer.compute.arena import (
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
 from excimer.compute.data_directory import DataDirectoryPlan, plan_data_directory, write_data_directory
+from excimer.compute.lsn_lease import LeasedMoment, LsnLease
 from excimer.compute.places import ComputePlaces
 from excimer.compute.postgres_process import PostgresProcess, kill_left_behind
 from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
@@ -57,6 +58,7 @@ class ComputeSpec(NamedTuple):
     host: str
     port: int
     pageserver_address: str
+    pageserver_http_address: str
     safekeepers: list[str]
     token: str
     postgres_settings: dict[str, str]
@@ -118,6 +120,8 @@ class Attempt:
             election = await self.proposer.elect()
             end_lsn = election.start_lsn
             clock.step("election")
+        elif spec.pageserver_http_address:
+            await self._hold_lsn(scope, end_lsn)
         backup = await self._fetch_basebackup(end_lsn)
         clock.step("basebackup")
         await asyncio.to_thread(self._lay_directory, backup)
@@ -134,6 +138,15 @@ class Attempt:
         self._on_started()
         status = await process.wait_exit()
         return Ended(time.monotonic(), f"postgres exited with status {status}")
+
+    async def _hold_lsn(self, scope: TaskScope, lsn: Lsn) -> None:
+        """Until the attempt ends. Raises `LeaseRefusedError`."""
+        spec = self._spec
+        lease = LsnLease(
+            LeasedMoment(spec.pageserver_http_address, spec.tenant_id, spec.timeline_id, spec.token, lsn)
+        )
+        await lease.acquire()
+        scope.start("lsn lease", lease.run())
 
     async def _fetch_basebackup(self, lsn: Lsn) -> Basebackup:
         """At `lsn`; who waits for long learns from the log for what."""

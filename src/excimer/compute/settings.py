@@ -22,6 +22,8 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     http_listen: str
     """host:port of /healthz and /metrics."""
     pageserver_address: str
+    pageserver_http_address: str = ""
+    """Where a static endpoint asks for a lease on its LSN; empty: it has none, and its history may go."""
     safekeepers: list[str] = msgspec.field(default_factory=list)
     """Proposer addresses; empty only for a static endpoint."""
     token: str

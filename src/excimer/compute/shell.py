@@ -41,6 +41,7 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         host=host,
         port=int(port),
         pageserver_address=settings.pageserver_address,
+        pageserver_http_address=settings.pageserver_http_address,
         safekeepers=list(settings.safekeepers),
         token=settings.token,
         postgres_settings=dict(settings.postgres_settings),

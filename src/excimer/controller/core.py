@@ -317,6 +317,7 @@ def build_spec(
         endpoint=endpoint,
         branch_name=timeline.name,
         pageserver_address=pageserver.page_service_address,
+        pageserver_http_address=pageserver.http_address,
         safekeepers=tuple(s.proposer_address for s in safekeepers if s.id in placed),
         wal_segment_size=timeline.wal_segment_size,
         system_id=timeline.system_id,

@@ -124,6 +124,7 @@ class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: Endpoint
     branch_name: str
     pageserver_address: str
+    pageserver_http_address: str
     safekeepers: tuple[str, ...]
     """Proposer addresses of all the timeline's safekeepers."""
     wal_segment_size: int

@@ -58,6 +58,13 @@ class KeptTenants(Protocol):
     def gc_periods(self) -> list[tuple[TenantId, float]]: ...
 
 
+class Lease(NamedTuple):
+    lsn: Lsn
+    valid_until: float
+    """Unix time."""
+    valid_for_s: float
+
+
 class TenantConfig(NamedTuple):
     overrides: dict[str, Any]
     """What the tenant has chosen."""
@@ -124,10 +131,15 @@ class HistoryKeeper:
             steps += 1
         return steps
 
-    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> float:
-        """Keeps an LSN readable, rounded down to a record's end; until when (Unix time)."""
+    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> Lease:
+        """Keeps an LSN readable, rounded down to a record's end.
+
+        Raises `LsnTimeoutError` (it has not arrived), `NotRetainedError`.
+        """
         active = self._tenants.active(tenant_id, timeline_id)
-        return self._clock.now() + active.store.lease(active.record_end(lsn))
+        end_lsn = active.record_end(lsn)
+        valid_for_s = active.store.lease(end_lsn)
+        return Lease(end_lsn, self._clock.now() + valid_for_s, valid_for_s)
 
     # By schedule
 

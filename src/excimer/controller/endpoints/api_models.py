@@ -157,6 +157,7 @@ class EndpointsAnswer(BaseModel):
 class SpecAnswer(BaseModel):
     endpoint: EndpointAnswer
     pageserver_address: str
+    pageserver_http_address: str
     safekeepers: list[str]
     wal_segment_size: int
     system_id: str
@@ -167,6 +168,7 @@ class SpecAnswer(BaseModel):
         return cls(
             endpoint=EndpointAnswer.of(spec.endpoint, spec.branch_name),
             pageserver_address=spec.pageserver_address,
+            pageserver_http_address=spec.pageserver_http_address,
             safekeepers=list(spec.safekeepers),
             wal_segment_size=spec.wal_segment_size,
             system_id=str(spec.system_id),

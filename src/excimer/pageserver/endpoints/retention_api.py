@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from excimer.base.ids import TenantId, TimelineId, parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.pageserver.endpoints.http_api import TenantPath, TimelinePath
-from excimer.pageserver.history_keeper import TenantConfig
+from excimer.pageserver.history_keeper import Lease, TenantConfig
 from excimer.storage.engine.garbage_collector import GcOutcome
 from excimer.wire.auth import Claims, Scope, require_tenant
 
@@ -29,7 +29,7 @@ class RetentionOperations(Protocol):
     async def change_config(self, tenant_id: TenantId, changes: dict[str, Any]) -> TenantConfig: ...
     async def collect_garbage(self, tenant_id: TenantId, timeline_id: TimelineId) -> GcOutcome: ...
     async def compact(self, tenant_id: TenantId, timeline_id: TimelineId) -> int: ...
-    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> float: ...
+    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> Lease: ...
 
 
 class ConfigAnswer(BaseModel):
@@ -70,8 +70,9 @@ class LeaseBody(BaseModel):
 
 
 class LeaseAnswer(BaseModel):
-    valid_until: datetime = Field(description="ask again before; later the LSN may be gone")
     lsn: str
+    valid_until: datetime = Field(description="ask again before; later the LSN may be gone")
+    valid_for_s: float = Field(description="the same, for whose clock is another")
 
 
 def make_retention_router(operations: RetentionOperations) -> APIRouter:
@@ -110,8 +111,12 @@ def make_lease_router(
         """Grants or renews a lease; refused for an LSN whose history is gone."""
         tenant, timeline = parse_tenant_id(tenant_id), parse_timeline_id(timeline_id)
         require_tenant(claims, tenant, Scope.PAGESERVER_API)
-        until = await operations.lease(tenant, timeline, parse_lsn(body.lsn))
-        return LeaseAnswer(valid_until=datetime.fromtimestamp(until, UTC), lsn=body.lsn)
+        lease = await operations.lease(tenant, timeline, parse_lsn(body.lsn))
+        return LeaseAnswer(
+            lsn=format_lsn(lease.lsn),
+            valid_until=datetime.fromtimestamp(lease.valid_until, UTC),
+            valid_for_s=lease.valid_for_s,
+        )
 
     return router
 

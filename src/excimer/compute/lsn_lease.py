@@ -1,0 +1,79 @@
+"""Keeps the moment that a static endpoint shows readable: asks the pageserver for a lease and renews it.
+
+A lease holds for a while (the tenant's `lsn_lease_length_s`) and is renewed three times as often, so that two
+renewals in a row may fail. One that cannot be had for now is asked for again; if the history is gone, that is
+said once, and what the endpoint has not read yet stays unreadable.
+
+Not here: what the pageserver keeps for a lease (`excimer.storage.plan.retention`).
+"""
+
+import asyncio
+from typing import Any, Final, NamedTuple
+
+from excimer.base.errors import RefusedError, RetryableError
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.lsn import Lsn, format_lsn
+from excimer.service.http_client import HttpClient, path_of
+from excimer.service.logs import get_logger
+
+log = get_logger(__name__)
+
+CALL_TIMEOUT_S: Final = 5.0
+RENEWALS_PER_LEASE: Final = 3
+RENEW_AFTER_S_MIN: Final = 0.2
+RENEW_AFTER_S_MAX: Final = 60.0
+"""A pageserver that forgot its leases in a restart hears of them again within this."""
+RETRY_AFTER_S: Final = 1.0
+
+
+class LeaseRefusedError(RefusedError):
+    """The history at the endpoint's LSN is gone."""
+
+
+class LeasedMoment(NamedTuple):
+    pageserver_http_address: str
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    token: str
+    lsn: Lsn
+
+
+class LsnLease:
+    def __init__(self, moment: LeasedMoment) -> None:
+        self._moment = moment
+        self._wait_s = RETRY_AFTER_S
+
+    async def acquire(self) -> None:
+        """One try, before anything is read. Raises `LeaseRefusedError`; unreachable is no error yet."""
+        try:
+            await self._ask()
+        except RetryableError as error:
+            log.warning("no lease on the endpoint's LSN yet, will ask again", error=error)
+
+    async def run(self) -> None:
+        """Renews it until cancelled, or until the history is gone."""
+        while True:
+            await asyncio.sleep(self._wait_s)
+            try:
+                await self._ask()
+            except RetryableError as error:
+                self._wait_s = RETRY_AFTER_S
+                log.warning("the lease on the endpoint's LSN is not renewed, trying again", error=error)
+            except LeaseRefusedError as error:
+                log.error("what this endpoint has not read yet is gone", error=error)
+                return
+
+    async def _ask(self) -> None:
+        moment = self._moment
+        client = HttpClient(
+            "the pageserver", moment.pageserver_http_address, moment.token, timeout_s=CALL_TIMEOUT_S
+        )
+        path = path_of("v1", "tenant", moment.tenant_id, "timeline", moment.timeline_id, "lsn_lease")
+        try:
+            answer: Any = await client.post(path, {"lsn": format_lsn(moment.lsn)})
+            length_s = float(answer["valid_for_s"])
+        except RefusedError as error:
+            raise LeaseRefusedError(f"LSN {format_lsn(moment.lsn)} cannot be kept: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise RetryableError(f"the pageserver's answer to a lease is not understood: {error}") from error
+        self._wait_s = min(max(length_s / RENEWALS_PER_LEASE, RENEW_AFTER_S_MIN), RENEW_AFTER_S_MAX)
