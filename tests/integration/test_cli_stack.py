@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from excimer.base.lsn import parse_lsn
+
 COMMAND_TIMEOUT_S = 120
 
 
@@ -143,9 +145,28 @@ def test_a_static_endpoint_shows_the_past(stack: Stack) -> None:
     stack.sql("delete from flights")
     stack.json("endpoint", "create", "past", "--lsn", lsn)
     assert stack.json("endpoint", "start", "past")["started"]
+    collect_all_but_leases(stack, lsn)
     assert stack.sql("select count(*) from flights", "past") == "336776"
     assert stack.sql("select count(*) from flights") == "0"
     assert stack.json("endpoint", "stop", "past", "--destroy")["deleted"]
+
+
+def collect_all_but_leases(stack: Stack, leased_lsn: str) -> None:
+    """With windows of nothing: only what the endpoint in the past holds stays of history."""
+    settings = ("pitr_interval_s", "gc_horizon_bytes", "lsn_lease_length_s")
+    stack.sql("checkpoint")
+    changed = stack.json("tenant", "config", *(part for name in settings for part in ("--set", f"{name}=0")))
+    assert changed["overrides"] == dict.fromkeys(settings, 0)
+    collected = stack.json("timeline", "gc")
+    assert collected["held_points"] >= 1
+    stack.json("timeline", "compact")
+    code, _, errors = stack.run("timeline", "branch", "--branch-name", "too-late", "--at", "0/2000000")
+    assert (code, "its history reaches from" in errors) == (1, True)
+    assert parse_lsn(collected["cutoff_lsn"]) > parse_lsn(leased_lsn)
+    given_back = stack.json(
+        "tenant", "config", *(part for name in settings for part in ("--set", f"{name}="))
+    )
+    assert given_back["overrides"] == {}
 
 
 def test_a_damaged_database_of_the_controller_is_named(stack: Stack) -> None:

@@ -22,7 +22,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "start": ("installation", "Start the services that do not run."),
     "stop": ("installation", "Stop endpoints and services."),
     "status": ("installation", "Show which parts run."),
-    "tenant": ("tenant", "Tenants (projects): create, list, size, delete, set-default."),
+    "tenant": ("tenant", "Tenants (projects): create, list, size, delete, set-default, config."),
     "timeline": (
         "timeline",
         "Branches: create, branch, list, restore, reset, archive, detach-ancestor, delete…",

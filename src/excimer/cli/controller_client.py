@@ -34,6 +34,9 @@ class ControllerClient:
     def put(self, *parts: str, body: object) -> Any:
         return self._call("PUT", parts, body)
 
+    def patch(self, *parts: str, body: object) -> Any:
+        return self._call("PATCH", parts, body)
+
     def delete(self, *parts: str) -> Any:
         return self._call("DELETE", parts, None)
 

@@ -23,6 +23,9 @@ CREATE_TIMEOUT_S: Final = 120.0
 """The first timeline of a PostgreSQL version runs initdb."""
 
 READING_TOKEN_LIFETIME_S: Final = 86_400
+WORK_TIMEOUT_S: Final = 170.0
+"""Less than the command line waits; the work goes on all the same."""
+
 CALL_TIMEOUT_S: Final = 10.0
 HISTORY_TIMEOUT_S: Final = 30.0
 
@@ -130,6 +133,23 @@ class PageserverApi:
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "get_lsn_by_timestamp")
         answer = await self._client().get(path, {"timestamp": timestamp})
         return _parse(self._name, answer, lambda value: _lsn(value["lsn"]))
+
+    async def tenant_config(
+        self, method: str, tenant_id: TenantId, body: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Reads (GET), replaces (PUT) or changes (PATCH) a tenant's settings; as the pageserver answers."""
+        answer: dict[str, Any] = await self._client().call(
+            method, path_of("v1", "tenant", tenant_id, "config"), body
+        )
+        return answer
+
+    async def work_on_timeline(
+        self, tenant_id: TenantId, timeline_id: TimelineId, what: str
+    ) -> dict[str, Any]:
+        """`do_gc` or `compact`, and what the pageserver answers."""
+        path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, what)
+        answer: dict[str, Any] = await self._client(WORK_TIMEOUT_S).call("PUT", path)
+        return answer
 
     async def layer_map(self, tenant_id: TenantId, timeline_id: TimelineId) -> Any:
         """As the pageserver answers it."""

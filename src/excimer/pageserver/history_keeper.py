@@ -119,8 +119,13 @@ class HistoryKeeper:
     # By hand
 
     async def collect_garbage(self, tenant_id: TenantId, timeline_id: TimelineId) -> GcOutcome:
-        """Raises `GcTooEarlyError` soon after attaching, and as reads and uploads do."""
-        outcome, _ = await self._collect(self._tenants.active(tenant_id, timeline_id))
+        """After a flush, for only what is durable counts as history.
+
+        Raises `GcTooEarlyError` soon after attaching, and as reads, flushes and uploads do.
+        """
+        active = self._tenants.active(tenant_id, timeline_id)
+        await active.store.flush()
+        outcome, _ = await self._collect(active)
         return outcome
 
     async def compact(self, tenant_id: TenantId, timeline_id: TimelineId) -> int:

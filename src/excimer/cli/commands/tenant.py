@@ -1,4 +1,4 @@
-"""`excimer tenant create | list | size | delete | set-default`."""
+"""`excimer tenant create | list | size | delete | set-default | config`."""
 
 import secrets
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +7,7 @@ import typer
 
 from excimer.base.errors import NotFoundError, RetryableError
 from excimer.cli.controller_client import ControllerClient
+from excimer.cli.errors import UsageError
 from excimer.cli.installation import load_installation
 from excimer.cli.session import Session, session_of
 
@@ -146,6 +147,55 @@ def set_default_tenant(
     client = ControllerClient(load_installation(session.directory))
     answer = client.put("default_tenant", body={"tenant": tenant})
     session.say(f"tenant {answer['name']} is the default now", answer)
+
+
+@app.command()
+def config(
+    context: typer.Context,
+    tenant: Annotated[
+        str, typer.Argument(help="Name or id; default: the default one.", show_default=False)
+    ] = "",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Change a setting; NAME= gives it back to its default."
+        ),
+    ] = None,
+) -> None:
+    """Show a tenant's settings, or change some: in force at once."""
+    session = session_of(context)
+    wanted = parse_settings(changes or [])
+    client = ControllerClient(load_installation(session.directory))
+    place = ("tenants", tenant_name(client, tenant or None), "config")
+    answer = client.patch(*place, body=wanted) if wanted else client.get(*place)
+    session.answer(answer, lambda console: _show_config(console, answer))
+
+
+def parse_settings(changes: list[str]) -> dict[str, int | float | None]:
+    """``NAME=VALUE`` each. Raises `UsageError`."""
+    wanted: dict[str, int | float | None] = {}
+    for text in changes:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise UsageError(f"--set {text!r}: write NAME=VALUE, like pitr_interval_s=86400")
+        try:
+            wanted[name] = None if not value else int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError as error:
+            raise UsageError(f"--set {name}: {value!r} is not a number") from error
+    return wanted
+
+
+def _show_config(console: "Console", answer: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("setting", "value", "", box=None)
+    for name, value in answer["effective"].items():
+        table.add_row(
+            name,
+            f"{value:g}" if isinstance(value, float) else str(value),
+            "set for this tenant" if name in answer["overrides"] else "",
+        )
+    console.print(table)
 
 
 def tenant_name(client: ControllerClient, option: str | None) -> str:

@@ -1,4 +1,4 @@
-"""`excimer timeline create | branch | list | delete`: branches.
+"""`excimer timeline create | branch | list | delete | gc | compact`: branches.
 
 Not here: what is done to their history (`timeline_history`).
 """
@@ -134,3 +134,40 @@ def delete(
     with session.step(f"deleting branch {branch_name}"):
         answer = client.delete(*place)
     session.say(f"branch {branch_name}: {answer['state']}", answer)
+
+
+@app.command()
+def gc(
+    context: typer.Context,
+    branch_name: Annotated[str, typer.Argument(help="Name or id.")] = "main",
+    tenant: TenantOption = None,
+) -> None:
+    """Remove history that no window, branch or lease retains, now. It also happens by itself."""
+    session = session_of(context)
+    answer = _work_on(session, tenant, branch_name, "gc")
+    session.say(
+        f"branch {answer['branch']}: history is kept from {answer['cutoff_lsn']} on, and at "
+        f"{answer['held_points']} older points; {answer['layers_removed']} layers went "
+        f"({answer['removed_bytes']} bytes)",
+        answer,
+    )
+
+
+@app.command()
+def compact(
+    context: typer.Context,
+    branch_name: Annotated[str, typer.Argument(help="Name or id.")] = "main",
+    tenant: TenantOption = None,
+) -> None:
+    """Merge layers and make images as far as they are due, now. It also happens by itself."""
+    session = session_of(context)
+    answer = _work_on(session, tenant, branch_name, "compact")
+    session.say(f"branch {answer['branch']}: {answer['steps']} steps", answer)
+
+
+def _work_on(session: Session, tenant: str | None, branch: str, what: str) -> dict[str, Any]:
+    client = ControllerClient(load_installation(session.directory))
+    place = ("tenants", tenant_name(client, tenant), what)
+    with session.step(f"{what} of {branch}"):
+        answer: dict[str, Any] = client.post(*place, body={"branch": branch})
+    return answer

@@ -25,6 +25,7 @@ from excimer.controller.endpoints.api_models import (
 )
 from excimer.controller.endpoints.history_api import add_history_routes
 from excimer.controller.endpoints.reading import add_reading_routes, point_in_history
+from excimer.controller.endpoints.retention import add_retention_routes
 from excimer.controller.model import BadRequestError
 from excimer.controller.shell import Controller
 
@@ -40,6 +41,7 @@ def make_router(controller: Controller) -> APIRouter:
     _add_endpoint_routes(router, controller)
     add_reading_routes(router, controller)
     add_history_routes(router, controller)
+    add_retention_routes(router, controller)
 
     @router.get("/nodes", tags=["nodes"])
     async def list_nodes() -> NodesAnswer:
