@@ -182,7 +182,7 @@ def _page_service(
         scope.start(name, contained(name, coroutine))
 
     return PageService(
-        find_timeline=tenants.active,
+        find_timeline=tenants.active_for_compute,
         verifier=TokenVerifier(settings.auth_public_key_path.read_bytes()),
         spawn=spawn,
         metrics=PageServiceMetrics(registry),

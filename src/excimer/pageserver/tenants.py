@@ -202,6 +202,16 @@ class Tenants:
 
     # Timelines
 
+    def active_for_compute(self, tenant_id: TenantId, timeline_id: TimelineId) -> ActiveTimeline:
+        """As `active`, for somebody whose token says that the tenant exists: one that is not known here,
+        because this pageserver has lost its disk, will be attached again. Raises `TenantAttachingError` then.
+        """
+        if tenant_id not in self._tenants:
+            raise TenantAttachingError(
+                f"tenant {tenant_id} is not attached here, or not yet again: try again"
+            )
+        return self.active(tenant_id, timeline_id)
+
     def active(self, tenant_id: TenantId, timeline_id: TimelineId) -> ActiveTimeline:
         """Raises `TenantMissingError`, `TimelineMissingError`, `TenantAttachingError`. Cheap."""
         found = self.find_active(tenant_id, timeline_id)

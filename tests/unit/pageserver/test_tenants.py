@@ -225,6 +225,24 @@ async def test_a_timeline_with_wal_that_cannot_be_read_is_broken_and_still_serve
         assert only.health.problems == {}
 
 
+@in_event_loop
+async def test_computes_outlast_the_loss_of_the_disk(tmp_path: Path) -> None:
+    """A tenant that is not known any more is a reason to come again; to the API it is just not there."""
+    store = MemoryObjectStore()
+    async with node(tmp_path / "one", store) as first:
+        await first.tenants.attach(TENANT, 1)
+        await first.make_main()
+    async with node(tmp_path / "empty", store) as second:
+        with pytest.raises(TenantAttachingError, match="not yet again"):
+            second.tenants.active_for_compute(TENANT, MAIN)
+        with pytest.raises(TenantMissingError):
+            second.tenants.active(TENANT, MAIN)
+        await second.tenants.attach(TENANT, 2)
+        assert second.tenants.active_for_compute(TENANT, MAIN) is second.tenants.active(TENANT, MAIN)
+        with pytest.raises(TimelineMissingError):
+            second.tenants.active_for_compute(TENANT, BRANCH)
+
+
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     records = TenantRecords(tmp_path)
     (tmp_path / "aa.json").write_bytes(b'{"tenant_id": ')

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,43 @@ async def test_a_layer_missing_in_object_storage_fails_only_the_reads_that_need_
         with pytest.raises(LayerMissingError, match=lost):
             await read_table(timeline, Lsn(ends[1]))
         assert await read_table(timeline) == b"".join(pages)
+
+
+class Together(MemoryObjectStore):
+    """Answers requests for parts of layers only when so many have come."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        super().__init__()
+        self.objects = objects
+        self.crowd: threading.Barrier | None = None
+
+    def get_range(self, name: str, start: int, end: int) -> bytes:
+        if self.crowd is not None:
+            self.crowd.wait(30)
+        return super().get_range(name, start, end)
+
+
+@in_event_loop
+async def test_a_read_of_several_layers_that_are_not_here_fetches_them_together(tmp_path: Path) -> None:
+    objects = MemoryObjectStore()
+    async with storage_context(tmp_path / "one", store=objects, settings=UNCOMPACTED) as context:
+        timeline, pages = await fill(context, 1)
+        last = relation_block_key(TABLE, 0, BLOCKS - 1)
+        for number in range(3):  # from the first block to beyond the size's key: in every read's way
+            lsn = Lsn(timeline.last_record_lsn + 0x100)
+            block = Value(relation_block_key(TABLE, 0, 0), lsn, ValueKind.IMAGE, True, pages[number])
+            put(timeline, [block, size_value(relation_size_key(TABLE, 1), lsn, number)])
+            await timeline.flush()
+        await timeline.close()
+    store = Together(objects.objects)
+    async with storage_context(tmp_path / "two", store=store, settings=UNCOMPACTED) as context:
+        timeline = (await attach(context, 2)).timeline(MAIN)
+        store.crowd = threading.Barrier(4)
+        size = await asyncio.to_thread(timeline.size_blocks, last, timeline.last_record_lsn)
+        assert size == BLOCKS
+        store.crowd = None
+        assert await timeline.get_pages(last, 1, timeline.last_record_lsn) == pages[-1]
+        assert context.local_disk.fetches == 4
 
 
 @in_event_loop
