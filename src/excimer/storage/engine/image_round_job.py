@@ -62,6 +62,14 @@ class KeyRun(NamedTuple):
     blocks: int
 
 
+class TakenRun(NamedTuple):
+    """A run's images."""
+
+    values: list[Value]
+    is_whole: bool
+    """Nothing had to be left out."""
+
+
 class RoundPiece(NamedTuple):
     layers: list[LayerDescription]
     is_whole: bool
@@ -87,9 +95,9 @@ async def write_round_piece(source: RoundSource, plan: RoundPlan) -> RoundPiece:
         batch = await source.in_thread(partial(_take_batch, runs))
         is_last = not batch
         for taken in await _read_batch(source, batch, plan.lsn):
-            is_whole = is_whole and taken is not None
-            values += taken or ()
-            size += sum(VALUE_HEAD_SIZE_BYTES + len(value.payload) for value in taken or ())
+            is_whole = is_whole and taken.is_whole
+            values += taken.values
+            size += sum(VALUE_HEAD_SIZE_BYTES + len(value.payload) for value in taken.values)
     layers: list[LayerDescription] = []
     if values:
         layers = await source.whole_in_thread(partial(_write, source, values, plan.lsn))
@@ -112,12 +120,12 @@ def _take_batch(runs: Iterator[KeyRun]) -> list[KeyRun]:
     return batch
 
 
-async def _read_batch(source: RoundSource, runs: list[KeyRun], lsn: Lsn) -> list[list[Value] | None]:
-    """Of each run its images, or None if it cannot be read whole; all at the same time."""
+async def _read_batch(source: RoundSource, runs: list[KeyRun], lsn: Lsn) -> list[TakenRun]:
+    """All at the same time."""
     outcomes = await asyncio.gather(
         *(_try_read_run(source, run, lsn) for run in runs), return_exceptions=True
     )
-    taken: list[list[Value] | None] = []
+    taken: list[TakenRun] = []
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             raise outcome
@@ -125,14 +133,19 @@ async def _read_batch(source: RoundSource, runs: list[KeyRun], lsn: Lsn) -> list
     return taken
 
 
-async def _try_read_run(source: RoundSource, run: KeyRun, lsn: Lsn) -> list[Value] | None:
+async def _try_read_run(source: RoundSource, run: KeyRun, lsn: Lsn) -> TakenRun:
+    """If it cannot be read together, one by one, without those that cannot be read at all."""
     try:
-        return await _read_run(source, run, lsn)
+        return TakenRun(await _read_run(source, run, lsn), True)
     except DamagedLayerError:
         raise
     except CorruptionError as error:
-        _log.error("compaction of timeline %s leaves out a run: %s", source.home.timeline_id, error)
-        return None
+        if run.blocks == 1:
+            _log.error("compaction of timeline %s leaves out a page: %s", source.home.timeline_id, error)
+            return TakenRun([], False)
+    singles = [KeyRun(block_key(run.first_key, at), 1) for at in range(run.blocks)]
+    parts = [await _try_read_run(source, single, lsn) for single in singles]
+    return TakenRun([value for part in parts for value in part.values], all(part.is_whole for part in parts))
 
 
 async def _read_run(source: RoundSource, run: KeyRun, lsn: Lsn) -> list[Value]:
