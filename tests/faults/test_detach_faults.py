@@ -15,6 +15,7 @@ import asyncio
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -252,5 +253,38 @@ def test_a_branch_below_its_ancestors_branch_point(world: World, tmp_path: Path)
             assert await tenant.detach_ancestor(low_id) == []
             for read_lsn in (START, *below[-6:], low.last_lsn):
                 assert await read_all(tenant.timeline(low_id), read_lsn) == expect_all(low, read_lsn)
+
+    asyncio.run(scenario())
+
+
+def test_reads_and_ingest_go_on_while_a_branch_is_detached(world: World, tmp_path: Path) -> None:
+    """Each operation of the detachment leaves readers time to get in between."""
+    oracle = world.oracles[LEAF]
+    own = TimelineOracle(oracle.ancestor, oracle.ancestor_lsn, list(oracle.values), list(oracle.ends))
+    known = {lsn: content for (each, lsn), content in world.expected.items() if each == LEAF}
+
+    def slow(operation: str, name: str) -> None:
+        time.sleep(0.002)
+
+    async def scenario() -> None:
+        store = MemoryObjectStore()
+        store.objects.update(world.objects)
+        slowed = FaultyObjectStore(store, slow)
+        async with storage_context(tmp_path, store=slowed, settings=SMALL) as context:
+            tenant = await TenantStorage.attach(context, TENANT, 2)
+            leaf = tenant.timeline(LEAF)
+            detaching = asyncio.ensure_future(tenant.detach_ancestor(LEAF))
+            rounds = 0
+            while not detaching.done() or rounds < 2:
+                for lsn, expected in known.items():
+                    assert await read_all(leaf, lsn) == expected
+                before = own.last_lsn
+                own.next_values(world.chance, 3)
+                for values, end_lsn in own.batches_after(before, 3):
+                    leaf.put_batch(pack_batch(values), end_lsn, Lsn(end_lsn - 8))
+                rounds += 1
+            assert await detaching == [EARLY]
+            await leaf.flush()
+            assert await read_all(leaf, own.last_lsn) == expect_all(own, own.last_lsn)
 
     asyncio.run(scenario())

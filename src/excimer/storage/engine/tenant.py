@@ -403,11 +403,11 @@ class TenantStorage:
     async def _rewrite_archived(
         self, timeline_id: TimelineId, change: Callable[[Manifest], Manifest]
     ) -> FoundManifest | None:
-        """The newest manifest of an archived timeline, changed and durable; None if there is none left."""
+        """The newest manifest of an archived timeline, changed and durable; None if it is (being) deleted."""
 
         def rewrite() -> FoundManifest | None:
             found = claim_newest(self.context.store, self.tenant_id, timeline_id, self.generation)
-            if found is None:
+            if found is None or found.manifest.deleted:
                 return None
             manifest = change(found.manifest)
             name = self._manifest_store(found).write(manifest)

@@ -1,0 +1,161 @@
+"""What a detached or archived branch holds against garbage collection, and what it lets go (S3)."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from excimer.base.ids import TimelineId
+from excimer.base.keys import relation_block_key
+from excimer.base.lsn import Lsn
+from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, ObjectStoreError
+from excimer.storage.engine.context import StorageSettings
+from excimer.storage.engine.errors import LsnTooOldError, TimelineMissingError
+from excimer.storage.engine.tenant import TenantStorage
+from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.values import pack_batch
+from tests.kit.storage_oracle import FORKS, IMPORTED, RELATIONS, TimelineOracle
+from tests.kit.storage_world import MAIN, attach, in_event_loop, new_main, storage_context
+
+CHILD, GRANDCHILD, SIBLING, PUT_AWAY = (TimelineId(f"{number}" * 32) for number in "2345")
+SMALL = StorageSettings(
+    flush_size_bytes=30_000,
+    block_size_bytes=4000,
+    image_layer_size_bytes=40_000,
+    compaction_threshold=2,
+    image_creation_threshold=2,
+    gc_horizon_bytes=0,
+    lsn_lease_length_s=0.0,
+)
+
+
+async def grow(timeline: Timeline, oracle: TimelineOracle, chance: random.Random, flushes: int) -> None:
+    for _ in range(flushes):
+        before = oracle.last_lsn
+        oracle.next_values(chance, 30)
+        for values, end_lsn in oracle.batches_after(before, 10):
+            timeline.put_batch(pack_batch(values), end_lsn, Lsn(end_lsn - 8))
+        await timeline.flush()
+        while await timeline.compact():
+            pass
+
+
+async def check_reads(timeline: Timeline, oracle: TimelineOracle, lsn: int) -> None:
+    for relation in RELATIONS:
+        for fork in FORKS:
+            size = oracle.size(relation, fork, lsn)
+            assert timeline.size_blocks(relation_block_key(relation, fork, 0), Lsn(lsn)) == size
+            for block in range(size or 0):
+                key = relation_block_key(relation, fork, block)
+                assert await timeline.get_pages(key, 1, Lsn(lsn)) == oracle.page(key, lsn)
+
+
+async def collect(timeline: Timeline) -> int:
+    """All that nobody holds; how many points somebody does."""
+    outcome = await timeline.collect_garbage(timeline.last_record_lsn)
+    await timeline.in_thread(timeline.deletions.drain)
+    return outcome.held_points
+
+
+async def branch(tenant: TenantStorage, timeline_id: TimelineId, ancestor_id: TimelineId, lsn: int) -> None:
+    await tenant.branch_timeline(timeline_id, ancestor_id, lsn=Lsn(lsn), prev_record_lsn=Lsn(lsn - 8))
+
+
+@in_event_loop
+async def test_a_detached_branch_holds_what_is_read_through_it(tmp_path: Path) -> None:
+    """Its branches below its former beginning, the siblings that came along, an archived one, a lease."""
+    chance = random.Random(1)
+    async with storage_context(tmp_path, settings=SMALL) as context:
+        tenant = await attach(context)
+        main, oracle = await tenant.create_timeline(new_main(), IMPORTED), TimelineOracle.imported()
+        await grow(main, oracle, chance, 6)
+        put_away, early, leased, sibling, late = (oracle.ends[count] for count in (30, 50, 70, 90, 110))
+        await branch(tenant, CHILD, MAIN, late)
+        child, child_oracle = tenant.timeline(CHILD), TimelineOracle(ancestor=oracle, ancestor_lsn=late)
+        await branch(tenant, GRANDCHILD, CHILD, early)
+        await branch(tenant, SIBLING, MAIN, sibling)
+        await branch(tenant, PUT_AWAY, MAIN, put_away)
+        await tenant.archive_timeline(PUT_AWAY)
+        await tenant.offload_timeline(PUT_AWAY)
+        await tenant.set_settings({"lsn_lease_length_s": 1000})
+        child.home_of(Lsn(leased)).lease(Lsn(leased))
+        await tenant.set_settings({"lsn_lease_length_s": 0.0})
+        await grow(child, child_oracle, chance, 3)
+        await grow(main, oracle, chance, 6)
+        assert await collect(main) == 5
+        oldest_lsn = child.oldest_lsn
+
+        async def check_all() -> None:
+            await check_reads(child, child_oracle, late)
+            await check_reads(child, child_oracle, leased)
+            await check_reads(child, child_oracle, child_oracle.last_lsn)
+            await check_reads(tenant.timeline(GRANDCHILD), oracle, early)
+            await check_reads(tenant.timeline(SIBLING), oracle, sibling)
+
+        await check_all()
+        assert await tenant.detach_ancestor(CHILD) == [SIBLING, PUT_AWAY]
+        assert child.oldest_lsn == oldest_lsn
+        await check_all()
+        assert await collect(main) == 1
+        await check_reads(main, oracle, leased)
+        await grow(child, child_oracle, chance, 6)
+        assert await collect(child) == 4
+        for lsn in (late, oracle.ends[40]):
+            with pytest.raises(LsnTooOldError):
+                await check_reads(child, child_oracle, lsn)
+        late = child_oracle.last_lsn
+        await check_all()
+        await tenant.delete_timeline(MAIN)
+        await tenant.unarchive_timeline(PUT_AWAY)
+        await check_reads(tenant.timeline(PUT_AWAY), oracle, put_away)
+        await check_all()
+
+
+@in_event_loop
+async def test_an_archived_branch_holds_its_point_until_it_is_deleted(tmp_path: Path) -> None:
+    chance = random.Random(2)
+    async with storage_context(tmp_path, settings=SMALL) as context:
+        tenant = await attach(context)
+        main, oracle = await tenant.create_timeline(new_main(), IMPORTED), TimelineOracle.imported()
+        await grow(main, oracle, chance, 4)
+        point = oracle.ends[40]
+        await branch(tenant, CHILD, MAIN, point)
+        await branch(tenant, GRANDCHILD, CHILD, oracle.ends[20])
+        for timeline_id in (GRANDCHILD, CHILD):
+            await tenant.archive_timeline(timeline_id)
+            await tenant.offload_timeline(timeline_id)
+        await grow(main, oracle, chance, 6)
+        assert await collect(main) == 2
+        await tenant.close()
+        tenant = await attach(context, 2)
+        main = tenant.timeline(MAIN)
+        assert await collect(main) == 2
+        await tenant.unarchive_timeline(CHILD)
+        await check_reads(tenant.timeline(CHILD), oracle, point)
+        await tenant.delete_timeline(GRANDCHILD)
+        assert await collect(main) == 1
+        await tenant.delete_timeline(CHILD)
+        assert await collect(main) == 0
+
+
+@in_event_loop
+async def test_a_half_deleted_archived_timeline_does_not_come_back(tmp_path: Path) -> None:
+    objects, is_armed = MemoryObjectStore(), False
+
+    def fault(operation: str, name: str) -> None:
+        if is_armed and operation.startswith("delete") and "/layers" in name:
+            raise ObjectStoreError("away")
+
+    async with storage_context(tmp_path, store=FaultyObjectStore(objects, fault), settings=SMALL) as context:
+        tenant = await attach(context)
+        await tenant.create_timeline(new_main(), IMPORTED)
+        await tenant.archive_timeline(MAIN)
+        await tenant.offload_timeline(MAIN)
+        is_armed = True
+        with pytest.raises(ObjectStoreError):
+            await tenant.delete_timeline(MAIN)
+        with pytest.raises(TimelineMissingError):
+            await tenant.unarchive_timeline(MAIN)
+        is_armed = False
+        await tenant.delete_timeline(MAIN)
+        assert not [name for name in objects.objects if "/layers/" in name]
