@@ -308,10 +308,11 @@ class Timeline:
             self._deleted = True
 
     async def rewrite(self, change: Callable[[Manifest], Manifest | None], ancestry: Ancestry | None) -> bool:
-        """Changes what the timeline consists of: `change` makes the next manifest of the newest one, whose
-        layers and ancestor take the place of the old in one step. False if it answers None.
+        """`change` makes the next manifest of the newest; its layers and ancestor take the place of the
+        old in one step. False if it answers None.
         """
         async with self._flush_lock:
+            self._check_runs()
             manifest = change(self.manifest)
             if manifest is not None:
                 await self.whole_in_thread(partial(self._commit_rewritten, manifest, ancestry))
@@ -519,6 +520,7 @@ class Timeline:
     async def _flush_frozen(self) -> None:
         async with self._flush_lock:
             while self.stack.frozen:
+                self._check_runs()
                 await self.whole_in_thread(partial(self._flush_one, self.stack.frozen[0]))
                 self._room.set()
                 self._compaction_wanted.set()
