@@ -22,10 +22,13 @@ from excimer.cli.commands.endpoint import create_endpoint
 from excimer.cli.installation import load_installation
 from excimer.export.ownership import export_owner
 from excimer.io.processes import give_to_user, make_owned_dir
+from excimer.postgres import run_initdb
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.exported_cluster import address_of, check_all, dump_all, place_for_cluster
 from tests.kit.plain_postgres import PlainPostgres
+from tests.kit.rich_cluster import comparable, fill
 from tests.kit.stack import Stack, running_stack
+from tests.kit.stock_server import stock_server
 from tests.kit.varied_cluster import LATER_STATEMENTS, ROLES, STATEMENTS
 
 VERSIONS = [int(text) for text in os.environ.get("EXCIMER_EXPORT_VERSIONS", str(NEWEST_VERSION)).split(",")]
@@ -127,6 +130,27 @@ async def _check_cluster(cluster: PlainPostgres, dump: str) -> None:
         check_all(cluster.build, address_of(cluster), "--parent-check")
 
 
+def test_a_cluster_that_was_imported_comes_out_as_it_went_in(branched: Branched) -> None:
+    """In by one command, out by another, and no endpoint in between."""
+    asyncio.run(_check_round_trip(branched.stack))
+
+
+async def _check_round_trip(stack: Stack) -> None:
+    build = build_of(stack.pg_version)
+    async with place_for_cluster(build) as source:
+        run_initdb(build, source.data_dir, options=["--data-checksums"])
+        with stock_server(build, source.data_dir, {"max_prepared_transactions": "5"}) as server:
+            fill(server)
+            dump = comparable(dump_all(build, Address(str(server.socket_dir), server.port)))
+        stack.json("import", str(source.data_dir), "--branch-name", "imported")
+    async with place_for_cluster(build) as cluster:
+        stack.json("export", "imported", str(cluster.data_dir))
+        cluster.configure()
+        async with cluster.running():
+            assert comparable(dump_all(build, address_of(cluster))) == dump
+            check_all(build, address_of(cluster), "--parent-check")
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.zst", "-"])
 def test_a_tar_holds_the_same_cluster(branched: Branched, tmp_path: Path, suffix: str) -> None:
     stack = branched.stack
@@ -160,7 +184,9 @@ async def _check_tar(stack: Stack, archive: Path, dump: str) -> None:
             tar.extractall(cluster.data_dir, filter="fully_trusted")
         for path in [cluster.data_dir, *cluster.data_dir.rglob("*")]:
             give_to_user(path)
-        await _check_cluster(cluster, dump)
+        cluster.configure()
+        async with cluster.running():
+            assert dump_all(cluster.build, address_of(cluster)) == dump
 
 
 def test_a_place_that_is_taken_is_refused_and_left_alone(branched: Branched, tmp_path: Path) -> None:
