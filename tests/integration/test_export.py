@@ -10,19 +10,28 @@ import signal
 import stat
 import subprocess
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
 from excimer.base.address import Address
+from excimer.base.lsn import format_lsn, parse_lsn
 from excimer.cli.commands.endpoint import create_endpoint
+from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
+from excimer.export.directory_sink import DirectorySink
+from excimer.export.job import run_export
 from excimer.export.ownership import export_owner
+from excimer.export.page_stream import BranchAccess
 from excimer.io.processes import give_to_user, make_owned_dir
 from excimer.postgres import run_initdb
+from excimer.service.http_client import HttpClient, path_of
+from excimer.wire.auth import Claims, Scope, encode_token
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.exported_cluster import address_of, check_all, dump_all, place_for_cluster
 from tests.kit.plain_postgres import PlainPostgres
@@ -241,3 +250,56 @@ def _interrupted(stack: Stack, directory: Path, name: str) -> tuple[int, str]:
         process.kill()
         process.wait()
     return process.returncode, errors
+
+
+def test_an_export_keeps_what_it_reads_from_being_collected(branched: Branched) -> None:
+    """Garbage is collected up to the head in the middle of an export. The last test: it stays so."""
+    asyncio.run(_check_lease(branched))
+    with tempfile.TemporaryDirectory() as directory:
+        before = format_lsn(parse_lsn(branched.past_lsn) - 8192)
+        gone = branched.stack.run("export", "main", f"{directory}/out", "--at", before)
+    assert (gone.returncode, "no history" in gone.stderr) == (1, True), gone.stderr
+
+
+async def _check_lease(branched: Branched) -> None:
+    installation = load_installation(branched.stack.directory)
+    client = ControllerClient(installation)
+    body = {"branch": "main", "at_lsn": branched.past_lsn}
+    ticket = client.post("tenants", client.get("default_tenant")["name"], "branch_access", body=body)
+    access = msgspec.convert(ticket, BranchAccess)
+    token = encode_token(
+        (installation.keys_dir / "private.pem").read_bytes(), Claims(scope=Scope.PAGESERVER_API)
+    )
+    pageserver = HttpClient("pageserver", access.pageserver_http_address, token)
+    build = build_of(branched.stack.pg_version)
+    async with place_for_cluster(build) as cluster:
+        sink = _CollectingSink(cluster.data_dir, pageserver, access)
+        lsn = parse_lsn(branched.past_lsn)
+        exported = await run_export(access, lsn, sink, lambda done, total: None)
+        assert parse_lsn(sink.collected["cutoff_lsn"]) > exported.lsn
+        assert sink.collected["held_points"] >= 1
+        cluster.configure()
+        async with cluster.running():
+            assert dump_all(build, address_of(cluster)) == branched.past_dump
+
+
+class _CollectingSink(DirectorySink):
+    """Has the pageserver collect all the garbage it may, before the first page is read."""
+
+    def __init__(self, root: Path, pageserver: HttpClient, access: BranchAccess) -> None:
+        super().__init__(root, export_owner())
+        self._pageserver = pageserver
+        self._access = access
+        self.collected: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        super().begin()
+        asyncio.run(self._collect())  # in a thread of the export
+
+    async def _collect(self) -> None:
+        tenant = path_of("v1", "tenant", self._access.tenant_id)
+        timeline = f"{tenant}/timeline/{self._access.timeline_id}"
+        settings = {"pitr_interval_s": 0, "gc_horizon_bytes": 0, "gc_period_s": 0, "lsn_lease_length_s": 0}
+        await self._pageserver.call("PATCH", f"{tenant}/config", settings)
+        await self._pageserver.post(f"{timeline}/flush")
+        self.collected = await self._pageserver.call("PUT", f"{timeline}/do_gc")

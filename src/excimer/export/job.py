@@ -16,9 +16,11 @@ from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.base.lsn import Lsn
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.export.layout import CONTROL_FILE_PATH, ExportLayout, PageFile, plan_export
+from excimer.export.lease import keep_lease, lease_of
 from excimer.export.page_stream import PATIENCE_S, RETRY_DELAY_S_MAX, BranchAccess, PageStream
 from excimer.export.sink import ExportSink
 from excimer.pgformat.basebackup import Basebackup
+from excimer.service.tasks import running
 
 Report = Callable[[int, int], None]
 """Bytes of pages written, of how many. Called in the event loop."""
@@ -41,24 +43,32 @@ async def run_export(access: BranchAccess, lsn: Lsn, sink: ExportSink, report: R
     """
     backup = await _basebackup(access, lsn)
     layout = plan_export(backup, int(time.time()))
-    loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(1, thread_name_prefix="export") as thread:
-        is_finished = False
-        try:
-            await loop.run_in_executor(thread, sink.begin)
-            await loop.run_in_executor(thread, _write_frame, sink, layout)
-            await _write_pages(access, Lsn(backup.lsn), layout, _PageWriter(sink, thread), report)
-            await loop.run_in_executor(thread, _write_end, sink, layout)
-            is_finished = True
-        finally:
-            if not is_finished:
-                await loop.run_in_executor(thread, sink.abandon)
+    lease = lease_of(access, Lsn(backup.lsn))
+    async with running("export lease", keep_lease(lease, await lease())):
+        await _write(access, Lsn(backup.lsn), layout, sink, report)
     return Exported(
         Lsn(backup.lsn),
         backup.pg_version,
         len(layout.files) + len(layout.wal) + len(layout.page_files) + 1,
         layout.page_count * BLOCK_SIZE_BYTES,
     )
+
+
+async def _write(
+    access: BranchAccess, lsn: Lsn, layout: ExportLayout, sink: ExportSink, report: Report
+) -> None:
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(1, thread_name_prefix="export") as thread:
+        is_finished = False
+        try:
+            await loop.run_in_executor(thread, sink.begin)
+            await loop.run_in_executor(thread, _write_frame, sink, layout)
+            await _write_pages(access, lsn, layout, _PageWriter(sink, thread), report)
+            await loop.run_in_executor(thread, _write_end, sink, layout)
+            is_finished = True
+        finally:
+            if not is_finished:
+                await loop.run_in_executor(thread, sink.abandon)
 
 
 async def _basebackup(access: BranchAccess, lsn: Lsn) -> Basebackup:

@@ -60,6 +60,7 @@ class BranchAccess:
     tenant_id: TenantId
     timeline_id: TimelineId
     page_service_address: str
+    pageserver_http_address: str
     token: str
 
 

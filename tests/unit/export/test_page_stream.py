@@ -42,7 +42,7 @@ def _files() -> list[PageFile]:
 
 def _access(address: str) -> BranchAccess:
     chance = random.Random(2)
-    return BranchAccess(new_tenant_id(chance), new_timeline_id(chance), address, "token")
+    return BranchAccess(new_tenant_id(chance), new_timeline_id(chance), address, "unused:1", "token")
 
 
 async def _read(server: FakePageServer, *, patience_s: float = 20.0) -> dict[str, bytes]:

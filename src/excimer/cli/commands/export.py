@@ -96,7 +96,11 @@ async def _export(ticket: dict[str, Any], sink: "ExportSink", progress: "_Progre
     from excimer.export.page_stream import BranchAccess
 
     access = BranchAccess(
-        ticket["tenant_id"], ticket["timeline_id"], ticket["page_service_address"], ticket["token"]
+        ticket["tenant_id"],
+        ticket["timeline_id"],
+        ticket["page_service_address"],
+        ticket["pageserver_http_address"],
+        ticket["token"],
     )
     try:
         return await run_export(access, parse_lsn(ticket["lsn"]), sink, progress.report)

@@ -30,6 +30,7 @@ class BranchAccessAnswer(BaseModel):
     pg_version: int
     lsn: str
     page_service_address: str
+    pageserver_http_address: str
     token: str
 
 
@@ -60,6 +61,7 @@ def add_reading_routes(router: APIRouter, controller: Controller) -> None:
             pg_version=timeline.pg_version,
             lsn=format_lsn(lsn),
             page_service_address=pageserver.page_service_address,
+            pageserver_http_address=pageserver.http_address,
             token=controller.reading_token(timeline.tenant_id),
         )
 
