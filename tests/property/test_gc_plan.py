@@ -114,7 +114,7 @@ class CollectedStore(PretendStore):
     def collect(self, cutoff: int, *, always_worth_it: bool) -> None:
         self.cutoff = max(self.cutoff, cutoff)
         bottom = find_bottom_round(self.map, self.retained(), start_lsn=0)
-        if bottom is not None and (always_worth_it or bottom.is_worth_it(len(KEYS))):
+        if bottom is not None and (always_worth_it or bottom.is_worth_it(len(KEYS), image_size_bytes=1)):
             lsn = bottom.plan.lsn
             for key in KEYS:
                 self.origins[key, lsn] = self.newest(key, lsn)

@@ -1,6 +1,7 @@
 """Garbage collection on a real engine: what goes, what stays readable, and in which order."""
 
 import asyncio
+import dataclasses
 import random
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from excimer.storage.engine.errors import LsnTooOldError, TimelineStoppedError
 from excimer.storage.engine.garbage_collector import GcTooEarlyError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.layer_file import LayerKind
 from excimer.storage.format.values import pack_batch
 from excimer.storage.plan.retention import NotRetainedError
 from tests.kit.storage_oracle import FORKS, IMPORTED, RELATIONS, TimelineOracle
@@ -180,6 +182,63 @@ async def test_no_layer_goes_before_the_cutoff_is_durable(tmp_path: Path) -> Non
         again = (await attach(context, generation=2)).timeline(MAIN)
         assert again.oldest_lsn == oracle.last_lsn
         await check_reads(again, oracle, oracle.last_lsn)
+
+
+BOTTOM_ONLY = dataclasses.replace(
+    SMALL, image_creation_threshold=1000, image_layer_size_bytes=9000, compaction_threshold=100
+)
+"""No images but those that a collection writes, in several pieces."""
+
+
+@in_event_loop
+async def test_images_at_the_cutoff_let_everything_older_go(tmp_path: Path) -> None:
+    chance = random.Random(9)
+    async with storage_context(tmp_path, settings=BOTTOM_ONLY) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 12)
+        child = await tenant.branch_timeline(CHILD, MAIN)
+        child_oracle = TimelineOracle(ancestor=oracle, ancestor_lsn=oracle.last_lsn)
+        await grow(child, child_oracle, chance, 12)
+        outcome = await timeline.collect_garbage(timeline.last_record_lsn)
+        assert outcome.has_written_images
+        assert {layer.kind for layer in timeline.manifest.layers} == {LayerKind.IMAGE}
+        assert len(timeline.manifest.layers) > 1
+        await check_reads(timeline, oracle, oracle.last_lsn)
+        assert (await child.collect_garbage(child.last_record_lsn)).has_written_images
+        assert {layer.covers_after_lsn for layer in child.manifest.layers} == {oracle.last_lsn}
+        await check_reads(child, child_oracle, child_oracle.last_lsn)
+        await grow(timeline, oracle, chance, 2)
+        for lsn in oracle.ends[-20:]:
+            await check_reads(timeline, oracle, lsn)
+
+
+@pytest.mark.parametrize("piece", range(1, 5))
+@in_event_loop
+async def test_images_left_halfway_by_a_crash_are_finished(tmp_path: Path, piece: int) -> None:
+    """Object storage goes away at each piece; the next process finishes what there is of the round."""
+    uploaded = [-1]
+
+    def fault(operation: str, name: str) -> None:
+        if uploaded[0] >= 0 and operation.startswith("put"):
+            uploaded[0] += "/image-" in name
+            if uploaded[0] >= piece:
+                raise ObjectStoreError(f"{operation} {name}")
+
+    store, chance = FaultyObjectStore(MemoryObjectStore(), fault), random.Random(10)
+    async with storage_context(tmp_path, store=store, settings=BOTTOM_ONLY) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 12)
+        uploaded[0] = 0
+        with pytest.raises(ObjectStoreError):
+            await timeline.collect_garbage(timeline.last_record_lsn)
+        await tenant.close()
+        uploaded[0] = -1
+        timeline = (await attach(context, generation=2)).timeline(MAIN)
+        await check_reads(timeline, oracle, oracle.last_lsn)
+        await timeline.collect_garbage(timeline.last_record_lsn)
+        assert {layer.kind for layer in timeline.manifest.layers} == {LayerKind.IMAGE}
+        assert all(layer.round_after_lsn is None for layer in timeline.manifest.layers)
+        await check_reads(timeline, oracle, oracle.last_lsn)
 
 
 @in_event_loop

@@ -24,8 +24,10 @@ from excimer.base.errors import RetryableError
 from excimer.base.lsn import Lsn, record_end
 from excimer.storage.engine.compactor import CompactedTimeline, Compactor
 from excimer.storage.engine.image_round_job import live_runs
+from excimer.storage.engine.layer_stack import LayerStack
 from excimer.storage.format.manifest import Manifest
-from excimer.storage.plan.gc_plan import BottomRound, find_bottom_round, plan_gc
+from excimer.storage.plan.compaction_plan import IMAGE_SIZE_ESTIMATE_BYTES
+from excimer.storage.plan.gc_plan import BottomRound, find_bottom_round, image_size_bytes, plan_gc
 from excimer.storage.plan.retention import RetainedLsns, Retention, plan_cutoff
 
 _log = logging.getLogger(__name__)
@@ -149,7 +151,17 @@ class GarbageCollector:
         if bottom is None:
             return None
         live_keys = sum(run.blocks for run in live_runs(timeline, retained.cutoff_lsn))
-        return bottom if bottom.is_worth_it(live_keys) else None
+        return bottom if bottom.is_worth_it(live_keys, self._image_size_bytes()) else None
+
+    def _image_size_bytes(self) -> float:
+        """On average, as in the nearest images of all keys, an ancestor's perhaps."""
+        stack: LayerStack | None = self._timeline.stack
+        while stack is not None:
+            size = image_size_bytes(stack.disk)
+            if size is not None:
+                return size
+            stack = None if stack.ancestry is None else stack.ancestry.timeline.stack
+        return IMAGE_SIZE_ESTIMATE_BYTES
 
     async def _remove(self) -> tuple[tuple[int, int], RetainedLsns]:
         timeline = self._timeline

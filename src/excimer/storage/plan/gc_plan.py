@@ -61,14 +61,13 @@ class BottomRound:
     plan: RoundPlan
     gain_bytes: int
     """Size of the layers that would go."""
-    image_size_bytes: float
 
-    def is_worth_it(self, live_keys: int) -> bool:
-        """When so many keys are alive at the cutoff."""
+    def is_worth_it(self, live_keys: int, image_size_bytes: float = IMAGE_SIZE_ESTIMATE_BYTES) -> bool:
+        """When so many keys are alive at the cutoff, and an image takes so much on average."""
         keys = live_keys
         if self.plan.covers_after_lsn:
             keys = min(keys, sum(run.key_count for run in self.plan.sources))
-        return self.gain_bytes > WORTH_RATIO * keys * self.image_size_bytes
+        return self.gain_bytes > WORTH_RATIO * keys * image_size_bytes
 
 
 def plan_gc(layer_map: LayerMap, retained: RetainedLsns) -> GcPlan:
@@ -115,7 +114,15 @@ def find_bottom_round(layer_map: LayerMap, retained: RetainedLsns, *, start_lsn:
     gain = _size(removable_layers(ideal, retained)) - _size(removable_layers(layer_map, retained))
     if gain <= 0:
         return None
-    return BottomRound(RoundPlan(Lsn(lsn), covers_after_lsn, tuple(sources)), gain, _image_size(layer_map))
+    return BottomRound(RoundPlan(Lsn(lsn), covers_after_lsn, tuple(sources)), gain)
+
+
+def image_size_bytes(layer_map: LayerMap) -> float | None:
+    """What an image of a page takes on average, compressed; None where there are no images of all keys."""
+    for run in layer_map.image_runs:
+        if run.covers_after_lsn == 0:
+            return run.size_bytes / max(1, run.key_count)
+    return None
 
 
 def surplus_images(layer_map: LayerMap, retained: RetainedLsns) -> list[LayerDescription]:
@@ -201,14 +208,6 @@ def _walk_runs(layer_map: LayerMap, lsn: int) -> list[LayerRun]:
     visited = _Intervals(walks.delta_intervals)
     deltas = [run for run in layer_map.delta_runs if visited.overlap(run.start_lsn, run.end_lsn)]
     return deltas + [run for run in layer_map.image_runs if run.end_lsn in walks.image_lsns]
-
-
-def _image_size(layer_map: LayerMap) -> float:
-    """What an image takes on average, compressed."""
-    for run in layer_map.image_runs:
-        if run.covers_after_lsn == 0:
-            return run.size_bytes / max(1, run.key_count)
-    return IMAGE_SIZE_ESTIMATE_BYTES
 
 
 def _complete_size(layer_map: LayerMap) -> int | None:
