@@ -140,7 +140,9 @@ def _histories(storage: TenantStorage, now_s: float) -> list[TimelineHistory]:
             TimelineHistory(
                 timeline_id=timeline.timeline_id,
                 home_id=_home_id(timeline),
-                start_lsn=start_lsn if timeline.ancestor is not None else Lsn(min(cutoff_lsn, *held, *begun)),
+                start_lsn=start_lsn
+                if timeline.ancestor is not None
+                else Lsn(min({cutoff_lsn, *held, *begun})),
                 cutoff_lsn=Lsn(cutoff_lsn),
                 head_lsn=max(timeline.last_record_lsn, Lsn(cutoff_lsn)),
                 held=frozenset(held),

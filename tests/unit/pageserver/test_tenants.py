@@ -292,6 +292,16 @@ async def test_an_archived_timeline_is_kept_and_comes_back(tmp_path: Path) -> No
 
 
 @in_event_loop
+async def test_the_size_of_a_tenant_with_a_single_branch(tmp_path: Path) -> None:
+    async with node(tmp_path, MemoryObjectStore()) as only:
+        await only.tenants.attach(TENANT, 1)
+        assert (await only.tenants.sizes(TENANT)).synthetic_size_bytes == 0
+        await only.make_main()
+        sizes = await only.tenants.sizes(TENANT)
+        assert sizes.synthetic_size_bytes == sizes.timelines[0].logical_size_bytes > 0
+
+
+@in_event_loop
 async def test_a_detached_branch_needs_its_ancestor_no_more(tmp_path: Path) -> None:
     store = MemoryObjectStore()
     async with node(tmp_path, store) as only:
