@@ -1,9 +1,10 @@
 """`ObstoreObjectStore` against a real S3 server, and against one behind a network that breaks things."""
 
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -92,6 +93,18 @@ def test_what_is_wrong_is_said_quickly(server: S3Server) -> None:
     with pytest.raises(ObjectStoreError, match=URL):
         check_object_store(nobody_there, URL)
     assert time.monotonic() - begun < 10
+    with silent_server() as endpoint:  # it takes the connection and says nothing
+        silent = ObstoreObjectStore(
+            URL, server.options(endpoint=endpoint), CallLimits(request_s=0.3, call_s=0.3)
+        )
+        with pytest.raises(ObjectStoreError, match=URL):
+            check_object_store(silent, URL)
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def test_a_store_that_ignores_the_condition_is_refused(server: S3Server, proxy: FaultyProxy) -> None:

@@ -33,22 +33,27 @@ def check_object_store(store: ObjectStore, url: str) -> None:
     """
     prefix = f"{PROBE_PREFIX}/{secrets.token_hex(8)}"
     try:
-        _check_creation(store, f"{prefix}/one", url)
-        _check_race(store, f"{prefix}/race", url)
-        _check_reading(store, prefix, url)
+        _create(store, f"{prefix}/one", url)  # if it fails nothing is removed: that would fail as slowly
+        try:
+            _check_creation(store, f"{prefix}/one", url)
+            _check_race(store, f"{prefix}/race", url)
+            _check_reading(store, prefix, url)
+        finally:
+            with suppress(ObjectStoreError):
+                store.delete_many([f"{prefix}/one", f"{prefix}/race"])
     except ObjectStoreDeniedError as error:
         raise UnusableObjectStoreError(f"the object store does not let us work: {error}") from error
-    finally:
-        with suppress(ObjectStoreError):
-            store.delete_many([f"{prefix}/one", f"{prefix}/race"])
 
 
-def _check_creation(store: ObjectStore, name: str, url: str) -> None:
+def _create(store: ObjectStore, name: str, url: str) -> None:
     try:
         store.put(name, b"first")
     except ObjectExistsError as error:  # a retry after a lost answer meets its own object
         if store.get(name) != b"first":
             raise UnusableObjectStoreError(f"{url} says that a new object exists") from error
+
+
+def _check_creation(store: ObjectStore, name: str, url: str) -> None:
     try:
         store.put(name, b"second")
     except ObjectExistsError:

@@ -254,4 +254,6 @@ def _reason(error: Exception) -> str:
     """
     first = re.sub(r"\s+", " ", str(error).partition("\n\nDebug")[0]).strip()
     said = _SERVER_ERROR.search(first)
-    return f"{said[1]}: {said[2]}" if said else first or type(error).__name__
+    if said:
+        return f"{said[1]}: {said[2]}" if said[2] else said[1]
+    return first or type(error).__name__

@@ -142,9 +142,10 @@ def _check_object_store(chosen: ChosenObjectStore) -> None:
             raise UsageError("--object-store-option needs --object-store")
         return
     from excimer.io.object_store_probe import check_object_store
-    from excimer.io.obstore_object_store import ObstoreObjectStore
+    from excimer.io.obstore_object_store import CallLimits, ObstoreObjectStore
 
-    check_object_store(ObstoreObjectStore(chosen.url, chosen.options), chosen.url)
+    limits = CallLimits(connect_s=3, request_s=8, call_s=8)  # somebody waits for the answer
+    check_object_store(ObstoreObjectStore(chosen.url, chosen.options, limits), chosen.url)
 
 
 def _remove_installation(directory: Path) -> None:
