@@ -463,7 +463,7 @@ class Controller:
                 await self._try_to_finish(self.imports.settle(tenant, timeline))
             elif timeline.state == "creating":
                 await self._try_to_finish(self._abandon_or_complete(tenant, timeline))
-            else:
+            elif timeline.state not in ("active", "archived"):
                 await self._try_to_finish(self.history.settle(tenant, timeline))
         await self._place_missing(tenant_id)
 

@@ -143,6 +143,12 @@ class TimelineMetrics:
             self._LABELS,
             registry=registry,
         )
+        self.synthetic_size_bytes = Gauge(
+            "excimer_tenant_synthetic_size_bytes",
+            "What keeping the tenant's readable history costs at least, when somebody last asked for it.",
+            ["tenant_id"],
+            registry=registry,
+        )
         self.logical_size_bytes = Gauge(
             "excimer_timeline_logical_size_bytes",
             "All relations at the head, when somebody last asked for it.",
@@ -164,6 +170,10 @@ class TimelineMetrics:
         """Sizes are summed up when metrics are asked for."""
         self.remote_size_bytes.labels(*labels).set_function(remote)
         self.resident_size_bytes.labels(*labels).set_function(resident)
+
+    def forget_tenant(self, tenant_id: str) -> None:
+        """Removes a tenant's series; its timelines' are removed with them."""
+        _remove(self.synthetic_size_bytes, tenant_id)
 
     def forget(self, tenant_id: str, timeline_id: str) -> None:
         """Removes a timeline's series."""

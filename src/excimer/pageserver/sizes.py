@@ -9,18 +9,22 @@ Not here: the synthetic size's formula (`excimer.storage.plan.tenant_size`).
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from excimer.base.ids import TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, kind_range
 from excimer.base.lsn import Lsn
 from excimer.pageserver.model import TenantSizes, TimelineSizes
+from excimer.storage.engine.errors import LsnTooOldError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.plan.tenant_size import TimelineHistory, plan_points, sizes_wanted, synthetic_size
 
 PAST_SIZES_MAX = 256
 """Remembered per timeline: more LSNs than this are seldom held below a cutoff."""
+
+TRIES_MAX = 3
 
 LIST_AGE_S = 10.0
 """How old the sizes in a list of all timelines may be."""
@@ -87,6 +91,7 @@ async def tenant_sizes(
     storage: TenantStorage, logical: Mapping[TimelineId, LogicalSizes], now_s: float
 ) -> TenantSizes:
     """All sizes of a tenant. Raises as reads do."""
+    synthetic_size_bytes = await _synthetic_size_now(storage, logical, now_s)
     timelines = [
         TimelineSizes(
             timeline_id=timeline_id,
@@ -107,10 +112,19 @@ async def tenant_sizes(
         for archived in storage.archived.values()
     ]
     return TenantSizes(
-        synthetic_size_bytes=await _synthetic_size(storage, logical, now_s),
+        synthetic_size_bytes=synthetic_size_bytes,
         archived_size_bytes=sum(each.size_bytes for each in storage.archived.values()),
         timelines=sorted(timelines, key=lambda sizes: sizes.timeline_id),
     )
+
+
+async def _synthetic_size_now(
+    storage: TenantStorage, logical: Mapping[TimelineId, LogicalSizes], now_s: float
+) -> int:
+    for _ in range(TRIES_MAX - 1):
+        with suppress(LsnTooOldError):  # garbage collection has passed a cutoff that was just read
+            return await _synthetic_size(storage, logical, now_s)
+    return await _synthetic_size(storage, logical, now_s)
 
 
 async def _synthetic_size(

@@ -198,6 +198,7 @@ class Tenants:
             await self._in_thread(partial(storage.delete_tenant, self._context, tenant_id))
             await self._in_thread(partial(self._records.remove, tenant_id))
             self._tenants.pop(tenant_id, None)
+            self._world.metrics.forget_tenant(tenant_id)
             self._world.health.report(f"tenant {tenant_id}", None)
 
     # Timelines
@@ -361,7 +362,9 @@ class Tenants:
         """Raises as reads do."""
         tenant, store = self._attached(tenant_id)
         logical = {each: active.logical_sizes for each, active in tenant.timelines.items()}
-        return await tenant_sizes(store, logical, asyncio.get_running_loop().time())
+        sizes = await tenant_sizes(store, logical, asyncio.get_running_loop().time())
+        self._world.metrics.synthetic_size_bytes.labels(tenant_id).set(sizes.synthetic_size_bytes)
+        return sizes
 
     async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
         """An import that goes on is ended. Raises `TimelineMissingError`, `TimelineInUseError`,
