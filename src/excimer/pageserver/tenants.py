@@ -380,7 +380,7 @@ class Tenants:
                     f"timeline {timeline_id} cannot be deleted: {', '.join(sorted(branches))} branch from it"
                 )
             store.check_not_detaching(timeline_id)
-            if timeline_id not in store.archived:
+            if timeline_id not in store.archived and not store.may_exist(timeline_id):
                 await self.active(tenant_id, timeline_id).stop()
             await store.delete_timeline(timeline_id)
             tenant.timelines.pop(timeline_id, None)

@@ -13,7 +13,7 @@ from excimer.base.keys import relation_block_key
 from excimer.base.lsn import Lsn
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, ObjectStoreError
 from excimer.storage.engine.context import StorageContext, StorageSettings
-from excimer.storage.engine.errors import LsnTooOldError, TimelineStoppedError
+from excimer.storage.engine.errors import LsnTooOldError, TimelineHasBranchesError, TimelineStoppedError
 from excimer.storage.engine.garbage_collector import GcTooEarlyError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
@@ -308,3 +308,63 @@ async def test_a_branch_that_comes_during_a_collection_is_refused(tmp_path: Path
         await check_reads(timeline, oracle, oracle.ends[20])  # it is still there
         let_go.set()
         await collecting
+
+
+@in_event_loop
+async def test_a_branch_that_may_have_been_made_keeps_its_point(tmp_path: Path) -> None:
+    """Its manifest is there, the answer was lost, and nobody tries again before the next attachment."""
+    failing: list[str] = []
+
+    def fault(operation: str, name: str) -> None:
+        if operation == "put" and any(part in name for part in failing):
+            raise ObjectStoreError(f"the answer to {operation} {name} was lost")
+
+    objects = MemoryObjectStore()
+    store, chance = FaultyObjectStore(objects, fault, lose_answer=True), random.Random(11)
+    async with storage_context(tmp_path, store=store, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 6)
+        lsn = Lsn(oracle.ends[20])
+        failing.append(f"{CHILD}/index-")
+        with pytest.raises(ObjectStoreError):
+            await tenant.branch_timeline(CHILD, MAIN, lsn=lsn)
+        failing.clear()
+        await tenant.branch_timeline(GRANDCHILD, MAIN)
+        await tenant.delete_timeline(GRANDCHILD)
+        assert (await timeline.collect_garbage(timeline.last_record_lsn)).held_points == 1
+        with pytest.raises(TimelineHasBranchesError):
+            await tenant.delete_timeline(MAIN)
+        await tenant.close()
+        tenant = await attach(context, generation=2)
+        child_oracle = TimelineOracle(ancestor=oracle, ancestor_lsn=lsn)
+        await check_reads(tenant.timeline(CHILD), child_oracle, lsn)
+
+
+@in_event_loop
+async def test_a_branch_that_may_have_been_made_can_be_made_or_deleted(tmp_path: Path) -> None:
+    failing: list[str] = []
+
+    def fault(operation: str, name: str) -> None:
+        if operation == "put" and any(part in name for part in failing):
+            raise ObjectStoreError(f"the answer to {operation} {name} was lost")
+
+    objects = MemoryObjectStore()
+    store = FaultyObjectStore(objects, fault, lose_answer=True)
+    async with storage_context(tmp_path, store=store, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, random.Random(12), 3)
+        for child_id in (CHILD, GRANDCHILD):
+            failing.append(f"{child_id}/index-")
+            with pytest.raises(ObjectStoreError):
+                await tenant.branch_timeline(child_id, MAIN, lsn=Lsn(oracle.ends[20]))
+        failing.clear()
+        child = await tenant.branch_timeline(CHILD, MAIN, lsn=Lsn(oracle.ends[20]))
+        assert not tenant.may_exist(CHILD)
+        assert tenant.may_exist(GRANDCHILD)
+        await tenant.delete_timeline(GRANDCHILD)
+        assert not [name for name in objects.objects if f"{GRANDCHILD}/index-" in name]
+        await check_reads(
+            child, TimelineOracle(ancestor=oracle, ancestor_lsn=oracle.ends[20]), oracle.ends[20]
+        )
+        await tenant.delete_timeline(CHILD)
+        assert (await timeline.collect_garbage(timeline.last_record_lsn)).held_points == 0

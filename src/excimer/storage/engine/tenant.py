@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import msgspec
 
-from excimer.base.errors import CorruptionError
+from excimer.base.errors import CorruptionError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.io.object_store import ObjectExistsError, ObjectInfo, ObjectStore
@@ -108,6 +108,8 @@ class TenantStorage:
         self.settings = LiveSettings(context.settings.tenant_defaults(), {})
         self._settings_store = SettingsStore(context.store, tenant_id, generation)
         self.archived: dict[TimelineId, ArchivedTimeline] = {}
+        self._unsure: dict[TimelineId, Origin] = {}
+        """Branches whose first manifest was sent and not confirmed: if they exist, they will be read."""
         self._deleted: set[TimelineId] = set()
         """Ids that are not used again."""
         self._changing = asyncio.Lock()
@@ -161,15 +163,18 @@ class TenantStorage:
             await loop.run_in_executor(self.context.executor, partial(self._settings_store.write, checked))
             self.settings.set(checked)
 
+    def may_exist(self, timeline_id: TimelineId) -> bool:
+        """Whether making this branch failed in a way that may have made it: make it again, or delete it."""
+        return timeline_id in self._unsure
+
     def branches(self, timeline_id: TimelineId) -> list[TimelineId]:
         """The timelines that leave it, archived ones included."""
         return [each for each, origin in self._origins().items() if origin.ancestor_id == timeline_id]
 
     def _origins(self) -> dict[TimelineId, Origin]:
-        origins = {
-            each.timeline_id: Origin(each.ancestor_timeline_id, each.ancestor_lsn)
-            for each in self.archived.values()
-        }
+        origins = dict(self._unsure)
+        for archived in self.archived.values():
+            origins[archived.timeline_id] = Origin(archived.ancestor_timeline_id, archived.ancestor_lsn)
         for each in self.timelines.values():
             ancestry = each.stack.ancestry
             origins[each.timeline_id] = (
@@ -254,7 +259,12 @@ class TenantStorage:
             )
             home.retention.hold_branch(timeline_id, lsn, now_s)
             timeline = self._make(manifest, ancestor)
-            await timeline.write_first_manifest()
+            try:
+                await timeline.write_first_manifest()
+            except RetryableError:
+                self._unsure[timeline_id] = Origin(ancestor_id, lsn)
+                raise
+            self._unsure.pop(timeline_id, None)
             self.timelines[timeline_id] = timeline
             return timeline
 
@@ -276,13 +286,14 @@ class TenantStorage:
             )
             if timeline_id in self.archived:
                 await self._rewrite_archived(timeline_id, _as_deleted)
-            else:
+            elif timeline_id not in self._unsure:
                 timeline = self.timeline(timeline_id)
                 await timeline.close()
                 await timeline.mark_deleted()
             await self._in_thread(partial(self._remove, timeline_id))
             self.archived.pop(timeline_id, None)
             self.timelines.pop(timeline_id, None)
+            self._unsure.pop(timeline_id, None)
             self._hold_branch_points()
 
     async def archive_timeline(self, timeline_id: TimelineId) -> None:
