@@ -1,6 +1,7 @@
 """The local disk as a cache: what goes when it is full, and that nobody notices but by waiting."""
 
 import asyncio
+import errno
 import random
 import shutil
 import threading
@@ -10,6 +11,7 @@ import pytest
 
 from excimer.base.keys import MAX_KEY, MIN_KEY, Relation, relation_block_key, relation_size_key
 from excimer.base.lsn import MAX_LSN, Lsn
+from excimer.io.filesystem import FaultyFilesystem
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, ObjectStoreError
 from excimer.storage.engine.context import StorageContext, StorageSettings
 from excimer.storage.engine.local_disk import LocalDisk
@@ -169,6 +171,36 @@ async def test_a_layer_that_vanishes_before_its_upload_is_written_again(tmp_path
         assert context.uploads.layers_uploaded == 2
         again = (await attach(context, 2)).timeline(MAIN)
         assert await read_table(again) == b"".join([pages[1], *pages[1:]])
+
+
+@in_event_loop
+async def test_a_full_file_system_costs_copies_and_no_flush(tmp_path: Path) -> None:
+    """It holds 160 kB, which the bound does not know; all of them copies that are in object storage."""
+    directory = tmp_path / "local"
+
+    def full(operation: str, path: Path) -> None:
+        taken = sum(each.stat().st_size for each in directory.rglob("*") if each.is_file())
+        if operation == "write" and taken > 160_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    disk = LocalDisk()
+    async with storage_context(
+        directory, filesystem=FaultyFilesystem(full), settings=UNCOMPACTED, local_disk=disk
+    ) as context:
+        timeline, pages = await fill(context, 3)
+
+        async def write_on() -> None:
+            for _ in range(3):
+                lsn = Lsn(timeline.last_record_lsn + 0x100)
+                put(timeline, [Value(relation_block_key(TABLE, 0, 0), lsn, ValueKind.IMAGE, True, pages[0])])
+                await timeline.flush()
+
+        with pytest.raises(OSError, match="No space"):
+            await write_on()
+        assert disk.evictions >= 1
+        await timeline.flush()
+        assert timeline.disk_consistent_lsn == timeline.last_record_lsn
+        assert await read_table(timeline) == b"".join([pages[0], *pages[1:]])
 
 
 @in_event_loop

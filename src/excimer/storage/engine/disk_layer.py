@@ -111,10 +111,6 @@ class DiskLayer:
                     if block_or_none is not None:
                         yield block_or_none
 
-    def open(self) -> None:
-        """Makes the index ready, so that reads need only blocks. Errors as `blocks`."""
-        self._open()
-
     def needs_fetch(self, first_key: bytes, last_key: bytes, low_lsn: int, high_lsn: int) -> bool:
         """Whether `blocks` would have to ask object storage, as far as that can be told at once."""
         opened = self._opened

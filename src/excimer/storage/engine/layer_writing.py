@@ -6,6 +6,7 @@ after a lost answer, a crash between upload and manifest) puts the same bytes th
 All calls block.
 """
 
+import errno
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -103,7 +104,12 @@ def write_layer(
     filesystem = home.context.filesystem
     kind = "image" if header.kind is LayerKind.IMAGE else "delta"
     unnamed = home.local_dir / f"{kind}-{header.start_lsn:016x}-{header.end_lsn:016x}.new"
-    size = filesystem.write_atomically(unnamed, encoder.parts(blocks))
+    try:
+        size = filesystem.write_atomically(unnamed, encoder.parts(blocks))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            home.context.local_disk.relieve()  # so that the caller's next try finds room
+        raise
     description = LayerDescription(
         kind=header.kind,
         start_lsn=header.start_lsn,

@@ -90,11 +90,16 @@ class LocalDisk:
             self._total_bytes += size_bytes - self._taken.pop(copy, 0)
             if size_bytes:
                 self._taken[copy] = size_bytes
-            victims = self._choose_victims_locked(copy)
-        for victim, victim_size in victims:
-            victim.evict()
-            self.evictions += 1
-            self.evicted_bytes += victim_size
+            victims = []
+            if self.size_bytes_max is not None and self._total_bytes > self.size_bytes_max:
+                victims = self._take_victims_locked(int(self.size_bytes_max * LOW_WATER_FRACTION), copy)
+        self._evict(victims)
+
+    def relieve(self) -> None:
+        """The file system is full, whatever the bound: evicts half of what is here."""
+        with self._lock:
+            victims = self._take_victims_locked(self._total_bytes // 2, None)
+        self._evict(victims)
 
     def count_fetch(self, size_bytes: int | None) -> None:
         """A request for bytes of a layer; None: it failed."""
@@ -151,14 +156,19 @@ class LocalDisk:
             with self._lock:
                 self._jobs -= 1
 
-    def _choose_victims_locked(self, user: LocalCopy) -> list[tuple[LocalCopy, int]]:
-        if self.size_bytes_max is None or self._total_bytes <= self.size_bytes_max:
-            return []
+    def _take_victims_locked(self, low_bytes: int, user: LocalCopy | None) -> list[tuple[LocalCopy, int]]:
+        """Copies, and what they took, without which all take `low_bytes`; never the user's."""
         victims = []
         for copy in sorted(self._taken, key=lambda copy: copy.last_used):
-            if self._total_bytes <= self.size_bytes_max * LOW_WATER_FRACTION:
+            if self._total_bytes <= low_bytes:
                 break
             if copy is not user:
                 victims.append((copy, self._taken.pop(copy)))
                 self._total_bytes -= victims[-1][1]
         return victims
+
+    def _evict(self, victims: list[tuple[LocalCopy, int]]) -> None:
+        for victim, size_bytes in victims:
+            victim.evict()
+            self.evictions += 1
+            self.evicted_bytes += size_bytes
