@@ -21,6 +21,8 @@ from excimer.base.keys import relation_block_key as block_key
 from excimer.base.lsn import Lsn
 from excimer.io.filesystem import LocalFilesystem
 from excimer.io.object_store import MemoryObjectStore
+from excimer.pageserver.model import TenantSizes
+from excimer.pageserver.sizes import LogicalSizes, tenant_sizes
 from excimer.storage.engine.context import StorageContext, StorageSettings
 from excimer.storage.engine.errors import LsnTooOldError, NoSuchPageError, TimelineArchivedError
 from excimer.storage.engine.tenant import TenantStorage
@@ -130,6 +132,25 @@ class EngineMachine(RuleBasedStateMachine):
             self.tenant.timeline(timeline_id)
         timeline = self.runner.run(self.tenant.unarchive_timeline(timeline_id))
         assert timeline.last_record_lsn == self.oracles[timeline_id].last_lsn
+
+    @rule()
+    def sizes(self) -> None:
+        """Never more than a copy of each timeline where it begins, and its WAL."""
+
+        async def ask() -> tuple[TenantSizes, int]:
+            sizes = {each: LogicalSizes(self.tenant.timelines[each], lambda: 0.0) for each in self.oracles}
+            asked = await tenant_sizes(self.tenant, sizes, asyncio.get_running_loop().time())
+            timelines = self.tenant.timelines.values()
+            copies = [
+                await sizes[each.timeline_id].at(max(each.ancestor_lsn, each.oldest_lsn))
+                for each in timelines
+            ]
+            return asked, sum(copies)
+
+        asked, copies = self.runner.run(ask())
+        wal = sum(each.last_record_lsn - START for each in self.tenant.timelines.values())
+        assert 0 < asked.synthetic_size_bytes <= copies + wal
+        assert [row.timeline_id for row in asked.timelines] == sorted(self.oracles)
 
     @rule(keep_files=st.booleans())
     def restart(self, keep_files: bool) -> None:

@@ -39,7 +39,7 @@ from excimer.controller.remote import PageserverApi, SafekeeperApi
 from excimer.controller.store import MetadataStore
 from excimer.service.logs import get_logger
 
-INGEST_WAIT_S: Final = 20.0
+INGEST_WAIT_S: Final = 5.0
 """How long archiving waits for the pageserver to have what the safekeepers have."""
 
 INGEST_POLL_S: Final = 0.05
@@ -124,6 +124,8 @@ class BranchHistory:
             plan.check_settled(branch)
             await self._refuse_writer(branch)
             source, kept_as = plan_it(branch, timelines)
+            if isinstance(at, int):
+                core.check_lsn_reached(branch, at, await self._tools.newest_commit_lsn(branch))
             start_lsn = await self._tools.branch_point(tenant, source, at)
             if row is None:
                 row = plan.plan_replacement(

@@ -9,7 +9,7 @@ import pytest
 
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
-from excimer.base.lsn import Lsn
+from excimer.base.lsn import Lsn, format_lsn
 from excimer.controller import branch_history as plan
 from excimer.controller.core import BranchArchivedError
 from excimer.controller.history_operations import BranchInUseError
@@ -55,6 +55,12 @@ async def endpoint(world: World, name: str, branch: str, port: int, lsn: int | N
     )
 
 
+def write(world: World, lsn: int) -> None:
+    """All timelines' WAL ends there now, as the safekeepers see it."""
+    for safekeeper in world.safekeepers:
+        safekeeper.flush_lsn = safekeeper.commit_lsn = START_LSN + lsn
+
+
 async def names(world: World) -> dict[str, TimelineId]:
     return {row.name: row.timeline_id for row in await world.controller.list_timelines(TENANT)}
 
@@ -69,6 +75,7 @@ async def row_of(world: World, name: str) -> Timeline:
 
 def test_restore_gives_the_name_and_its_endpoints_to_the_past(tmp_path: Path) -> None:
     async def story(world: World) -> None:
+        write(world, 1000)
         await endpoint(world, "ep", "main", 5000)
         await endpoint(world, "before", "main", 5002, lsn=50)
         await endpoint(world, "after", "main", 5004, lsn=200)
@@ -92,6 +99,7 @@ def test_restore_gives_the_name_and_its_endpoints_to_the_past(tmp_path: Path) ->
 
 def test_a_restore_that_fails_changes_nothing(tmp_path: Path) -> None:
     async def story(world: World) -> None:
+        write(world, 1000)
         await endpoint(world, "ep", "main", 5000)
         world.safekeepers[1].writers = 1
         with pytest.raises(BranchInUseError, match=r"running on branch 'main' \(endpoints: ep\): stop it"):
@@ -99,6 +107,8 @@ def test_a_restore_that_fails_changes_nothing(tmp_path: Path) -> None:
         world.safekeepers[1].writers = 0
         with pytest.raises(RefusedError, match="before the history"):
             await world.controller.history.restore("", "main", NEW, Lsn(8), None)
+        with pytest.raises(BadRequestError, match="has not reached LSN"):
+            await world.controller.history.restore("", "main", DEV, Lsn(START_LSN + 1001), None)
         world.safekeepers[0].failing = world.safekeepers[1].failing = True
         with pytest.raises(RetryableError):
             await world.controller.history.restore("", "main", OTHER, Lsn(START_LSN + 8), None)
@@ -117,6 +127,7 @@ def test_a_controller_that_dies_in_a_restore_finishes_or_forgets_it(tmp_path: Pa
     """Killed at its `step`-th write to the database; the next controller has only what is in there."""
 
     async def story(world: World) -> None:
+        write(world, 1000)
         await endpoint(world, "ep", "main", 5000)
         writes = 0
 
@@ -154,12 +165,11 @@ def test_a_controller_that_dies_in_a_restore_finishes_or_forgets_it(tmp_path: Pa
 
 def test_reset_takes_the_parents_head_and_drops_what_nobody_needs(tmp_path: Path) -> None:
     async def story(world: World) -> None:
+        write(world, 1000)
         await branch(world, DEV, "dev", 64)
         await endpoint(world, "ep", "dev", 5000)
-        for safekeeper in world.safekeepers:
-            safekeeper.flush_lsn = safekeeper.commit_lsn = START_LSN + 128
         new, old = await world.controller.history.reset("", "dev", NEW, None)
-        assert (old, new.ancestor_timeline_id, new.ancestor_lsn) == (None, MAIN, START_LSN + 128)
+        assert (old, new.ancestor_timeline_id, new.ancestor_lsn) == (None, MAIN, START_LSN + 1000)
         assert await names(world) == {"main": MAIN, "dev": NEW}
         assert await served(world) == {"ep": NEW}
         assert set(world.pageserver.timelines) == {MAIN, NEW}
@@ -229,12 +239,11 @@ def test_archiving_and_detaching_go_on_when_the_pageserver_is_back(tmp_path: Pat
 
 def test_archiving_waits_until_the_pageserver_has_all(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        for safekeeper in world.safekeepers:
-            safekeeper.flush_lsn = safekeeper.commit_lsn = START_LSN + 8
+        write(world, 2000)
         archiving = asyncio.ensure_future(world.controller.history.archive("", "main"))
         await asyncio.sleep(0.2)
         assert not archiving.done()
-        world.pageserver.timelines[MAIN]["last_record_lsn"] = "0/1500068"
+        world.pageserver.timelines[MAIN]["last_record_lsn"] = format_lsn(START_LSN + 2000)
         assert (await archiving).state == "archived"
 
     play(tmp_path, story)
