@@ -6,6 +6,7 @@ Each patches the engine through a `MonkeyPatch`, as small as the mistake that it
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from excimer.base.lsn import Lsn
@@ -20,6 +21,8 @@ from excimer.storage.format.layer_block import pack_value, unpack_block
 from excimer.storage.format.manifest import LayerDescription, Manifest, ManifestName
 from excimer.storage.format.values import Value, ValueKind
 from excimer.storage.plan.layer_map import LayerRun
+from excimer.storage.plan.retention import RetainedLsns, Retention
+from tests.kit.storage_world import START
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
 
@@ -140,6 +143,72 @@ def rounds_cover_more_than_they_hold(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compactor, "_as_round", claimed)
 
 
+def collection_ignores_branch_points(patch: pytest.MonkeyPatch) -> None:
+    """S3 broken: below the cutoff only leases are retained."""
+    retained = Retention.retained
+
+    def without_branches(self: Retention, now_s: float) -> RetainedLsns:
+        found = retained(self, now_s)
+        branches = set(self.branch_points().values()) - set(self._leases)
+        return found._replace(points=tuple(lsn for lsn in found.points if lsn not in branches))
+
+    patch.setattr(Retention, "retained", without_branches)
+
+
+def collection_ignores_leases(patch: pytest.MonkeyPatch) -> None:
+    """S3 broken: below the cutoff only branch points are retained."""
+    retained = Retention.retained
+
+    def without_leases(self: Retention, now_s: float) -> RetainedLsns:
+        found = retained(self, now_s)
+        branches = set(self.branch_points().values())
+        return found._replace(points=tuple(lsn for lsn in found.points if lsn in branches))
+
+    patch.setattr(Retention, "retained", without_leases)
+
+
+def restart_forgets_leases(patch: pytest.MonkeyPatch) -> None:
+    """S3 broken: who held an LSN below the cutoff cannot renew after a restart."""
+    patch.setattr(Retention, "leases_below_cutoff", lambda self, now_s: ())
+
+
+def cutoff_is_not_durable(patch: pytest.MonkeyPatch) -> None:
+    """History goes before a manifest says that it has."""
+
+    async def forgotten(self: Timeline, lsn: Lsn) -> None:
+        self.manifest = msgspec.structs.replace(self.manifest, oldest_lsn=lsn)
+
+    patch.setattr(Timeline, "advance_oldest_lsn", forgotten)
+    commit = Timeline.commit_layers
+
+    def with_older_cutoff(self: Timeline, manifest: Manifest, *args: object, **kwargs: object) -> None:
+        announced_lsn, durable_lsn = manifest.oldest_lsn, self.manifest.oldest_lsn
+        commit(
+            self,
+            msgspec.structs.replace(manifest, oldest_lsn=max(START, manifest.ancestor_lsn)),
+            *args,  # type: ignore[arg-type]
+            **kwargs,  # type: ignore[arg-type]
+        )
+        self.manifest = msgspec.structs.replace(self.manifest, oldest_lsn=max(announced_lsn, durable_lsn))
+
+    patch.setattr(Timeline, "commit_layers", with_older_cutoff)
+
+
+def layers_are_deleted_before_the_manifest_says_so(patch: pytest.MonkeyPatch) -> None:
+    """D3 broken: a crash in between leaves a manifest that names what is gone."""
+    write = ManifestStore.write
+
+    def deletes_first(self: ManifestStore, manifest: Manifest) -> ManifestName:
+        named = {layer.name for layer in manifest.layers}
+        prefix = f"{self._prefix}/layers"
+        for info in self._store.list(prefix):
+            if info.name.rsplit("/", 1)[-1] not in named:
+                self._store.delete(info.name)
+        return write(self, manifest)
+
+    patch.setattr(ManifestStore, "write", deletes_first)
+
+
 MUTANTS: tuple[Mutant, ...] = (
     reads_ignore_frozen_layers,
     branch_reads_above_its_branch_point,
@@ -150,4 +219,9 @@ MUTANTS: tuple[Mutant, ...] = (
     flush_forgets_its_manifest,
     values_stay_cached_over_a_branch_point,
     rounds_cover_more_than_they_hold,
+    collection_ignores_branch_points,
+    collection_ignores_leases,
+    restart_forgets_leases,
+    cutoff_is_not_durable,
+    layers_are_deleted_before_the_manifest_says_so,
 )

@@ -60,6 +60,8 @@ IMPORTED: list[tuple[bytes, bytes]] = [
     (MAP_KEY, b"the first map"),
 ]
 """Pages that do not compress: what is put later is small beside them, and rounds of images partial."""
+LITTLE_IMPORTED: list[tuple[bytes, bytes]] = [(TWO_PHASE_KEY, b"prepared"), (MAP_KEY, b"the first map")]
+"""What is put later is large beside it: rounds are complete, and history soon outweighs what is alive."""
 
 
 @dataclass
@@ -74,8 +76,8 @@ class TimelineOracle:
     """Ends of batches: the record ends that a restart or a branch may stand at."""
 
     @classmethod
-    def imported(cls) -> "TimelineOracle":
-        values = {key: {int(START): Value(key, START, ValueKind.IMAGE, True, data)} for key, data in IMPORTED}
+    def imported(cls, images: list[tuple[bytes, bytes]] = IMPORTED) -> "TimelineOracle":
+        values = {key: {int(START): Value(key, START, ValueKind.IMAGE, True, data)} for key, data in images}
         return cls(values=values, ends=[START])
 
     @property

@@ -87,6 +87,9 @@ class UnsyncedFilesystem(FaultyFilesystem):
 class InlineExecutor(Executor):
     """Runs what it is given at once, in the caller's thread: the same order every time."""
 
+    def __init__(self, *_: object, **__: object) -> None:
+        """Takes what others take: how many threads, and their names."""
+
     def submit(
         self, function: Callable[_Given, _Result], /, *args: _Given.args, **kwargs: _Given.kwargs
     ) -> Future[_Result]:

@@ -1,6 +1,7 @@
 """The engine against its oracle (S1, S2, S3, G1): whatever happens, in any order."""
 
 import os
+from functools import partial
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -9,10 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from excimer.base.ids import TimelineId
 from excimer.storage.engine.timeline import Timeline
 from tests.kit.directories import new_memory_directory
-from tests.kit.engine_oracle import FILES, BlockFile
+from tests.kit.engine_oracle import FILES, IMPORTED, LITTLE_IMPORTED, BlockFile
 from tests.kit.engine_world import EngineWorld, compact_wholly
+from tests.kit.storage_world import START
 
-EXAMPLES = int(os.environ.get("EXCIMER_ENGINE_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("EXCIMER_ENGINE_EXAMPLES", "60"))
 STEPS = 50
 TIMELINES_MAX = 4
 
@@ -33,10 +35,10 @@ class EngineMachine(RuleBasedStateMachine):
         super().__init__()
         self.world = EngineWorld(new_memory_directory("excimer-engine-"))
 
-    @initialize(seed=st.integers(0, 2**32))
-    def create(self, seed: int) -> None:
+    @initialize(seed=st.integers(0, 2**32), much=st.booleans())
+    def create(self, seed: int, much: bool) -> None:
         self.world.chance.seed(seed)
-        self.world.create()
+        self.world.create(IMPORTED if much else LITTLE_IMPORTED)
 
     def teardown(self) -> None:
         self.world.close()
@@ -98,6 +100,7 @@ class EngineMachine(RuleBasedStateMachine):
             "compact": lambda: world.compact(timeline_id),
             "read": lambda: world.check_some(),
             "archive": lambda: world.archive_and_back(timeline_id),
+            "collect": lambda: world.collect(timeline_id, 200),
             "detach": lambda: world.detach(timeline_id),
         }
         if len(world.oracles) < TIMELINES_MAX:
@@ -106,6 +109,34 @@ class EngineMachine(RuleBasedStateMachine):
             steps["delete"] = lambda: world.delete(self.leaves()[-1])
         step = steps[data.draw(st.sampled_from(sorted(steps)))]
         world.crash(step, operations, power_failure=power_failure, again=again)
+
+    @rule(data=st.data(), operations=st.integers(1, 12), power_failure=st.booleans())
+    def crash_in_flush(self, data: st.DataObject, operations: int, power_failure: bool) -> None:
+        timeline_id = self.any_timeline(data)
+        self.world.put(timeline_id, 10)
+        flush = partial(self.world.flush, timeline_id)
+        self.world.crash(flush, operations, power_failure=power_failure)
+
+    @rule(data=st.data(), kept_bytes=st.integers(0, 800), flushes=st.integers(0, 3))
+    def collect(self, data: st.DataObject, kept_bytes: int, flushes: int) -> None:
+        """Preferably where there are branch points."""
+        with_branches = [each for each in self.world.oracles if self.world.tenant.branches(each)]
+        timeline_id = data.draw(st.sampled_from(with_branches or list(self.world.oracles)))
+        for _ in range(flushes):
+            self.world.put(timeline_id, 15)
+            self.world.flush(timeline_id)
+        self.world.collect(timeline_id, kept_bytes)
+        self.world.check_all(moments=0)
+
+    @rule(data=st.data())
+    def lease(self, data: st.DataObject) -> None:
+        timeline_id = self.any_timeline(data)
+        self.world.lease(timeline_id, self.any_record_end(data, timeline_id))
+
+    @precondition(lambda self: any(self.world.leases.values()))
+    @rule()
+    def let_go_of_leases(self) -> None:
+        self.world.leases.clear()
 
     @rule(data=st.data(), share=st.floats(0.1, 1.0))
     def evict(self, data: st.DataObject, share: float) -> None:
@@ -138,7 +169,8 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def read_before_the_history(self, data: st.DataObject) -> None:
         timeline_id = self.any_timeline(data)
-        self.world.check_refused(timeline_id, self.world.readable_lsns(timeline_id)[0] - 1)
+        self.world.check_below(timeline_id, self.world.readable_lsns(timeline_id)[0] - 1)
+        self.world.check_below(timeline_id, START - 1)
 
     @rule()
     def read_everything(self) -> None:

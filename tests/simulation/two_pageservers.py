@@ -13,15 +13,20 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from excimer.base.errors import FencedError, RefusedError, RetryableError
 from excimer.base.ids import TimelineId
 from excimer.base.lsn import Lsn
 from excimer.io.filesystem import LocalFilesystem
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore
+from excimer.storage.engine import manifest_store
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import LsnTimeoutError
+from excimer.storage.engine.partial_copy import LayerMissingError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.values import pack_batch
@@ -31,6 +36,7 @@ from tests.kit.io_faults import InlineExecutor
 from tests.kit.storage_world import MAIN, TENANT, FakeRedo, apply_native, new_main
 
 TURN_TIMEOUT_S = 60.0
+SETTINGS = replace(SMALL, lsn_lease_length_s=0.0)
 
 Action = Callable[[TenantStorage], Coroutine[None, None, None]]
 
@@ -85,7 +91,7 @@ class Pageserver:
             redo=FakeRedo(),
             apply_native=apply_native,
             executor=InlineExecutor(),
-            settings=SMALL,
+            settings=SETTINGS,
             local_disk=PromptDisk(),
         )
 
@@ -112,6 +118,10 @@ class Pageserver:
                 await self.act(tenant)
         except FencedError:
             self.world.seen["fenced"] += 1
+        except LayerMissingError:
+            if self.generation != 1:
+                raise
+            self.world.seen["layers gone"] += 1
         await tenant.close()
 
     async def attach(self) -> TenantStorage:
@@ -128,7 +138,7 @@ class Pageserver:
         await action(tenant)
 
     def actions(self, tenant: TenantStorage) -> list[Action]:
-        return [self.put, self.flush, self.compact, self.read]
+        return [self.put, self.flush, self.compact, self.collect, self.read]
 
     async def put(self, tenant: TenantStorage) -> None:
         """Both get the same WAL."""
@@ -153,11 +163,17 @@ class Pageserver:
     async def compact(self, tenant: TenantStorage) -> None:
         await compact_wholly(self.any_timeline(tenant))
 
+    async def collect(self, tenant: TenantStorage) -> None:
+        timeline = self.any_timeline(tenant)
+        kept_bytes = self.chance.randrange(400)
+        await timeline.collect_garbage(Lsn(max(0, timeline.last_record_lsn - kept_bytes)))
+        await timeline.in_thread(timeline.deletions.drain)
+
     async def read(self, tenant: TenantStorage) -> None:
         """Until it is fenced it answers, and never wrongly."""
         timeline = self.any_timeline(tenant)
         oracle = self.world.histories[timeline.timeline_id]
-        lsn = self.chance.randint(timeline.oldest_lsn, timeline.last_record_lsn)
+        lsn = self.chance.randint(timeline.oldest_lsn, max(timeline.oldest_lsn, timeline.last_record_lsn))
         with suppress(LsnTimeoutError):  # a branch is behind whose ancestor is
             await check_timeline(timeline, oracle, lsn, self.chance)
 
@@ -172,7 +188,7 @@ class Older(Pageserver):
     """Knows of nothing. It was asked to delete a branch, just before the newer one came or after."""
 
     def actions(self, tenant: TenantStorage) -> list[Action]:
-        return [*super().actions(tenant), self.delete]
+        return [*super().actions(tenant), self.delete, self.delete]
 
     async def delete(self, tenant: TenantStorage) -> None:
         """Its request may have been sent long ago: the newer one is not asked."""
@@ -256,6 +272,11 @@ class TwoPageservers:
 
     def run(self) -> "TwoPageservers":
         """Raises AssertionError when the newer one, or who comes after, has lost something."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(manifest_store, "ThreadPoolExecutor", InlineExecutor)
+            return self._run()
+
+    def _run(self) -> "TwoPageservers":
         self._lay_foundation()
         older, newer = Older(self, "older", 1), Newer(self, "newer", 2)
         self.baton.enter([older.name, newer.name])

@@ -114,6 +114,9 @@ async def test_held_points_are_read_and_nothing_else_below_the_cutoff(tmp_path: 
         await tenant.close()
         tenant = await attach(context, generation=2)
         retention = tenant.timeline(MAIN).retention
-        assert retention.retained(asyncio_now()).points == (START + 200, START + 300)
+        assert retention.retained(asyncio_now()).points == (START + 100, START + 200, START + 300)
+        assert tenant.timeline(MAIN).lease(Lsn(START + 100)) > 0  # its holder is still there, and renews it
+        without_lease = retention.retained(asyncio_now() + tenant.settings.current.lsn_lease_length_s + 1)
+        assert without_lease.points == (START + 200, START + 300)
         await tenant.delete_timeline(GRANDCHILD)
         assert retention.retained(asyncio_now()).points == (START + 300,)

@@ -104,9 +104,7 @@ class Timeline:
         """The newest durable one."""
         self._manifests = manifests
         self._loop = asyncio.get_running_loop()
-        self.retention = Retention(
-            manifest.timeline_id, max(manifest.oldest_lsn, manifest.ancestor_lsn), self._loop.time()
-        )
+        self.retention = Retention.of(manifest, self._loop.time(), self.settings.lsn_lease_length_s)
         self.compaction_lock = asyncio.Lock()
         """Held by whoever merges or removes layers: one at a time. Take it before the flush lock."""
         self._loop_thread = threading.get_ident()
@@ -570,7 +568,8 @@ class Timeline:
         before = self.stack
         files = {layer.name: self.home.disk_layer(layer) for layer in added if layer.name not in before.files}
         disk = before.disk.changed(added=added, removed=removed)
-        manifest = msgspec.structs.replace(manifest, layers=disk.descriptions)
+        leased_lsns = self.retention.leases_below_cutoff(self._loop.time())
+        manifest = msgspec.structs.replace(manifest, layers=disk.descriptions, leased_lsns=leased_lsns)
         self._manifests.write(manifest)
         with self._write_lock:
             self.stack = self.stack.with_disk(disk, files, flushed)

@@ -84,6 +84,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Reads below it are refused: a root's import LSN, a branch's branch point, or the GC's cut."""
     disk_consistent_lsn: int
     prev_record_lsn: int
+    leased_lsns: tuple[int, ...] = ()
+    """Below `oldest_lsn`, and held by leases: readable for one lease length after an attachment, so that
+    whoever holds them can renew.
+    """
     ancestor_timeline_id: str | None = None
     ancestor_lsn: int = 0
     layers: tuple[LayerDescription, ...] = ()

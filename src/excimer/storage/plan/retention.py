@@ -12,9 +12,9 @@ off, and the LSNs that somebody holds a lease for. The cutoff only rises. Raisin
 loop's thread, as is holding a point: who comes to hold a point below a cutoff that has been announced is
 refused, who came before is seen by the garbage collection that announced it. No lock is needed for that.
 
-A lease is renewed by asking for it again, also when the cutoff has passed it meanwhile. Leases live in memory
-only: after an attachment no garbage is collected until one lease length has passed, so that everyone alive
-has renewed.
+A lease is renewed by asking for it again, also when the cutoff has passed it meanwhile. Leases live in
+memory, and each manifest names those below its cutoff. After an attachment these hold for one lease length,
+and no garbage is collected meanwhile, so that everyone alive has renewed.
 
 Not here: which layers the points need (`gc_plan`), making a cutoff durable (`excimer.storage.engine.gc_job`).
 """
@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from excimer.base.errors import RefusedError
 from excimer.base.lsn import Lsn, format_lsn
+from excimer.storage.format.manifest import Manifest
 
 
 class NotRetainedError(RefusedError):
@@ -52,6 +53,14 @@ class Retention:
         self._branches: dict[str, Lsn] = {}
         self._branch_counts: dict[Lsn, int] = {}
         self._leases: dict[Lsn, float] = {}
+
+    @classmethod
+    def of(cls, manifest: Manifest, now_s: float, lease_length_s: float) -> "Retention":
+        """Right after attaching: leases of the former process hold until they can have been renewed."""
+        cutoff_lsn = max(manifest.oldest_lsn, manifest.ancestor_lsn)
+        retention = cls(manifest.timeline_id, cutoff_lsn, now_s)
+        retention._leases = dict.fromkeys(map(Lsn, manifest.leased_lsns), now_s + lease_length_s)
+        return retention
 
     def hold_branch(self, child_id: str, lsn: Lsn, now_s: float) -> None:
         """Keeps the point that a new child reads from. Raises `NotRetainedError`."""
@@ -122,6 +131,11 @@ class Retention:
             tuple(sorted(lsn for lsn in held if lsn < self.cutoff_lsn)),
             tuple(sorted(lsn for lsn in held if lsn >= self.cutoff_lsn)),
         )
+
+    def leases_below_cutoff(self, now_s: float) -> tuple[int, ...]:
+        """For the manifest, ascending: a restart would not know of them otherwise. Any thread."""
+        leases = list(self._leases.items())
+        return tuple(sorted(lsn for lsn, until_s in leases if lsn < self.cutoff_lsn and until_s > now_s))
 
     def lease_count(self, now_s: float) -> int:
         return sum(until_s > now_s for until_s in self._leases.values())
