@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 
 from excimer.base.ids import TimelineId
-from excimer.base.keys import relation_block_key
+from excimer.base.keys import KeyKind, kind_range, relation_block_key
 from excimer.base.lsn import Lsn
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, ObjectStoreError
 from excimer.storage.engine.context import StorageContext, StorageSettings
 from excimer.storage.engine.errors import LsnTooOldError, TimelineHasBranchesError, TimelineStoppedError
 from excimer.storage.engine.garbage_collector import GcTooEarlyError
+from excimer.storage.engine.layer_stack import LayerStack
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.engine.value_reads import ValueCache, scan_values
 from excimer.storage.format.layer_file import LayerKind
 from excimer.storage.format.values import pack_batch
 from excimer.storage.plan.retention import NotRetainedError
@@ -368,3 +370,39 @@ async def test_a_branch_that_may_have_been_made_can_be_made_or_deleted(tmp_path:
         )
         await tenant.delete_timeline(CHILD)
         assert (await timeline.collect_garbage(timeline.last_record_lsn)).held_points == 0
+
+
+@dataclasses.dataclass
+class StackReader:
+    """A read that has taken its layers."""
+
+    stack: LayerStack
+    value_cache: ValueCache
+
+
+def scan_stack(stack: LayerStack, lsn: int) -> list[tuple[bytes, bytes]]:
+    """All keys with whole values."""
+    reader = StackReader(stack, ValueCache(0, lambda lsn: False))
+    kinds = kind_range(KeyKind.RELATION_SIZE), kind_range(KeyKind.RELATION_MAP)
+    return [entry for start, end in kinds for entry in scan_values(reader, start, end, lsn)]
+
+
+@in_event_loop
+async def test_a_read_that_began_before_a_detachment_finds_the_old_ancestor(tmp_path: Path) -> None:
+    """It holds the branch's old layers; the ancestor is collected before it comes there."""
+    chance = random.Random(13)
+    async with storage_context(tmp_path, settings=SMALL) as context:
+        tenant, timeline, oracle = await new_tenant(context)
+        await grow(timeline, oracle, chance, 4)
+        lsn = Lsn(oracle.ends[30])
+        child = await tenant.branch_timeline(CHILD, MAIN, lsn=lsn)
+        await grow(timeline, oracle, chance, 4)
+        readers = [child.stack]
+        await tenant.detach_ancestor(CHILD)
+        assert (await timeline.collect_garbage(timeline.last_record_lsn)).held_points == 1
+        old_view = dataclasses.replace(readers[0])
+        assert scan_stack(old_view, lsn) == oracle.scan(lsn)
+        del old_view
+        readers.clear()
+        assert (await timeline.collect_garbage(timeline.last_record_lsn)).held_points == 0
+        await check_reads(child, TimelineOracle(ancestor=oracle, ancestor_lsn=lsn), lsn)

@@ -77,6 +77,12 @@ class DeletionQueue:
             self._maps = [reader for reader in self._maps if reader() is not None]
             self._maps.append(weakref.ref(old))
 
+    def are_readers_left(self) -> Callable[[], bool]:
+        """Tells, whenever it is asked, whether somebody still walks a map that has been replaced by now."""
+        with self._lock:
+            readers = tuple(self._maps)
+        return lambda: any(reader() is not None for reader in readers)
+
     def add(self, files: Iterable[DiskLayer]) -> None:
         """Layers that the manifest just made durable no longer names. After `superseded`."""
         with self._lock:

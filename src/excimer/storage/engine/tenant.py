@@ -368,8 +368,10 @@ class TenantStorage:
                 await job.prepare()
                 async with timeline.compaction_lock, self._changing:
                     self._hold_inherited(timeline)
+                    before = timeline.stack.ancestry
                     is_done = await timeline.rewrite(lambda _: job.manifest(), None)
                     if is_done:
+                        _hold_for_readers(timeline, before)
                         timeline.retention.inherit(timeline.manifest.oldest_lsn)
                     self._hold_branch_points()
             async with self._changing:
@@ -399,6 +401,7 @@ class TenantStorage:
                 change = partial(_with_ancestor, ancestor_id=parent)
                 detached.retention.keep_branch(sibling.timeline_id, ancestry.lsn)
                 await sibling.rewrite(change, Ancestry(detached, ancestry.lsn))
+                _hold_for_readers(sibling, ancestry)
                 moved.append(sibling.timeline_id)
         for archived in list(self.archived.values()):
             if is_reparented(archived, detached.manifest):
@@ -548,6 +551,13 @@ def _ancestors_first(manifests: dict[TimelineId, Manifest]) -> list[TimelineId]:
             at = None if ancestor is None else TimelineId(ancestor)
         ordered |= dict.fromkeys(reversed(line))
     return list(ordered)
+
+
+def _hold_for_readers(timeline: Timeline, before: Ancestry | None) -> None:
+    """A read that began while the timeline had another ancestor goes on to that one at the old point."""
+    if before is not None:
+        retention = before.timeline.home_of(before.lsn).retention
+        retention.hold_while(timeline.deletions.are_readers_left(), before.lsn)
 
 
 def _as_deleted(manifest: Manifest) -> Manifest:

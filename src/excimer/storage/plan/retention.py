@@ -19,7 +19,7 @@ and no garbage is collected meanwhile, so that everyone alive has renewed.
 Not here: which layers the points need (`gc_plan`), making a cutoff durable (`excimer.storage.engine.gc_job`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from excimer.base.errors import RefusedError
@@ -53,6 +53,7 @@ class Retention:
         self._branches: dict[str, Lsn] = {}
         self._branch_counts: dict[Lsn, int] = {}
         self._leases: dict[Lsn, float] = {}
+        self._reading: list[tuple[Callable[[], bool], Lsn]] = []
 
     @classmethod
     def of(cls, manifest: Manifest, now_s: float, lease_length_s: float) -> "Retention":
@@ -99,6 +100,10 @@ class Retention:
         """History below what was this timeline's beginning has come to it, and was not collected."""
         self.cutoff_lsn = Lsn(cutoff_lsn)
 
+    def hold_while(self, is_wanted: Callable[[], bool], lsn: Lsn) -> None:
+        """Keeps a point that was held until now from collections as long as they are told to."""
+        self._reading.append((is_wanted, lsn))
+
     def lease(self, lsn: Lsn, now_s: float, length_s: float) -> float:
         """Grants or renews a lease and says until when it holds. Raises `NotRetainedError`."""
         self.check_can_hold(lsn, now_s)
@@ -125,7 +130,8 @@ class Retention:
     def retained(self, now_s: float) -> RetainedLsns:
         """What must stay readable now; forgets leases that are over."""
         self._leases = {lsn: until_s for lsn, until_s in self._leases.items() if until_s > now_s}
-        held = {*self._branch_counts, *self._leases}
+        self._reading = [(is_wanted, lsn) for is_wanted, lsn in self._reading if is_wanted()]
+        held = {*self._branch_counts, *self._leases, *(lsn for _, lsn in self._reading)}
         return RetainedLsns(
             self.cutoff_lsn,
             tuple(sorted(lsn for lsn in held if lsn < self.cutoff_lsn)),
