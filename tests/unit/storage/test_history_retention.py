@@ -159,3 +159,16 @@ async def test_a_half_deleted_archived_timeline_does_not_come_back(tmp_path: Pat
         is_armed = False
         await tenant.delete_timeline(MAIN)
         assert not [name for name in objects.objects if "/layers/" in name]
+
+
+@in_event_loop
+async def test_a_detached_branch_can_be_branched_wherever_it_can_be_read(tmp_path: Path) -> None:
+    async with storage_context(tmp_path, settings=SMALL) as context:
+        tenant = await attach(context)
+        main, oracle = await tenant.create_timeline(new_main(), IMPORTED), TimelineOracle.imported()
+        await grow(main, oracle, random.Random(3), 3)
+        await branch(tenant, CHILD, MAIN, oracle.ends[60])
+        await tenant.detach_ancestor(CHILD)
+        await branch(tenant, GRANDCHILD, CHILD, oracle.ends[20])
+        await check_reads(tenant.timeline(GRANDCHILD), oracle, oracle.ends[20])
+        tenant.timeline(CHILD).lease(Lsn(oracle.ends[30]))
