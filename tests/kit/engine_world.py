@@ -440,6 +440,16 @@ class EngineWorld:
                 name = timeline.home.object_name(layer)
                 assert name in self.objects.objects, f"{name} is named by a manifest and not there"
 
+    def check_no_garbage(self) -> None:
+        """Right after a move: what an older generation left, and nobody names, is gone."""
+        named = {
+            timeline.home.object_name(layer)
+            for timeline in self.tenant.timelines.values()
+            for layer in timeline.manifest.layers
+        }
+        kept = {name for name in self.objects.objects if "/layers/" in name}
+        assert kept == named, f"{len(kept - named)} layers that nobody names stay for ever"
+
     def check_local_files(self) -> None:
         """Right after attaching: nothing is there that nobody removes."""
         for timeline in self.tenant.timelines.values():
