@@ -17,7 +17,6 @@ counts.
 """
 
 import contextlib
-import os
 import random
 import re
 import shutil
@@ -27,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.cores import away_from_it, bound_to_one_core
+from bench.cores import away_from_it, bound_to_one_core, cpu_s
 from bench.model import Bench, Effort, Samples
 from bench.peer import running_server
 from bench.pgbench import BenchFailedError, Target, load
@@ -226,7 +225,7 @@ class _IngestRound:
 
     def feed(self, end_lsn: Lsn) -> tuple[float, float]:
         """Sends WAL up to `end_lsn` and makes it durable; wall and CPU time in seconds."""
-        begun, cpu = time.monotonic(), _cpu_s(self._server)
+        begun, cpu = time.monotonic(), cpu_s(self._server.process)
         self._replay.release(end_lsn)
         deadline = begun + ARRIVAL_LIMIT_S
         while self._server.last_record_lsn(self._tenant_id, self._timeline_id) < end_lsn:
@@ -237,7 +236,7 @@ class _IngestRound:
         answer = self._server.request("POST", path)
         if answer.is_error or parse_lsn(answer.json()["remote_consistent_lsn"]) < end_lsn:
             raise BenchFailedError(f"the flush failed: {answer.text}")
-        return time.monotonic() - begun, _cpu_s(self._server) - cpu
+        return time.monotonic() - begun, cpu_s(self._server.process) - cpu
 
     def delete(self) -> None:
         if self._server.request("DELETE", f"/tenant/{self._tenant_id}").is_error:
@@ -252,12 +251,6 @@ def _ingest_once(server: PageserverProcess, replay: WalReplay, marks: Marks) -> 
     copied = Part(marks.end - marks.middle, *ingest.feed(marks.end))
     ingest.delete()
     return pgbench, copied
-
-
-def _cpu_s(server: PageserverProcess) -> float:
-    assert server.process is not None
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _recover_once(root: Path, source: Source) -> float:

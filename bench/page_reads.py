@@ -31,8 +31,9 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from bench.cores import away_from_it, bound_to_one_core
+from bench.cores import away_from_it, bound_to_one_core, cpu_s
 from bench.model import Bench, Samples
 from bench.page_client import BenchPageClient, page_requests
 from bench.page_store import TENANT, TIMELINE, PageStore, Table, make_page_store, storage
@@ -67,20 +68,18 @@ def measure(bench: Bench) -> Samples:
         for line in asyncio.run(_measure_engine(store, root / "engine", effort.getpage_requests)):
             bench.note(line)
         samples: Samples = {name: [] for name in IDS}
-        with _pageserver(store, root / "bound", 3, bound=True) as client, away_from_it():
-            _measure_images(bench, store, client, samples)
-        with _pageserver(store, root / "free", 4, bound=False) as client:
-            _measure_redo(bench, store, client, samples)
-            _measure_sequential(bench, store, client, samples)
+        with _pageserver(store, root / "bound", 3, bound=True) as served, away_from_it():
+            _measure_images(bench, store, served, samples)
+        with _pageserver(store, root / "free", 4, bound=False) as served:
+            _measure_redo(bench, store, served, samples)
+            _measure_sequential(bench, store, served, samples)
         return samples
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _pageserver(
-    store: PageStore, directory: Path, generation: int, *, bound: bool
-) -> Iterator[BenchPageClient]:
+def _pageserver(store: PageStore, directory: Path, generation: int, *, bound: bool) -> Iterator["Served"]:
     server = PageserverProcess(directory, generate_key_pair(), object_store_url=f"file://{store.objects}")
     try:
         with bound_to_one_core() if bound else contextlib.nullcontext():
@@ -89,20 +88,32 @@ def _pageserver(
         token = server.token(Scope.TENANT, TENANT)
         client = BenchPageClient(server.page_address, TENANT, TIMELINE, token)
         with contextlib.closing(client):
-            yield client
+            yield Served(client, server)
     finally:
         server.end()
 
 
-def _measure_images(bench: Bench, store: PageStore, client: BenchPageClient, samples: Samples) -> None:
+class Served(NamedTuple):
+    client: BenchPageClient
+    server: PageserverProcess
+
+    def cpu_s(self) -> float:
+        """Of the pageserver so far; redo workers not counted."""
+        return cpu_s(self.server.process)
+
+
+def _measure_images(bench: Bench, store: PageStore, served: Served, samples: Samples) -> None:
+    client = served.client
     hot = min(HOT_BLOCKS, store.images.blocks)
     requests = bench.effort.getpage_requests
     client.run(_requests(store, store.images, range(hot)), 1, DEPTH)
     _check_content(store, store.images, client, hot)
-    whole = []
+    whole, cpu_us = [], []
     for number in range(bench.effort.rounds):
         blocks = _random_blocks(hot, requests, number)
+        before_s = served.cpu_s()
         taken = client.run(_requests(store, store.images, blocks), 1, DEPTH)
+        cpu_us.append((served.cpu_s() - before_s) / requests * 1e6)
         samples["getpage_image_per_s"].append(requests / taken)
         latencies = client.latencies(_requests(store, store.images, blocks[:LATENCY_REQUESTS]))
         samples["getpage_image_p50_us"].append(statistics.median(latencies) * 1e6)
@@ -110,28 +121,33 @@ def _measure_images(bench: Bench, store: PageStore, client: BenchPageClient, sam
         blocks = _random_blocks(store.images.blocks, requests, number)
         whole.append(requests / client.run(_requests(store, store.images, blocks), 1, DEPTH))
     bench.note(f"random images, hot, per second: {_listed(samples['getpage_image_per_s'])}")
+    bench.note(f"random images, hot, us of the pageserver's CPU each: {_listed(cpu_us)}")
     bench.note(f"random images, whole table, per second: {_listed(whole)}")
     bench.note(f"one at a time, median us: {_listed(samples['getpage_image_p50_us'])}")
 
 
-def _measure_redo(bench: Bench, store: PageStore, client: BenchPageClient, samples: Samples) -> None:
+def _measure_redo(bench: Bench, store: PageStore, served: Served, samples: Samples) -> None:
+    client = served.client
+    cpu_us = []
     blocks = store.updated.blocks
     client.run(_requests(store, store.updated, range(blocks)), 1, DEPTH)
     _check_content(store, store.updated, client, blocks)
     requests = bench.effort.getpage_requests // 4
     for number in range(bench.effort.rounds):
-        taken = client.run(
-            _requests(store, store.updated, _random_blocks(blocks, requests, number)), 1, DEPTH
-        )
+        chosen = _requests(store, store.updated, _random_blocks(blocks, requests, number))
+        before_s = served.cpu_s()
+        taken = client.run(chosen, 1, DEPTH)
+        cpu_us.append((served.cpu_s() - before_s) / requests * 1e6)
         samples["getpage_redo10_per_s"].append(requests / taken)
     bench.note(f"pages with ten records, per second: {_listed(samples['getpage_redo10_per_s'])}")
+    bench.note(f"pages with ten records, us of the pageserver's CPU each: {_listed(cpu_us)}")
 
 
-def _measure_sequential(bench: Bench, store: PageStore, client: BenchPageClient, samples: Samples) -> None:
+def _measure_sequential(bench: Bench, store: PageStore, served: Served, samples: Samples) -> None:
     firsts = range(0, store.images.blocks - SEQUENTIAL_BLOCKS + 1, SEQUENTIAL_BLOCKS)
     requests = _requests(store, store.images, firsts, SEQUENTIAL_BLOCKS)
     for _ in range(bench.effort.rounds + 1):
-        taken = client.run(requests, SEQUENTIAL_BLOCKS, SEQUENTIAL_DEPTH)
+        taken = served.client.run(requests, SEQUENTIAL_BLOCKS, SEQUENTIAL_DEPTH)
         size = len(firsts) * SEQUENTIAL_BLOCKS * BLOCK_SIZE_BYTES
         samples["getpage_seq_mb_s"].append(size / taken / 1e6)
     del samples["getpage_seq_mb_s"][0]  # it made the local copies
