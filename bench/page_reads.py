@@ -3,8 +3,8 @@
 What is measured is the whole page service: a real pageserver process with default settings, asked over TCP
 on the loopback by a client in another process with the frames a compute sends (`page_client`), at "the
 newest LSN". The client keeps 32 requests under way on one connection, as many as libhydrate does, and
-checks every answer's head. Each figure's pages are compared once with what the engine gives before the
-clock starts.
+checks every answer's head. Pages of both kinds are compared with what the engine gives before the clock
+starts.
 
 * image: single random blocks of pgbench_accounts, all in image layers. The pageserver is bound to one
   core, with its redo workers and threads; the client has the others. The blocks asked for are a hot set of
@@ -40,7 +40,7 @@ from bench.page_store import TENANT, TIMELINE, PageStore, Table, make_page_store
 from bench.pgbench import BenchFailedError
 from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.io.obstore_object_store import ObstoreObjectStore
-from excimer.storage.engine.page_reads import block_key
+from excimer.storage.engine.page_reads import PageRead, block_key
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 from excimer.wire.auth import Scope, generate_key_pair
@@ -65,12 +65,13 @@ def measure(bench: Bench) -> Samples:
             make_page_store(root, scale=2 * effort.pgbench_scale, updated_rows=effort.redo_pages)
         )
         bench.note(f"{store.images.blocks} blocks in images, {store.updated.blocks} with ten records")
-        for line in asyncio.run(_measure_engine(store, root / "engine", effort.getpage_requests)):
-            bench.note(line)
+        checked = asyncio.run(_measure_engine(bench, store, root / "engine"))
         samples: Samples = {name: [] for name in IDS}
         with _pageserver(store, root / "bound", 3, bound=True) as served, away_from_it():
+            _check_content(store, checked, served.client)
             _measure_images(bench, store, served, samples)
         with _pageserver(store, root / "free", 4, bound=False) as served:
+            _check_content(store, checked, served.client)
             _measure_redo(bench, store, served, samples)
             _measure_sequential(bench, store, served, samples)
         return samples
@@ -107,7 +108,6 @@ def _measure_images(bench: Bench, store: PageStore, served: Served, samples: Sam
     hot = min(HOT_BLOCKS, store.images.blocks)
     requests = bench.effort.getpage_requests
     client.run(_requests(store, store.images, range(hot)), 1, DEPTH)
-    _check_content(store, store.images, client, hot)
     whole, cpu_us = [], []
     for number in range(bench.effort.rounds):
         blocks = _random_blocks(hot, requests, number)
@@ -131,7 +131,6 @@ def _measure_redo(bench: Bench, store: PageStore, served: Served, samples: Sampl
     cpu_us = []
     blocks = store.updated.blocks
     client.run(_requests(store, store.updated, range(blocks)), 1, DEPTH)
-    _check_content(store, store.updated, client, blocks)
     requests = bench.effort.getpage_requests // 4
     for number in range(bench.effort.rounds):
         chosen = _requests(store, store.updated, _random_blocks(blocks, requests, number))
@@ -167,22 +166,25 @@ def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:,.0f}" for value in values)
 
 
-def _check_content(store: PageStore, table: Table, client: BenchPageClient, blocks: int) -> None:
-    """Against a slow second reading of the same layers."""
-    chosen = _random_blocks(blocks, CHECKED_BLOCKS, 1)
-    with tempfile.TemporaryDirectory(prefix="excimer-bench-") as directory:
-        Path(directory).chmod(0o755)
-        expected = asyncio.run(_read_by_engine(store, table, chosen, Path(directory)))
-    for request, page in zip(_requests(store, table, chosen), expected, strict=True):
-        if client.pages(request, 1) != page:
-            raise BenchFailedError("the page service answers with another page than the engine")
+def _check_content(store: PageStore, checked: "list[CheckedPages]", client: BenchPageClient) -> None:
+    for table, blocks, pages in checked:
+        for request, page in zip(_requests(store, table, blocks), pages, strict=True):
+            if client.pages(request, 1) != page:
+                raise BenchFailedError("the page service answers with another page than the engine")
 
 
-async def _read_by_engine(
-    store: PageStore, table: Table, blocks: Sequence[int], local_dir: Path
-) -> list[bytes]:
-    async with _attached(store, local_dir) as timeline:
-        return [await timeline.get_pages(block_key(table.first_key, at), 1, store.lsn) for at in blocks]
+class CheckedPages(NamedTuple):
+    """What the engine gives, read in worker threads."""
+
+    table: Table
+    blocks: list[int]
+    pages: list[bytes]
+
+
+async def _pages_to_check(timeline: Timeline, store: PageStore, table: Table) -> CheckedPages:
+    blocks = _random_blocks(table.blocks, CHECKED_BLOCKS, 1)
+    reads = [PageRead(timeline, block_key(table.first_key, block), 1, store.lsn) for block in blocks]
+    return CheckedPages(table, blocks, [await read.run() for read in reads])
 
 
 @contextlib.asynccontextmanager
@@ -193,21 +195,19 @@ async def _attached(store: PageStore, local_dir: Path) -> AsyncIterator[Timeline
         await tenant.close()
 
 
-async def _measure_engine(store: PageStore, local_dir: Path, requests: int) -> list[str]:
-    hot = min(HOT_BLOCKS, store.images.blocks)
-    lines = []
+async def _measure_engine(bench: Bench, store: PageStore, local_dir: Path) -> list[CheckedPages]:
+    requests, hot = bench.effort.getpage_requests, min(HOT_BLOCKS, store.images.blocks)
     with bound_to_one_core():
         async with _attached(store, local_dir) as timeline:
             await _read_all(timeline, store, store.images, range(hot))
             taken = await _read_all(timeline, store, store.images, _random_blocks(hot, requests, 1))
-            lines.append(f"engine alone, random images, hot, per second: {requests / taken:,.0f}")
+            bench.note(f"engine alone, random images, hot, per second: {requests / taken:,.0f}")
             redo = _random_blocks(store.updated.blocks, requests // 4, 1)
             await _read_all(timeline, store, store.updated, redo)
             taken = await _read_all(timeline, store, store.updated, redo)
-            lines.append(
-                f"engine alone, pages with ten records, one core, per second: {len(redo) / taken:,.0f}"
-            )
-    return lines
+            rate = len(redo) / taken
+            bench.note(f"engine alone, pages with ten records, one core, per second: {rate:,.0f}")
+            return [await _pages_to_check(timeline, store, table) for table in (store.images, store.updated)]
 
 
 async def _read_all(timeline: Timeline, store: PageStore, table: Table, blocks: Sequence[int]) -> float:
