@@ -58,7 +58,7 @@ def layers_of_each_kind(world: EngineWorld) -> list[LayerDescription]:
 
 
 def places(data: bytes, layer: LayerDescription) -> list[BlockPlace]:
-    return unpack_index(data[layer.index_offset :], layer.index_offset, layer.name).places
+    return list(unpack_index(data[layer.index_offset :], layer.index_offset, layer.name).places)
 
 
 def offset_in(region: str, data: bytes, layer: LayerDescription, chance: random.Random) -> int:
