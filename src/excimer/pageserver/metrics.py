@@ -93,6 +93,29 @@ class EngineMetrics(Collector):
             "How long they were to be held up, at most.",
             counters.delayed_puts_s,
         )
+        yield from self._collect_removals()
+
+    def _collect_removals(self) -> Iterator[Metric]:
+        counters = self._counters
+        yield GaugeMetricFamily(
+            "excimer_layer_deletions_waiting",
+            "Layers that no manifest names any more and that are still in object storage.",
+            counters.deletions_waiting,
+        )
+        yield CounterMetricFamily(
+            "excimer_layers_deleted", "Layers deleted from object storage.", counters.deleted_layers
+        )
+        yield CounterMetricFamily(
+            "excimer_layers_deleted_bytes", "The same in bytes.", counters.deleted_bytes
+        )
+        yield CounterMetricFamily(
+            "excimer_garbage_collections", "Garbage collections of timelines.", counters.collections
+        )
+        yield CounterMetricFamily(
+            "excimer_garbage_collected_bytes",
+            "Bytes of layers that garbage collections have dropped.",
+            counters.collected_bytes,
+        )
 
 
 class TimelineMetrics:

@@ -84,6 +84,8 @@ class Writer:
         await self._timeline.flush()
         while await self._timeline.compact():
             pass
+        key = relation_block_key(RELATION, Fork.MAIN, self._chance.randrange(hot_blocks))
+        await self._timeline.get_pages(key, 1, Lsn(self.lsn))  # what a read remembers must not hold layers
 
 
 def stored_bytes(objects: MemoryObjectStore, timeline_id: TimelineId) -> int:
@@ -120,3 +122,4 @@ async def test_space_is_at_most_twice_what_is_live_and_retained(
                 ratio = stored_bytes(objects, MAIN) / (LIVE_BYTES + retained)
                 assert ratio <= limit, f"{ratio:.2f} after {number} flushes"
         assert context.counters.write_amplification < 6
+        assert (context.counters.collections, context.counters.deletions_waiting) == (CYCLES // 3, 0)

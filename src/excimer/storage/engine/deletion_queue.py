@@ -63,8 +63,6 @@ class DeletionQueue:
         self._loop = asyncio.get_running_loop()
         self._poll_s = READERS_POLL_S_FIRST
         self._closed = False
-        self.deleted_count = 0
-        self.deleted_bytes = 0
         self.dropped_count = 0
         """Entries that did not fit."""
 
@@ -91,9 +89,9 @@ class DeletionQueue:
 
     def close(self) -> None:
         """Nothing is deleted from here on: the timeline is, or somebody else goes on with it."""
-        with self._drain_lock, self._lock:
+        with self._drain_lock:
             self._closed = True
-            self._waiting.clear()
+            self._leave_all()
 
     async def run_when_wanted(self, in_thread: Callable[[Callable[[], int]], Awaitable[int]]) -> None:
         """Waits for something to delete and deletes it; waits for readers with growing pauses."""
@@ -119,17 +117,21 @@ class DeletionQueue:
                 try:
                     check_not_overtaken(store, home.tenant_id, home.timeline_id, self._generation)
                 except FencedError:
-                    with self._lock:
-                        self._waiting.clear()
+                    self._leave_all()
                     raise
                 store.delete_many([doomed.object_name for doomed in batch])
                 for doomed in batch:
                     doomed.file.remove_local()
-                    self.deleted_bytes += doomed.file.description.size_bytes
                 self._forget({doomed.object_name for doomed in batch})
+                size_bytes = sum(doomed.file.description.size_bytes for doomed in batch)
+                home.context.counters.layers_deleted(len(batch), size_bytes)
                 count += len(batch)
-                self.deleted_count += len(batch)
         return count
+
+    def _leave_all(self) -> None:
+        with self._lock:
+            self._home.context.counters.layers_left(len(self._waiting))
+            self._waiting.clear()
 
     def _put(self, doomed: list[Doomed]) -> None:
         with self._lock:
@@ -138,6 +140,7 @@ class DeletionQueue:
             room = max(0, ENTRIES_MAX - len(self._waiting))
             self._waiting.extend(doomed[:room])
             self.dropped_count += len(doomed) - len(doomed[:room])
+            self._home.context.counters.layers_doomed(len(doomed[:room]))
         if len(doomed) > room:
             _log.warning(
                 "timeline %s has %d layers too many to delete: they are left to the next attachment",

@@ -35,6 +35,37 @@ class EngineCounters:
         self.delayed_puts = 0
         """Batches that ingest was held up before, for compaction to catch up."""
         self.delayed_puts_s = 0.0
+        self.doomed_layers = 0
+        """Layers that a commit has dropped, to be deleted."""
+        self.deleted_layers = 0
+        self.deleted_bytes = 0
+        self.left_layers = 0
+        """Doomed ones that were left: the timeline was closed, or a newer generation owns it."""
+        self.collections = 0
+        self.collected_bytes = 0
+        """Of layers that garbage collections have dropped."""
+
+    @property
+    def deletions_waiting(self) -> int:
+        return self.doomed_layers - self.deleted_layers - self.left_layers
+
+    def layers_doomed(self, count: int) -> None:
+        with self._lock:
+            self.doomed_layers += count
+
+    def layers_deleted(self, count: int, size_bytes: int) -> None:
+        with self._lock:
+            self.deleted_layers += count
+            self.deleted_bytes += size_bytes
+
+    def layers_left(self, count: int) -> None:
+        with self._lock:
+            self.left_layers += count
+
+    def garbage_collected(self, size_bytes: int) -> None:
+        with self._lock:
+            self.collections += 1
+            self.collected_bytes += size_bytes
 
     def read_visited(self, layers: int) -> None:
         """A read of a page, or of adjacent pages, took so many layer files. One out of caches is not told."""

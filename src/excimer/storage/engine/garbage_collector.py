@@ -88,6 +88,7 @@ class GarbageCollector:
             has_written = await self._write_bottom_images()
             removed, retained = await self._remove()
         outcome = GcOutcome(cutoff_lsn, len(retained.points), *removed, has_written)
+        self._timeline.context.counters.garbage_collected(outcome.removed_bytes)
         if outcome.layers_removed:
             _log.info(
                 "timeline %s: collected %d layers, %d bytes",

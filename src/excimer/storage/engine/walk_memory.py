@@ -3,12 +3,13 @@
 Two reads get the same plan when they begin from the same LSN and the same layers lie in their keys' way. The
 latter is told by two numbers: how many layers begin at or before the last key, and how many end before
 the first. From any LSN at or above the newest layer's, the plan is the same too, so a timeline that is
-written to all the time has its plans made once per flush. What is remembered belongs to one layer map
-and is forgotten with it.
+written to all the time has its plans made once per flush. What is remembered belongs to one layer map,
+which is not held on to: layers are deleted when nobody walks a map with them any more.
 
 The event loop's thread only. Not here: the plan itself (`excimer.storage.plan.read_path`).
 """
 
+import weakref
 from bisect import bisect_left, bisect_right
 from typing import Final
 
@@ -36,7 +37,7 @@ class WalkPlan:
 
 class WalkMemory:
     def __init__(self) -> None:
-        self._disk: LayerMap | None = None
+        self._disk: weakref.ref[LayerMap] | None = None
         self._files: dict[str, DiskLayer] = {}
         self._plans: dict[tuple[int, int, int], WalkPlan] = {}
         self._first_keys: list[bytes] = []
@@ -44,7 +45,7 @@ class WalkMemory:
 
     def plan(self, stack: LayerStack, first_key: bytes, last_key: bytes, lsn: int) -> WalkPlan:
         """For all values of keys in [first, last] at or below `lsn`."""
-        if stack.disk is not self._disk or stack.files is not self._files:
+        if self._disk is None or self._disk() is not stack.disk or stack.files is not self._files:
             self._begin(stack)
         lsn = min(lsn, stack.disk_end_lsn)
         place = bisect_right(self._first_keys, last_key), bisect_left(self._last_keys, first_key), lsn
@@ -56,7 +57,7 @@ class WalkMemory:
         return known
 
     def _begin(self, stack: LayerStack) -> None:
-        self._disk, self._files = stack.disk, stack.files
+        self._disk, self._files = weakref.ref(stack.disk), stack.files
         self._plans = {}
         self._first_keys = sorted(layer.first_key for layer in stack.disk.layers)
         self._last_keys = sorted(layer.last_key for layer in stack.disk.layers)
