@@ -139,7 +139,7 @@ class HistoryKeeper:
     async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> Lease:
         """Keeps an LSN readable, rounded down to a record's end.
 
-        Raises `LsnTimeoutError` (it has not arrived), `NotRetainedError`.
+        Raises `LsnTimeoutError` (it has not arrived), `LsnTooOldError`, `NotRetainedError` (about to go).
         """
         active = self._tenants.active(tenant_id, timeline_id)
         end_lsn = active.record_end(lsn)

@@ -271,4 +271,4 @@ async def check_routes(client: AsyncClient, here: World) -> None:
     assert (await client.put(f"{timeline}/compact", headers=operator)).json() == {"steps": 0}
     assert (await client.put(f"{timeline}/do_gc", headers=token(Scope.TENANT, TENANT))).status_code == 403
     answer = await client.post(f"{timeline}/lsn_lease", json={"lsn": format_lsn(START)}, headers=operator)
-    assert (answer.status_code, answer.json()["kind"]) == (400, "NotRetainedError")
+    assert (answer.status_code, answer.json()["kind"]) == (400, "LsnTooOldError")

@@ -337,9 +337,9 @@ class Timeline:
     def lease(self, lsn: Lsn) -> float:
         """Keeps an LSN readable for so many seconds from now on; ask again to renew it.
 
-        Raises `LsnTimeoutError` (it has not arrived), `NotRetainedError`.
+        Raises `LsnTimeoutError` (it has not arrived), `LsnTooOldError`, `NotRetainedError` (about to go).
         """
-        self._check_arrived(lsn)
+        self._check_lsn(lsn)
         now_s = self._loop.time()
         length_s = self.settings.lsn_lease_length_s
         return self.home_of(lsn).retention.lease(lsn, now_s, length_s) - now_s
