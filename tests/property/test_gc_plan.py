@@ -1,5 +1,6 @@
 """Garbage collection's plans beside an obvious twin, over any layer map and any retained LSNs (S3)."""
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from excimer.storage.plan.retention import RetainedLsns
 from tests.property.test_storage_plans import KEYS, START, PretendStore
 
 END = 60
+EXAMPLES = int(os.environ.get("EXCIMER_GC_EXAMPLES", "150"))
 lsns = st.integers(1, END)
 
 
@@ -72,7 +74,7 @@ def needed_slowly(layer_map: LayerMap, retained: RetainedLsns) -> set[str]:
     return {visit.layer.description.name for plan in plans for visit in plan.visits}
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(layer_map=layer_maps(), retained=retained_lsns(), data=st.data())
 def test_reads_at_retained_lsns_visit_what_they_did(
     layer_map: LayerMap, retained: RetainedLsns, data: st.DataObject
@@ -133,7 +135,7 @@ class CollectedStore(PretendStore):
                 assert self.find(key, 0, lsn) == self.newest(key, lsn)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(steps=st.lists(st.sampled_from("fffffcchrgG"), max_size=40), seed=st.integers(0, 2**32))
 @example(steps=list("fffffccccfffffccccfffffccccGffffffccccG"), seed=1)
 def test_retained_values_survive_any_history(steps: list[str], seed: int) -> None:

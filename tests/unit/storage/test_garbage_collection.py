@@ -153,6 +153,8 @@ async def test_nothing_is_collected_before_leases_could_be_renewed(tmp_path: Pat
         with pytest.raises(GcTooEarlyError, match="attached a moment ago"):
             await timeline.collect_garbage(timeline.last_record_lsn)
         assert timeline.oldest_lsn == START
+        with pytest.raises(LsnTooOldError):
+            timeline.lease(Lsn(START - 8))  # what cannot be read cannot be kept
         assert timeline.lease(Lsn(oracle.ends[3])) == pytest.approx(1000, abs=1)
 
 
