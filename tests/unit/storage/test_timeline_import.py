@@ -127,6 +127,21 @@ async def test_wal_follows_the_images_and_nothing_below_the_readable_lsn_is_show
 
 
 @in_event_loop
+async def test_a_newer_generation_ends_an_import_for_good(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    async with storage_context(tmp_path, store=store, settings=SMALL) as context:
+        older = await attach(context, generation=1)
+        made = await older.begin_import(new_main())
+        await add_all(made, sorted(SIZES))
+        newer = await attach(context, generation=2)
+        await older.finish_import(made, START)
+        assert MAIN not in newer.timelines
+        assert MAIN not in (await attach(context, generation=2)).timelines
+        assert MAIN not in (await attach(context, generation=3)).timelines
+        await made.timeline.close()
+
+
+@in_event_loop
 async def test_given_up_or_crashed_nothing_of_it_is_left(tmp_path: Path) -> None:
     store = MemoryObjectStore()
     async with storage_context(tmp_path, store=store, settings=SMALL) as context:

@@ -208,7 +208,7 @@ class TenantStorage:
         `ObjectStoreError`.
         """
         self._check_is_new(new.timeline_id)
-        manifest = msgspec.structs.replace(self._root_manifest(new), importing=True)
+        manifest = msgspec.structs.replace(self._root_manifest(new), importing_generation=self.generation)
         made = TimelineImport(self._make(manifest, None))
         await made.begin()
         return made
@@ -464,10 +464,11 @@ class TenantStorage:
         newest = claim_newest(self.context.store, self.tenant_id, timeline_id, self.generation, listed)
         if newest is None:
             return None  # created halfway: without a manifest it does not exist
-        if newest.manifest.importing:
+        importing_generation = newest.manifest.importing_generation
+        if importing_generation == self.generation:
             remove_leftovers(self.context, self.tenant_id, timeline_id)
             return None
-        if newest.manifest.deleted:
+        if newest.manifest.deleted or importing_generation:  # which may still be at it
             self._remove(timeline_id)
             return None
         return newest

@@ -8,7 +8,8 @@
 
 The mark is what makes it all or nothing: whoever attaches the tenant and finds it removes the objects
 (`TenantStorage.attach`), because whoever was importing is gone. It is written before anything else is, so
-that nothing can be left that no manifest leads to.
+that nothing can be left that no manifest leads to. An older generation that is still importing makes no
+timeline in the end: what it makes is marked deleted (`timeline_removal`).
 
 The files of a running cluster are copied while they change. Their images count as of the LSN at which WAL
 begins, and WAL brings every page that changed meanwhile to one state; that is reached at
@@ -76,7 +77,10 @@ class TimelineImport:
             raise ValueError("the timeline must be readable somewhere")
         await timeline.flush()
         await timeline.rewrite(
-            lambda manifest: msgspec.structs.replace(manifest, importing=False, oldest_lsn=readable_lsn), None
+            lambda manifest: msgspec.structs.replace(
+                manifest, importing_generation=0, oldest_lsn=readable_lsn
+            ),
+            None,
         )
 
     async def close(self, remove_objects: Callable[[], None]) -> None:

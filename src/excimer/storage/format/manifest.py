@@ -99,9 +99,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The timeline is being deleted: its objects may be missing already."""
     claimed_from: str = ""
     """Of the first manifest of a generation only: the name of the older generation's that it repeats."""
-    importing: bool = False
-    """The timeline is being made of a cluster from outside, or was when that was broken off: it does not
-    exist, and whoever attaches the tenant removes its objects."""
+    importing_generation: int = 0
+    """Not 0: the timeline is being made of a cluster from outside, or was when that was broken off, by this
+    generation. It does not exist, and whoever attaches the tenant removes its objects."""
 
 
 class ManifestName(NamedTuple):
