@@ -33,6 +33,7 @@ LISTEN = {"listen_addresses": "127.0.0.1", "max_prepared_transactions": "5"}
 
 PAGES_COMPARED = 1000
 WAL_AHEAD_BYTES = 64 << 20
+FILLER_BYTES = 1_000_000
 CHURN = """
 create temp table if not exists own (n int);
 insert into churn select n, repeat('c', 300) from generate_series(1, 200) n;
@@ -141,7 +142,7 @@ def test_a_running_server_becomes_a_branch_while_it_is_written_to(stack: Stack, 
             )
         dump = dump_of(server)
         while server.sql(f"select pg_current_wal_lsn() <= '{target}'")[0] == ["t"]:
-            server.sql("select pg_logical_emit_message(false, 'filler', repeat('x', 1000000))")
+            server.sql(f"select pg_logical_emit_message(false, 'filler', repeat('x', {FILLER_BYTES}))")
         server.sql("select pg_switch_wal()")
         output, errors = importing.communicate(timeout=60)
         assert importing.returncode == 0, errors
@@ -149,6 +150,7 @@ def test_a_running_server_becomes_a_branch_while_it_is_written_to(stack: Stack, 
         system_id = server.sql("select system_identifier from pg_control_system()")[0][0]
         assert server.sql("select count(*) from pg_replication_slots") == [["0"]]
     assert parse_lsn(made["readable_from"]) < parse_lsn(made["start_lsn"]) <= parse_lsn(target)
+    assert parse_lsn(target) - parse_lsn(made["start_lsn"]) < 2 * FILLER_BYTES
     serve(stack, "live")
     assert stack.query("select system_identifier::text from pg_control_system()", "live") == [(system_id,)]
     assert stack.query("show wal_segment_size", "live") == [("4MB",)]

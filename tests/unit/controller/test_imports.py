@@ -57,6 +57,10 @@ def test_a_branch_shows_when_it_is_whole(tmp_path: Path) -> None:
         assert await names(world) == ["main"]
         with pytest.raises(UnknownNameError):
             await world.controller.find_branch(TENANT, "moved")
+        with pytest.raises(UnknownNameError, match="no branch 'moved'"):
+            await world.controller.create_timeline(
+                "shop", SECOND, "child", ancestor="moved", at=None, pg_version=None
+            )
         with pytest.raises(UnknownNameError, match="nothing was imported"):
             await imports.finish("shop", FIRST)
         arrive(world, FIRST)
