@@ -46,7 +46,7 @@ from excimer.pgformat.native_records import apply_native
 from excimer.pgformat.wal_reader import WalReader
 from excimer.pgformat.wal_segment import segment_name
 from excimer.postgres import PostgresBuild, run_initdb
-from excimer.storage.engine.context import StorageContext
+from excimer.storage.engine.context import StorageContext, StorageSettings
 from excimer.storage.engine.redo_pool import RedoPool
 from excimer.storage.engine.tenant import NewTimeline, TenantStorage
 from excimer.storage.engine.timeline import Timeline
@@ -149,6 +149,20 @@ async def truth_timeline(
     build: PostgresBuild, root: Path, beginning: Path, *, wal_log_hints: bool = False
 ) -> AsyncIterator[Timeline]:
     """A timeline of the real engine with the real redo pool, holding the imported beginning."""
+    async with truth_tenant(build, root, beginning, wal_log_hints=wal_log_hints) as tenant:
+        yield tenant.timeline(MAIN)
+
+
+@asynccontextmanager
+async def truth_tenant(
+    build: PostgresBuild,
+    root: Path,
+    beginning: Path,
+    *,
+    wal_log_hints: bool = False,
+    settings: StorageSettings | None = None,
+) -> AsyncIterator[TenantStorage]:
+    """The tenant of such a timeline, which is `MAIN`."""
     cluster = import_initdb(beginning, build.version)
     pool = RedoPool(build, root / "redo", 2, wal_log_hints=wal_log_hints)
     with ThreadPoolExecutor(4) as executor:
@@ -159,6 +173,7 @@ async def truth_timeline(
             redo=OnePool(pool),
             apply_native=apply_native,
             executor=executor,
+            settings=settings or StorageSettings(),
         )
         tenant = await TenantStorage.attach(context, TENANT, 1)
         new = NewTimeline(
@@ -169,9 +184,9 @@ async def truth_timeline(
             last_record_lsn=cluster.end_lsn,
             prev_record_lsn=cluster.prev_record_lsn,
         )
-        timeline = await tenant.create_timeline(new, cluster.images)
+        await tenant.create_timeline(new, cluster.images)
         try:
-            yield timeline
+            yield tenant
         finally:
             await tenant.close()
             await pool.close()
