@@ -76,6 +76,7 @@ class TimelineImport:
         if not timeline.manifest.oldest_lsn <= readable_lsn <= timeline.last_record_lsn:
             raise ValueError("the timeline must be readable somewhere")
         await timeline.flush()
+        timeline.retention.raise_cutoff(readable_lsn)
         await timeline.rewrite(
             lambda manifest: msgspec.structs.replace(
                 manifest, importing_generation=0, oldest_lsn=readable_lsn
