@@ -66,7 +66,7 @@ async def flushed(timeline: Timeline, lsn: int, size: int) -> LayerDescription:
 
 
 async def remove(timeline: Timeline, layer: LayerDescription) -> None:
-    await timeline.in_thread(partial(timeline.commit_layers, timeline.manifest, [], removed=[layer]))
+    await timeline.in_thread(partial(timeline.commits.commit_layers, timeline.manifest, [], removed=[layer]))
 
 
 @in_event_loop
@@ -179,7 +179,7 @@ async def test_a_generation_that_attaches_meanwhile_sees_what_it_may_not_need(
         assert f"{timeline_prefix(TENANT, MAIN)}/index-00000001-00000002" in objects.objects
 
         def overtake() -> None:
-            old.commit_layers(old.manifest, [], removed=[layer])
+            old.commits.commit_layers(old.manifest, [], removed=[layer])
             assert old.deletions.drain() == 1
 
         steps.before[when] = overtake
@@ -200,7 +200,7 @@ async def test_a_claim_left_halfway_is_checked_again(tmp_path: Path) -> None:
         layer = await flushed(old, START + 8, 1)
 
         def overtake_then_die() -> None:
-            old.commit_layers(old.manifest, [], removed=[layer])
+            old.commits.commit_layers(old.manifest, [], removed=[layer])
             old.deletions.drain()
             steps.before["list", MAIN] = lambda: steps.failing.add("list")
 
@@ -243,7 +243,7 @@ async def check_bound(context: StorageContext, objects: MemoryObjectStore) -> No
     for number in range(1, 4):
         await flushed(timeline, START + 8 * number, number)
     deltas = [layer for layer in timeline.manifest.layers if layer.end_lsn > START]
-    await timeline.in_thread(partial(timeline.commit_layers, timeline.manifest, [], removed=deltas))
+    await timeline.in_thread(partial(timeline.commits.commit_layers, timeline.manifest, [], removed=deltas))
     assert (len(timeline.deletions), timeline.deletions.dropped_count) == (2, 1)
     assert await timeline.in_thread(timeline.deletions.drain) == 2
     assert len(layer_names(objects) - named(timeline)) == 1

@@ -240,7 +240,14 @@ def test_an_interrupted_export_leaves_nothing(branched: Branched, tmp_path: Path
 
 def _interrupted(stack: Stack, directory: Path, name: str) -> tuple[int, str]:
     command = stack.command("export", "main", str(directory / name))
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # Who starts the tests in the background has it ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         while not list(directory.iterdir()) and process.poll() is None:
             time.sleep(0.002)

@@ -10,13 +10,21 @@ import msgspec
 import pytest
 
 from excimer.base.lsn import Lsn
-from excimer.storage.engine import compactor, image_round_job, layer_writing, merge_job, timeline, value_reads
+from excimer.storage.engine import (
+    compactor,
+    image_round_job,
+    layer_writing,
+    merge_job,
+    timeline_commits,
+    value_reads,
+)
 from excimer.storage.engine.disk_layer import DiskLayer
 from excimer.storage.engine.image_round_job import KeyRun, RoundSource
 from excimer.storage.engine.layer_stack import LayerHome, LayerStack
 from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.merge_job import MergeJob
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.engine.timeline_commits import TimelineCommits
 from excimer.storage.format.layer_block import pack_value, unpack_block
 from excimer.storage.format.manifest import LayerDescription, Manifest, ManifestName
 from excimer.storage.format.values import Value, ValueKind
@@ -103,22 +111,22 @@ def manifest_before_its_layers(patch: pytest.MonkeyPatch) -> None:
             upload(home, description)
         return name
 
-    for module in (timeline, compactor):
+    for module in (timeline_commits, compactor):
         patch.setattr(module, "upload_layer", upload_later)
     patch.setattr(ManifestStore, "write", write_and_upload)
 
 
 def flush_forgets_its_manifest(patch: pytest.MonkeyPatch) -> None:
     """A flush says that it is durable without having written its manifest."""
-    commit = Timeline.commit_layers
+    commit = TimelineCommits.commit_layers
 
-    def without_manifest(self: Timeline, manifest: Manifest, *args: object, **kwargs: object) -> None:
+    def without_manifest(self: TimelineCommits, manifest: Manifest, *args: object, **kwargs: object) -> None:
         with pytest.MonkeyPatch.context() as inner:
             if kwargs.get("flushed") is not None:
                 inner.setattr(ManifestStore, "write", lambda self, manifest: None)
             commit(self, manifest, *args, **kwargs)  # type: ignore[arg-type]
 
-    patch.setattr(Timeline, "commit_layers", without_manifest)
+    patch.setattr(TimelineCommits, "commit_layers", without_manifest)
 
 
 def values_stay_cached_over_a_branch_point(patch: pytest.MonkeyPatch) -> None:
@@ -175,23 +183,26 @@ def restart_forgets_leases(patch: pytest.MonkeyPatch) -> None:
 def cutoff_is_not_durable(patch: pytest.MonkeyPatch) -> None:
     """History goes before a manifest says that it has."""
 
-    async def forgotten(self: Timeline, lsn: Lsn) -> None:
-        self.manifest = msgspec.structs.replace(self.manifest, oldest_lsn=lsn)
+    async def forgotten(self: TimelineCommits, lsn: Lsn) -> None:
+        timeline = self._timeline
+        timeline.manifest = msgspec.structs.replace(timeline.manifest, oldest_lsn=lsn)
 
-    patch.setattr(Timeline, "advance_oldest_lsn", forgotten)
-    commit = Timeline.commit_layers
+    patch.setattr(TimelineCommits, "advance_oldest_lsn", forgotten)
+    commit = TimelineCommits.commit_layers
 
-    def with_older_cutoff(self: Timeline, manifest: Manifest, *args: object, **kwargs: object) -> None:
-        announced_lsn, durable_lsn = manifest.oldest_lsn, self.manifest.oldest_lsn
+    def with_older_cutoff(self: TimelineCommits, manifest: Manifest, *args: object, **kwargs: object) -> None:
+        timeline = self._timeline
+        announced_lsn, durable_lsn = manifest.oldest_lsn, timeline.manifest.oldest_lsn
         commit(
             self,
             msgspec.structs.replace(manifest, oldest_lsn=max(START, manifest.ancestor_lsn)),
             *args,  # type: ignore[arg-type]
             **kwargs,  # type: ignore[arg-type]
         )
-        self.manifest = msgspec.structs.replace(self.manifest, oldest_lsn=max(announced_lsn, durable_lsn))
+        oldest_lsn = max(announced_lsn, durable_lsn)
+        timeline.manifest = msgspec.structs.replace(timeline.manifest, oldest_lsn=oldest_lsn)
 
-    patch.setattr(Timeline, "commit_layers", with_older_cutoff)
+    patch.setattr(TimelineCommits, "commit_layers", with_older_cutoff)
 
 
 def layers_are_deleted_before_the_manifest_says_so(patch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ async def test_an_older_generation_after_a_restart_is_fenced_and_health_says_so(
         await old.make_main()
     async with node(tmp_path / "new", store) as new:
         await new.tenants.attach(TENANT, 2)
-        await new.tenants.active(TENANT, MAIN).store.write_first_manifest()
+        await new.tenants.active(TENANT, MAIN).store.commits.write_first_manifest()
     async with node(tmp_path / "old", store) as old:
         for _ in range(200):
             if any("generation 2" in problem for problem in old.health.problems.values()):
@@ -298,7 +298,7 @@ async def test_the_size_of_a_tenant_with_a_single_branch(tmp_path: Path) -> None
         assert (await only.tenants.sizes(TENANT)).synthetic_size_bytes == 0
         await only.make_main()
         sizes = await only.tenants.sizes(TENANT)
-        assert sizes.synthetic_size_bytes == sizes.timelines[0].logical_size_bytes > 0
+        assert 0 < sizes.synthetic_size_bytes == sizes.timelines[0].logical_size_bytes
 
 
 @in_event_loop

@@ -36,7 +36,7 @@ def asyncio_now() -> float:
 async def advance_oldest(timeline: Timeline, lsn: int) -> None:
     await timeline.flush()
     manifest = msgspec.structs.replace(timeline.manifest, oldest_lsn=lsn)
-    await timeline.in_thread(partial(timeline.commit_layers, manifest, []))
+    await timeline.in_thread(partial(timeline.commits.commit_layers, manifest, []))
 
 
 def test_points_below_the_cutoff_are_those_held() -> None:

@@ -24,6 +24,7 @@ from excimer.storage.engine.engine_counters import WrittenBy
 from excimer.storage.engine.image_round_job import RoundSource, write_round_piece
 from excimer.storage.engine.layer_writing import upload_layer
 from excimer.storage.engine.merge_job import MergeJob
+from excimer.storage.engine.timeline_commits import TimelineCommits
 from excimer.storage.format.layer_file import DamagedLayerError
 from excimer.storage.format.manifest import LayerDescription
 from excimer.storage.format.tenant_settings import TenantSettings
@@ -48,9 +49,8 @@ class CompactedTimeline(RoundSource, Protocol):
     def settings(self) -> TenantSettings: ...
     @property
     def inherited_size_bytes(self) -> int: ...
-    async def replace_layers(
-        self, added: Sequence[LayerDescription], removed: Sequence[LayerDescription], /
-    ) -> None: ...
+    @property
+    def commits(self) -> TimelineCommits: ...
 
 
 class Compactor:
@@ -108,7 +108,7 @@ class Compactor:
         timeline = self._timeline
         if plan.lsn < timeline.oldest_lsn:
             _log.info("timeline %s: a round is given up, its LSN is gone", timeline.home.timeline_id)
-            await timeline.replace_layers(_as_round(plan.pieces, None, None), plan.pieces)
+            await timeline.commits.replace_layers(_as_round(plan.pieces, None, None), plan.pieces)
             return True
         piece = await write_round_piece(timeline, plan)
         await self._upload(piece.layers, WrittenBy.ROUND)
@@ -121,7 +121,7 @@ class Compactor:
             described = _as_round(layers, covered_lsn if covered_lsn < plan.lsn else None, None)
         if not layers:
             return False
-        await timeline.replace_layers(described, plan.pieces)
+        await timeline.commits.replace_layers(described, plan.pieces)
         return True
 
     async def _merge(self, plan: MergePlan) -> None:
@@ -137,7 +137,7 @@ class Compactor:
             if job.damaged_run is not None:
                 self._damaged.update(each.name for each in job.damaged_run.descriptions)
             raise
-        await timeline.replace_layers(written, plan.descriptions)
+        await timeline.commits.replace_layers(written, plan.descriptions)
         timeline.context.counters.layers_merged(sum(layer.size_bytes for layer in plan.descriptions))
 
     async def _upload(self, layers: Sequence[LayerDescription], by: WrittenBy) -> None:

@@ -66,7 +66,6 @@ class CollectedTimeline(CompactedTimeline, Protocol):
     @property
     def disk_consistent_lsn(self) -> Lsn: ...
     async def compact(self) -> bool: ...
-    async def advance_oldest_lsn(self, lsn: Lsn, /) -> None: ...
 
 
 class GarbageCollector:
@@ -116,7 +115,7 @@ class GarbageCollector:
             timeline.retention.raise_cutoff(record_end(cutoff_lsn, timeline.wal_segment_size_bytes))
             announced_lsn = timeline.retention.cutoff_lsn
             if announced_lsn > timeline.manifest.oldest_lsn:
-                await timeline.advance_oldest_lsn(announced_lsn)
+                await timeline.commits.advance_oldest_lsn(announced_lsn)
             return announced_lsn
 
     async def _write_bottom_images(self) -> bool:
@@ -170,7 +169,7 @@ class GarbageCollector:
             retained = self._retained()
             plan = await timeline.in_thread(partial(plan_gc, timeline.stack.disk, retained))
             if plan.removable:
-                await timeline.replace_layers([], plan.removable)
+                await timeline.commits.replace_layers([], plan.removable)
         return (len(plan.removable), plan.size_bytes), retained
 
     def _retained(self) -> RetainedLsns:

@@ -197,7 +197,7 @@ class TenantStorage:
         async with self._changing:
             self._check_is_new(new.timeline_id)
             timeline = self._make(self._root_manifest(new), None)
-            await timeline.import_images(images)
+            await timeline.commits.import_images(images)
             self.timelines[timeline.timeline_id] = timeline
             return timeline
 
@@ -260,7 +260,7 @@ class TenantStorage:
             home.retention.hold_branch(timeline_id, lsn, now_s)
             timeline = self._make(manifest, ancestor)
             try:
-                await timeline.write_first_manifest()
+                await timeline.commits.write_first_manifest()
             except RetryableError:
                 self._unsure[timeline_id] = Origin(ancestor_id, lsn)
                 raise
@@ -289,7 +289,7 @@ class TenantStorage:
             elif timeline_id not in self._unsure:
                 timeline = self.timeline(timeline_id)
                 await timeline.close()
-                await timeline.mark_deleted()
+                await timeline.commits.mark_deleted()
             await self._in_thread(partial(self._remove, timeline_id))
             self.archived.pop(timeline_id, None)
             self.timelines.pop(timeline_id, None)
@@ -313,7 +313,7 @@ class TenantStorage:
                     f"timeline {timeline_id} cannot be archived before its branches: {', '.join(live)}"
                 )
             await timeline.flush()
-            await timeline.rewrite(
+            await timeline.commits.rewrite(
                 lambda manifest: msgspec.structs.replace(manifest, archived=True), timeline.stack.ancestry
             )
 
@@ -369,7 +369,7 @@ class TenantStorage:
                 async with timeline.compaction_lock, self._changing:
                     self._hold_inherited(timeline)
                     before = timeline.stack.ancestry
-                    is_done = await timeline.rewrite(lambda _: job.manifest(), None)
+                    is_done = await timeline.commits.rewrite(lambda _: job.manifest(), None)
                     if is_done:
                         _hold_for_readers(timeline, before)
                         timeline.retention.inherit(timeline.manifest.oldest_lsn)
@@ -400,7 +400,7 @@ class TenantStorage:
             if ancestry is not None and is_reparented(sibling.manifest, detached.manifest):
                 change = partial(_with_ancestor, ancestor_id=parent)
                 detached.retention.keep_branch(sibling.timeline_id, ancestry.lsn)
-                await sibling.rewrite(change, Ancestry(detached, ancestry.lsn))
+                await sibling.commits.rewrite(change, Ancestry(detached, ancestry.lsn))
                 _hold_for_readers(sibling, ancestry)
                 moved.append(sibling.timeline_id)
         for archived in list(self.archived.values()):
@@ -411,7 +411,9 @@ class TenantStorage:
                 self.archived[archived.timeline_id] = replace(archived, ancestor_timeline_id=parent)
                 moved.append(archived.timeline_id)
         self._hold_branch_points()
-        await detached.rewrite(lambda manifest: msgspec.structs.replace(manifest, detachment=None), None)
+        await detached.commits.rewrite(
+            lambda manifest: msgspec.structs.replace(manifest, detachment=None), None
+        )
         return sorted(moved)
 
     async def _rewrite_archived(

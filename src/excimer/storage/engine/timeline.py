@@ -21,12 +21,9 @@ Not here: what WAL means (`excimer.pageserver.ingest`), which layers to merge (`
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
-
-import msgspec
 
 from excimer._native.memory_layer import MemoryLayer
 from excimer.base.errors import CorruptionError
@@ -36,7 +33,6 @@ from excimer.storage.engine.background_steps import Step, run_steps
 from excimer.storage.engine.compactor import Compactor
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.deletion_queue import DeletionQueue
-from excimer.storage.engine.engine_counters import WrittenBy
 from excimer.storage.engine.errors import (
     IngestPausedError,
     LsnTimeoutError,
@@ -44,20 +40,15 @@ from excimer.storage.engine.errors import (
     TimelineStoppedError,
 )
 from excimer.storage.engine.garbage_collector import GarbageCollector, GcOutcome
-from excimer.storage.engine.image_sorter import ImageSorter
-from excimer.storage.engine.layer_stack import Ancestry, FrozenLayer, LayerHome, LayerStack, WalPosition
-from excimer.storage.engine.layer_writing import (
-    is_here,
-    upload_layer,
-    write_delta,
-)
+from excimer.storage.engine.layer_stack import Ancestry, LayerHome, LayerStack, WalPosition
 from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.page_explanation import PageExplanation, explain_page
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
 from excimer.storage.engine.settings_store import LiveSettings
+from excimer.storage.engine.timeline_commits import TimelineCommits
 from excimer.storage.engine.value_reads import ValueCache, read_value, read_value_and_lsn, scan_values
 from excimer.storage.engine.walk_memory import WalkMemory
-from excimer.storage.format.manifest import LayerDescription, Manifest
+from excimer.storage.format.manifest import Manifest
 from excimer.storage.format.tenant_settings import TenantSettings
 from excimer.storage.format.values import PackedBatch
 from excimer.storage.plan.layer_map import LayerMap
@@ -102,15 +93,14 @@ class Timeline:
         self.position = WalPosition(Lsn(manifest.prev_record_lsn), Lsn(manifest.disk_consistent_lsn))
         self.manifest = manifest
         """The newest durable one."""
-        self._manifests = manifests
+        self.commits = TimelineCommits(self, manifests)
         self._loop = asyncio.get_running_loop()
         self.retention = Retention.of(manifest, self._loop.time(), self.settings.lsn_lease_length_s)
         self.compaction_lock = asyncio.Lock()
-        """Held by whoever merges or removes layers: one at a time. Take it before the flush lock."""
+        """Held by whoever merges or removes layers: one at a time. Take it before that of `commits`."""
         self._loop_thread = threading.get_ident()
         self._write_lock = threading.Lock()
         self._room_made = threading.Condition(self._write_lock)
-        self._flush_lock = asyncio.Lock()
         self._flush_wanted = asyncio.Event()
         self._unflushed = asyncio.Event()
         self.on_flushed: Callable[[], None] = lambda: None
@@ -119,9 +109,7 @@ class Timeline:
         self._compaction_wanted.set()
         self._room = asyncio.Event()
         self._waiting: list[tuple[Lsn, asyncio.Future[None]]] = []
-        self._written: tuple[FrozenLayer, LayerDescription] | None = None
         self._stopped = False
-        self._deleted = False
         self._compactor = Compactor(self)
         self._collector = GarbageCollector(self, self._compactor)
 
@@ -191,7 +179,7 @@ class Timeline:
         with self._write_lock:
             self._wait_for_compaction_locked(len(batch.data))
             self._wait_for_room_locked()
-            self._check_runs()
+            self.check_runs()
             if end_lsn < self.last_record_lsn:
                 raise ValueError(f"WAL up to {format_lsn(end_lsn)} was put before")
             self.stack.open.put_batch(batch.entries, batch.data, self.last_record_lsn, end_lsn)
@@ -284,38 +272,6 @@ class Timeline:
         self._check_lsn(lsn)
         return explanation
 
-    async def import_images(self, images: Iterable[tuple[bytes, bytes]]) -> None:
-        """The content of a new timeline as of its `disk_consistent_lsn`: every key and its whole value.
-
-        Any order; memory is bounded (`ImageSorter`). Writes the timeline's first manifest: before that it
-        does not exist, whatever happens. Raises `ObjectStoreError`, OSError, ValueError.
-        """
-        async with self._flush_lock:
-            await self.whole_in_thread(partial(self._import_images, images))
-
-    async def write_first_manifest(self) -> None:
-        """Makes a new branch exist."""
-        async with self._flush_lock:
-            await self.whole_in_thread(partial(self.commit_layers, self.manifest, []))
-
-    async def mark_deleted(self) -> None:
-        """From here on the timeline counts as deleted, whatever is still there of it."""
-        async with self._flush_lock:
-            deleted = msgspec.structs.replace(self.manifest, deleted=True)
-            await self.whole_in_thread(partial(self.commit_layers, deleted, []))
-            self._deleted = True
-
-    async def rewrite(self, change: Callable[[Manifest], Manifest | None], ancestry: Ancestry | None) -> bool:
-        """`change` makes the next manifest of the newest; its layers and ancestor take the place of the
-        old in one step. False if it answers None.
-        """
-        async with self._flush_lock:
-            self._check_runs()
-            manifest = change(self.manifest)
-            if manifest is not None:
-                await self.whole_in_thread(partial(self._commit_rewritten, manifest, ancestry))
-        return manifest is not None
-
     async def flush(self) -> None:
         """All that was put before becomes durable, manifest included. One try: raises `RetryableError`
         (`ObjectStoreError`), OSError, `FencedError`.
@@ -349,26 +305,7 @@ class Timeline:
         """What the layers of its ancestors take."""
         return self.ancestor.size_bytes if self.ancestor is not None else 0
 
-    async def replace_layers(
-        self, added: Sequence[LayerDescription], removed: Sequence[LayerDescription]
-    ) -> None:
-        """Uploaded layers come and others go with one manifest; one in both is described anew.
-
-        Errors as `flush`. Hold the compaction lock.
-        """
-        async with self._flush_lock:
-            self._check_runs()
-            commit = partial(self.commit_layers, added=added, removed=removed)
-            await self.whole_in_thread(lambda: commit(self.manifest))
-
-    async def advance_oldest_lsn(self, lsn: Lsn) -> None:
-        """Reads below it are refused when this returns, and after a restart. Errors as `flush`."""
-        async with self._flush_lock:
-            self._check_runs()
-            manifest = msgspec.structs.replace(self.manifest, oldest_lsn=lsn)
-            await self.whole_in_thread(partial(self.commit_layers, manifest, []))
-
-    def _check_runs(self) -> None:
+    def check_runs(self) -> None:
         """Raises `TimelineStoppedError` once it is closed: what is deleted must not be written again."""
         if self._stopped:
             raise TimelineStoppedError(f"timeline {self.timeline_id} is closed")
@@ -415,7 +352,7 @@ class Timeline:
             self._write_lock.release()
         else:
             await self.in_thread(self._wake_writer)
-        async with self._flush_lock:
+        async with self.commits.lock:
             if len(self.deletions):
                 await self.in_thread(self.deletions.close)
             for file in self.stack.files.values():
@@ -454,7 +391,7 @@ class Timeline:
         self._check_arrived(lsn)
         if not self.home_of(lsn)._is_retained(lsn):
             raise LsnTooOldError(self.timeline_id, lsn, self.oldest_lsn)
-        if self._deleted:
+        if self.manifest.deleted:
             raise TimelineStoppedError(f"timeline {self.timeline_id} is deleted")
 
     def _check_arrived(self, lsn: Lsn) -> None:
@@ -516,84 +453,17 @@ class Timeline:
             self._loop.call_soon_threadsafe(self._flush_wanted.set)
 
     async def _flush_frozen(self) -> None:
-        async with self._flush_lock:
+        async with self.commits.lock:
             while self.stack.frozen:
-                self._check_runs()
-                await self.whole_in_thread(partial(self._flush_one, self.stack.frozen[0]))
+                self.check_runs()
+                await self.whole_in_thread(partial(self.commits.flush, self.stack.frozen[0]))
                 self._room.set()
                 self._compaction_wanted.set()
                 self.on_flushed()
 
-    def _flush_one(self, frozen: FrozenLayer) -> None:
-        """File, object, manifest, and only then the exchange: each durable before the next."""
-        added: list[LayerDescription] = []
-        if frozen.memory.value_count:
-            if (
-                self._written is None
-                or self._written[0] is not frozen
-                or not is_here(self.home, self._written[1])
-            ):
-                self._written = (frozen, write_delta(self.home, frozen, self.generation))
-                self.context.counters.layer_written(WrittenBy.FLUSH, self._written[1].size_bytes)
-            upload_layer(self.home, self._written[1])
-            added.append(self._written[1])
-        manifest = msgspec.structs.replace(
-            self.manifest, disk_consistent_lsn=frozen.end_lsn, prev_record_lsn=frozen.prev_record_lsn
-        )
-        self.commit_layers(manifest, added, flushed=frozen)
-        self._written = None
-
-    def _import_images(self, images: Iterable[tuple[bytes, bytes]]) -> None:
-        sorter = ImageSorter(self.home, self.manifest.disk_consistent_lsn, self.generation, keep_local=True)
-        try:
-            for key, data in images:
-                sorter.add(key, data)
-            self.commit_layers(self.manifest, sorter.finish())
-        finally:
-            sorter.discard()
-
-    def commit_layers(
-        self,
-        manifest: Manifest,
-        added: Sequence[LayerDescription],
-        *,
-        removed: Sequence[LayerDescription] = (),
-        flushed: FrozenLayer | None = None,
-    ) -> None:
-        """Makes uploaded layers part of the timeline, and others not: a durable manifest, then the layer
-        stack; then what was removed is deleted in the background. A layer in both is described anew.
-
-        Blocks. One caller at a time: hold the flush lock, and to remove something the compaction lock.
-        """
-        before = self.stack
-        files = {layer.name: self.home.disk_layer(layer) for layer in added if layer.name not in before.files}
-        disk = before.disk.changed(added=added, removed=removed)
-        leased_lsns = self.retention.leases_below_cutoff(self._loop.time())
-        manifest = msgspec.structs.replace(manifest, layers=disk.descriptions, leased_lsns=leased_lsns)
-        self._manifests.write(manifest)
+    def adopt(self, manifest: Manifest, change: Callable[[LayerStack], LayerStack]) -> None:
+        """Reads go by what a durable manifest says from here on. Any thread; for `commits`."""
         with self._write_lock:
-            self.stack = self.stack.with_disk(disk, files, flushed)
+            self.stack = change(self.stack)
             self.manifest = manifest
             self._room_made.notify_all()
-        for file in files.values():
-            file.note_local()
-        self._give_up_layers(before)
-
-    def _give_up_layers(self, before: LayerStack) -> None:
-        """Deletes in the background what a commit has dropped."""
-        self.deletions.superseded(before.disk)
-        self.deletions.add(file for name, file in before.files.items() if name not in self.stack.files)
-
-    def _commit_rewritten(self, manifest: Manifest, ancestry: Ancestry | None) -> None:
-        disk = LayerMap.from_descriptions(manifest.layers)
-        before = self.stack
-        added = {
-            layer.name: self.home.disk_layer(layer)
-            for layer in manifest.layers
-            if layer.name not in before.files
-        }
-        self._manifests.write(manifest)
-        with self._write_lock:
-            self.stack = replace(self.stack.with_disk(disk, added, None), ancestry=ancestry)
-            self.manifest = manifest
-        self._give_up_layers(before)

@@ -44,7 +44,7 @@ class TimelineImport:
 
     async def begin(self) -> None:
         """Durable on return. Raises `ObjectStoreError`, `FencedError`."""
-        await self.timeline.write_first_manifest()
+        await self.timeline.commits.write_first_manifest()
 
     def add_image(self, key: bytes, data: bytes) -> None:
         """See `ImageSorter.add`. Blocks; one thread at a time."""
@@ -61,7 +61,7 @@ class TimelineImport:
             layers = await self.timeline.whole_in_thread(sorter.finish)
         finally:
             await self.timeline.in_thread(sorter.discard)
-        await self.timeline.replace_layers(layers, [])
+        await self.timeline.commits.replace_layers(layers, [])
 
     async def make_room(self) -> None:
         """Flushes when much WAL waits in memory; for between chunks. Raises `ObjectStoreError`, OSError."""
@@ -77,7 +77,7 @@ class TimelineImport:
             raise ValueError("the timeline must be readable somewhere")
         await timeline.flush()
         timeline.retention.raise_cutoff(readable_lsn)
-        await timeline.rewrite(
+        await timeline.commits.rewrite(
             lambda manifest: msgspec.structs.replace(
                 manifest, importing_generation=0, oldest_lsn=readable_lsn
             ),
