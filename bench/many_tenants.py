@@ -1,10 +1,10 @@
 """[tenants_start_s, tenants_rss_mib, tenants_idle_cpu_percent] A thousand tenants on one pageserver.
 
-Each tenant has a root and two branches, the root with twenty layers in its manifest. The manifests are
-written as the engine writes them; of the layers only the descriptions exist, because attaching reads
-nothing else. The object store is a local directory. One real pageserver process, no broker: start is from
-its launch until `/healthz` says that all tenants are attached; memory is its resident set then; idle CPU is
-what it uses in the minute after the first, of one core.
+Each tenant has a root and two branches, the root with twenty layers in its manifest; of these only the
+descriptions exist, because attaching reads nothing else (`synthetic_tenants`). The object store is a local
+directory. One real pageserver process, no broker: start is from its launch until `/healthz` says that all
+tenants are attached; memory is its resident set then; idle CPU is what it uses in the half minute after the
+first, of one core.
 """
 
 import random
@@ -13,18 +13,13 @@ import time
 from pathlib import Path
 
 from bench.model import Bench, Samples
+from bench.synthetic_tenants import make_branch, make_root, new_id, place_tenant
 from excimer.base.ids import TenantId, TimelineId
-from excimer.pageserver.model import TenantRecord
-from excimer.pageserver.tenant_records import TenantRecords
-from excimer.storage.format.layer_file import LayerKind
-from excimer.storage.format.manifest import LayerDescription, Manifest, ManifestName, pack_manifest
 from excimer.wire.auth import generate_key_pair
 from tests.kit.pageservers import PageserverProcess
 
 IDS = ("tenants_start_s", "tenants_rss_mib", "tenants_idle_cpu_percent")
 LAYERS = 20
-LAYER_WAL_BYTES = 1 << 24
-GENERATION = 1
 
 
 def measure(bench: Bench) -> Samples:
@@ -53,53 +48,6 @@ def measure(bench: Bench) -> Samples:
 
 def _make_tenants(server: PageserverProcess, count: int) -> None:
     chance = random.Random(1)
-    records = TenantRecords(server.data_dir / "tenants")
     for _ in range(count):
-        tenant_id, *timeline_ids = (f"{chance.getrandbits(128):032x}" for _ in range(4))
-        home = server.object_store / "tenants" / tenant_id
-        home.mkdir(parents=True)
-        (home / "tenant").write_bytes(b"excimer tenant 1\n")
-        root = _manifest(TenantId(tenant_id), TimelineId(timeline_ids[0]), None, chance)
-        branches = [
-            _manifest(TenantId(tenant_id), TimelineId(each), root, chance) for each in timeline_ids[1:]
-        ]
-        for manifest in (root, *branches):
-            place = home / "timelines" / manifest.timeline_id
-            place.mkdir(parents=True)
-            (place / str(ManifestName(GENERATION, 1))).write_bytes(pack_manifest(manifest))
-        records.write(TenantRecord(tenant_id=TenantId(tenant_id), generation=GENERATION))
-
-
-def _manifest(
-    tenant_id: TenantId, timeline_id: TimelineId, ancestor: Manifest | None, chance: random.Random
-) -> Manifest:
-    start, end = LAYER_WAL_BYTES, (LAYERS + 1) * LAYER_WAL_BYTES
-    layers = tuple(
-        LayerDescription(
-            kind=LayerKind.DELTA,
-            level=1,
-            start_lsn=start + number * LAYER_WAL_BYTES,
-            end_lsn=start + (number + 1) * LAYER_WAL_BYTES,
-            first_key="00" * 18,
-            last_key="ff" * 18,
-            generation=GENERATION,
-            fingerprint=chance.getrandbits(32),
-            size_bytes=10_000_000,
-            index_offset=9_900_000,
-            value_count=100_000,
-        )
-        for number in range(LAYERS)
-    )
-    return Manifest(
-        tenant_id=tenant_id,
-        timeline_id=timeline_id,
-        pg_version=18,
-        system_id=7,
-        wal_segment_size_bytes=1 << 24,
-        oldest_lsn=start,
-        disk_consistent_lsn=end,
-        prev_record_lsn=end - 8,
-        ancestor_timeline_id=None if ancestor is None else ancestor.timeline_id,
-        ancestor_lsn=0 if ancestor is None else end,
-        layers=layers if ancestor is None else (),
-    )
+        root = make_root(TenantId(new_id(chance)), TimelineId(new_id(chance)), LAYERS, chance)
+        place_tenant(server, [root, *(make_branch(root, TimelineId(new_id(chance))) for _ in range(2))])
