@@ -189,8 +189,8 @@ def test_a_tar_holds_the_same_cluster(branched: Branched, tmp_path: Path, suffix
 async def _check_tar(stack: Stack, archive: Path, dump: str) -> None:
     async with place_for_cluster(build_of(stack.pg_version)) as cluster:
         make_owned_dir(cluster.data_dir)
-        with tarfile.open(archive) as tar:
-            tar.extractall(cluster.data_dir, filter="fully_trusted")
+        unpack = ["tar", "-xf", str(archive), "-C", str(cluster.data_dir)]
+        await asyncio.to_thread(subprocess.run, unpack, check=True)
         for path in [cluster.data_dir, *cluster.data_dir.rglob("*")]:
             give_to_user(path)
         cluster.configure()
