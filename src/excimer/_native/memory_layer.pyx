@@ -420,8 +420,8 @@ cdef class MemoryLayer:
 cdef class SortedValues:
     """A frozen layer's values by key, newest first; cuts them into blocks.
 
-    The values are laid out in their order first, in one pass over the nodes as they came: to follow each key's
-    chain would wait for memory at every step. So whoever cuts blocks can ask for payloads ahead of time.
+    The values are laid out in their order first, in one pass over the nodes as they came: to follow each
+    key's chain would wait for memory at every step. So whoever cuts blocks can ask for payloads ahead of time.
     """
     cdef MemoryLayer layer
     cdef KeyHead* heads
