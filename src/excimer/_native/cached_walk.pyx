@@ -1,8 +1,8 @@
 """A read's walk through layers on disk as far as cached blocks carry it: no file, no lock, no other thread.
 
 It does what `storage/engine/page_reads.collect_chains` does with blocks that it reads; a property test says
-that both find the same. For a handful of pages only: the GIL is held throughout, so that the event loop, whose
-thread this runs in, need not wait to have it back.
+that both find the same. For a handful of pages only: the GIL is held throughout, so that the event loop,
+whose thread this runs in, need not wait to have it back.
 
 Not here: which layers are visited (`storage/plan/read_path`, remembered by `storage/engine/walk_memory`).
 """

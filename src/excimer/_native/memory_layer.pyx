@@ -421,7 +421,7 @@ cdef class SortedValues:
     """A frozen layer's values by key, newest first; cuts them into blocks.
 
     The values are laid out in their order first, in one pass over the nodes as they came: to follow each
-    key's chain would wait for memory at every step. So whoever cuts blocks can ask for payloads ahead of time.
+    key's chain would wait for memory at every step. So whoever cuts blocks can ask for payloads ahead.
     """
     cdef MemoryLayer layer
     cdef KeyHead* heads
