@@ -3,7 +3,7 @@
 It all holds at the end of the shutdown checkpoint's record. Clusters of users come in another way
 (`cluster_import`), through the same reading of files.
 
-Not here: running initdb, storing the images (`Timeline.import_images`).
+Not here: running initdb, storing the images (`TimelineCommits.import_images`).
 """
 
 from pathlib import Path

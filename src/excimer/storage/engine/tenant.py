@@ -192,7 +192,7 @@ class TenantStorage:
         """A timeline without ancestor whose content at `last_record_lsn` is `images`: (key, whole value).
 
         It exists when this returns, or not at all. Raises `TimelineExistsError` and what
-        `Timeline.import_images` does.
+        `TimelineCommits.import_images` does.
         """
         async with self._changing:
             self._check_is_new(new.timeline_id)

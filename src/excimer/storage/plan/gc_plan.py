@@ -22,7 +22,7 @@ held by a point goes. They are worth writing when what goes outweighs them (`fin
 **Surplus images.** Above the cutoff the deltas are whole, so images there only shorten reads. Those that
 neither the newest readers nor held points come by are dropped beyond a budget (`surplus_images`).
 
-Not here: doing it (`excimer.storage.engine.gc_job`), what is retained (`retention`).
+Not here: doing it (`excimer.storage.engine.garbage_collector`), what is retained (`retention`).
 """
 
 from bisect import bisect_right

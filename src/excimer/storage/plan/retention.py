@@ -16,7 +16,8 @@ A lease is renewed by asking for it again, also when the cutoff has passed it me
 memory, and each manifest names those below its cutoff. After an attachment these hold for one lease length,
 and no garbage is collected meanwhile, so that everyone alive has renewed.
 
-Not here: which layers the points need (`gc_plan`), making a cutoff durable (`excimer.storage.engine.gc_job`).
+Not here: which layers the points need (`gc_plan`), making a cutoff durable
+(`excimer.storage.engine.garbage_collector`).
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +44,7 @@ class RetainedLsns(NamedTuple):
 
 
 class Retention:
-    """Of one timeline. Change it on the event loop's thread only; `is_readable` may be asked by any."""
+    """Of one timeline. Change it on the event loop's thread only; `is_held` may be asked by any."""
 
     def __init__(self, timeline_id: str, cutoff_lsn: int, attached_at_s: float) -> None:
         self.timeline_id = timeline_id
