@@ -194,7 +194,7 @@ def test_a_page_that_differs_is_told_with_its_records(finished: Run) -> None:
     result = asyncio.run(compare_with(finished.branch, finished.history, earlier, ends[-1], 200, SEED))
     pages = [told for told in result.wrong if f"at {format_lsn(ends[-1])} page relation block" in told]
     assert len(pages) > 5
-    assert all("bytes differ from" in told for told in pages)
+    assert all("bytes differ from" in told or "file ends before it" in told for told in pages)
     assert any(" manager " in told for told in pages)
 
 

@@ -362,7 +362,10 @@ class Comparer:
         fork = parse_key(key).fork
         ours = await self.timeline.get_pages(key, 1, self.lsn)
         self.result.compared["page"] += 1
-        if _comparable(fork, ours) != _comparable(fork, theirs):
+        if len(theirs) < BLOCK_SIZE_BYTES:
+            missing = f"{describe_key(key)}: the stock server's file ends before it"
+            self.result.wrong.append(f"at {format_lsn(self.lsn)} page {missing}")
+        elif _comparable(fork, ours) != _comparable(fork, theirs):
             described = self.describe_difference(key, ours, theirs)
             self.result.wrong.append(f"at {format_lsn(self.lsn)} page {described}")
 
