@@ -35,7 +35,8 @@ from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
 from excimer.storage.engine.disk_layer import DiskLayer
 from excimer.storage.engine.engine_counters import WrittenBy
 from excimer.storage.engine.page_reads import block_key
-from excimer.storage.engine.tenant import TenantStorage, create_tenant
+from excimer.storage.engine.tenant import TenantStorage
+from excimer.storage.engine.tenant_marker import create_tenant
 from excimer.storage.engine.timeline import Timeline
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.page_truth import write_history

@@ -36,7 +36,8 @@ from excimer.pageserver.initdb_import import import_initdb
 from excimer.pgformat.control_file import ControlFile
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.redo_pool import RedoPool
-from excimer.storage.engine.tenant import NewTimeline, TenantStorage, create_tenant
+from excimer.storage.engine.tenant import NewTimeline, TenantStorage
+from excimer.storage.engine.tenant_marker import create_tenant
 from excimer.storage.engine.timeline import Timeline
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.page_truth import History, OnePool, write_history

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from excimer.base.errors import ExcimerError
-from excimer.storage.engine import claim, deletion_queue, tenant, timeline_removal
+from excimer.storage.engine import attachment, claim, deletion_queue, tenant, timeline_removal
 from excimer.storage.engine.manifest_store import FoundManifest, find_newest_manifest, list_timeline
 from tests.kit.directories import new_memory_directory
 from tests.simulation.two_pageservers import TwoPageservers
@@ -58,7 +58,7 @@ def claims_nothing(patch: pytest.MonkeyPatch) -> None:
     def found(*arguments: object) -> FoundManifest | None:
         return find_newest_manifest(*arguments)  # type: ignore[arg-type]
 
-    patch.setattr(tenant, "claim_newest", found)
+    patch.setattr(attachment, "claim_newest", found)
 
 
 def claims_without_a_second_look(patch: pytest.MonkeyPatch) -> None:

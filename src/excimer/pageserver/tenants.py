@@ -45,6 +45,7 @@ from excimer.storage.engine import tenant as storage
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import TimelineArchivedError
 from excimer.storage.engine.tenant import TenantStorage
+from excimer.storage.engine.tenant_marker import create_tenant, delete_tenant
 from excimer.storage.engine.timeline import Timeline
 
 log = get_logger(__name__)
@@ -132,7 +133,7 @@ class Tenants:
                 return tenant.record
             record = TenantRecord(tenant_id=tenant_id, generation=generation)
             try:
-                await self._in_thread(partial(storage.create_tenant, self._context.store, tenant_id))
+                await self._in_thread(partial(create_tenant, self._context.store, tenant_id))
                 await self._in_thread(partial(self._records.write, record))
             except (RetryableError, OSError):
                 if tenant.record.generation == 0:
@@ -195,7 +196,7 @@ class Tenants:
         tenant = self._known(tenant_id)
         async with tenant.changing:
             await self._detach(tenant)
-            await self._in_thread(partial(storage.delete_tenant, self._context, tenant_id))
+            await self._in_thread(partial(delete_tenant, self._context, tenant_id))
             await self._in_thread(partial(self._records.remove, tenant_id))
             self._tenants.pop(tenant_id, None)
             self._world.metrics.forget_tenant(tenant_id)

@@ -7,7 +7,7 @@ there. Reads and ingest go on all the time, and so do compaction and GC of the a
 vanishes while it is wanted was replaced, and the plan is made again.
 
 Not here: which layers (`excimer.storage.plan.detach`), the exchange and the siblings
-(`excimer.storage.engine.tenant`).
+(`excimer.storage.engine.ancestor_detachment`).
 """
 
 import asyncio
