@@ -1,10 +1,9 @@
 """`ObstoreObjectStore` against a real S3 server, and against one behind a network that breaks things."""
 
 import random
-import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -12,9 +11,6 @@ from typing import TypeVar
 import pytest
 
 from excimer.io.object_store import (
-    ObjectExistsError,
-    ObjectInfo,
-    ObjectMissingError,
     ObjectStoreDeniedError,
     ObjectStoreError,
 )
@@ -23,6 +19,7 @@ from excimer.io.obstore_object_store import PART_SIZE_BYTES, CallLimits, Obstore
 from tests.kit.faulty_proxy import Fault, FaultyProxy, running_proxy
 from tests.kit.ports import free_port
 from tests.kit.s3_server import S3Server, running_s3_server
+from tests.kit.store_contract import check_contract, silent_server
 
 T = TypeVar("T")
 
@@ -49,28 +46,7 @@ def behind(proxy: FaultyProxy, server: S3Server, limits: CallLimits) -> ObstoreO
 
 
 def test_it_keeps_the_promises(server: S3Server, tmp_path: Path) -> None:
-    store = ObstoreObjectStore(URL, server.options())
-    check_object_store(store, URL)
-    assert store.list("") == []
-    store.put("a/one", b"0123456789")
-    with pytest.raises(ObjectExistsError):
-        store.put("a/one", b"other")
-    assert store.get("a/one") == b"0123456789"
-    assert store.get_range("a/one", 2, 5) == b"234"
-    content = random.Random(1).randbytes(2 * PART_SIZE_BYTES + 17)
-    (tmp_path / "layer").write_bytes(content)
-    store.put_file("a/layer", tmp_path / "layer")
-    store.copy("a/layer", "b/copy")
-    assert store.get("b/copy") == content
-    assert store.list("a") == [ObjectInfo("a/layer", len(content)), ObjectInfo("a/one", 10)]
-    other = ObstoreObjectStore("s3://things/of", server.options())
-    assert other.size_bytes("excimer/a/one") == 10
-    store.delete_many(["a/layer", "a/none", "b/copy"])
-    assert store.size_bytes("a/layer") is None
-    for missing in (lambda: store.get("a/layer"), lambda: store.copy("a/layer", "c")):
-        with pytest.raises(ObjectMissingError):
-            missing()
-    store.delete("a/one")
+    check_contract(lambda url: ObstoreObjectStore(url, server.options()), "s3://things", tmp_path)
 
 
 def test_the_environment_has_the_credentials(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,12 +75,6 @@ def test_what_is_wrong_is_said_quickly(server: S3Server) -> None:
         )
         with pytest.raises(ObjectStoreError, match=URL):
             check_object_store(silent, URL)
-
-
-@contextmanager
-def silent_server() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def test_a_store_that_ignores_the_condition_is_refused(server: S3Server, proxy: FaultyProxy) -> None:

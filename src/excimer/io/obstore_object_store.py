@@ -50,13 +50,22 @@ PARTS_IN_FLIGHT_MAX: Final = 3
 """Of one upload: memory is bounded by this many parts."""
 DELETE_BATCH_MAX: Final = 1000
 
-ENDPOINT_VARIABLES: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_ENDPOINT")
+ENDPOINT_VARIABLES: Final = (
+    *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    *("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "GOOGLE_BASE_URL"),
+)
 
 METADATA_ADDRESS: Final = "169.254.169.254"
 """Whom obstore asks for credentials when nobody has given any."""
 DENIALS: Final = (PermissionDeniedError, UnauthenticatedError, PermissionError)
-DENIAL_CODES: Final = ("NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+DENIAL_CODES: Final = (
+    *("NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
+    *("ContainerNotFound", "AuthenticationFailed", "AuthorizationFailure", "AuthenticationRequired"),
+)
+"""What stores answer to a listing; other requests' answers are told apart by obstore."""
 _SERVER_ERROR: Final = re.compile(r"<Code>([^<]*)</Code>.*?<Message>([^<]*)</Message>", re.DOTALL)
+_REQUEST_ID: Final = re.compile(r" ?RequestId:.*")
+"""With which Azure ends its messages."""
 
 _Result = TypeVar("_Result")
 
@@ -139,15 +148,16 @@ class ObstoreObjectStore:
             return None
 
     def list(self, prefix: str) -> list[ObjectInfo]:
+        what = f"{prefix or 'everything'} could not be listed in"
         try:
             pages = obstore.list(self._store, prefix=prefix or None)
             found = [ObjectInfo(meta["path"], meta["size"]) for page in pages for meta in page]
         except FileNotFoundError as error:
             if self._directory is None:
-                self._fail(error, f"{prefix} could not be listed in")
+                self._fail(error, what)
             return []
         except (BaseError, OSError) as error:
-            self._fail(error, f"{prefix} could not be listed in")
+            self._fail(error, what)
         return sorted(found)
 
     def delete(self, name: str) -> None:
@@ -255,5 +265,6 @@ def _reason(error: Exception) -> str:
     first = re.sub(r"\s+", " ", str(error).partition("\n\nDebug")[0]).strip()
     said = _SERVER_ERROR.search(first)
     if said:
-        return f"{said[1]}: {said[2]}" if said[2] else said[1]
+        message = _REQUEST_ID.sub("", said[2])
+        return f"{said[1]}: {message}" if message else said[1]
     return first or type(error).__name__
