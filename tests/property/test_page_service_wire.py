@@ -65,6 +65,18 @@ def test_client_messages_round_trip(messages: list[ClientMessage], cuts: list[in
     assert parser.buffered_bytes == 0
 
 
+@given(st.lists(CLIENT, min_size=1, max_size=5), st.integers(1, 200))
+def test_what_was_fed_may_be_overwritten_at_once(messages: list[ClientMessage], step: int) -> None:
+    parser, buffer = ClientMessageParser(), bytearray(step)
+    found: list[ClientMessage] = []
+    data = b"".join(map(encode_client_message, messages))
+    for start in range(0, len(data), step):
+        part = data[start : start + step]
+        buffer[: len(part)] = part
+        found += parser.feed(memoryview(buffer)[: len(part)])
+    assert found == messages
+
+
 @given(st.lists(SERVER, max_size=5), st.lists(U16, max_size=8))
 def test_server_messages_round_trip(messages: list[ServerMessage], cuts: list[int]) -> None:
     parser = ServerMessageParser()

@@ -199,21 +199,29 @@ class _FrameBuffer:
         return len(self._buffer)
 
     def cut(self, data: bytes | bytearray | memoryview) -> list[tuple[int, bytes]]:
-        buffer = self._buffer
-        buffer += data
         frames: list[tuple[int, bytes]] = []
-        start = 0
-        while len(buffer) - start >= _HEAD.size:
-            length, kind = _HEAD.unpack_from(buffer, start)
-            self._check(length - 1, kind)
-            end = start + 4 + length
-            if len(buffer) < end:
-                break
-            with memoryview(buffer) as view:
-                frames.append((kind, bytes(view[start + _HEAD.size : end])))
-            start = end
-        del buffer[:start]
+        if self._buffer:
+            self._buffer += data
+            del self._buffer[: self._cut_whole(self._buffer, frames)]
+        else:  # as a rule: whole frames, of which nothing is kept
+            end = self._cut_whole(data, frames)
+            if end < len(data):
+                self._buffer += data[end:]
         return frames
+
+    def _cut_whole(self, data: bytes | bytearray | memoryview, frames: list[tuple[int, bytes]]) -> int:
+        """Appends the whole frames at the beginning; where they end."""
+        start, size = 0, len(data)
+        with memoryview(data) as view:
+            while size - start >= _HEAD.size:
+                length, kind = _HEAD.unpack_from(view, start)
+                self._check(length - 1, kind)
+                end = start + 4 + length
+                if size < end:
+                    break
+                frames.append((kind, bytes(view[start + _HEAD.size : end])))
+                start = end
+        return start
 
     def _check(self, size: int, kind: int) -> None:
         bounds = self._bounds.get(kind)

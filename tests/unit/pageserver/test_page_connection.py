@@ -323,6 +323,21 @@ def test_what_can_be_answered_at_once_is_answered_at_once() -> None:
     play(story)
 
 
+def test_requests_that_reach_across_reads_of_the_socket_are_answered_in_order() -> None:
+    blocks = [(number * 7) % BLOCKS for number in range(3000)]
+
+    async def story(world: World) -> None:
+        async with world.client() as client:
+            requests = [GetPages(at, 0x200, 0, 0, 0, *RELATION, block, 1) for at, block in enumerate(blocks)]
+            data = b"".join(map(encode_client_message, requests))
+            assert len(data) > 8 * page_connection.RECEIVE_BUFFER_BYTES
+            client.writer.write(data)
+            for at, block in enumerate(blocks):
+                assert await client.receive() == Pages(at, page(block, 0x100 if block else 0x200))
+
+    play(story)
+
+
 def test_a_busy_connection_lets_others_have_their_turn() -> None:
     async def story(world: World) -> None:
         world.timeline.at_once = True
