@@ -20,9 +20,9 @@ def branch_point(at: str | None) -> dict[str, str]:
     if _LSN.match(at):
         return {"at_lsn": at}
     try:
-        moment = datetime.fromisoformat(at)
-    except ValueError as error:
+        moment = datetime.fromisoformat(at).astimezone(UTC)
+    except (ValueError, OverflowError) as error:  # the latter: in UTC the year is 0 or 10000
         raise UsageError(
             f"{at!r} is neither an LSN like 0/16B3748 nor a time like 2026-01-31T12:00:00Z"
         ) from error
-    return {"at_timestamp": moment.astimezone(UTC).isoformat()}
+    return {"at_timestamp": moment.isoformat()}

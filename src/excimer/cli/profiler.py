@@ -5,6 +5,7 @@ permission: root, or the same user where /proc/sys/kernel/yama/ptrace_scope is 0
 capability SYS_PTRACE.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,17 @@ def find_profiler() -> Path:
     if found is None:
         raise ProfileFailedError("py-spy is not installed: pip install py-spy")
     return Path(found)
+
+
+def check_writable(out: Path) -> None:
+    """Raises `ProfileFailedError` before the sampling rather than after it."""
+    folder = out.absolute().parent
+    if out.is_dir():
+        raise ProfileFailedError(f"{out} is a directory: name a file")
+    if not folder.is_dir():
+        raise ProfileFailedError(f"{out} cannot be written: there is no directory {folder}")
+    if not os.access(out if out.exists() else folder, os.W_OK):
+        raise ProfileFailedError(f"{out} cannot be written: permission denied")
 
 
 def record_profile(profiler: Path, pid: int, seconds: int, out: Path, *, with_idle: bool) -> None:

@@ -51,4 +51,5 @@ class PsqlRunner:
 
 def _check(code: int, errors: Any) -> None:
     if code != 0:
-        raise SqlFailedError(errors.decode("utf-8", "replace").strip() or f"psql ended with code {code}")
+        told = errors.decode("utf-8", "replace").partition("\nLINE ")[0]  # the SQL is ours, not the user's
+        raise SqlFailedError(told.strip() or f"psql ended with code {code}")

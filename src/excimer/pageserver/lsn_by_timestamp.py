@@ -9,9 +9,11 @@ Not here: waiting for WAL, what to do with the LSN.
 """
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import NamedTuple
 
+from excimer.base.clock import POSTGRES_EPOCH_UNIX_S
 from excimer.base.errors import RefusedError
 from excimer.base.lsn import Lsn, record_end
 
@@ -50,10 +52,19 @@ def find_lsn_at_timestamp(
         return LsnAtTimestamp(end_lsn, Answer.NEWEST)
     first = commit_time(start_lsn)
     if first is None or first > timestamptz:
-        raise TimestampOutsideHistoryError("the timestamp is before the history that this timeline keeps")
+        raise TimestampOutsideHistoryError(
+            "the timestamp is before the history that this timeline keeps"
+            + ("" if first is None else f", which begins at {_text_of(first)}")
+        )
     later = _first_later(commit_time, start_lsn, end_lsn, timestamptz)
     cut = record_end(later - 1, wal_segment_size_bytes)
     return LsnAtTimestamp(max(start_lsn, cut), Answer.BETWEEN)
+
+
+def _text_of(timestamptz: int) -> str:
+    """Rounded up to a second, so that it can be given back as it stands."""
+    whole = POSTGRES_EPOCH_UNIX_S - (-timestamptz // 1_000_000)
+    return datetime.fromtimestamp(whole, UTC).isoformat().replace("+00:00", "Z")
 
 
 class WindowStart(NamedTuple):

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from excimer.base.errors import ConflictError, NotFoundError
+from excimer.base.errors import ConflictError, NotFoundError, RefusedError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
 
@@ -27,6 +27,10 @@ class TimelineExistsError(ConflictError):
 
 class TimelineInUseError(ConflictError):
     """A timeline that others branch from cannot go before them."""
+
+
+class GenerationRangeError(RefusedError):
+    """The names of manifests have eight hex digits for it: nobody would find what is written under it."""
 
 
 class GenerationTooOldError(ConflictError):

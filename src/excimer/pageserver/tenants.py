@@ -26,6 +26,7 @@ from excimer.pageserver.bootstrap import DEFAULT_VERSION, new_cluster, own_contr
 from excimer.pageserver.cluster_import import ClusterImport
 from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp, TimestampOutsideHistoryError
 from excimer.pageserver.model import (
+    GenerationRangeError,
     GenerationTooOldError,
     ImportProgress,
     NewTimeline,
@@ -47,6 +48,7 @@ from excimer.storage.engine.errors import TimelineArchivedError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.tenant_marker import create_tenant, delete_tenant
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.manifest import MAX_GENERATION
 
 log = get_logger(__name__)
 
@@ -116,8 +118,13 @@ class Tenants:
     async def attach(self, tenant_id: TenantId, generation: int) -> TenantRecord:
         """Creates the tenant or attaches what object storage has of it.
 
-        Raises `GenerationTooOldError`, FencedError, CorruptionError, `ObjectStoreError`.
+        Raises `GenerationTooOldError`, `GenerationRangeError`, FencedError, CorruptionError,
+        `ObjectStoreError`.
         """
+        if not 0 < generation < MAX_GENERATION:
+            raise GenerationRangeError(
+                f"a generation is between 1 and {MAX_GENERATION - 1}, not {generation}"
+            )
         tenant = self._tenants.get(tenant_id)
         if tenant is None:
             tenant = self._tenants.setdefault(

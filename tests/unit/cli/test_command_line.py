@@ -15,6 +15,7 @@ from excimer.cli.app import COMMANDS
 from excimer.cli.branch_options import branch_point
 from excimer.cli.command_line import run
 from excimer.cli.commands.endpoint import check_lsn
+from excimer.cli.commands.tenant import parse_settings
 from excimer.cli.errors import UsageError, exit_code_of
 from excimer.cli.session import common_options_first
 
@@ -136,6 +137,13 @@ def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (130, "excimer: interrupted before anything was done\n")
 
 
+def test_settings_are_finite_numbers() -> None:
+    assert parse_settings(["a=1", "b=1.5", "c="]) == {"a": 1, "b": 1.5, "c": None}
+    for text in ("nan", "inf", "-inf", "1e999", "x", "--1"):
+        with pytest.raises(UsageError, match="is not a number"):
+            parse_settings([f"a={text}"])
+
+
 def test_branch_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Etc/GMT-2")
     time.tzset()
@@ -143,7 +151,8 @@ def test_branch_points(monkeypatch: pytest.MonkeyPatch) -> None:
     assert branch_point("0/16B3748") == {"at_lsn": "0/16B3748"}
     assert branch_point("2026-01-31T12:00:00Z") == {"at_timestamp": "2026-01-31T12:00:00+00:00"}
     assert branch_point("2026-01-31 12:00") == {"at_timestamp": "2026-01-31T10:00:00+00:00"}
-    for text in ("yesterday", "16B3748", "0/", "2026-13-01"):
+    edges = ("0001-01-01", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00")
+    for text in ("yesterday", "16B3748", "0/", "2026-13-01", *edges):
         with pytest.raises(UsageError, match="neither an LSN"):
             branch_point(text)
     monkeypatch.undo()

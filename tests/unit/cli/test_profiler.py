@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from excimer.cli.profiler import ProfileFailedError, ProfileNotPermittedError, record_profile
+from excimer.cli.profiler import ProfileFailedError, ProfileNotPermittedError, check_writable, record_profile
 
 PERMISSION = "Error: Permission Denied: Try running again with elevated permissions by going 'sudo env ...'"
 
@@ -44,6 +44,14 @@ def test_failures_say_what_to_do(
     with pytest.raises(kind, match=told):
         record_profile(program, 12, 1, tmp_path / "out.svg", with_idle=False)
     assert not (tmp_path / "out.svg").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_sampled(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new.svg")
+    with pytest.raises(ProfileFailedError, match="there is no directory"):
+        check_writable(tmp_path / "none" / "new.svg")
+    with pytest.raises(ProfileFailedError, match="is a directory"):
+        check_writable(tmp_path)
 
 
 def test_success_without_a_file_is_a_failure(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Search for the LSN of a moment, against a linear search."""
 
+from datetime import datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from excimer.base.clock import unix_to_timestamptz
 from excimer.base.lsn import Lsn, record_end, record_start
 from excimer.pageserver.lsn_by_timestamp import (
     Answer,
@@ -52,6 +55,18 @@ def test_search_agrees_with_looking_at_every_commit(steps: list[tuple[int, int]]
 def test_a_moment_before_the_first_known_commit_is_refused() -> None:
     with pytest.raises(TimestampOutsideHistoryError, match="before the history"):
         find_lsn_at_timestamp(reader([(int(START) + 800, 7)]), START, Lsn(START + 900), 3, SEGMENT)
+
+
+def test_it_says_where_the_history_begins_so_that_it_can_be_asked_for() -> None:
+    begin = 60_000_001  # a microsecond after the minute
+    commits = reader([(int(START), begin), (int(START) + 800, begin + 5_000_000)])
+    with pytest.raises(TimestampOutsideHistoryError, match="begins at 2000-01-01T00:01:01Z") as told:
+        find_lsn_at_timestamp(commits, START, Lsn(START + 900), 3, SEGMENT)
+    said = datetime.fromisoformat(str(told.value).split()[-1])
+    found = find_lsn_at_timestamp(
+        commits, START, Lsn(START + 900), unix_to_timestamptz(said.timestamp()), SEGMENT
+    )
+    assert START <= found.lsn < START + 800
 
 
 @given(st.integers(1, 2**40).map(lambda n: n * 8))

@@ -19,6 +19,7 @@ from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, Object
 from excimer.pageserver.active_timeline import TimelineWorld
 from excimer.pageserver.metrics import TimelineMetrics
 from excimer.pageserver.model import (
+    GenerationRangeError,
     GenerationTooOldError,
     NewTimeline,
     TenantMissingError,
@@ -129,6 +130,17 @@ async def test_generations_only_grow_and_the_newer_one_is_what_counts(tmp_path: 
         await new.tenants.create_timeline(TENANT, NewTimeline(timeline_id=BRANCH, ancestor_timeline_id=MAIN))
         assert (await old.tenants.attach(TENANT, 3)).generation == 3
         assert [each.timeline_id for each in old.tenants.timelines(TENANT)] == [MAIN, BRANCH]
+
+
+@in_event_loop
+async def test_a_generation_that_no_manifest_can_be_named_by_is_refused(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    async with node(tmp_path, store) as one:
+        for generation in (-1, 0, (1 << 32) - 1, 1 << 32, 10**20):
+            with pytest.raises(GenerationRangeError, match="between 1 and 4294967294"):
+                await one.tenants.attach(TENANT, generation)
+        assert (await one.tenants.attach(TENANT, (1 << 32) - 2)).generation == (1 << 32) - 2
+        await one.make_main()
 
 
 @in_event_loop

@@ -33,11 +33,12 @@ def profile(
     idle: Annotated[bool, typer.Option("--idle", help="Show threads that wait, too.")] = False,
 ) -> None:
     """Sample a running service with py-spy, native frames included, and write a flame graph as SVG."""
-    from excimer.cli.profiler import find_profiler, record_profile
+    from excimer.cli.profiler import check_writable, find_profiler, record_profile
 
     session = session_of(context)
     pid = running_pid(load_installation(session.directory), part)
     place = out or Path(f"{part}.svg")
+    check_writable(place)
     profiler = find_profiler()
     with session.step(f"{part}, process {pid}, for {seconds} s"):
         record_profile(profiler, pid, seconds, place, with_idle=idle)

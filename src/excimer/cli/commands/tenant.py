@@ -1,5 +1,6 @@
 """`excimer tenant create | list | size | delete | set-default | config`."""
 
+import math
 import secrets
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,10 +180,18 @@ def parse_settings(changes: list[str]) -> dict[str, int | float | None]:
         if not separator or not name:
             raise UsageError(f"--set {text!r}: write NAME=VALUE, like pitr_interval_s=86400")
         try:
-            wanted[name] = None if not value else int(value) if value.lstrip("-").isdigit() else float(value)
+            wanted[name] = None if not value else _number(value)
         except ValueError as error:
             raise UsageError(f"--set {name}: {value!r} is not a number") from error
     return wanted
+
+
+def _number(text: str) -> int | float:
+    """Raises ValueError, also for what is not finite."""
+    number = int(text) if text.lstrip("-").isdigit() else float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def _show_config(console: "Console", answer: dict[str, Any]) -> None:

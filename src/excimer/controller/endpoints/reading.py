@@ -44,7 +44,10 @@ def point_in_history(at_lsn: str | None, at_timestamp: datetime | None) -> Lsn |
         return None
     if at_timestamp.tzinfo is None:
         raise BadRequestError("a time needs its zone, like 2026-01-31T12:00:00Z")
-    return at_timestamp.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    try:
+        return at_timestamp.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    except OverflowError as error:
+        raise BadRequestError("in UTC the time is not within the years 1 to 9999") from error
 
 
 def add_reading_routes(router: APIRouter, controller: Controller) -> None:

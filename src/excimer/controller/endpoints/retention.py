@@ -3,15 +3,26 @@
 The controller knows which pageserver to ask, and passes on what that one answers.
 """
 
+import math
 from typing import Annotated, Any
 
 import fastapi
 from fastapi import APIRouter
+from pydantic import AfterValidator
 
 from excimer.controller.endpoints.api_models import Body
 from excimer.controller.shell import Controller
 
-Settings = Annotated[dict[str, Any], fastapi.Body()]
+
+def _all_finite(settings: dict[str, Any]) -> dict[str, Any]:
+    """JSON as it is written further has no words for the others: they would arrive as null."""
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name[:80]} is not a finite number")
+    return settings
+
+
+Settings = Annotated[dict[str, Any], fastapi.Body(), AfterValidator(_all_finite)]
 
 
 class BranchBody(Body):
