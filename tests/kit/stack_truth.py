@@ -8,7 +8,8 @@ import asyncio
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -55,6 +56,7 @@ from tests.kit.stack import Stack
 from tests.kit.stock_server import StockServer, copy_data_dir
 
 HTTP_TIMEOUT_S = 60.0
+ARRIVAL_TIMEOUT_S = 60.0
 EXPLAINED_MAX = 5
 """Differing pages whose whole chain of records is printed."""
 
@@ -62,6 +64,7 @@ _SYSTEM_ID = struct.Struct("<Q")
 _MANAGER_OFFSET = 17
 _SYSTEM_ID_OFFSET = 24
 """In the long header that begins a segment."""
+_SEGMENT_NAME_LENGTH = 24
 
 
 class Branch(NamedTuple):
@@ -70,43 +73,89 @@ class Branch(NamedTuple):
     installation: Installation
     tenant_id: TenantId
     timeline_id: TimelineId
+    http_address: Address
+    """Of the pageserver that serves it."""
+    page_address: Address
 
     def token(self, scope: Scope) -> str:
         private_pem = (self.installation.keys_dir / "private.pem").read_bytes()
         tenant_id = self.tenant_id if scope is Scope.TENANT else None
         return encode_token(private_pem, Claims(scope=scope, tenant_id=tenant_id))
 
-    def _ask(self, method: str, port: int, scope: Scope, action: str = "") -> Any:
-        url = f"http://{HOST}:{port}/v1/tenant/{self.tenant_id}/timeline/{self.timeline_id}{action}"
-        headers = {"Authorization": f"Bearer {self.token(scope)}"}
-        answer = httpx.request(method, url, headers=headers, timeout=HTTP_TIMEOUT_S)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
+    @property
+    def path(self) -> str:
+        return f"/tenant/{self.tenant_id}/timeline/{self.timeline_id}"
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """Whatever the pageserver answers."""
+        headers = {"Authorization": f"Bearer {self.token(Scope.PAGESERVER_API)}"}
+        url = f"http://{self.http_address}/v1{path}"
+        return httpx.request(method, url, headers=headers, json=body, timeout=HTTP_TIMEOUT_S)
+
+    def _must(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        return _answer(self.ask(method, path, body))
 
     def at_pageserver(self) -> dict[str, Any]:
-        port = self.installation.config.pageserver_http_port
-        return dict(self._ask("GET", port, Scope.PAGESERVER_API))
+        return self._must("GET", self.path)
 
     def flush(self) -> None:
         """What the pageserver has in memory becomes a layer."""
-        self._ask("POST", self.installation.config.pageserver_http_port, Scope.PAGESERVER_API, "/flush")
+        self._must("POST", f"{self.path}/flush")
+
+    def configure(self, **changes: float) -> None:
+        """Changes settings of the whole tenant."""
+        self._must("PATCH", f"/tenant/{self.tenant_id}/config", changes)
+
+    def compact(self) -> int:
+        """All that is due; the number of steps."""
+        return int(self._must("PUT", f"{self.path}/compact")["steps"])
+
+    def collect(self) -> dict[str, Any]:
+        """Garbage."""
+        return self._must("PUT", f"{self.path}/do_gc")
+
+    def lease(self, lsn: Lsn) -> None:
+        self._must("POST", f"{self.path}/lsn_lease", {"lsn": format_lsn(lsn)})
+
+    def layers(self) -> list[dict[str, Any]]:
+        return list(self._must("GET", f"{self.path}/layer_map")["layers"])
+
+    def metric(self, name: str) -> float:
+        """Of the pageserver, one without labels."""
+        text = httpx.get(f"http://{self.http_address}/metrics", timeout=HTTP_TIMEOUT_S).text
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
 
     def at_safekeeper(self, number: int) -> dict[str, Any]:
         port = self.installation.config.safekeepers[number - 1].http
-        return dict(self._ask("GET", port, Scope.SAFEKEEPER_DATA))
+        headers = {"Authorization": f"Bearer {self.token(Scope.SAFEKEEPER_DATA)}"}
+        url = f"http://{HOST}:{port}/v1{self.path}"
+        return _answer(httpx.get(url, headers=headers, timeout=HTTP_TIMEOUT_S))
 
     def wal_dir(self, number: int) -> Path:
         return self.installation.directory / "safekeepers" / str(number) / self.tenant_id / self.timeline_id
 
-    @property
-    def page_address(self) -> Address:
-        return Address(HOST, self.installation.config.page_service_port)
+
+def _answer(answer: httpx.Response) -> dict[str, Any]:
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
 
 
 def branch_of(stack: Stack, name: str = "main") -> Branch:
     rows = stack.json("timeline", "list")["branches"]
     row = next(each for each in rows if each["name"] == name)
-    return Branch(load_installation(stack.directory), row["tenant_id"], row["timeline_id"])
+    installation = load_installation(stack.directory)
+    config = installation.config
+    http_address = Address(HOST, config.pageserver_http_port)
+    page_address = Address(HOST, config.page_service_port)
+    return Branch(installation, row["tenant_id"], row["timeline_id"], http_address, page_address)
+
+
+def arrive(branch: Branch, lsn: Lsn) -> None:
+    """Waits until the pageserver has all WAL up to there."""
+    deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
+    while parse_lsn((known := branch.at_pageserver())["last_record_lsn"]) < lsn:
+        assert time.monotonic() < deadline, f"{format_lsn(lsn)} did not arrive: {known}"
+        time.sleep(0.05)
 
 
 class EndpointServer(StockServer):
@@ -140,34 +189,60 @@ class StackHistory(History):
 
 
 def stack_history(branch: Branch, build: PostgresBuild, root: Path, safekeeper: int = 1) -> StackHistory:
-    """What a safekeeper holds of a timeline without ancestor, up to its commit LSN."""
+    """What a safekeeper holds of a timeline that began as an empty cluster, up to its commit LSN."""
     known = branch.at_safekeeper(safekeeper)
-    start_lsn, commit_lsn = parse_lsn(known["start_lsn"]), parse_lsn(known["commit_lsn"])
-    beginning, wal_dir = root / "beginning", root / "wal"
+    size, start_lsn = known["wal_segment_size"], parse_lsn(known["start_lsn"])
+    beginning = root / "beginning"
     copy_data_dir(initdb_template(build), beginning)
     _set_system_id(beginning, build.version, known["system_id"])
+    name = segment_name(1, start_lsn // size, size)
+    first = bytearray((beginning / "pg_wal" / name).read_bytes())
+    _SYSTEM_ID.pack_into(first, _SYSTEM_ID_OFFSET, known["system_id"])
+    before = {name: bytes(first)}
+    return _continued(branch, build, beginning, before, start_lsn, root / "wal", safekeeper)
+
+
+def imported_history(
+    branch: Branch, build: PostgresBuild, beginning: Path, start_lsn: Lsn, source_wal_dir: Path, wal_dir: Path
+) -> StackHistory:
+    """Of an imported cluster: a copy of it, its source's WAL from `start_lsn` on, and then its own."""
+    names = [path for path in source_wal_dir.iterdir() if len(path.name) == _SEGMENT_NAME_LENGTH]
+    before = {path.name: path.read_bytes() for path in names}
+    return _continued(branch, build, beginning, before, start_lsn, wal_dir, 1)
+
+
+def _continued(
+    branch: Branch,
+    build: PostgresBuild,
+    beginning: Path,
+    before: Mapping[str, bytes],
+    history_lsn: Lsn,
+    wal_dir: Path,
+    safekeeper: int,
+) -> StackHistory:
+    """`before` are the segments up to where the safekeeper's WAL starts, by name."""
+    known = branch.at_safekeeper(safekeeper)
     size = known["wal_segment_size"]
-    numbers = range(start_lsn // size, -(-commit_lsn // size))
-    origin = numbers[0] * size
+    own_lsn, commit_lsn = parse_lsn(known["start_lsn"]), parse_lsn(known["commit_lsn"])
+    origin = history_lsn // size * size
     data = bytearray()
-    for number in numbers:
-        name = segment_name(1, number, size)
-        data += (branch.wal_dir(safekeeper) / name).read_bytes()
-        if number == numbers[0]:
-            first = (beginning / "pg_wal" / name).read_bytes()
-            data[: start_lsn - origin] = first[: start_lsn - origin]
-            _SYSTEM_ID.pack_into(data, _SYSTEM_ID_OFFSET, known["system_id"])
-    data[commit_lsn - origin :] = bytes(len(data) - (commit_lsn - origin))
-    settings = SETTINGS | {"min_wal_size": f"{2 * size >> 20}MB"}
     make_owned_dir(wal_dir)
-    for index, number in enumerate(numbers):
-        (wal_dir / segment_name(1, number, size)).write_bytes(data[index * size : (index + 1) * size])
-    wal = bytes(data[start_lsn - origin : commit_lsn - origin])
-    reader = WalReader(start_lsn, build.version)
-    records = [record for chunk, _ in chunks(wal, start_lsn) for record in reader.feed(chunk)]
+    for number in range(origin // size, -(-commit_lsn // size)):
+        name = segment_name(1, number, size)
+        kept = max(0, min(size, own_lsn - number * size))
+        segment = before[name][:kept] if kept else b""
+        if kept < size:
+            segment += (branch.wal_dir(safekeeper) / name).read_bytes()[kept:]
+        segment = segment[: commit_lsn - number * size].ljust(size, b"\0")
+        (wal_dir / name).write_bytes(segment)
+        data += segment
+    settings = SETTINGS | {"min_wal_size": f"{max(2 * size >> 20, 2)}MB"}
+    wal = bytes(data[history_lsn - origin : commit_lsn - origin])
+    reader = WalReader(history_lsn, build.version, size)
+    records = [record for chunk, _ in chunks(wal, history_lsn) for record in reader.feed(chunk)]
     # The last one is left out: a server can be recovered only to before a record.
     ends = [record.end_lsn for record in records[:-1]]
-    return StackHistory(build, beginning, wal_dir, settings, start_lsn, wal, ends, records)
+    return StackHistory(build, beginning, wal_dir, settings, history_lsn, wal, ends, records)
 
 
 def _set_system_id(directory: Path, pg_version: int, system_id: int) -> None:
@@ -225,10 +300,11 @@ class StackComparer(Comparer):
         self.explained = 0
 
     async def compare_pages(self, sizes: dict[bytes, int], count: int) -> None:
-        await super().compare_pages(sizes, count // 4)
         changed = self._changed_pages(sizes)
         relations = sorted(changed)
-        for _ in range(count - count // 4 if relations else 0):
+        of_changed = count - count // 4 if relations else 0
+        await super().compare_pages(sizes, count - of_changed)
+        for _ in range(of_changed):
             relation, fork = self.chance.choice(relations)
             block, theirs = self.chance.choice(changed[relation, fork])
             await self.compare_page(relation_block_key(relation, fork, block), theirs)
@@ -309,3 +385,27 @@ async def compare_with(
         assert backup.lsn == lsn, "the LSN is the end of a record"
         view = StackView(client, backup)
         return await StackComparer(view, lsn, data_dir, Random(seed ^ lsn), history).compare(pages)
+
+
+class Moments:
+    """Data directories of stock servers, recovered to moments of a history when they are first asked for."""
+
+    def __init__(self, history: StackHistory, root: Path) -> None:
+        self.history = history
+        self._root = root
+        self._made: dict[Lsn, Path] = {}
+
+    def directory(self, lsn: Lsn) -> Path:
+        if lsn not in self._made:
+            self._made[lsn] = recover(self.history, lsn, self._root / f"moment-{lsn:x}")
+        return self._made[lsn]
+
+    async def compare(self, branch: Branch, lsns: Sequence[Lsn], pages: int, seed: int) -> Comparison:
+        """One sum of all, as `compare_stack`."""
+        total = Comparison(Lsn(0))
+        for lsn in lsns:
+            data_dir = await asyncio.to_thread(self.directory, lsn)
+            part = await compare_with(branch, self.history, data_dir, lsn, pages, seed)
+            total.compared += part.compared
+            total.wrong += part.wrong
+        return total
