@@ -30,6 +30,8 @@ class RunningImport:
     job: ClusterImport
     limit: asyncio.Timeout
     is_complete: bool = False
+    is_ending: bool = False
+    """There is nothing to break off any more, only to wait for."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -59,10 +61,8 @@ class RunningImports:
                 try:
                     yield running
                 finally:
-                    if not running.is_complete:
-                        await asyncio.shield(_remove(store, job))
-                    del self._running[timeline_id]
-                    running.ended.set()
+                    running.is_ending = True
+                    await asyncio.shield(self._end(store, timeline_id, running))
         except TimeoutError as error:
             raise ImportBrokenOffError("the import was ended from outside: nothing was imported") from error
 
@@ -70,8 +70,19 @@ class RunningImports:
         """Ends one, or all; returns when nothing of them is left."""
         running = [each for key, each in self._running.items() if timeline_id in (None, key)]
         for each in running:
-            each.limit.reschedule(asyncio.get_running_loop().time())
+            if not each.is_ending:
+                each.is_ending = True
+                each.limit.reschedule(asyncio.get_running_loop().time())
         await asyncio.gather(*(each.ended.wait() for each in running))
+
+    async def _end(self, store: TenantStorage, timeline_id: TimelineId, running: RunningImport) -> None:
+        """Goes on when whoever waits for it is cancelled."""
+        try:
+            if not running.is_complete:
+                await _remove(store, running.job)
+        finally:
+            del self._running[timeline_id]
+            running.ended.set()
 
 
 async def _remove(store: TenantStorage, job: ClusterImport) -> None:

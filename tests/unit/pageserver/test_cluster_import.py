@@ -1,6 +1,7 @@
 """Imports by example: small clusters in, values out; what is refused or cut short leaves nothing."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ from excimer.pageserver.cluster_import import (
     ImportIncompleteError,
     TablespacesError,
 )
+from excimer.pageserver.endpoints.import_api import SenderLostError
 from excimer.pageserver.running_imports import ImportBrokenOffError, RunningImports
 from excimer.pgformat.checkpoint_state import CheckpointState
 from excimer.pgformat.cluster_files import ClusterFileError, identify_file
@@ -203,6 +205,57 @@ async def test_an_import_is_broken_off_when_its_tenant_is_detached(tmp_path: Pat
                 assert [each.timeline_id for each in imports.progress()] == [MAIN]
                 await imports.break_off()
             assert not store.objects
+
+
+class SlowRemoval(MemoryObjectStore):
+    """Removing waits until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_removing, self.go_on = threading.Event(), threading.Event()
+
+    def delete(self, name: str) -> None:
+        self.is_removing.set()
+        assert self.go_on.wait(10)
+        super().delete(name)
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_an_import_that_is_being_removed_is_waited_for(tmp_path: Path, is_cancelled: bool) -> None:
+    """Its sender has gone, and the timeline is deleted twice before all of it is removed; or the process is
+    told to stop.
+    """
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield stream(FILES)[:-5]
+        raise SenderLostError("gone")
+
+    @in_event_loop
+    async def story() -> None:
+        store = SlowRemoval()
+        with ThreadPoolExecutor(2) as threads:
+            async with storage_context(tmp_path, store=store) as context:
+                tenant = await attach(context)
+                job, imports = new_job(tenant, threads), RunningImports()
+
+                async def importing() -> None:
+                    with pytest.raises(asyncio.CancelledError if is_cancelled else SenderLostError):
+                        async with imports.running(tenant, MAIN, job):
+                            await job.run(broken())
+
+                async with asyncio.TaskGroup() as group:
+                    task = group.create_task(importing())
+                    await asyncio.to_thread(store.is_removing.wait, 10)
+                    if is_cancelled:
+                        task.cancel()
+                    deletions = [group.create_task(imports.break_off(MAIN)) for _ in range(2)]
+                    await asyncio.sleep(0)
+                    assert not any(each.done() for each in deletions)
+                    store.go_on.set()
+                assert not imports.progress()
+                assert not store.objects
+
+    story()
 
 
 @in_event_loop
