@@ -15,9 +15,11 @@ from excimer.cli.app import COMMANDS
 from excimer.cli.branch_options import branch_point
 from excimer.cli.command_line import run
 from excimer.cli.commands.endpoint import check_lsn
+from excimer.cli.commands.export import sink_for
 from excimer.cli.commands.tenant import parse_settings
 from excimer.cli.errors import UsageError, exit_code_of
 from excimer.cli.session import common_options_first
+from excimer.export.ownership import Owner
 
 
 def excimer(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -125,8 +127,17 @@ def test_an_interrupt_is_said_in_one_line(
     assert capsys.readouterr().err == "excimer: interrupted; what has started goes on running\n"
 
 
-def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+@pytest.mark.parametrize(
+    "interrupt",
+    [
+        "raise KeyboardInterrupt",
+        "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
+        "import os, signal; os.kill(os.getpid(), signal.SIGHUP)",
+        "from os import *; from signal import *; signal(SIGINT, SIG_IGN); kill(getpid(), SIGTERM)",
+    ],
+)
+def test_ctrl_c_and_its_kind_during_the_imports_are_no_traceback(tmp_path: Path, interrupt: str) -> None:
+    (tmp_path / "typer.py").write_text(f"{interrupt}\n")
     ended = subprocess.run(
         [sys.executable, "-m", "excimer.cli", "status"],
         capture_output=True,
@@ -135,6 +146,12 @@ def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
     assert (ended.returncode, ended.stderr) == (130, "excimer: interrupted before anything was done\n")
+
+
+@pytest.mark.parametrize("out", ["", "copy.zip", "copy.tar.xz", "copy.sql.gz"])
+def test_what_no_export_can_be_is_refused(out: str) -> None:
+    with pytest.raises(UsageError, match="directory"):
+        sink_for(out, Owner("postgres", 101, 104))
 
 
 def test_settings_are_finite_numbers() -> None:

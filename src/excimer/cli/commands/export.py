@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 STANDARD_OUTPUT: Final = "-"
+FOREIGN_SUFFIXES: Final = frozenset({".zip", ".gz", ".zst", ".xz", ".txz", ".bz2", ".tbz2", ".lz4", ".7z"})
 PROGRESS_INTERVAL_S: Final = 0.2
 
 
@@ -59,7 +60,7 @@ def export(
 
     session = session_of(context)
     owner = export_owner()
-    sink = _sink(out, owner)
+    sink = sink_for(out, owner)
     client = ControllerClient(load_installation(session.directory))
     body = {"branch": branch} | branch_point(at)
     ticket = client.post("tenants", tenant_name(client, tenant), "branch_access", body=body)
@@ -77,10 +78,13 @@ def export(
     _tell(session, ticket, out, owner, exported, time.monotonic() - begun)
 
 
-def _sink(out: str, owner: "Owner") -> "ExportSink":
+def sink_for(out: str, owner: "Owner") -> "ExportSink":
+    """Where `out` says. Raises `UsageError`, and what sinks do."""
     from excimer.export.directory_sink import DirectorySink
     from excimer.export.tar_sink import TarSink, tar_compression
 
+    if not out:
+        raise UsageError("OUT is empty: name a directory or a file")
     now_s = int(time.time())
     if out == STANDARD_OUTPUT:
         if sys.stdout.isatty():
@@ -88,6 +92,8 @@ def _sink(out: str, owner: "Owner") -> "ExportSink":
         return TarSink(owner, now_s, stream=sys.stdout.buffer)
     if tar_compression(out) is not None:
         return TarSink(owner, now_s, place=Path(out))
+    if Path(out).suffix in FOREIGN_SUFFIXES:
+        raise UsageError(f"{out}: only .tar, .tar.gz, .tgz and .tar.zst are written, or a directory")
     return DirectorySink(Path(out), owner)
 
 
