@@ -145,14 +145,20 @@ def test_a_static_endpoint_shows_the_past(stack: Stack) -> None:
     stack.sql("delete from flights")
     stack.json("endpoint", "create", "past", "--lsn", lsn)
     assert stack.json("endpoint", "start", "past")["started"]
-    collect_all_but_leases(stack, lsn)
+    held = collect_all_but_leases(stack, lsn)
     assert stack.sql("select count(*) from flights", "past") == "336776"
     assert stack.sql("select count(*) from flights") == "0"
+    assert stack.json("endpoint", "stop", "past")["stopped"]
+    stack.json("tenant", "config", "--set", "lsn_lease_length_s=0")  # or it would be too early to collect
+    assert stack.json("timeline", "gc")["held_points"] == held - 1, "its moment was given back"
+    stack.json("tenant", "config", "--set", "lsn_lease_length_s=")
     assert stack.json("endpoint", "stop", "past", "--destroy")["deleted"]
 
 
-def collect_all_but_leases(stack: Stack, leased_lsn: str) -> None:
-    """With windows of nothing: only what the endpoint in the past holds stays of history."""
+def collect_all_but_leases(stack: Stack, leased_lsn: str) -> int:
+    """With windows of nothing: only what the endpoint in the past and branches hold stays of history; how
+    many points.
+    """
     settings = ("pitr_interval_s", "gc_horizon_bytes", "lsn_lease_length_s")
     stack.sql("checkpoint")
     changed = stack.json("tenant", "config", *(part for name in settings for part in ("--set", f"{name}=0")))
@@ -167,6 +173,7 @@ def collect_all_but_leases(stack: Stack, leased_lsn: str) -> None:
         "tenant", "config", *(part for name in settings for part in ("--set", f"{name}="))
     )
     assert given_back["overrides"] == {}
+    return int(collected["held_points"])
 
 
 def test_a_damaged_database_of_the_controller_is_named(stack: Stack) -> None:

@@ -285,6 +285,9 @@ async def _check_lease(branched: Branched) -> None:
         exported = await run_export(access, lsn, sink, lambda done, total: None)
         assert parse_lsn(sink.collected["cutoff_lsn"]) > exported.lsn
         assert sink.collected["held_points"] >= 1
+        timeline = path_of("v1", "tenant", access.tenant_id, "timeline", access.timeline_id)
+        afterwards = await pageserver.call("PUT", f"{timeline}/do_gc")
+        assert afterwards["held_points"] == sink.collected["held_points"] - 1, "it gave its lease back"
         cluster.configure()
         async with cluster.running():
             assert dump_all(build, address_of(cluster)) == branched.past_dump

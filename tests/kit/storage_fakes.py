@@ -39,6 +39,8 @@ class FakeNode:
     flush_lsn: int = START_LSN
     commit_lsn: int = START_LSN
     writers: int = 0
+    leases: list[tuple[str, str]] = field(default_factory=list)
+    """By timeline and holder."""
 
     def check(self) -> None:
         if self.failing:
@@ -117,7 +119,17 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
         return {"lsn": format_lsn(START_LSN + int(timestamp[0:4])), "kind": "present"}
 
     add_history_routes(app, node)
+    add_lease_routes(app, node)
     return app
+
+
+def add_lease_routes(app: FastAPI, node: FakeNode) -> None:
+    @app.delete("/v1/tenant/{tenant}/timeline/{timeline}/lsn_lease/{holder}")
+    async def release_leases(tenant: str, timeline: str, holder: str) -> dict[str, int]:
+        node.check()
+        count = node.leases.count((timeline, holder))
+        node.leases = [lease for lease in node.leases if lease != (timeline, holder)]
+        return {"released": count}
 
 
 def add_history_routes(app: FastAPI, node: FakeNode) -> None:

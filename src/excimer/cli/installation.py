@@ -221,6 +221,7 @@ class Installation:
             http_listen=f"{HOST}:{endpoint['http_port']}",
             pageserver_address=spec["pageserver_address"],
             pageserver_http_address=spec["pageserver_http_address"],
+            lease_holder=spec["lease_holder"],
             safekeepers=spec["safekeepers"],
             token=spec["token"],
             postgres_settings=endpoint["postgres_settings"],

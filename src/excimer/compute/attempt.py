@@ -59,6 +59,7 @@ class ComputeSpec(NamedTuple):
     port: int
     pageserver_address: str
     pageserver_http_address: str
+    lease_holder: str
     safekeepers: list[str]
     token: str
     postgres_settings: dict[str, str]
@@ -143,7 +144,14 @@ class Attempt:
         """Until the attempt ends. Raises `LeaseRefusedError`."""
         spec = self._spec
         lease = LsnLease(
-            LeasedMoment(spec.pageserver_http_address, spec.tenant_id, spec.timeline_id, spec.token, lsn)
+            LeasedMoment(
+                spec.pageserver_http_address,
+                spec.tenant_id,
+                spec.timeline_id,
+                spec.token,
+                lsn,
+                spec.lease_holder,
+            )
         )
         await lease.acquire()
         scope.start("lsn lease", lease.run())

@@ -4,6 +4,9 @@ A lease holds for a while (the tenant's `lsn_lease_length_s`) and is renewed thr
 renewals in a row may fail. One that cannot be had for now is asked for again; if the history is gone, that is
 said once, and what the endpoint has not read yet stays unreadable.
 
+It is not given back here, because a manager that ends does not know whether its endpoint goes on elsewhere or
+later; whoever stops the endpoint for good tells the controller.
+
 Not here: what the pageserver keeps for a lease (`excimer.storage.plan.retention`).
 """
 
@@ -36,6 +39,7 @@ class LeasedMoment(NamedTuple):
     timeline_id: TimelineId
     token: str
     lsn: Lsn
+    holder: str
 
 
 class LsnLease:
@@ -70,7 +74,7 @@ class LsnLease:
         )
         path = path_of("v1", "tenant", moment.tenant_id, "timeline", moment.timeline_id, "lsn_lease")
         try:
-            answer: Any = await client.post(path, {"lsn": format_lsn(moment.lsn)})
+            answer: Any = await client.post(path, {"lsn": format_lsn(moment.lsn), "holder": moment.holder})
             length_s = float(answer["valid_for_s"])
         except RefusedError as error:
             raise LeaseRefusedError(f"LSN {format_lsn(moment.lsn)} cannot be kept: {error}") from error

@@ -24,6 +24,8 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     pageserver_address: str
     pageserver_http_address: str = ""
     """Where a static endpoint asks for a lease on its LSN; empty: it has none, and its history may go."""
+    lease_holder: str = ""
+    """In whose name: that of the endpoint, under which the controller gives the lease back."""
     safekeepers: list[str] = msgspec.field(default_factory=list)
     """Proposer addresses; empty only for a static endpoint."""
     token: str

@@ -42,6 +42,7 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         port=int(port),
         pageserver_address=settings.pageserver_address,
         pageserver_http_address=settings.pageserver_http_address,
+        lease_holder=settings.lease_holder,
         safekeepers=list(settings.safekeepers),
         token=settings.token,
         postgres_settings=dict(settings.postgres_settings),

@@ -303,6 +303,11 @@ def check_lsn_reached(timeline: Timeline, lsn: Lsn, head_lsn: Lsn) -> None:
         )
 
 
+def lease_holder(endpoint: Endpoint) -> str:
+    """In whose name a static endpoint leases its LSN, whichever process runs it."""
+    return f"endpoint-{endpoint.name}"
+
+
 def build_spec(
     endpoint: Endpoint,
     timeline: Timeline,
@@ -318,6 +323,7 @@ def build_spec(
         branch_name=timeline.name,
         pageserver_address=pageserver.page_service_address,
         pageserver_http_address=pageserver.http_address,
+        lease_holder=lease_holder(endpoint),
         safekeepers=tuple(s.proposer_address for s in safekeepers if s.id in placed),
         wal_segment_size=timeline.wal_segment_size,
         system_id=timeline.system_id,

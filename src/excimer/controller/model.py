@@ -125,6 +125,8 @@ class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):
     branch_name: str
     pageserver_address: str
     pageserver_http_address: str
+    lease_holder: str
+    """In whose name it leases the moment that it shows."""
     safekeepers: tuple[str, ...]
     """Proposer addresses of all the timeline's safekeepers."""
     wal_segment_size: int

@@ -27,6 +27,7 @@ WORK_TIMEOUT_S: Final = 170.0
 """Less than the command line waits; the work goes on all the same."""
 
 CALL_TIMEOUT_S: Final = 10.0
+RELEASE_TIMEOUT_S: Final = 3.0
 HISTORY_TIMEOUT_S: Final = 30.0
 
 T = TypeVar("T")
@@ -150,6 +151,12 @@ class PageserverApi:
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, what)
         answer: dict[str, Any] = await self._client(WORK_TIMEOUT_S).call("PUT", path)
         return answer
+
+    async def release_leases(self, tenant_id: TenantId, timeline_id: TimelineId, holder: str) -> int:
+        """How many LSNs the holder had leased. NotFoundError where it cannot have any."""
+        path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "lsn_lease", holder)
+        answer = await self._client(RELEASE_TIMEOUT_S).delete(path)
+        return _parse(self._name, answer, lambda value: int(value["released"]))
 
     async def layer_map(self, tenant_id: TenantId, timeline_id: TimelineId) -> Any:
         """As the pageserver answers it."""

@@ -18,7 +18,7 @@ from typing import Final, ParamSpec, TypeVar
 import msgspec
 
 from excimer.base.clock import Clock
-from excimer.base.errors import ExcimerError, RetryableError
+from excimer.base.errors import ExcimerError, RefusedError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.controller import core
@@ -362,9 +362,26 @@ class Controller:
         return endpoint
 
     async def delete_endpoint(self, name: str) -> None:
-        endpoint, _ = await self.find_endpoint(name)
-        await self._db(self._store.remove_endpoint, endpoint.name)
+        await self.release_endpoint(name)
+        await self._db(self._store.remove_endpoint, name)
         log.info("endpoint deleted", endpoint=name)
+
+    async def release_endpoint(self, name: str) -> int:
+        """Of a static endpoint that is stopped: what it leased is given back; how many LSNs.
+
+        If the pageserver does not hear of it, the lease runs out by itself.
+        """
+        endpoint, _ = await self.find_endpoint(name)
+        if endpoint.mode != "static":
+            return 0
+        tenants = {row.tenant_id: row for row in await self._db(self._store.list_tenants)}
+        try:
+            api = await self._pageserver_of(tenants[endpoint.tenant_id])
+            holder = core.lease_holder(endpoint)
+            return await api.release_leases(endpoint.tenant_id, endpoint.timeline_id, holder)
+        except (RefusedError, RetryableError) as error:
+            log.warning("a lease is not given back and runs out", endpoint=name, error=error)
+            return 0
 
     async def read_spec(self, name: str) -> ComputeSpec:
         endpoint, _ = await self.find_endpoint(name)

@@ -16,7 +16,7 @@ from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.base.lsn import Lsn
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.export.layout import CONTROL_FILE_PATH, ExportLayout, PageFile, plan_export
-from excimer.export.lease import keep_lease, lease_of
+from excimer.export.lease import ExportLease, keep_lease
 from excimer.export.page_stream import PATIENCE_S, RETRY_DELAY_S_MAX, BranchAccess, PageStream
 from excimer.export.sink import ExportSink
 from excimer.pgformat.basebackup import Basebackup
@@ -43,9 +43,12 @@ async def run_export(access: BranchAccess, lsn: Lsn, sink: ExportSink, report: R
     """
     backup = await _basebackup(access, lsn)
     layout = plan_export(backup, int(time.time()))
-    lease = lease_of(access, Lsn(backup.lsn))
-    async with running("export lease", keep_lease(lease, await lease())):
-        await _write(access, Lsn(backup.lsn), layout, sink, report)
+    lease = ExportLease(access, Lsn(backup.lsn))
+    try:
+        async with running("export lease", keep_lease(lease.ask, await lease.ask())):
+            await _write(access, Lsn(backup.lsn), layout, sink, report)
+    finally:
+        await lease.release()
     return Exported(
         Lsn(backup.lsn),
         backup.pg_version,

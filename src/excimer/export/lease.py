@@ -1,35 +1,48 @@
-"""Keeps the LSN of an export readable while it takes, however quickly garbage is collected."""
+"""Keeps the LSN of an export readable while it takes, however quickly garbage is collected, and no longer."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Final
 
-from excimer.base.errors import RetryableError
+from excimer.base.errors import ExcimerError, RetryableError
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.export.page_stream import BranchAccess
 from excimer.service.http_client import HttpClient, path_of
 
 RENEWALS_PER_LEASE: Final = 4
 RENEWAL_INTERVAL_S_MIN: Final = 1.0
+RELEASE_TIMEOUT_S: Final = 3.0
 
 Ask = Callable[[], Awaitable[float]]
 """Takes or renews the lease; how many seconds it holds from now on."""
 
 
-def lease_of(access: BranchAccess, lsn: Lsn) -> Ask:
-    """Of an LSN of the branch, at its pageserver. Raises what that one answers: refused, when the history
-    is gone.
-    """
-    client = HttpClient("pageserver", access.pageserver_http_address, access.token)
-    path = path_of("v1", "tenant", access.tenant_id, "timeline", access.timeline_id, "lsn_lease")
+class ExportLease:
+    """On an LSN of the branch, at its pageserver."""
 
-    async def ask() -> float:
-        answer = await client.post(path, {"lsn": format_lsn(lsn)})
+    def __init__(self, access: BranchAccess, lsn: Lsn) -> None:
+        self._access = access
+        self._lsn = lsn
+        self._holder = f"export-{secrets.token_hex(8)}"
+        self._path = path_of("v1", "tenant", access.tenant_id, "timeline", access.timeline_id, "lsn_lease")
+
+    async def ask(self) -> float:
+        """Raises what the pageserver answers: refused, when the history is gone."""
+        client = HttpClient("pageserver", self._access.pageserver_http_address, self._access.token)
+        body = {"lsn": format_lsn(self._lsn), "holder": self._holder}
+        answer = await client.post(self._path, body)
         return datetime.fromisoformat(answer["valid_until"]).timestamp() - time.time()
 
-    return ask
+    async def release(self) -> None:
+        """Gives it back. If that fails, it runs out by itself."""
+        access = self._access
+        client = HttpClient("pageserver", access.pageserver_http_address, access.token, RELEASE_TIMEOUT_S)
+        with suppress(ExcimerError):
+            await client.delete(self._path + path_of(self._holder))
 
 
 async def keep_lease(ask: Ask, length_s: float) -> None:

@@ -136,15 +136,19 @@ class HistoryKeeper:
             steps += 1
         return steps
 
-    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> Lease:
-        """Keeps an LSN readable, rounded down to a record's end.
+    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn, holder: str) -> Lease:
+        """Keeps an LSN readable, rounded down to a record's end. Without a name nobody can give it back.
 
         Raises `LsnTimeoutError` (it has not arrived), `LsnTooOldError`, `NotRetainedError` (about to go).
         """
         active = self._tenants.active(tenant_id, timeline_id)
         end_lsn = active.record_end(lsn)
-        valid_for_s = active.store.lease(end_lsn)
+        valid_for_s = active.store.lease(end_lsn, holder)
         return Lease(end_lsn, self._clock.now() + valid_for_s, valid_for_s)
+
+    async def release_leases(self, tenant_id: TenantId, timeline_id: TimelineId, holder: str) -> int:
+        """Ends what the holder leased on the timeline; how many LSNs. Garbage collection is not hurried."""
+        return self._tenants.active(tenant_id, timeline_id).store.release_leases(holder)
 
     # By schedule
 

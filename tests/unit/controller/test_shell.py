@@ -74,6 +74,37 @@ def test_the_whole_life(tmp_path: Path) -> None:
     play(tmp_path, story)
 
 
+def test_a_static_endpoint_that_is_let_go_gives_its_moment_back(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await make_tenant(world)
+        for number, mode in enumerate(("primary", "static")):
+            await world.controller.create_endpoint(
+                mode,
+                "shop",
+                "main",
+                mode="static" if mode == "static" else "primary",
+                lsn=Lsn(START_LSN) if mode == "static" else None,
+                pg_version=None,
+                ports=(5000 + number, 6000 + number),
+                postgres_settings={},
+            )
+        assert (await world.controller.read_spec("static")).lease_holder == "endpoint-static"
+        others = [(MAIN, "endpoint-another"), (BRANCH, "endpoint-static")]
+        world.pageserver.leases = [(MAIN, "endpoint-static"), *others]
+        assert await world.controller.release_endpoint("primary") == 0
+        assert await world.controller.release_endpoint("static") == 1
+        assert await world.controller.release_endpoint("static") == 0
+        assert world.pageserver.leases == others
+        world.pageserver.leases.append((MAIN, "endpoint-static"))
+        world.pageserver.failing = True
+        assert await world.controller.release_endpoint("static") == 0  # it runs out by itself
+        world.pageserver.failing = False
+        await world.controller.delete_endpoint("static")
+        assert world.pageserver.leases == others
+
+    play(tmp_path, story)
+
+
 def test_a_failed_creation_leaves_nothing_visible(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         world.safekeepers[0].failing = world.safekeepers[1].failing = True

@@ -259,6 +259,7 @@ async def check_routes(client: AsyncClient, here: World) -> None:
         assert answer.status_code in (401, 403), answer.text
     answer = await client.put(f"{timeline}/do_gc", headers=operator)
     assert (answer.status_code, answer.json()["kind"]) == (503, "GcTooEarlyError")
+    await check_release(client, timeline, lease)
     await here.keeper.set_config(TENANT, {})
     answer = await client.put(f"{timeline}/do_gc", headers=operator)
     assert answer.json() == {
@@ -272,3 +273,17 @@ async def check_routes(client: AsyncClient, here: World) -> None:
     assert (await client.put(f"{timeline}/do_gc", headers=token(Scope.TENANT, TENANT))).status_code == 403
     answer = await client.post(f"{timeline}/lsn_lease", json={"lsn": format_lsn(START)}, headers=operator)
     assert (answer.status_code, answer.json()["kind"]) == (400, "LsnTooOldError")
+
+
+async def check_release(client: AsyncClient, timeline: str, lease: dict[str, str]) -> None:
+    """With a tenant's own token, and by name; what nobody gives back runs out."""
+    reader = token(Scope.TENANT, TENANT)
+    for holder in ("export 1", "endpoint/a"):
+        await client.post(f"{timeline}/lsn_lease", json={**lease, "holder": holder}, headers=reader)
+    path = f"{timeline}/lsn_lease/export%201"
+    for wrong in (token(Scope.TENANT, TenantId("ff" * 16)), token(Scope.SAFEKEEPER_DATA), {}):
+        assert (await client.delete(path, headers=wrong)).status_code in (401, 403)
+    released = [(await client.delete(path, headers=reader)).json() for _ in range(2)]
+    assert released == [{"released": 1}, {"released": 0}]
+    long_name = {**lease, "holder": "x" * 101}
+    assert (await client.post(f"{timeline}/lsn_lease", json=long_name, headers=reader)).status_code == 400

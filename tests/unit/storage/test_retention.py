@@ -12,7 +12,13 @@ from excimer.base.lsn import Lsn
 from excimer.storage.engine.errors import LsnTooOldError
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.plan.branch import BranchPointError
-from excimer.storage.plan.retention import NotRetainedError, RetainedLsns, Retention, plan_cutoff
+from excimer.storage.plan.retention import (
+    NOBODY,
+    NotRetainedError,
+    RetainedLsns,
+    Retention,
+    plan_cutoff,
+)
 from tests.kit.storage_oracle import IMPORTED, MAP_KEY
 from tests.kit.storage_world import (
     MAIN,
@@ -70,6 +76,38 @@ def test_nothing_new_is_held_below_an_announced_cutoff() -> None:
         retention.lease(Lsn(150), now_s=19.0, length_s=10.0)
 
 
+def test_a_lease_given_back_is_the_holders_alone() -> None:
+    retention = Retention("main", 100, attached_at_s=0.0)
+    for lsn, holder in ((150, "export"), (150, "endpoint"), (160, "export"), (170, NOBODY)):
+        retention.lease(Lsn(lsn), now_s=0.0, length_s=10.0, holder=holder)
+    retention.raise_cutoff(Lsn(200))
+    assert retention.release_leases(NOBODY) == 0
+    assert retention.release_leases("export") == 2
+    assert retention.release_leases("export") == 0
+    assert retention.retained(now_s=5.0).points == (150, 170)
+    assert not retention.is_held(160, now_s=5.0)
+    with pytest.raises(NotRetainedError):
+        retention.lease(Lsn(160), now_s=5.0, length_s=10.0, holder="export")
+    assert retention.lease(Lsn(150), now_s=5.0, length_s=10.0, holder="another") == 15.0
+    assert retention.release_leases("endpoint") == 1
+    assert retention.leases_below_cutoff(now_s=12.0) == (150,)
+    assert retention.retained(now_s=15.0).points == ()
+
+
+def test_what_is_detached_takes_the_leases_along_with_their_holders() -> None:
+    ancestor, detached = (Retention(name, 100, attached_at_s=0.0) for name in ("main", "child"))
+    ancestor.lease(Lsn(150), now_s=0.0, length_s=10.0, holder="export")
+    ancestor.lease(Lsn(160), now_s=5.0, length_s=10.0, holder="export")
+    detached.lease(Lsn(150), now_s=5.0, length_s=10.0, holder="endpoint")
+    detached.lease(Lsn(150), now_s=3.0, length_s=10.0, holder="export")
+    detached.copy_leases(ancestor)
+    assert detached.is_held(150, now_s=14.0)
+    assert detached.release_leases("endpoint") == 1
+    assert (detached.is_held(150, now_s=12.0), detached.is_held(150, now_s=14.0)) == (True, False)
+    assert detached.release_leases("export") == 2
+    assert detached.retained(now_s=1.0).points_above == ()
+
+
 def test_the_first_collection_waits_for_leases_to_be_renewed() -> None:
     retention = Retention("main", 100, attached_at_s=50.0)
     assert retention.gc_wait_s(now_s=55.0, lease_length_s=20.0) == 15.0
@@ -97,6 +135,11 @@ async def test_held_points_are_read_and_nothing_else_below_the_cutoff(tmp_path: 
         put(child, [size_value(SIZE, START + 350, 77)])
         await tenant.branch_timeline(GRANDCHILD, CHILD, lsn=Lsn(START + 200))
         timeline.retention.lease(Lsn(START + 100), asyncio_now(), 1000.0)
+        timeline.lease(Lsn(START + 400), "a reader of the main branch")
+        child.lease(Lsn(START + 150), "a reader of the child")
+        child.lease(Lsn(START + 250), "a reader of the child")
+        assert tenant.timeline(GRANDCHILD).release_leases("a reader of the child") == 2
+        assert timeline.release_leases("a reader of the main branch") == 1
         timeline.retention.raise_cutoff(Lsn(START + 500))
         assert timeline.retention.retained(asyncio_now()).points == (START + 100, START + 200, START + 300)
         await advance_oldest(timeline, START + 500)

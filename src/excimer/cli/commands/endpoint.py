@@ -166,14 +166,20 @@ def stop(
     ] = False,
     immediate: Annotated[bool, typer.Option("--immediate", help="Kill at once; no commit is lost.")] = False,
 ) -> None:
-    """Stop an endpoint. Its local files are only a cache and are deleted."""
+    """Stop an endpoint. Its local files are only a cache and are deleted.
+
+    A static endpoint no longer keeps the moment that it shows: when that leaves what is retained, it cannot
+    be started again. `excimer stop` keeps it.
+    """
     session = session_of(context)
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
-    client.get("endpoints", name)
+    endpoint = client.get("endpoints", name)
     was_running = stop_endpoint(session, installation, name, immediate=immediate)
     if destroy:
         delete_endpoint(installation, client, name)
+    elif endpoint["mode"] == "static":
+        client.post("endpoints", name, "release", body=None)
     session.say(
         f"endpoint {name} " + ("deleted" if destroy else "stopped" if was_running else "did not run"),
         {"name": name, "stopped": was_running, "deleted": destroy},

@@ -19,6 +19,7 @@ from excimer.controller.endpoints.api_models import (
     EndpointsAnswer,
     ImportAnswer,
     NodesAnswer,
+    ReleasedAnswer,
     SpecAnswer,
     TenantAnswer,
     TenantsAnswer,
@@ -178,6 +179,11 @@ def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:
         """Forgets an endpoint; whoever runs its compute stops it first."""
         await controller.delete_endpoint(name)
         return DeletedAnswer(state="deleted")
+
+    @router.post("/endpoints/{name}/release", tags=["endpoints"])
+    async def release_endpoint(name: str) -> ReleasedAnswer:
+        """Lets the moment go that a static endpoint showed; whoever runs its compute has stopped it."""
+        return ReleasedAnswer(released=await controller.release_endpoint(name))
 
     @router.get("/endpoints/{name}/spec", tags=["endpoints"])
     async def get_spec(name: str) -> SpecAnswer:

@@ -158,6 +158,7 @@ class SpecAnswer(BaseModel):
     endpoint: EndpointAnswer
     pageserver_address: str
     pageserver_http_address: str
+    lease_holder: str
     safekeepers: list[str]
     wal_segment_size: int
     system_id: str
@@ -169,11 +170,16 @@ class SpecAnswer(BaseModel):
             endpoint=EndpointAnswer.of(spec.endpoint, spec.branch_name),
             pageserver_address=spec.pageserver_address,
             pageserver_http_address=spec.pageserver_http_address,
+            lease_holder=spec.lease_holder,
             safekeepers=list(spec.safekeepers),
             wal_segment_size=spec.wal_segment_size,
             system_id=str(spec.system_id),
             token=spec.token,
         )
+
+
+class ReleasedAnswer(BaseModel):
+    released: int = Field(description="moments that it kept readable, and no longer does")
 
 
 class DeletedAnswer(BaseModel):

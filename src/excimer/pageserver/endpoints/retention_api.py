@@ -19,6 +19,7 @@ from excimer.storage.engine.garbage_collector import GcOutcome
 from excimer.wire.auth import Claims, Scope, require_tenant
 
 TIMELINE = "/tenant/{tenant_id}/timeline/{timeline_id}"
+HOLDER_LENGTH_MAX = 100
 
 
 class RetentionOperations(Protocol):
@@ -29,7 +30,8 @@ class RetentionOperations(Protocol):
     async def change_config(self, tenant_id: TenantId, changes: dict[str, Any]) -> TenantConfig: ...
     async def collect_garbage(self, tenant_id: TenantId, timeline_id: TimelineId) -> GcOutcome: ...
     async def compact(self, tenant_id: TenantId, timeline_id: TimelineId) -> int: ...
-    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> Lease: ...
+    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn, holder: str) -> Lease: ...
+    async def release_leases(self, tenant_id: TenantId, timeline_id: TimelineId, holder: str) -> int: ...
 
 
 class ConfigAnswer(BaseModel):
@@ -67,12 +69,17 @@ class LeaseBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     lsn: str
+    holder: str = Field("", max_length=HOLDER_LENGTH_MAX, description="who may give it back early")
 
 
 class LeaseAnswer(BaseModel):
     lsn: str
     valid_until: datetime = Field(description="ask again before; later the LSN may be gone")
     valid_for_s: float = Field(description="the same, for whose clock is another")
+
+
+class ReleaseAnswer(BaseModel):
+    released: int = Field(description="LSNs that this holder had leased")
 
 
 def make_retention_router(operations: RetentionOperations) -> APIRouter:
@@ -111,12 +118,24 @@ def make_lease_router(
         """Grants or renews a lease; refused for an LSN whose history is gone."""
         tenant, timeline = parse_tenant_id(tenant_id), parse_timeline_id(timeline_id)
         require_tenant(claims, tenant, Scope.PAGESERVER_API)
-        lease = await operations.lease(tenant, timeline, parse_lsn(body.lsn))
+        lease = await operations.lease(tenant, timeline, parse_lsn(body.lsn), body.holder)
         return LeaseAnswer(
             lsn=format_lsn(lease.lsn),
             valid_until=datetime.fromtimestamp(lease.valid_until, UTC),
             valid_for_s=lease.valid_for_s,
         )
+
+    @router.delete(TIMELINE + "/lsn_lease/{holder}", tags=["timeline"], summary="Give leases back")
+    async def release_lsn_leases(
+        tenant_id: TenantPath,
+        timeline_id: TimelinePath,
+        holder: str,
+        claims: Annotated[Claims, Depends(authenticate)],
+    ) -> ReleaseAnswer:
+        """Ends all leases of a holder on a timeline, and no one else's."""
+        tenant, timeline = parse_tenant_id(tenant_id), parse_timeline_id(timeline_id)
+        require_tenant(claims, tenant, Scope.PAGESERVER_API)
+        return ReleaseAnswer(released=await operations.release_leases(tenant, timeline, holder))
 
     return router
 

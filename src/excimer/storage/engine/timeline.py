@@ -52,7 +52,7 @@ from excimer.storage.format.manifest import Manifest
 from excimer.storage.format.tenant_settings import TenantSettings
 from excimer.storage.format.values import PackedBatch
 from excimer.storage.plan.layer_map import LayerMap
-from excimer.storage.plan.retention import Retention
+from excimer.storage.plan.retention import NOBODY, Retention
 
 _log = logging.getLogger(__name__)
 
@@ -290,15 +290,25 @@ class Timeline:
         """
         return await self._collector.collect(time_lsn)
 
-    def lease(self, lsn: Lsn) -> float:
-        """Keeps an LSN readable for so many seconds from now on; ask again to renew it.
+    def lease(self, lsn: Lsn, holder: str = NOBODY) -> float:
+        """Keeps an LSN readable for so many seconds from now on; ask again to renew it, and
+        `release_leases` when it is not needed any more.
 
         Raises `LsnTimeoutError` (it has not arrived), `LsnTooOldError`, `NotRetainedError` (about to go).
         """
         self._check_lsn(lsn)
         now_s = self._loop.time()
         length_s = self.settings.lsn_lease_length_s
-        return self.home_of(lsn).retention.lease(lsn, now_s, length_s) - now_s
+        return self.home_of(lsn).retention.lease(lsn, now_s, length_s, holder) - now_s
+
+    def release_leases(self, holder: str) -> int:
+        """Ends what a holder leased here, in the ancestors' part of the history too; how many LSNs."""
+        released, timeline = 0, self
+        while True:
+            released += timeline.retention.release_leases(holder)
+            if timeline.ancestor is None:
+                return released
+            timeline = timeline.ancestor
 
     @property
     def inherited_size_bytes(self) -> int:

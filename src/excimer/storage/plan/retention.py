@@ -16,16 +16,22 @@ A lease is renewed by asking for it again, also when the cutoff has passed it me
 memory, and each manifest names those below its cutoff. After an attachment these hold for one lease length,
 and no garbage is collected meanwhile, so that everyone alive has renewed.
 
+Each lease has a holder, who may give it back early: an LSN is held as long as one of its holders holds it. A
+lease whose holder is not known (`NOBODY`: it was not said, or forgotten in a restart) just runs out.
+
 Not here: which layers the points need (`gc_plan`), making a cutoff durable
 (`excimer.storage.engine.garbage_collector`).
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from excimer.base.errors import RefusedError
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.storage.format.manifest import Manifest
+
+NOBODY: Final = ""
+"""The holder of leases that nobody gives back."""
 
 
 class NotRetainedError(RefusedError):
@@ -53,7 +59,8 @@ class Retention:
         self.attached_at_s = attached_at_s
         self._branches: dict[str, Lsn] = {}
         self._branch_counts: dict[Lsn, int] = {}
-        self._leases: dict[Lsn, float] = {}
+        self._leases: dict[Lsn, Mapping[str, float]] = {}
+        """By LSN and holder, until when. What an LSN maps to is replaced, not changed: others read it."""
         self._reading: list[tuple[Callable[[], bool], Lsn]] = []
 
     @classmethod
@@ -61,7 +68,8 @@ class Retention:
         """Right after attaching: leases of the former process hold until they can have been renewed."""
         cutoff_lsn = max(manifest.oldest_lsn, manifest.ancestor_lsn)
         retention = cls(manifest.timeline_id, cutoff_lsn, now_s)
-        retention._leases = dict.fromkeys(map(Lsn, manifest.leased_lsns), now_s + lease_length_s)
+        former = {NOBODY: now_s + lease_length_s}
+        retention._leases = dict.fromkeys(map(Lsn, manifest.leased_lsns), former)
         return retention
 
     def hold_branch(self, child_id: str, lsn: Lsn, now_s: float) -> None:
@@ -94,8 +102,10 @@ class Retention:
 
     def copy_leases(self, other: "Retention") -> None:
         """History of another timeline is to become this one's, with who reads it."""
-        for lsn, until_s in other._leases.items():
-            self._leases[lsn] = max(self._leases.get(lsn, 0.0), until_s)
+        for lsn, holders in other._leases.items():
+            own = self._leases.get(lsn, {})
+            later = {holder: max(until_s, own.get(holder, 0.0)) for holder, until_s in holders.items()}
+            self._leases[lsn] = {**own, **later}
 
     def inherit(self, cutoff_lsn: int) -> None:
         """History below what was this timeline's beginning has come to it, and was not collected."""
@@ -105,12 +115,24 @@ class Retention:
         """Keeps a point that was held until now from collections as long as they are told to."""
         self._reading.append((is_wanted, lsn))
 
-    def lease(self, lsn: Lsn, now_s: float, length_s: float) -> float:
+    def lease(self, lsn: Lsn, now_s: float, length_s: float, holder: str = NOBODY) -> float:
         """Grants or renews a lease and says until when it holds. Raises `NotRetainedError`."""
         self.check_can_hold(lsn, now_s)
-        until_s = max(self._leases.get(lsn, 0.0), now_s + length_s)
-        self._leases[lsn] = until_s
+        holders = self._leases.get(lsn, {})
+        until_s = max(holders.get(holder, 0.0), now_s + length_s)
+        self._leases[lsn] = {**holders, holder: until_s}
         return until_s
+
+    def release_leases(self, holder: str) -> int:
+        """Ends all leases of a holder; how many there were. Those of nobody stay."""
+        held = [lsn for lsn, holders in self._leases.items() if holder in holders and holder != NOBODY]
+        for lsn in held:
+            others = {other: until_s for other, until_s in self._leases[lsn].items() if other != holder}
+            if others:
+                self._leases[lsn] = others
+            else:
+                del self._leases[lsn]
+        return len(held)
 
     def check_can_hold(self, lsn: Lsn, now_s: float) -> None:
         """Raises `NotRetainedError` for what is below the cutoff, unless somebody holds it already."""
@@ -122,7 +144,7 @@ class Retention:
 
     def is_held(self, lsn: int, now_s: float) -> bool:
         """Whether a branch point or a lease keeps exactly this LSN."""
-        return lsn in self._branch_counts or self._leases.get(Lsn(lsn), 0.0) > now_s
+        return lsn in self._branch_counts or _is_running(self._leases.get(Lsn(lsn), {}), now_s)
 
     def raise_cutoff(self, lsn: Lsn) -> None:
         """Announces a cutoff. From here on nothing new is held below it."""
@@ -130,7 +152,11 @@ class Retention:
 
     def retained(self, now_s: float) -> RetainedLsns:
         """What must stay readable now; forgets leases that are over."""
-        self._leases = {lsn: until_s for lsn, until_s in self._leases.items() if until_s > now_s}
+        self._leases = {
+            lsn: {holder: until_s for holder, until_s in holders.items() if until_s > now_s}
+            for lsn, holders in self._leases.items()
+            if _is_running(holders, now_s)
+        }
         self._reading = [(is_wanted, lsn) for is_wanted, lsn in self._reading if is_wanted()]
         held = {*self._branch_counts, *self._leases, *(lsn for _, lsn in self._reading)}
         return RetainedLsns(
@@ -142,10 +168,9 @@ class Retention:
     def leases_below_cutoff(self, now_s: float) -> tuple[int, ...]:
         """For the manifest, ascending: a restart would not know of them otherwise. Any thread."""
         leases = list(self._leases.items())
-        return tuple(sorted(lsn for lsn, until_s in leases if lsn < self.cutoff_lsn and until_s > now_s))
-
-    def lease_count(self, now_s: float) -> int:
-        return sum(until_s > now_s for until_s in self._leases.values())
+        return tuple(
+            sorted(lsn for lsn, holders in leases if lsn < self.cutoff_lsn and _is_running(holders, now_s))
+        )
 
     def branch_points(self) -> dict[str, Lsn]:
         """By child, at whatever LSN."""
@@ -154,6 +179,10 @@ class Retention:
     def gc_wait_s(self, now_s: float, lease_length_s: float) -> float:
         """How long garbage collection has to wait yet for holders of leases to renew them; 0: not."""
         return max(0.0, self.attached_at_s + lease_length_s - now_s)
+
+
+def _is_running(holders: Mapping[str, float], now_s: float) -> bool:
+    return any(until_s > now_s for until_s in holders.values())
 
 
 def plan_cutoff(
