@@ -390,7 +390,11 @@ class World:
     # The end
 
     def _heal(self) -> None:
-        """Liveness: with all faults gone, a new proposer must win, repair everyone and commit new WAL."""
+        """Liveness: with all faults gone, a new proposer must win, repair everyone and commit new WAL.
+
+        One that was elected without a node whose promise was to a candidate that never won is fenced
+        when that node speaks, and is started again; each time with a higher term, so not for ever.
+        """
         self.trace.append(("heal",))
         self.crash_probability = self.drop_probability = 0.0
         self.blocked.clear()
@@ -401,6 +405,7 @@ class World:
         for candidate in self.candidates:
             candidate.alive = False
         last = self._start_candidate()
+        restarts = max(node.disk.control.promised_term for node in alive)
         wrote = False
         for step in range(HEALED_STEPS_MAX):
             self._deliver()
@@ -408,6 +413,10 @@ class World:
                 self._flush(node)
             if step % 64 == 63:
                 self._tick()
+            if last.core.phase is Phase.FENCED and restarts:
+                restarts -= 1
+                last.alive = wrote = False
+                last = self._start_candidate()
             if last.commit_lsn and not wrote:
                 self._write_wal()
                 wrote = True
