@@ -2,7 +2,8 @@
 
 Flushes, merges, images, branches, leases, collections, evictions, a detachment, archiving, a deletion:
 whatever was acknowledged before the crash is there after it, every page at every LSN that must be readable is
-right, the work can be finished, and nothing that nobody names outlives the next attachment.
+right, the work can be finished, and nothing that nobody names stays: the same owner finds it when it attaches
+again, and so does the next.
 """
 
 import os
@@ -58,6 +59,9 @@ def newest(world: EngineWorld) -> TimelineId:
 
 
 def live_on(world: EngineWorld) -> None:
+    for timeline in world.tenant.timelines.values():
+        world.runner.run(timeline.leftovers.sweep())  # of its own accord
+    world.check_no_garbage()
     for timeline_id in list(world.oracles):
         world.flush(timeline_id)
         world.compact(timeline_id)

@@ -321,6 +321,12 @@ class EngineWorld:
         assert timeline.manifest.oldest_lsn <= max(before_lsn, time_lsn + PAGE_HEADER_BYTES_MAX)
         timeline.deletions.drain()
 
+    def sweep(self, timeline_id: TimelineId) -> None:
+        """Somebody suspects layers that nobody names."""
+        timeline = self.timeline(timeline_id)
+        self.runner.run(sweep_suspected(timeline))
+        assert not timeline.leftovers.is_suspected
+
     def evict(self, timeline_id: TimelineId, share: float) -> None:
         """The disk is needed for something else: local copies of layers go, in no particular order."""
         for file in self.timeline(timeline_id).stack.files.values():
@@ -441,7 +447,7 @@ class EngineWorld:
                 assert name in self.objects.objects, f"{name} is named by a manifest and not there"
 
     def check_no_garbage(self) -> None:
-        """Right after a move: what an older generation left, and nobody names, is gone."""
+        """After a move or a sweep: what nobody names is gone."""
         named = {
             timeline.home.object_name(layer)
             for timeline in self.tenant.timelines.values()
@@ -468,6 +474,11 @@ async def compact_wholly(timeline: Timeline) -> None:
         if not await timeline.compact():
             return
     raise AssertionError(f"compaction of {timeline.timeline_id} comes to no end")
+
+
+async def sweep_suspected(timeline: Timeline) -> None:
+    timeline.leftovers.suspect()
+    await timeline.leftovers.sweep()
 
 
 async def _called(function: Callable[[], object]) -> object:

@@ -11,7 +11,7 @@ from excimer.base.ids import TimelineId
 from excimer.storage.engine.timeline import Timeline
 from tests.kit.directories import new_memory_directory
 from tests.kit.engine_oracle import FILES, IMPORTED, LITTLE_IMPORTED, BlockFile
-from tests.kit.engine_world import EngineWorld, compact_wholly
+from tests.kit.engine_world import EngineWorld, compact_wholly, sweep_suspected
 from tests.kit.storage_world import START
 
 EXAMPLES = int(os.environ.get("EXCIMER_ENGINE_EXAMPLES", "60"))
@@ -102,6 +102,7 @@ class EngineMachine(RuleBasedStateMachine):
             "archive": lambda: world.archive_and_back(timeline_id),
             "collect": lambda: world.collect(timeline_id, 200),
             "detach": lambda: world.detach(timeline_id),
+            "sweep": lambda: world.sweep(timeline_id),
         }
         if len(world.oracles) < TIMELINES_MAX:
             steps["branch"] = lambda: world.branch(timeline_id, world.oracles[timeline_id].last_lsn)
@@ -138,6 +139,10 @@ class EngineMachine(RuleBasedStateMachine):
     def let_go_of_leases(self) -> None:
         self.world.leases.clear()
 
+    @rule(data=st.data())
+    def sweep(self, data: st.DataObject) -> None:
+        self.world.sweep(self.any_timeline(data))
+
     @rule(data=st.data(), share=st.floats(0.1, 1.0))
     def evict(self, data: st.DataObject, share: float) -> None:
         self.world.evict(self.any_timeline(data), share)
@@ -155,9 +160,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.world.move()
 
     @precondition(lambda self: self.world.former is not None)
-    @rule(act=st.sampled_from((Timeline.flush, compact_wholly)))
+    @rule(act=st.sampled_from((Timeline.flush, compact_wholly, sweep_suspected)))
     def former_acts(self, act: object) -> None:
-        assert act in (Timeline.flush, compact_wholly)
+        assert act in (Timeline.flush, compact_wholly, sweep_suspected)
         self.world.former_acts(act)
 
     @rule(data=st.data(), file=st.sampled_from(FILES), first=st.integers(0, 8), count=st.integers(1, 6))

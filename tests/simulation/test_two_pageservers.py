@@ -8,8 +8,22 @@ from collections.abc import Callable
 import pytest
 
 from excimer.base.errors import ExcimerError
-from excimer.storage.engine import attachment, claim, deletion_queue, tenant, timeline_removal
-from excimer.storage.engine.manifest_store import FoundManifest, find_newest_manifest, list_timeline
+from excimer.io.object_store import ObjectStore
+from excimer.storage.engine import (
+    attachment,
+    claim,
+    deletion_queue,
+    leftovers,
+    tenant,
+    timeline_removal,
+)
+from excimer.storage.engine.manifest_store import (
+    FoundManifest,
+    TimelineObjects,
+    find_newest_manifest,
+    list_timeline,
+)
+from excimer.storage.format.manifest import MAX_GENERATION
 from tests.kit.directories import new_memory_directory
 from tests.simulation.two_pageservers import TwoPageservers
 
@@ -45,6 +59,16 @@ def deletes_unasked(patch: pytest.MonkeyPatch) -> None:
     """D3 broken: nobody looks for a newer generation before deleting."""
     for module in (deletion_queue, tenant, timeline_removal):
         patch.setattr(module, "check_not_overtaken", lambda *arguments: None)
+
+
+def sweeps_unasked(patch: pytest.MonkeyPatch) -> None:
+    """D3 broken: what our manifest does not name goes, whoever else may have come to name it."""
+
+    def listing(store: ObjectStore, *names: str | int) -> TimelineObjects:
+        tenant_id, timeline_id, _ = map(str, names)
+        return list_timeline(store, tenant_id, timeline_id, MAX_GENERATION)
+
+    patch.setattr(leftovers, "check_not_overtaken", listing)
 
 
 def looks_before_it_says_so(patch: pytest.MonkeyPatch) -> None:
@@ -88,6 +112,7 @@ def forgets_the_deleted(patch: pytest.MonkeyPatch) -> None:
 
 MUTANTS: tuple[Callable[[pytest.MonkeyPatch], None], ...] = (
     deletes_unasked,
+    sweeps_unasked,
     looks_before_it_says_so,
     claims_nothing,
     claims_without_a_second_look,

@@ -23,7 +23,7 @@ from excimer.base.ids import TimelineId
 from excimer.base.lsn import Lsn
 from excimer.io.filesystem import LocalFilesystem
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore
-from excimer.storage.engine import manifest_store
+from excimer.storage.engine import deletion_queue, manifest_store
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import LsnTimeoutError
 from excimer.storage.engine.partial_copy import LayerMissingError
@@ -31,7 +31,7 @@ from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.values import pack_batch
 from tests.kit.engine_oracle import FILES, IMPORTED, TimelineOracle
-from tests.kit.engine_world import SMALL, PromptDisk, compact_wholly, record_start
+from tests.kit.engine_world import SMALL, PromptDisk, compact_wholly, record_start, sweep_suspected
 from tests.kit.io_faults import InlineExecutor
 from tests.kit.storage_world import MAIN, TENANT, FakeRedo, apply_native, new_main
 
@@ -138,7 +138,7 @@ class Pageserver:
         await action(tenant)
 
     def actions(self, tenant: TenantStorage) -> list[Action]:
-        return [self.put, self.flush, self.compact, self.collect, self.read]
+        return [self.put, self.flush, self.compact, self.collect, self.sweep, self.read]
 
     async def put(self, tenant: TenantStorage) -> None:
         """Both get the same WAL."""
@@ -168,6 +168,10 @@ class Pageserver:
         kept_bytes = self.chance.randrange(400)
         await timeline.collect_garbage(Lsn(max(0, timeline.last_record_lsn - kept_bytes)))
         await timeline.in_thread(timeline.deletions.drain)
+
+    async def sweep(self, tenant: TenantStorage) -> None:
+        """For layers that nobody names."""
+        await sweep_suspected(self.any_timeline(tenant))
 
     async def read(self, tenant: TenantStorage) -> None:
         """Until it is fenced it answers, and never wrongly."""
@@ -274,6 +278,8 @@ class TwoPageservers:
         """Raises AssertionError when the newer one, or who comes after, has lost something."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(manifest_store, "ThreadPoolExecutor", InlineExecutor)
+            if self.seed % 2:  # most of what is dropped does not fit, and is left to sweeps
+                patch.setattr(deletion_queue, "ENTRIES_MAX", 1)
             return self._run()
 
     def _run(self) -> "TwoPageservers":

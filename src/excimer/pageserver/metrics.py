@@ -109,6 +109,11 @@ class EngineMetrics(Collector):
             "excimer_layers_deleted_bytes", "The same in bytes.", counters.deleted_bytes
         )
         yield CounterMetricFamily(
+            "excimer_leftover_layers_removed",
+            "Layers that no manifest named, left by a crash or a failed job.",
+            counters.leftover_layers,
+        )
+        yield CounterMetricFamily(
             "excimer_garbage_collections", "Garbage collections of timelines.", counters.collections
         )
         yield CounterMetricFamily(

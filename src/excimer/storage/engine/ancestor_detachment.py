@@ -48,20 +48,26 @@ class AncestorDetachment:
         try:
             job = DetachJob(timeline)
             is_done = timeline.ancestor is None
-            while not is_done:
-                await job.prepare()
-                async with timeline.compaction_lock, known.changing:
-                    self._hold_inherited(timeline)
-                    before = timeline.stack.ancestry
-                    is_done = await timeline.commits.rewrite(lambda _: job.manifest(), None)
-                    if is_done:
-                        _hold_for_readers(timeline, before)
-                        timeline.retention.inherit(timeline.manifest.oldest_lsn)
-                    known.hold_branch_points()
+            with timeline.leftovers.left_alone():  # copies are nobody's until the manifest
+                while not is_done:
+                    await job.prepare()
+                    is_done = await self._exchange(timeline, job)
             async with known.changing:
                 return await self.reparent_siblings(timeline)
         finally:
             self._detaching.discard(timeline_id)
+
+    async def _exchange(self, timeline: Timeline, job: DetachJob) -> bool:
+        """Whether it is a root now; else there is more to copy."""
+        async with timeline.compaction_lock, self._known.changing:
+            self._hold_inherited(timeline)
+            before = timeline.stack.ancestry
+            is_done = await timeline.commits.rewrite(lambda _: job.manifest(), None)
+            if is_done:
+                _hold_for_readers(timeline, before)
+                timeline.retention.inherit(timeline.manifest.oldest_lsn)
+            self._known.hold_branch_points()
+        return is_done
 
     def _hold_inherited(self, detaching: Timeline) -> None:
         """What its ancestors hold for whoever reads through it, it will have to hold as a root."""

@@ -14,7 +14,7 @@ looks for manifests: of two that cross, one sees the other. A claim says which m
 next commit, so that a crash in the middle is noticed and the check is made again.
 
 Only then are layers removed that no manifest names and that an older generation has written: what a
-crash left behind.
+crash left behind. For those of our own see `leftovers`.
 """
 
 import logging
@@ -76,20 +76,24 @@ def claim_newest(
         if older and has_follower(store, tenant_id, timeline_id, older[-1]):
             continue  # the listing lags behind
         if newest == claimed_from:
-            _remove_strangers(store, found.manifest, objects.layers, generation)
-            return FoundManifest(found.name, msgspec.structs.replace(found.manifest, claimed_from=""))
-        manifest = read_manifest(store, tenant_id, timeline_id, older[-1])
-        if manifest is not None:
-            claim = msgspec.structs.replace(manifest, claimed_from=newest)
+            left = _remove_strangers(store, found.manifest, objects.layers, generation)
+            manifest = msgspec.structs.replace(found.manifest, claimed_from="")
+            return FoundManifest(found.name, manifest, layers=tuple(left))
+        followed = read_manifest(store, tenant_id, timeline_id, older[-1])
+        if followed is not None:
+            claim = msgspec.structs.replace(followed, claimed_from=newest)
             writer.write(claim)
             claimed_from = newest
             found = FoundManifest(ManifestName(generation, writer.last_sequence), claim)
-            if manifest.deleted:
+            if followed.deleted:
                 return found
     raise ObjectStoreError(f"the manifests of timeline {timeline_id} change faster than they can be claimed")
 
 
-def _remove_strangers(store: ObjectStore, manifest: Manifest, layers: list[str], generation: int) -> None:
+def _remove_strangers(
+    store: ObjectStore, manifest: Manifest, layers: list[str], generation: int
+) -> list[str]:
+    """What is left of the layers."""
     named = {layer.name for layer in manifest.layers}
     strangers = [
         name
@@ -97,8 +101,11 @@ def _remove_strangers(store: ObjectStore, manifest: Manifest, layers: list[str],
         if (last_part := name.rsplit("/", 1)[-1]) not in named and layer_generation(last_part) < generation
     ]
     if not strangers:
-        return
+        return layers
     try:
         store.delete_many(strangers)
     except ObjectStoreError as error:
-        _log.warning("%d layers that no manifest names were not removed: %s", len(strangers), error)
+        _log.warning("%d layers that no manifest names are removed later: %s", len(strangers), error)
+        return layers
+    removed = frozenset(strangers)
+    return [name for name in layers if name not in removed]

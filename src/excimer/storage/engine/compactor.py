@@ -23,6 +23,7 @@ from excimer.base.lsn import Lsn
 from excimer.storage.engine.engine_counters import WrittenBy
 from excimer.storage.engine.image_round_job import RoundSource, write_round_piece
 from excimer.storage.engine.layer_writing import upload_layer
+from excimer.storage.engine.leftovers import Leftovers
 from excimer.storage.engine.merge_job import MergeJob
 from excimer.storage.engine.timeline_commits import TimelineCommits
 from excimer.storage.format.layer_file import DamagedLayerError
@@ -51,6 +52,8 @@ class CompactedTimeline(RoundSource, Protocol):
     def inherited_size_bytes(self) -> int: ...
     @property
     def commits(self) -> TimelineCommits: ...
+    @property
+    def leftovers(self) -> Leftovers: ...
 
 
 class Compactor:
@@ -88,7 +91,8 @@ class Compactor:
         timeline, limits = self._timeline, self._limits()
         merge = plan_merge(timeline.stack.disk, limits, self._damaged)
         if merge is not None:
-            await self._merge(merge)
+            with timeline.leftovers.suspected_on_failure():
+                await self._merge(merge)
             return True
         round_plan = plan_round(
             timeline.stack.disk,
@@ -105,6 +109,10 @@ class Compactor:
         Any plan will do, for instance that of a complete round at an older LSN: the rest of it is then
         found in the manifest by the steps that follow. Errors as `step`.
         """
+        with self._timeline.leftovers.suspected_on_failure():
+            return await self._write_piece(plan)
+
+    async def _write_piece(self, plan: RoundPlan) -> bool:
         timeline = self._timeline
         if plan.lsn < timeline.oldest_lsn:
             _log.info("timeline %s: a round is given up, its LSN is gone", timeline.home.timeline_id)

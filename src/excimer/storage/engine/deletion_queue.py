@@ -7,8 +7,8 @@ A layer comes here after a durable manifest no longer names it (D3). It goes whe
   name the layer. That is asked right before each batch; a new generation therefore writes a manifest of
   its own first of all (`claim`).
 
-What is in the queue is lost in a crash. The next generation removes what it finds that no manifest names
-(`claim` too).
+What is in the queue is lost in a crash. Who attaches next removes what it finds that no manifest names
+(`claim`, `leftovers`).
 
 Not here: deciding what to remove (`excimer.storage.plan.gc_plan`, `compaction_plan`).
 """
@@ -30,7 +30,7 @@ from excimer.storage.plan.layer_map import LayerMap
 _log = logging.getLogger(__name__)
 
 ENTRIES_MAX: Final = 100_000
-"""What comes on top is left to the next generation."""
+"""What comes on top is left to `leftovers`."""
 BATCH_MAX: Final = 1000
 READERS_POLL_S_FIRST: Final = 0.05
 READERS_POLL_S_MAX: Final = 10.0
@@ -62,12 +62,20 @@ class DeletionQueue:
         self._wanted = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._poll_s = READERS_POLL_S_FIRST
+        self.on_overflow: Callable[[], None] = lambda: None
+        """Called on the event loop when something did not fit."""
         self._closed = False
         self.dropped_count = 0
         """Entries that did not fit."""
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def object_names(self) -> frozenset[str]:
+        """What it is going to delete."""
+        with self._lock:
+            return frozenset(doomed.object_name for doomed in self._waiting)
 
     def superseded(self, old: LayerMap) -> None:
         """A commit replaced this map; readers may still walk it."""
@@ -143,10 +151,11 @@ class DeletionQueue:
             self._home.context.counters.layers_doomed(len(doomed[:room]))
         if len(doomed) > room:
             _log.warning(
-                "timeline %s has %d layers too many to delete: they are left to the next attachment",
+                "timeline %s has %d layers too many to delete: they are looked for later",
                 self._home.timeline_id,
                 len(doomed) - room,
             )
+            self._loop.call_soon_threadsafe(self.on_overflow)
         self._loop.call_soon_threadsafe(self._wanted.set)
 
     def _next_batch(self) -> list[Doomed]:

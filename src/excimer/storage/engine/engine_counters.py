@@ -41,6 +41,8 @@ class EngineCounters:
         self.deleted_bytes = 0
         self.left_layers = 0
         """Doomed ones that were left: the timeline was closed, or a newer generation owns it."""
+        self.leftover_layers = 0
+        """Removed because no manifest names them and nobody is about to."""
         self.collections = 0
         self.collected_bytes = 0
         """Of layers that garbage collections have dropped."""
@@ -61,6 +63,10 @@ class EngineCounters:
     def layers_left(self, count: int) -> None:
         with self._lock:
             self.left_layers += count
+
+    def leftovers_removed(self, count: int) -> None:
+        with self._lock:
+            self.leftover_layers += count
 
     def garbage_collected(self, size_bytes: int) -> None:
         with self._lock:

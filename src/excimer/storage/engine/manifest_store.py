@@ -61,6 +61,8 @@ class FoundManifest(NamedTuple):
     manifest: Manifest
     has_marker: bool = False
     """As of `TimelineObjects`, where it was found by a listing."""
+    layers: tuple[str, ...] = ()
+    """What that listing had, whole names."""
 
 
 class TimelineObjects(NamedTuple):
@@ -83,6 +85,7 @@ class ManifestStore:
         self._generation = generation
         self._sequence = last_sequence
         self._unanswered: bytes | None = None
+        self._has_written = False
 
     def write(self, manifest: Manifest) -> ManifestName:
         """Makes the manifest the newest; durable on return.
@@ -103,12 +106,20 @@ class ManifestStore:
                     f"another process has written {self._prefix}/{name}: this one must stop"
                 ) from error
         self._unanswered = None
+        self._has_written = True
         self._sequence += 1
         if self._sequence > MANIFESTS_KEPT + 1:  # the first of each generation stays
             old = ManifestName(self._generation, self._sequence - MANIFESTS_KEPT)
             with suppress(ObjectStoreError):  # an old manifest too many does no harm
                 self._store.delete(f"{self._prefix}/{old}")
         return name
+
+    @property
+    def is_sure_of_newest(self) -> bool:
+        """Whether the newest of this generation is one that we have written, and that was confirmed. No
+        other process of our generation can write one from here on.
+        """
+        return self._has_written and self._unanswered is None
 
     @property
     def last_sequence(self) -> int:
@@ -124,14 +135,19 @@ class ManifestStore:
             return False
 
 
-def check_not_overtaken(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> None:
-    """Raises `OvertakenError` if a newer generation has a manifest of the timeline. Blocks."""
-    list_timeline(store, tenant_id, timeline_id, generation)
+def check_not_overtaken(
+    store: ObjectStore, tenant_id: str, timeline_id: str, generation: int
+) -> TimelineObjects:
+    """Raises `OvertakenError` if a newer generation has a manifest of the timeline. Answers what a listing
+    has. Blocks.
+    """
+    objects = list_timeline(store, tenant_id, timeline_id, generation)
     if _has_first(store, tenant_id, timeline_id, generation + 1):
         raise OvertakenError(
             f"timeline {timeline_id} is owned by generation {generation + 1}: "
             f"this one, {generation}, must stop"
         )
+    return objects
 
 
 def list_timeline(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> TimelineObjects:
@@ -184,7 +200,7 @@ def find_newest_manifest(
         newest = objects.manifests[-1]
         manifest = _read_newest(store, tenant_id, timeline_id, newest, generation)
         if manifest is not None:  # else its still running owner has written newer ones meanwhile
-            return FoundManifest(newest, manifest, objects.has_marker)
+            return FoundManifest(newest, manifest, objects.has_marker, tuple(objects.layers))
     raise ObjectStoreError(f"the manifests of timeline {timeline_id} change faster than they can be read")
 
 

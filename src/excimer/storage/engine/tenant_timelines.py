@@ -16,6 +16,7 @@ from excimer.storage.engine.archived_timeline import ArchivedTimeline
 from excimer.storage.engine.claim import claim_newest
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import TimelineArchivedError, TimelineExistsError, TimelineMissingError
+from excimer.storage.engine.leftovers import unnamed_layers
 from excimer.storage.engine.manifest_store import FoundManifest, ManifestStore, timeline_prefix
 from excimer.storage.engine.settings_store import LiveSettings
 from excimer.storage.engine.timeline import Timeline
@@ -88,6 +89,8 @@ class TenantTimelines:
         ancestor_id = manifest.ancestor_timeline_id
         ancestor = None if ancestor_id is None else self.live[TimelineId(ancestor_id)]
         timeline = self._new(manifest, self._manifest_store(found), ancestor)
+        if unnamed_layers(found.layers, manifest, self.generation):
+            timeline.leftovers.suspect()
         self.live[timeline.timeline_id] = timeline
         return timeline
 

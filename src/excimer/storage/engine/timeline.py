@@ -41,6 +41,7 @@ from excimer.storage.engine.errors import (
 )
 from excimer.storage.engine.garbage_collector import GarbageCollector, GcOutcome
 from excimer.storage.engine.layer_stack import Ancestry, LayerHome, LayerStack, WalPosition
+from excimer.storage.engine.leftovers import Leftovers
 from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.page_explanation import PageExplanation, explain_page
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
@@ -98,6 +99,8 @@ class Timeline:
         self.retention = Retention.of(manifest, self._loop.time(), self.settings.lsn_lease_length_s)
         self.compaction_lock = asyncio.Lock()
         """Held by whoever merges or removes layers: one at a time. Take it before that of `commits`."""
+        self.leftovers = Leftovers(self)
+        self.deletions.on_overflow = self.leftovers.suspect
         self._loop_thread = threading.get_ident()
         self._write_lock = threading.Lock()
         self._room_made = threading.Condition(self._write_lock)
@@ -329,6 +332,7 @@ class Timeline:
             "flush": self._flush_when_due,
             "compaction": self._compact_when_due,
             "deletion": partial(self.deletions.run_when_wanted, self.in_thread),
+            "removal of leftovers": self.leftovers.run_when_suspected,
         }
         await run_steps(self.timeline_id, steps, self.context.settings)
 

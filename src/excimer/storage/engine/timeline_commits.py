@@ -99,6 +99,15 @@ class TimelineCommits:
             commit = partial(self.commit_layers, added=added, removed=removed)
             await self._timeline.whole_in_thread(lambda: commit(self._timeline.manifest))
 
+    @property
+    def is_sure_of_newest(self) -> bool:
+        """As of `ManifestStore`."""
+        return self._manifests.is_sure_of_newest
+
+    async def repeat_newest(self) -> None:
+        """Writes the newest manifest once more, so that it is ours. Hold the lock. Errors as a flush."""
+        await self._commit(self._timeline.manifest)
+
     async def advance_oldest_lsn(self, lsn: Lsn) -> None:
         """Reads below it are refused when this returns, and after a restart. Errors as `Timeline.flush`."""
         async with self.lock:
