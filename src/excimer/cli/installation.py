@@ -18,7 +18,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -68,6 +68,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Where the durable data lives; None: in `object_store/` of the state directory."""
     object_store_options: dict[str, str] = {}
     """Credentials, endpoint and the like, as far as they are not in the environment of `excimer start`."""
+    local_disk_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """What the pageserver's copies of layers may take; 0: no bound; None: the pageserver's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,8 @@ class Installation:
             auth_public_key_path=self.keys_dir / "public.pem",
             auth_private_key_path=self.keys_dir / "private.pem",
         )
+        if self.config.local_disk_max_mib is not None:
+            settings = msgspec.structs.replace(settings, local_disk_max_mib=self.config.local_disk_max_mib)
         return Part("pageserver", "excimer.pageserver", settings, settings.http_listen, settings.data_dir)
 
     def _controller(self) -> Part:

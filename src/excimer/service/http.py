@@ -102,6 +102,8 @@ def create_app(title: str, version: str, health: Health, registry: CollectorRegi
     """An app with the shared endpoints and error answers; the service adds its routers."""
     app = FastAPI(title=title, version=version, redoc_url=None)
     app.add_exception_handler(ExcimerError, _answer_error)
+    app.add_exception_handler(OSError, _answer_os_error)
+    app.add_exception_handler(Exception, _answer_unexpected)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_middleware(_RequestObserver, registry=registry)
@@ -215,6 +217,20 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     status, family = status_of(error)
     (log.error if status == 500 else log.info)("request failed", path=request.url.path, error=error)
     return _error_answer(status, family, type(error).__name__, str(error))
+
+
+async def _answer_os_error(request: Request, error: Exception) -> JSONResponse:
+    """The machine, not the request, is at fault: a disk that is full, files that are all open."""
+    assert isinstance(error, OSError)
+    log.error("request failed", path=request.url.path, error=error)
+    where = f"{error.filename}: " if error.filename else ""
+    return _error_answer(503, "retryable", type(error).__name__, f"{where}{error.strerror or error}")
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> JSONResponse:
+    """The traceback goes into the log, for the error is raised on."""
+    message = f"an unexpected {type(error).__name__}; the log of the service has all about it"
+    return _error_answer(500, "error", "UnexpectedError", message)
 
 
 async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:

@@ -34,6 +34,7 @@ from excimer.cli.local_processes import (
 )
 from excimer.cli.log_lines import last_error, pretty, tail
 from excimer.cli.session import Session
+from excimer.pageserver.settings import PageserverSettings
 from excimer.service.settings import Settings
 
 SERVICE = """
@@ -234,6 +235,21 @@ def test_a_damaged_configuration_is_named(installation: Installation, text: str,
         load_installation(installation.directory)
     assert str(path) in str(caught.value)
     assert "--force" in str(caught.value)
+
+
+@pytest.mark.parametrize(("line", "expected"), [("", 10240), ("local_disk_max_mib = 64\n", 64)])
+def test_the_local_disk_is_bounded_by_the_configuration(
+    installation: Installation, line: str, expected: int
+) -> None:
+    path = installation.directory / "config.toml"
+    path.write_text(line + path.read_text())
+    parts = {part.name: part for part in load_installation(installation.directory).service_parts()}
+    settings = parts["pageserver"].settings
+    assert isinstance(settings, PageserverSettings)
+    assert settings.local_disk_max_mib == expected
+    path.write_text("local_disk_max_mib = -1\n" + path.read_text().removeprefix(line))
+    with pytest.raises(StateDirectoryError, match="local_disk_max_mib"):
+        load_installation(installation.directory)
 
 
 def test_free_ports_are_distinct_and_avoid_the_known() -> None:

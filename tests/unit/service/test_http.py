@@ -1,6 +1,8 @@
 """Both HTTP servers and the client: health, metrics, errors over the wire, tokens, bad input."""
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -53,6 +55,14 @@ async def full_server(health: Health) -> AsyncIterator[Address]:
     async def fail(how: str) -> None:
         raise ERRORS[how]
 
+    @app.get("/v1/disk")
+    async def disk() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @app.get("/v1/bug")
+    async def bug() -> None:
+        raise ZeroDivisionError
+
     @app.get("/v1/number/{number}")
     async def number(number: int) -> int:
         return number
@@ -81,6 +91,10 @@ def test_error_families_cross_the_wire() -> None:
             for how, kind in expected.items():
                 with pytest.raises(kind, match=f"pageserver 1: {ERRORS[how]}"):
                     await client.get(f"/v1/fail/{how}")
+            with pytest.raises(RemoteBusyError, match="pageserver 1: No space left on device"):
+                await client.get("/v1/disk")
+            with pytest.raises(RemoteBusyError, match="pageserver 1: an unexpected ZeroDivisionError"):
+                await client.get("/v1/bug")
             with pytest.raises(RemoteRefusedError, match=r"number: .*valid integer"):
                 await client.get("/v1/number/x")
             with pytest.raises(NotFoundError, match="GET /nowhere: Not Found"):
