@@ -11,6 +11,7 @@ from excimer.base.lsn import Lsn
 from excimer.safekeeper.disk import Disk
 from excimer.wire.safekeeping import AppendResponse, Term, VoteRequest, VoteResponse
 from tests.kit.acceptor_driver import SEGMENT_SIZE_BYTES, START, Driver, create_timeline, opened
+from tests.kit.append_stream import StreamDriver
 from tests.kit.wal_builder import WalBuilder
 
 
@@ -53,13 +54,13 @@ def build_wal() -> WalBuilder:
     return builder
 
 
-def run(directory: Path, disk: Disk, wal: bytes) -> Lsn:
+def run(directory: Path, disk: Disk, wal: bytes, kind: type[Driver] = Driver) -> Lsn:
     """A stubborn proposer: reconnects after each failure. What was acknowledged at most."""
     acknowledged = START
     with opened(directory, disk) as timeline:
         while acknowledged < START + len(wal):
             try:
-                driver = Driver(timeline)
+                driver = kind(timeline)
                 begin_lsn = driver.win()
                 assert begin_lsn >= acknowledged - 2100, "acknowledged WAL is gone"
                 while begin_lsn < START + len(wal):
@@ -80,19 +81,20 @@ def count_calls(work: Callable[[Disk], object]) -> int:
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-def test_each_disk_call_may_fail_once(tmp_path: Path, error: int) -> None:
+@pytest.mark.parametrize("kind", [Driver, StreamDriver], ids=["handled", "in the lane"])
+def test_each_disk_call_may_fail_once(tmp_path: Path, error: int, kind: type[Driver]) -> None:
     builder = build_wal()
     wal = bytes(builder.stream)
     directory = tmp_path / "clean" / "timeline"
     create_timeline(directory)
-    total = count_calls(lambda disk: run(directory, disk, wal))
+    total = count_calls(lambda disk: run(directory, disk, wal, kind))
     assert total > 20
     for fail_at in range(1, total + 1):
         directory = tmp_path / f"{fail_at}" / "timeline"
         create_timeline(directory)
         disk = FaultyDisk(fail_at, error)
         try:
-            run(directory, disk, wal)
+            run(directory, disk, wal, kind)
         except (ExcimerError, OSError):
             assert disk.calls == fail_at, "only opening a timeline may raise, and only at once"
             run(directory, Disk(), wal)

@@ -84,7 +84,7 @@ class CutsAgainWhenRepeated(Acceptor):
         if elected.term == self.adopted_term == self.state.promised_term:
             start_lsn = elected.history[-1].start_lsn
             if start_lsn < self.write_lsn and start_lsn >= self.state.commit_lsn:
-                self.write_lsn = self.flush_lsn = self.last_record_end_lsn = start_lsn
+                self._set_end(start_lsn)
                 self._truncation_count += 1
                 again.append(TruncateWal(start_lsn))
         return again + super()._elected(connection, elected)
@@ -135,9 +135,9 @@ class BelievesStaleFlushes(Acceptor):
 class ShowsUncommittedWal(Acceptor):
     """C3 broken: lets readers see all that is durable here."""
 
-    def _advance_commit(self) -> list[AcceptorEffect]:
-        self._announced_commit_lsn = self.last_record_end_lsn
-        return super()._advance_commit()
+    def _committed_since(self, before_lsn: int) -> list[AcceptorEffect]:
+        self.accepted.announce(self.last_record_end_lsn, 0)
+        return super()._committed_since(before_lsn)
 
 
 class TrimsHistoryAtItsOwnCommit(Acceptor):

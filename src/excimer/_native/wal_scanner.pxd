@@ -38,6 +38,7 @@ cdef class WalScanner:
     cdef uint64_t error_wanted
     cdef str error_text
 
+    cdef bint take(self, const uint8_t* data, size_t size) noexcept nogil
     cdef void begin(self, const uint8_t* chunk, size_t size) noexcept nogil
     cdef int next_record(self, RecordView* view) noexcept nogil
     cdef int fail(self, int error, uint64_t lsn, uint64_t found, uint64_t wanted) noexcept nogil

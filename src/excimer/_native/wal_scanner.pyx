@@ -90,19 +90,25 @@ cdef class WalScanner:
 
     def feed(self, bytes chunk):
         """Takes the next bytes. Raises `InvalidWalError`, again at every later call."""
-        cdef RecordView view
-        cdef int state = HAVE_RECORD
         cdef const uint8_t* data = <const uint8_t*> PyBytes_AS_STRING(chunk)
         cdef size_t size = PyBytes_GET_SIZE(chunk)
+        cdef bint is_valid
         if self.error:
             self.raise_error()
         with nogil:
-            self.begin(data, size)
-            while state == HAVE_RECORD:
-                state = self.next_record(&view)
-            self.chunk = NULL
-        if state == FAILED:
+            is_valid = self.take(data, size)
+        if not is_valid:
             self.raise_error()
+
+    cdef bint take(self, const uint8_t* data, size_t size) noexcept nogil:
+        """As `feed`; False when the bytes are not WAL, of which `feed` then tells more."""
+        cdef RecordView view
+        cdef int state = HAVE_RECORD
+        self.begin(data, size)
+        while state == HAVE_RECORD:
+            state = self.next_record(&view)
+        self.chunk = NULL
+        return state != FAILED
 
     cdef void begin(self, const uint8_t* chunk, size_t size) noexcept nogil:
         self.chunk = chunk

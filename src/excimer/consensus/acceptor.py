@@ -24,6 +24,8 @@ Why truncating comes before the new history is on disk: WAL cut too early only l
 tail. A history adopted too early would label another term's bytes as its own, and the next election
 would trust them.
 
+What every append moves, and the verdict on it, is `_native/accepted_wal.pyx`.
+
 Not here: bytes on disk, record boundaries (the shell's WAL scanner reports them), tokens, sockets.
 """
 
@@ -32,6 +34,7 @@ from typing import NewType, assert_never
 
 import msgspec
 
+from excimer._native.accepted_wal import AcceptedWal, Verdict
 from excimer.base.errors import CorruptionError, RefusedError
 from excimer.base.ids import NodeId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
@@ -60,7 +63,8 @@ from excimer.wire.safekeeping import (
 )
 
 ConnectionId = NewType("ConnectionId", int)
-"""The shell's number for a proposer's connection; never reused while the acceptor lives."""
+"""The shell's number for a proposer's connection, 0 or above; never reused while the acceptor lives."""
+_NOBODY = -1
 
 
 class DivergenceBelowCommitError(CorruptionError):
@@ -184,25 +188,60 @@ class Acceptor:
         self.node_id = node_id
         self.identity = identity
         self.timeline_start_lsn = timeline_start_lsn
+        self.accepted = AcceptedWal()
         self.state = state
-        """In memory at once; on disk as soon as its `PersistControl` is done. `commit_lsn` and
-        `horizon_lsn` move without one: persist `state` whenever convenient (say, per segment)."""
         self.wal_start_lsn = timeline_start_lsn if wal_start_lsn is None else wal_start_lsn
         """Oldest WAL still here; the shell raises it when it removes segments (D2)."""
-        self.write_lsn = recovered_end_lsn
-        """End of the WAL that effects have written; at or above `flush_lsn`."""
-        self.flush_lsn = recovered_end_lsn
-        """Everything below is durable. The only LSN that is ever acknowledged (D1)."""
-        self.last_record_end_lsn = recovered_end_lsn
-        """End of the last complete record at or below `flush_lsn`."""
-        self._announced_commit_lsn = state.commit_lsn
+        self._set_end(recovered_end_lsn)
+        self.accepted.announced_commit_lsn = state.commit_lsn
         self._truncation_count = 0
-        self._streaming_connection: ConnectionId | None = None
+
+    @property
+    def state(self) -> AcceptorState:
+        """In memory at once; on disk as soon as its `PersistControl` is done. `commit_lsn` and
+        `horizon_lsn` move without one: persist `state` whenever convenient (say, per segment)."""
+        accepted = self.accepted
+        return AcceptorState(
+            promised_term=Term(accepted.promised_term),
+            voted_for=self._voted_for,
+            history=self._history,
+            commit_lsn=Lsn(accepted.commit_lsn),
+            horizon_lsn=Lsn(accepted.horizon_lsn),
+        )
+
+    @state.setter
+    def state(self, state: AcceptorState) -> None:
+        self._voted_for = state.voted_for
+        self._history = state.history
+        accepted = self.accepted
+        accepted.promised_term = state.promised_term
+        accepted.adopted_term = state.history.last.term
+        accepted.commit_lsn = state.commit_lsn
+        accepted.horizon_lsn = state.horizon_lsn
 
     @property
     def adopted_term(self) -> Term:
         """The term whose WAL may be appended, if it is also the promised one."""
-        return self.state.history.last.term
+        return Term(self.accepted.adopted_term)
+
+    @property
+    def write_lsn(self) -> Lsn:
+        """End of the WAL that effects have written; at or above `flush_lsn`."""
+        return Lsn(self.accepted.write_lsn)
+
+    @property
+    def flush_lsn(self) -> Lsn:
+        """Everything below is durable. The only LSN that is ever acknowledged (D1)."""
+        return Lsn(self.accepted.flush_lsn)
+
+    @property
+    def last_record_end_lsn(self) -> Lsn:
+        """End of the last complete record at or below `flush_lsn`."""
+        return Lsn(self.accepted.last_record_end_lsn)
+
+    def _set_end(self, lsn: Lsn) -> None:
+        """Nothing is stored above `lsn`, a record boundary; all below is durable."""
+        self.accepted.write_lsn = self.accepted.flush_lsn = self.accepted.last_record_end_lsn = lsn
 
     def start(self) -> list[AcceptorEffect]:
         """First effects of a life: cut what lies beyond the last complete record.
@@ -233,22 +272,22 @@ class Acceptor:
         """A `FlushWal` is done; `last_record_end_lsn` ends the last complete record below its `end_lsn`."""
         if flush.truncation_count != self._truncation_count or flush.end_lsn <= self.flush_lsn:
             return []
-        if not self.last_record_end_lsn <= last_record_end_lsn <= flush.end_lsn:
+        before_lsn = self.accepted.commit_lsn
+        if not self.accepted.report_flush(flush.end_lsn, last_record_end_lsn):
             raise CorruptionError(
                 f"the last record's end {format_lsn(last_record_end_lsn)} is not between "
                 f"{format_lsn(self.last_record_end_lsn)} and the flushed {format_lsn(flush.end_lsn)}"
             )
-        self.flush_lsn = flush.end_lsn
-        self.last_record_end_lsn = last_record_end_lsn
-        effects = self._advance_commit()
-        if self._streaming_connection is not None:
-            effects.append(Send(self._streaming_connection, self._append_response()))
+        effects = self._committed_since(before_lsn)
+        if self.accepted.streaming_connection >= 0:
+            receiver = ConnectionId(self.accepted.streaming_connection)
+            effects.append(Send(receiver, self._append_response()))
         return effects
 
     def disconnected(self, connection: ConnectionId) -> None:
         """The shell will carry out no more `Send` to this connection."""
-        if self._streaming_connection == connection:
-            self._streaming_connection = None
+        if self.accepted.streaming_connection == connection:
+            self.accepted.streaming_connection = _NOBODY
 
     def _greet(self, connection: ConnectionId, greeting: ProposerGreeting) -> list[AcceptorEffect]:
         if greeting.version != PROTOCOL_VERSION:
@@ -315,7 +354,7 @@ class Acceptor:
             # Repeated by a reconnect: cutting again would cut WAL acknowledged since.
             if self.adopted_term != elected.term:
                 effects = self._adopt(elected)
-            self._streaming_connection = connection
+            self.accepted.streaming_connection = connection
         answer = ElectedResponse(
             term=self.state.promised_term,
             flush_lsn=self.flush_lsn,
@@ -336,7 +375,7 @@ class Acceptor:
         cut_lsn = self._cut_lsn(history)
         effects: list[AcceptorEffect] = []
         if cut_lsn is not None:
-            self.write_lsn = self.flush_lsn = self.last_record_end_lsn = cut_lsn
+            self._set_end(cut_lsn)
             self._truncation_count += 1
             effects.append(TruncateWal(cut_lsn))
         voted = self.state.voted_for if self.state.promised_term == elected.term else NO_PROPOSER
@@ -347,7 +386,7 @@ class Acceptor:
             history=history.trimmed(self.state.horizon_lsn),
         )
         effects.append(PersistControl(self.state))
-        self._announced_commit_lsn = self.state.commit_lsn
+        self.accepted.announced_commit_lsn = self.accepted.commit_lsn
         return effects
 
     def _cut_lsn(self, history: TermHistory) -> Lsn | None:
@@ -365,56 +404,44 @@ class Acceptor:
         return cut_lsn
 
     def _append(self, connection: ConnectionId, request: AppendRequest) -> list[AcceptorEffect]:
-        if request.term < self.state.promised_term:
+        accepted, wal = self.accepted, request.wal
+        before_lsn, write_lsn = accepted.commit_lsn, Lsn(accepted.write_lsn)
+        verdict = accepted.judge_append(
+            connection,
+            request.term,
+            request.begin_lsn,
+            request.begin_lsn + len(wal),
+            commit_lsn=request.commit_lsn,
+            horizon_lsn=request.horizon_lsn,
+        )
+        if verdict == Verdict.OLDER_TERM:
             return [Send(connection, self._append_response())]
-        if request.term != self.adopted_term:
-            return [Send(connection, AppendRejected(self.state.promised_term, INVALID_LSN))]
-        if request.begin_lsn > self.write_lsn:
-            return [Send(connection, AppendRejected(self.state.promised_term, self.write_lsn))]
-        self._streaming_connection = connection
-        self._announced_commit_lsn = max(self._announced_commit_lsn, request.commit_lsn)
-        self._raise_horizon(request.horizon_lsn)
-        effects = self._advance_commit()
-        # Same term, same stream: bytes that are already here are the same bytes.
-        known_size_bytes = self.write_lsn - request.begin_lsn
-        new_wal = request.wal[known_size_bytes:] if known_size_bytes else request.wal
-        if not new_wal:
+        if verdict == Verdict.NOT_ADOPTED:
+            return [Send(connection, AppendRejected(Term(accepted.promised_term), INVALID_LSN))]
+        if verdict == Verdict.LEAVES_GAP:
+            return [Send(connection, AppendRejected(Term(accepted.promised_term), write_lsn))]
+        effects = self._committed_since(before_lsn)
+        if verdict == Verdict.NOTHING_NEW:
             return [*effects, Send(connection, self._append_response())]
-        effects.append(WriteWal(self.write_lsn, new_wal))
-        self.write_lsn = Lsn(self.write_lsn + len(new_wal))
+        known_size_bytes = write_lsn - request.begin_lsn
+        effects.append(WriteWal(write_lsn, wal[known_size_bytes:] if known_size_bytes else wal))
         effects.append(FlushWal(self.write_lsn, self._truncation_count))
         return effects
 
     def _append_response(self) -> AppendResponse:
-        return AppendResponse(self.state.promised_term, self.flush_lsn, self.state.commit_lsn)
+        accepted = self.accepted
+        return AppendResponse(Term(accepted.promised_term), Lsn(accepted.flush_lsn), Lsn(accepted.commit_lsn))
 
     def _announce(self, announce: CommitAnnounce) -> list[AcceptorEffect]:
-        if announce.term != self.state.promised_term or announce.term != self.adopted_term:
+        if announce.term != self.accepted.promised_term or announce.term != self.adopted_term:
             return []
-        self._announced_commit_lsn = max(self._announced_commit_lsn, announce.commit_lsn)
-        self._raise_horizon(announce.horizon_lsn)
-        return self._advance_commit()
+        before_lsn = self.accepted.commit_lsn
+        self.accepted.announce(announce.commit_lsn, announce.horizon_lsn)
+        return self._committed_since(before_lsn)
 
-    def _advance_commit(self) -> list[AcceptorEffect]:
-        """Capped at a record boundary that is durable here, so that readers and scans can start there."""
-        commit_lsn = self._announced_commit_lsn
-        if commit_lsn > self.flush_lsn:
-            commit_lsn = self.last_record_end_lsn
-        if commit_lsn <= self.state.commit_lsn:
-            return []
-        self._set_progress(commit_lsn, self.state.horizon_lsn)
-        return [CommitAdvanced(commit_lsn)]
-
-    def _raise_horizon(self, horizon_lsn: Lsn) -> None:
-        if horizon_lsn > self.state.horizon_lsn:
-            self._set_progress(self.state.commit_lsn, horizon_lsn)
-
-    def _set_progress(self, commit_lsn: Lsn, horizon_lsn: Lsn) -> None:
-        """Each commit comes here twice: `dataclasses.replace` takes four times as long."""
-        state = self.state
-        self.state = AcceptorState(
-            state.promised_term, state.voted_for, state.history, commit_lsn, horizon_lsn
-        )
+    def _committed_since(self, before_lsn: int) -> list[AcceptorEffect]:
+        commit_lsn = Lsn(self.accepted.commit_lsn)
+        return [CommitAdvanced(commit_lsn)] if commit_lsn > before_lsn else []
 
     def _read(self, connection: ConnectionId, request: ReadWalRequest) -> list[AcceptorEffect]:
         end_lsn = Lsn(min(request.end_lsn, self.flush_lsn, request.start_lsn + WAL_CHUNK_SIZE_BYTES_MAX))

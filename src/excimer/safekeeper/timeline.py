@@ -5,13 +5,20 @@ acknowledgement nothing changes threads, which is what commit latency is made of
 pool and back cost as much again as the fdatasync, 0.34 against 0.18 ms). All appends that one
 `recv` brought share one fdatasync.
 
+Messages come in two ways, of which each takes the acceptor as the other left it::
+
+    handle    any message: the acceptor's effects, one after the other
+    serve     appends in a row from one connection, natively (`_native/append_lane.pyx`)
+
+`handle` closes the lane before it does anything, and opens it when it leaves an append behind after which
+nothing waits to be flushed.
+
 When the disk refuses, the acceptor is ahead of it: it is thrown away and made anew from what is
 durable, as after a crash. Nothing was acknowledged in between.
 
 Not here: sockets (`endpoints.proposer_port`), what may be accepted (`consensus.acceptor`).
 """
 
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
+from excimer._native.append_lane import AppendLane, LaneLock
 from excimer._native.wal_scanner import WalScanner
 from excimer.base.errors import FencedError, RetryableError
 from excimer.base.ids import NodeId
@@ -86,7 +94,13 @@ class SafekeeperTimeline:
         self._disk = disk
         self._preparer = preparer
         self._metrics = metrics
-        self._lock = threading.Lock()
+        self._lane = AppendLane(
+            self.commits.mark,
+            failed=self._lane_failed,
+            tell=self._lane_told,
+            disk=None if type(disk) is Disk else disk,
+        )
+        self._lock = self._lane.lock
         self._closed: RetryableError | FencedError | None = None
         self._persisted_commit_lsn = record.commit_lsn
         self._flush: FlushWal | None = None
@@ -112,7 +126,8 @@ class SafekeeperTimeline:
 
     @property
     def flush_lsn(self) -> Lsn:
-        return self._storage.flush_lsn
+        acceptor = self._acceptor
+        return self._storage.flush_lsn if acceptor is None else acceptor.flush_lsn
 
     @property
     def term(self) -> int:
@@ -126,6 +141,7 @@ class SafekeeperTimeline:
         again), CorruptionError.
         """
         with self._lock:
+            self._close_lane()
             self._writers.add(connection)
             acceptor = self._usable()
             outgoing: list[Outgoing] = []
@@ -138,10 +154,30 @@ class SafekeeperTimeline:
             except (OSError, RetryableError, InvalidWalError) as error:
                 self._discard_acceptor(error)
                 raise
+            if isinstance(messages[-1], AppendRequest):
+                self._open_lane(connection, acceptor)
             return outgoing
+
+    def serve(
+        self,
+        connection: ConnectionId,
+        socket_fd: int,
+        buffer: bytearray,
+        size_bytes: int,
+        send_lock: LaneLock,
+    ) -> int:
+        """Receives from a blocking socket; answers plain appends itself, for as long as they come.
+
+        The first `size_bytes` of `buffer` are the beginning of a message that has come in part. Returns how
+        many bytes at the buffer's start it has left, of which `handle` gets the messages; 0 when the peer
+        has closed. Raises OSError for the socket, and as `handle` does.
+        """
+        return self._lane.serve(connection, socket_fd, buffer, size_bytes, send_lock)
 
     def disconnected(self, connection: ConnectionId) -> None:
         with self._lock:
+            if self._lane.open_to == connection:
+                self._close_lane()
             self._writers.discard(connection)
             if self._acceptor is not None:
                 self._acceptor.disconnected(connection)
@@ -184,12 +220,50 @@ class SafekeeperTimeline:
             if self._closed is not None:
                 return
             self._closed = reason
+            self._close_lane()
             if self._acceptor is not None and not isinstance(reason, TimelineDeletedError):
                 try:
                     self._persist(self._acceptor.state)
                 except OSError as error:
                     log.warning("commit LSN not saved", error=error, timeline_id=self.identity.timeline_id)
             self._storage.close()
+
+    def _open_lane(self, connection: ConnectionId, acceptor: Acceptor) -> None:
+        """If `connection` may go on appending, and all that it has appended is durable."""
+        span = self._storage.open_span()
+        if span is None or acceptor.accepted.streaming_connection != connection:
+            return
+        segment_size_bytes = self.identity.wal_segment_size_bytes
+        self._lane.open(
+            connection,
+            acceptor.accepted,
+            self._scanner,
+            fd=span.fd,
+            segment_start_lsn=span.segment_start_lsn,
+            end_lsn=span.end_lsn,
+            # `_committed` puts the first commit LSN of each segment on disk.
+            commit_end_lsn=(self._persisted_commit_lsn // segment_size_bytes + 1) * segment_size_bytes,
+        )
+
+    def _close_lane(self) -> None:
+        if self._lane.open_to is not None and self._acceptor is not None:
+            self._storage.flushed_beside(self._acceptor.flush_lsn)
+        self._lane.close()
+
+    def _lane_failed(self, error: Exception) -> Exception:
+        """Called with the lock held. The error as `handle` raises it."""
+        if self._acceptor is not None:
+            self._storage.flushed_beside(self._acceptor.flush_lsn)
+        failure = self._storage.as_failure(error) if isinstance(error, OSError) else error
+        self._discard_acceptor(failure)
+        return failure
+
+    def _lane_told(self, flush_seconds: list[float], size_bytes: int, has_risen: bool) -> None:
+        if has_risen:
+            self.commits.wake()
+        for seconds in flush_seconds:
+            self._metrics.flush_seconds.observe(seconds)
+        self._metrics.wal_bytes.inc(size_bytes)
 
     def _usable(self) -> Acceptor:
         self.check_open()

@@ -21,6 +21,7 @@ import errno
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from excimer.base.errors import CorruptionError, RefusedError, RetryableError
 from excimer.base.lsn import Lsn, format_lsn
@@ -43,6 +44,14 @@ class DiskFailedError(RetryableError):
 
 class WalMissingError(RefusedError):
     """The WAL asked for is not stored here."""
+
+
+class AppendSpan(NamedTuple):
+    """Prepared bytes of one segment that WAL may be written over, from `write_lsn` up to `end_lsn`."""
+
+    fd: int
+    segment_start_lsn: Lsn
+    end_lsn: Lsn
 
 
 class WalStorage:
@@ -104,6 +113,29 @@ class WalStorage:
                 os.close(fd)
         self.flush_lsn = self.write_lsn
         return self.flush_lsn
+
+    def open_span(self) -> AppendSpan | None:
+        """Where somebody else may write and sync now, who says how far with `flushed_beside`.
+
+        None while the segment is not open, something is not flushed, or the next one is to be prepared.
+        """
+        if self._current is None or self._dirty or self.write_lsn != self.flush_lsn:
+            return None
+        number, fd = self._current
+        start_lsn = number * self._segment_size_bytes
+        size_bytes = self._segment_size_bytes
+        if self._preparing is None or self._preparing[0] != number + 1:
+            size_bytes = int(size_bytes * _PREPARE_NEXT_AT)
+        end_lsn = Lsn(start_lsn + size_bytes)
+        return AppendSpan(fd, Lsn(start_lsn), end_lsn) if start_lsn <= self.write_lsn < end_lsn else None
+
+    def flushed_beside(self, lsn: Lsn) -> None:
+        """The open span is written and synced up to `lsn`."""
+        self.write_lsn = self.flush_lsn = lsn
+
+    def as_failure(self, error: OSError) -> DiskFullError | DiskFailedError:
+        """What an error of whoever wrote to the open span means."""
+        return _as_failure(error, self._directory)
 
     def revert(self) -> None:
         """Forgets what was not flushed, after a failed write or sync: it has to be sent again.

@@ -479,6 +479,17 @@ class _FrameParser(Generic[_Message]):
         self._greeted = False
         self._buffer = bytearray()
 
+    @property
+    def rest_size_bytes(self) -> int:
+        """Bytes held of a message that is not whole yet."""
+        return len(self._buffer)
+
+    def take_rest(self) -> bytes:
+        """These bytes, to be fed again, by whoever receives what follows them."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
     def feed(self, data: bytes | bytearray | memoryview) -> list[_Message]:
         """The messages that `data` completes, in order; WAL in them is copied once.
 

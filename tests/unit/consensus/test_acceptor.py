@@ -61,7 +61,7 @@ def test_a_history_that_cuts_committed_wal_is_refused_and_changes_nothing() -> N
     before = acceptor.state
     with pytest.raises(acceptors.DivergenceBelowCommitError, match="below its commit LSN 0/C8"):
         acceptor.receive(HERE, elected((0, 100), (5, 150)))
-    assert acceptor.state is before
+    assert acceptor.state == before
     assert acceptor.flush_lsn == 200
 
 

@@ -1,5 +1,7 @@
 """The port of proposers: one thread per connection, from the socket to the disk and back.
 
+Once a timeline is streamed, its `serve` receives too and answers appends; what it leaves is parsed here.
+
 A connection's first frame names its timeline and carries the token; until it is accepted the
 peer can hold neither memory nor a place for long (`GREETING_TIMEOUT_S`). Errors are answered with
 a frame that says which family they are of, then the connection closes; the safekeeper lives on.
@@ -15,6 +17,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 
+from excimer._native.append_lane import LaneLock
 from excimer.base.clock import Clock
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.consensus.acceptor import ConnectionId
@@ -156,7 +159,7 @@ class _Connection:
         self.timeline: SafekeeperTimeline | None = None
         self.thread: threading.Thread | None = None
         self._socket = opened
-        self._send_lock = threading.Lock()
+        self._send_lock = LaneLock()
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
         self._set_receive_timeout(GREETING_TIMEOUT_S)
@@ -171,15 +174,23 @@ class _Connection:
     def receive_all(self, handle: Callable[[Sequence[ProposerMessage]], None]) -> None:
         """Calls `handle` with the messages that each `recv` completed, until the peer closes.
 
-        Raises OSError, `MalformedFrameError`, and what `handle` raises.
+        Raises OSError, `MalformedFrameError`, and what `handle` and the timeline's `serve` raise.
         """
         parser = ProposerMessageParser()
         buffer = bytearray(_RECEIVE_SIZE_BYTES)
         view = memoryview(buffer)
-        while (size := self._socket.recv_into(buffer)) > 0:
+        while (size := self._receive(parser, buffer)) > 0:
             messages = parser.feed(view[:size])
             if messages:
                 handle(messages)
+
+    def _receive(self, parser: ProposerMessageParser, buffer: bytearray) -> int:
+        """Some bytes of messages, which begin where a message does unless a large one has come in part."""
+        if self.timeline is None or parser.rest_size_bytes > len(buffer) // 2:
+            return self._socket.recv_into(buffer)
+        rest = parser.take_rest()
+        buffer[: len(rest)] = rest
+        return self.timeline.serve(self.id, self._socket.fileno(), buffer, len(rest), self._send_lock)
 
     def send(self, message: AcceptorMessage) -> None:
         """A failure is seen by the receiving thread, as the end of the connection."""

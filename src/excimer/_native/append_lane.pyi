@@ -1,0 +1,48 @@
+from collections.abc import Callable
+from typing import Protocol
+
+from excimer._native.accepted_wal import AcceptedWal
+from excimer._native.wal_scanner import WalScanner
+from excimer.base.lsn import Lsn
+
+class LaneLock:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+class CommitMark:
+    commit_lsn: Lsn
+    def __init__(self, commit_lsn: int) -> None: ...
+    def wait_next(self) -> None: ...
+    def advance(self, commit_lsn: int) -> bool: ...
+
+class _Disk(Protocol):
+    def pwrite(self, fd: int, data: bytes, offset: int) -> None: ...
+    def fdatasync(self, fd: int) -> None: ...
+
+class AppendLane:
+    lock: LaneLock
+    def __init__(
+        self,
+        mark: CommitMark,
+        *,
+        failed: Callable[[Exception], Exception],
+        tell: Callable[[list[float], int, bool], None],
+        disk: _Disk | None = None,
+    ) -> None: ...
+    def open(
+        self,
+        connection: int,
+        accepted: AcceptedWal,
+        scanner: WalScanner,
+        *,
+        fd: int,
+        segment_start_lsn: int,
+        end_lsn: int,
+        commit_end_lsn: int,
+    ) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def open_to(self) -> int | None: ...
+    def serve(
+        self, connection: int, socket_fd: int, buffer: bytearray, size_bytes: int, send_lock: LaneLock
+    ) -> int: ...
