@@ -119,6 +119,16 @@ def test_acceptor_messages_round_trip(
     assert feed_in_pieces(wire.AcceptorMessageParser(), data, cuts) == [greeting, *messages]
 
 
+@given(ACCEPTOR_GREETING, st.lists(ACCEPTOR_MESSAGES, max_size=6))
+def test_acceptor_messages_that_come_one_by_one(
+    greeting: wire.AcceptorGreeting, messages: list[wire.AcceptorMessage]
+) -> None:
+    parser = wire.AcceptorMessageParser()
+    parser.feed(wire.encode_acceptor_message(greeting))
+    fed = [parser.feed(wire.encode_acceptor_message(message)) for message in messages]
+    assert fed == [[message] for message in messages]
+
+
 @pytest.mark.parametrize("parser_type", PARSERS)
 @given(data=st.binary(max_size=200))
 def test_any_bytes_give_messages_or_one_error(parser_type: Any, data: bytes) -> None:

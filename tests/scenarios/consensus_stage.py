@@ -39,7 +39,11 @@ IDENTITY = wire.TimelineIdentity(
     wal_segment_size_bytes=1 << 24,
 )
 LIMITS = proposers.ProposerLimits(
-    chunk_size_bytes=100, repair_chunk_size_bytes=40, in_flight_size_bytes_max=400, window_size_bytes_max=400
+    chunk_size_bytes=100,
+    repair_chunk_size_bytes=40,
+    in_flight_size_bytes_max=400,
+    window_size_bytes_max=400,
+    trim_size_bytes=0,
 )
 START_LSN = Lsn(100)
 HIDDEN_FIELDS = {"version", "identity", "proposer_id", "token", "wal_start_lsn", "timeline_start_lsn"}
@@ -246,6 +250,13 @@ class Stage:
                     self.lines.append(f"  {compute.name} has lost the election for term {compute.core.term}")
                 case proposers.PeerStranded(peer, missing_from_lsn):
                     self.lines.append(f"  nobody has WAL from {missing_from_lsn} on for {peer + 1}")
+        self.announce(compute)
+
+    def announce(self, compute: Compute) -> None:
+        """As a shell does that waits no time at all."""
+        for effect in compute.core.announce():
+            assert isinstance(effect, proposers.Send)
+            self.post(compute.name, effect.peer + 1, effect.message)
 
     def post(self, name: str, number: int, message: wire.ProposerMessage | wire.AcceptorMessage) -> None:
         self.messages.append((name, number, message))

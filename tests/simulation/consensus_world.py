@@ -48,7 +48,11 @@ IDENTITY = TimelineIdentity(
     wal_segment_size_bytes=1 << 24,
 )
 LIMITS = ProposerLimits(
-    chunk_size_bytes=40, repair_chunk_size_bytes=24, in_flight_size_bytes_max=160, window_size_bytes_max=256
+    chunk_size_bytes=40,
+    repair_chunk_size_bytes=24,
+    in_flight_size_bytes_max=160,
+    window_size_bytes_max=256,
+    trim_size_bytes=64,
 )
 
 Message = ProposerMessage | AcceptorMessage
@@ -362,7 +366,7 @@ class World:
         self._run_candidate(candidate, core.wal_appended(candidate.window.end_lsn, candidate.record_end_lsn))
 
     def _run_candidate(self, candidate: Candidate, effects: Sequence[proposers.ProposerEffect]) -> None:
-        for effect in effects:
+        for effect in [*effects, *candidate.core.announce()]:
             match effect:
                 case proposers.SendWal():
                     wal = candidate.window.slice(effect.begin_lsn, effect.end_lsn)

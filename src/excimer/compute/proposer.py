@@ -39,8 +39,6 @@ from excimer.service.replication_client import ReplicationClient, connect_replic
 from excimer.service.tasks import Backoff, TaskScope
 from excimer.wire.safekeeping import (
     AcceptorMessage,
-    AppendRequest,
-    CommitAnnounce,
     ProposerId,
     Term,
     TimelineIdentity,
@@ -53,6 +51,8 @@ PROPOSER_SLOT = PROPOSER_NAME
 """Postgres keeps WAL that the quorum has not confirmed; the slot dies with the compute's directory."""
 CAMPAIGN_DELAY_S_MAX = 0.3
 """A lost election is tried again after a random part of this."""
+ANNOUNCE_DELAY_S = 0.02
+"""While commits follow each other faster than this, appends alone carry the commit LSN."""
 WRITABLE_SIZE_BYTES_MIN = 1 << 20
 """Postgres is read only while the window has room for this much."""
 _WALSENDER = Backoff(first_s=0.05, most_s=1.0, reset_after_s=5.0)
@@ -120,6 +120,7 @@ class Proposer:
         self._changed = asyncio.Event()  # elected, committed for the first time, failed, or source lost
         self._source_error: ExcimerError | None = None
         self._frame: tuple[core.SendWal, bytes] | None = None  # the last append, as bytes
+        self._announce_timer: asyncio.TimerHandle | None = None
 
     @property
     def commit_lsn(self) -> Lsn:
@@ -165,6 +166,8 @@ class Proposer:
     def close(self) -> None:
         """Closes all connections; may be called at any time, also twice."""
         self._close_source()
+        if self._announce_timer is not None:
+            self._announce_timer.cancel()
         for peer in self._peers:
             peer.close()
 
@@ -267,21 +270,11 @@ class Proposer:
         for effect in effects:
             match effect:
                 case core.SendWal():
-                    peer = self._peers[effect.peer]
-                    peer.drop_announcement()
-                    peer.send_frame(self._append_frame(effect))
+                    self._peers[effect.peer].send_frame(self._append_frame(effect))
                 case core.CommitAdvanced():
-                    self._confirm()
-                    if not self._is_repaired:
-                        self._is_repaired = True
-                        self._changed.set()
+                    self._committed()
                 case core.Send(index, message):
-                    if isinstance(message, CommitAnnounce):
-                        self._peers[index].hold_announcement(message)
-                    else:
-                        if isinstance(message, AppendRequest):
-                            self._peers[index].drop_announcement()
-                        self._peers[index].send_frame(encode_proposer_message(message))
+                    self._peers[index].send_frame(encode_proposer_message(message))
                 case core.TrimWindow(lsn):
                     self._window.trim(lsn)
                 case core.Elected(term, start_lsn, _):
@@ -301,6 +294,20 @@ class Proposer:
                     )
                 case _:
                     assert_never(effect)
+
+    def _committed(self) -> None:
+        self._confirm()
+        if self._announce_timer is None:
+            loop = asyncio.get_running_loop()
+            self._announce_timer = loop.call_later(ANNOUNCE_DELAY_S, self._announce)
+        if not self._is_repaired:
+            self._is_repaired = True
+            self._changed.set()
+
+    def _announce(self) -> None:
+        self._announce_timer = None
+        if self._failure is None:
+            self._carry_out(self._core.announce())
 
     def _append_frame(self, effect: core.SendWal) -> bytes:
         """The same bytes go to every safekeeper that is up to date: made once."""

@@ -1,8 +1,7 @@
 """One safekeeper as the proposer sees it: a connection that is dialled again whenever it ends.
 
 Messages go to the proposer straight from the socket's callback, and frames go to the socket straight
-from the proposer: no task stands in the path of a commit. Commit announcements are held back a
-little, because the next append carries the commit LSN anyway.
+from the proposer: no task stands in the path of a commit.
 
 Not here: what messages mean (`consensus.proposer`).
 """
@@ -17,17 +16,13 @@ from excimer.service.tasks import Backoff
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     AcceptorMessageParser,
-    CommitAnnounce,
     ErrorCode,
     ErrorResponse,
-    encode_proposer_message,
 )
 
 CONNECT_TIMEOUT_S = 5.0
 SILENT_S_MAX = 10.0
 """A connected safekeeper answers each heartbeat; one that is silent this long is dialled anew."""
-ANNOUNCE_DELAY_S = 0.02
-"""While commits follow each other faster than this, appends alone carry the commit LSN."""
 RECONNECT = Backoff(first_s=0.05, most_s=2.0, reset_after_s=10.0)
 
 log = get_logger(__name__)
@@ -67,7 +62,7 @@ class PeerOwner(Protocol):
 
 
 class SafekeeperPeer:
-    """`maintain` keeps it connected; `send` may be called at any time."""
+    """`maintain` keeps it connected; `send_frame` may be called at any time."""
 
     def __init__(self, index: int, address: Address, owner: PeerOwner) -> None:
         self.index = index
@@ -76,8 +71,6 @@ class SafekeeperPeer:
         """Why it is not connected, as last heard; None while it is."""
         self._owner = owner
         self._connection: _Connection | None = None
-        self._announcement: CommitAnnounce | None = None
-        self._announce_timer: asyncio.TimerHandle | None = None
 
     @property
     def is_connected(self) -> bool:
@@ -108,19 +101,9 @@ class SafekeeperPeer:
             await asyncio.sleep(RECONNECT.next_wait(failures))
 
     def send_frame(self, frame: bytes) -> None:
-        """An append or another message that carries the commit LSN or needs none."""
+        """Sends it, if there is a connection."""
         if self._connection is not None:
             self._connection.write(frame)
-
-    def hold_announcement(self, announcement: CommitAnnounce) -> None:
-        """Sends it within `ANNOUNCE_DELAY_S`, unless `drop_announcement` says that an append has told it."""
-        self._announcement = announcement
-        if self._announce_timer is None:
-            loop = asyncio.get_running_loop()
-            self._announce_timer = loop.call_later(ANNOUNCE_DELAY_S, self._announce)
-
-    def drop_announcement(self) -> None:
-        self._announcement = None
 
     def check_alive(self) -> None:
         """Drops a connection on which nothing has come for too long."""
@@ -135,17 +118,9 @@ class SafekeeperPeer:
             self._connection.abort()
 
     def close(self) -> None:
-        if self._announce_timer is not None:
-            self._announce_timer.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-
-    def _announce(self) -> None:
-        self._announce_timer = None
-        if self._announcement is not None:
-            self.send_frame(encode_proposer_message(self._announcement))
-            self._announcement = None
 
     async def _dial(self) -> None:
         loop = asyncio.get_running_loop()
@@ -160,7 +135,6 @@ class SafekeeperPeer:
         if self._connection is not None:
             self._connection.close()
         self._connection = connection
-        self._announcement = None
         self._owner.peer_connected(self)
 
     def received(self, message: AcceptorMessage) -> None:

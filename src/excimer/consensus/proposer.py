@@ -273,7 +273,24 @@ class Proposer:
             for peer in self._peers
             if peer.connected and peer.adopted and peer.sent_lsn is not None
         ]
-        return [*heartbeats, *self._pump_all()]
+        return [*heartbeats, *self._pump_all(), *self._trim(0)]
+
+    def announce(self) -> list[ProposerEffect]:
+        """Tells the commit LSN to members that have not heard it from an append.
+
+        To be called some time after a `CommitAdvanced`: while WAL goes on, appends tell it for nothing.
+        """
+        reign = self._reign
+        if reign is None or self.phase is not Phase.LEADING:
+            return []
+        effects: list[ProposerEffect] = []
+        for peer in self._peers:
+            is_streamed = peer.connected and peer.adopted and peer.sent_lsn is not None
+            if is_streamed and peer.announced_commit_lsn < reign.commit_lsn:
+                peer.announced_commit_lsn = reign.commit_lsn
+                message = CommitAnnounce(self.term, reign.commit_lsn, reign.horizon_lsn)
+                effects.append(Send(peer.index, message))
+        return effects
 
     def _forget_connection(self, peer: _Peer) -> None:
         peer.connected = False
@@ -424,9 +441,8 @@ class Proposer:
         return self._acknowledged(peer, answer.flush_lsn, answer.commit_lsn)
 
     def _append_answered(self, peer: _Peer, answer: AppendResponse) -> list[ProposerEffect]:
-        effects = self._fenced_by(answer.term)
-        if effects or answer.term != self.term or not peer.adopted:
-            return effects
+        if answer.term != self.term or not peer.adopted:
+            return self._fenced_by(answer.term)
         if peer.sent_lsn is not None and peer.sent_lsn < answer.flush_lsn:
             # A late rejection had set it back, perhaps below all that the window and donors still have.
             peer.sent_lsn = answer.flush_lsn
@@ -446,7 +462,7 @@ class Proposer:
     def _acknowledged(self, peer: _Peer, flush_lsn: Lsn, commit_lsn: Lsn) -> list[ProposerEffect]:
         peer.flush_lsn = max(peer.flush_lsn, flush_lsn)
         peer.commit_lsn = max(peer.commit_lsn, commit_lsn)
-        return [*self._advance_commit(), *self._pump_all(), *self._trim()]
+        return [*self._advance_commit(), *self._pump_all(), *self._trim(self._limits.trim_size_bytes)]
 
     def _counted_flush_lsns(self) -> list[Lsn]:
         """Flush LSNs that commit: of members whose log is known to be a prefix of this term's."""
@@ -469,18 +485,26 @@ class Proposer:
             raise FencedError(f"the proposer of term {self.term} does not lead")
         return self._reign
 
-    def _trim(self) -> Iterator[ProposerEffect]:
-        """Raises the horizon; drops window WAL that all have, or that a majority has and room is short."""
+    def _trim(self, held_size_bytes_min: int) -> list[ProposerEffect]:
+        """Raises the horizon; drops window WAL that all have, or that a majority has and room is short.
+
+        Not while the window holds less: neither is urgent, and this is in the way of every commit.
+        """
         reign = self._leading()
+        if reign.window_end_lsn - reign.window_start_lsn < held_size_bytes_min:
+            return []
         adopted = [peer for peer in self._peers if peer.adopted]
+        if not adopted:
+            return []
         if len(adopted) == len(self._peers):
             reign.horizon_lsn = max(reign.horizon_lsn, min([peer.commit_lsn for peer in adopted]))
         flushed_lsn = min([peer.flush_lsn for peer in adopted])
         half_full_lsn = reign.window_end_lsn - self._limits.window_size_bytes_max // 2
         trim_lsn = Lsn(min(reign.commit_lsn, max(flushed_lsn, half_full_lsn)))
-        if trim_lsn > reign.window_start_lsn:
-            reign.window_start_lsn = trim_lsn
-            yield TrimWindow(trim_lsn)
+        if trim_lsn <= reign.window_start_lsn:
+            return []
+        reign.window_start_lsn = trim_lsn
+        return [TrimWindow(trim_lsn)]
 
     def _pump_all(self) -> list[ProposerEffect]:
         """Sends every member what it lacks, within the limits."""
@@ -492,7 +516,7 @@ class Proposer:
             sent_lsn = peer.sent_lsn
             if sent_lsn is None or not peer.connected or not peer.adopted:
                 continue
-            if sent_lsn != reign.window_end_lsn or peer.announced_commit_lsn != reign.commit_lsn:
+            if sent_lsn != reign.window_end_lsn:
                 effects += self._pump(reign, peer, sent_lsn)
         return effects
 
@@ -509,9 +533,6 @@ class Proposer:
             yield SendWal(peer.index, self.term, sent_lsn, end_lsn, reign.commit_lsn, reign.horizon_lsn)
             peer.announced_commit_lsn = reign.commit_lsn
             peer.sent_lsn = sent_lsn = end_lsn
-        if peer.announced_commit_lsn < reign.commit_lsn:
-            peer.announced_commit_lsn = reign.commit_lsn
-            yield Send(peer.index, CommitAnnounce(self.term, reign.commit_lsn, reign.horizon_lsn))
 
     def _read_for(self, reign: _Reign, peer: _Peer, start_lsn: Lsn) -> Iterator[ProposerEffect]:
         """Asks the member with the most WAL, of those that hold what `peer` lacks."""

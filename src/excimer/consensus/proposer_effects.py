@@ -20,6 +20,8 @@ class ProposerLimits:
     """WAL sent to one member and not yet flushed by it."""
     window_size_bytes_max: int = 32 << 20
     """Recent WAL in memory. Committed WAL leaves from half of it on; uncommitted WAL may fill it all."""
+    trim_size_bytes: int = 256 << 10
+    """WAL that all have stays until the window holds this much, or for a heartbeat."""
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -57,7 +59,10 @@ class ElectionLost(msgspec.Struct, frozen=True):
 
 
 class CommitAdvanced(msgspec.Struct, frozen=True):
-    """WAL below `commit_lsn`, a record boundary, is durable at a majority (D1): tell PostgreSQL."""
+    """WAL below `commit_lsn`, a record boundary, is durable at a majority (D1): tell PostgreSQL.
+
+    Some time later call `announce`, for members to which no append went.
+    """
 
     commit_lsn: Lsn
 

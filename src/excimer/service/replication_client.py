@@ -29,17 +29,17 @@ from excimer.wire.pg_client import (
     QueryFailed,
     Ready,
 )
-from excimer.wire.pg_messages import TERMINATE, ProtocolViolationError, encode_copy_data
+from excimer.wire.pg_messages import TERMINATE, ProtocolViolationError
 from excimer.wire.replication import (
     POSTGRES_TIMELINE,
     Keepalive,
-    StandbyStatus,
     StartReplication,
     SystemIdentity,
     WalData,
     decode_from_server,
     decode_system_identity,
-    encode_status,
+    decode_whole_wal,
+    encode_whole_status,
     format_start_replication,
 )
 
@@ -74,6 +74,7 @@ class ReplicationClient(asyncio.Protocol):
         self._answer: asyncio.Future[ClientEvent] = self._loop.create_future()
         self._sink: WalSink | None = None
         self._expected_lsn = INVALID_LSN
+        self._is_streaming = False
         self._positions = (INVALID_LSN, INVALID_LSN, INVALID_LSN)
         self._report_timer: asyncio.TimerHandle | None = None
         self._error: ExcimerError | None = None
@@ -153,8 +154,13 @@ class ReplicationClient(asyncio.Protocol):
         self._flush()
 
     def data_received(self, data: bytes) -> None:
-        self._connection.feed(data)
         try:
+            if self._is_streaming and self._connection.is_between_messages:
+                message = decode_whole_wal(data)
+                if message is not None:
+                    self._wal_data(message)
+                    return
+            self._connection.feed(data)
             while (event := self._connection.next_event()) is not None:
                 self._handle(event)
             self._flush()
@@ -176,6 +182,7 @@ class ReplicationClient(asyncio.Protocol):
             case CopyEnded():
                 self._end(ReplicationLostError("the WAL source ended the stream"))
             case CopyBothStarted():
+                self._is_streaming = True
                 self._schedule_report()
                 self._resolve(event)
             case QueryFailed(error):
@@ -249,8 +256,7 @@ class ReplicationClient(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         now = unix_to_timestamptz(time.time())
-        status = StandbyStatus(*self._positions, time=now, is_reply_requested=False)
-        self._transport.write(encode_copy_data(encode_status(status)))
+        self._transport.write(encode_whole_status(self._positions, now))
 
     def _schedule_report(self) -> None:
         self._report_timer = self._loop.call_later(REPORT_INTERVAL_S, self._report_again)

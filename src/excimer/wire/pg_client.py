@@ -87,6 +87,11 @@ class ClientConnection:
         self._output.clear()
         return output
 
+    @property
+    def is_between_messages(self) -> bool:
+        """Whether every byte fed belonged to an event that was returned."""
+        return self._frames.is_empty
+
     def query(self, text: str) -> None:
         """Sends a simple query. Its answer is one of QueryDone, QueryFailed, CopyBothStarted."""
         self._rows = []

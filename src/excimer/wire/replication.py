@@ -29,6 +29,8 @@ POSTGRES_TIMELINE = 1
 _WAL_HEAD = struct.Struct(">cQQq")
 _KEEPALIVE = struct.Struct(">cQqB")
 _STATUS = struct.Struct(">cQQQqB")
+_WHOLE_WAL_HEAD = struct.Struct(">cIcQQq")
+_WHOLE_STATUS = struct.Struct(">cIcQQQqB")
 WAL_HEAD_SIZE_BYTES = _WAL_HEAD.size
 
 
@@ -63,6 +65,24 @@ class HotStandbyFeedback(NamedTuple):
 def wal_data_head(start_lsn: int, server_end_lsn: int, time: int) -> bytes:
     """What goes before WAL bytes inside CopyData."""
     return _WAL_HEAD.pack(b"w", start_lsn, server_end_lsn, time)
+
+
+def decode_whole_wal(data: bytes) -> WalData | None:
+    """What is said by bytes that are exactly one CopyData message with WAL; None when they are anything else.
+
+    A walsender writes message by message, so this is what its socket gives as a rule.
+    """
+    if len(data) < _WHOLE_WAL_HEAD.size:
+        return None
+    copy_kind, length, kind, start_lsn, end_lsn, _ = _WHOLE_WAL_HEAD.unpack_from(data)
+    if copy_kind != b"d" or kind != b"w" or length != len(data) - 1:
+        return None
+    return WalData(start_lsn, end_lsn, data[_WHOLE_WAL_HEAD.size :])
+
+
+def encode_whole_status(positions: tuple[Lsn, Lsn, Lsn], time: int) -> bytes:
+    """A CopyData message with the ends of what is written, durable and applied; no reply is asked for."""
+    return _WHOLE_STATUS.pack(b"d", 4 + _STATUS.size, b"r", *positions, time, 0)
 
 
 def encode_keepalive(message: Keepalive) -> bytes:

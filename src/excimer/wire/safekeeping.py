@@ -237,8 +237,10 @@ _TERM = struct.Struct("<Q")
 _ELECTED_RESPONSE = struct.Struct("<QQQQ")
 # term 8, begin 8, commit 8, horizon 8; then WAL
 _APPEND_REQUEST = struct.Struct("<QQQQ")
+_WHOLE_APPEND_HEAD = struct.Struct("<IcQQQQ")
 # term 8, two or one LSNs of 8
 _TERM_LSN_LSN = struct.Struct("<QQQ")
+_WHOLE_APPEND_RESPONSE = struct.Struct("<IcQQQ")
 _TERM_LSN = struct.Struct("<QQ")
 # code 2, zero 2; then UTF-8
 _ERROR = struct.Struct("<HH")
@@ -430,7 +432,8 @@ def encode_proposer_message(message: ProposerMessage) -> bytes:
     match message:
         case AppendRequest(term, begin_lsn, commit_lsn, horizon_lsn, wal):
             _check_wal_size(len(wal))
-            return _frame(b"A", _APPEND_REQUEST.pack(term, begin_lsn, commit_lsn, horizon_lsn), wal)
+            length = 1 + _APPEND_REQUEST.size + len(wal)
+            return _WHOLE_APPEND_HEAD.pack(length, b"A", term, begin_lsn, commit_lsn, horizon_lsn) + wal
         case CommitAnnounce(term, commit_lsn, horizon_lsn):
             return _frame(b"C", _TERM_LSN_LSN.pack(term, commit_lsn, horizon_lsn))
         case ReadWalRequest(term, start_lsn, end_lsn):
@@ -551,3 +554,11 @@ class AcceptorMessageParser(_FrameParser[AcceptorMessage]):
 
     def __init__(self) -> None:
         super().__init__(_ACCEPTOR_DECODERS, ord("g"))
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[AcceptorMessage]:
+        """An answer to an append, which comes alone as a rule, takes a shorter way: commits wait for it."""
+        if len(data) == _WHOLE_APPEND_RESPONSE.size and self._greeted and not self._buffer:
+            length, kind, term, flush_lsn, commit_lsn = _WHOLE_APPEND_RESPONSE.unpack(data)
+            if kind == b"a" and length == 1 + _TERM_LSN_LSN.size:
+                return [AppendResponse(term, flush_lsn, commit_lsn)]
+        return super().feed(data)

@@ -14,7 +14,11 @@ from excimer.wire import safekeeping as wire
 from tests.unit.consensus.test_acceptor import IDENTITY
 
 LIMITS = proposers.ProposerLimits(
-    chunk_size_bytes=100, repair_chunk_size_bytes=40, in_flight_size_bytes_max=250, window_size_bytes_max=400
+    chunk_size_bytes=100,
+    repair_chunk_size_bytes=40,
+    in_flight_size_bytes_max=250,
+    window_size_bytes_max=400,
+    trim_size_bytes=150,
 )
 
 
@@ -156,6 +160,32 @@ def test_uncommitted_wal_fills_the_window_and_commits_empty_it() -> None:
     assert proposer.writable_size_bytes == 200
     assert proposers.TrimWindow(Lsn(500)) in acknowledge(proposer, 2, 500)
     assert proposer.writable_size_bytes == 400
+
+
+def test_wal_that_all_have_leaves_the_window_with_a_heartbeat_at_the_latest() -> None:
+    proposer = leader()
+    for peer in range(3):
+        adopt(proposer, peer, 100)
+    proposer.wal_appended(Lsn(200), Lsn(200))
+    for peer in range(3):
+        assert not any(isinstance(e, proposers.TrimWindow) for e in acknowledge(proposer, peer, 200))
+    assert proposers.TrimWindow(Lsn(200)) in proposer.tick()
+
+
+def test_a_commit_is_announced_to_members_that_no_append_told() -> None:
+    proposer = leader()
+    for peer in range(3):
+        adopt(proposer, peer, 100)
+    proposer.wal_appended(Lsn(150), Lsn(150))
+    acknowledge(proposer, 0, 150)
+    acknowledge(proposer, 1, 150)
+    sent = proposer.wal_appended(Lsn(190), Lsn(190))
+    told = {effect.peer for effect in sent if isinstance(effect, proposers.SendWal)}
+    assert told == {0, 1}, "the third one's answer is still on its way"
+    announcement = wire.CommitAnnounce(wire.Term(1), Lsn(150), Lsn(0))
+    (announced,) = proposer.announce()
+    assert announced == proposers.Send(2, announcement)
+    assert proposer.announce() == []
 
 
 def test_a_member_below_all_wal_that_is_left_is_stranded() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from excimer.base.lsn import Lsn
-from excimer.wire.pg_messages import ProtocolViolationError
+from excimer.wire.pg_messages import ProtocolViolationError, encode_copy_data
 from excimer.wire.replication import (
     Command,
     CreateReplicationSlot,
@@ -22,8 +22,10 @@ from excimer.wire.replication import (
     decode_from_client,
     decode_from_server,
     decode_system_identity,
+    decode_whole_wal,
     encode_keepalive,
     encode_status,
+    encode_whole_status,
     format_options,
     format_start_replication,
     parse_command,
@@ -69,6 +71,18 @@ def test_messages_round_trip() -> None:
     keepalive = Keepalive(Lsn(9), 7, False)
     assert decode_from_server(encode_keepalive(keepalive)) == keepalive
     assert decode_from_server(wal_data_head(4, 5, 6) + b"abc") == WalData(Lsn(4), Lsn(5), b"abc")
+
+
+def test_whole_messages_are_what_their_parts_make() -> None:
+    payload = wal_data_head(4, 5, 6) + b"abc"
+    message = encode_copy_data(payload)
+    assert decode_whole_wal(message) == decode_from_server(payload)
+    keepalive = encode_copy_data(encode_keepalive(Keepalive(Lsn(9), 7, False)))
+    longer_keepalive = encode_copy_data(encode_keepalive(Keepalive(Lsn(9), 7, False)) + bytes(12))
+    others = [message[:-1], message + b"d", message + message, message[:20], b"", keepalive, longer_keepalive]
+    assert [decode_whole_wal(other) for other in others] == [None] * len(others)
+    status = StandbyStatus(Lsn(3), Lsn(2), Lsn(1), -5, False)
+    assert encode_whole_status((Lsn(3), Lsn(2), Lsn(1)), -5) == encode_copy_data(encode_status(status))
 
 
 @pytest.mark.parametrize(
