@@ -52,7 +52,7 @@ PROPOSER_SLOT = PROPOSER_NAME
 CAMPAIGN_DELAY_S_MAX = 0.3
 """A lost election is tried again after a random part of this."""
 ANNOUNCE_DELAY_S = 0.02
-"""While commits follow each other faster than this, appends alone carry the commit LSN."""
+"""A commit LSN that has stood this long is announced; while commits go on, appends alone carry it."""
 WRITABLE_SIZE_BYTES_MIN = 1 << 20
 """Postgres is read only while the window has room for this much."""
 _WALSENDER = Backoff(first_s=0.05, most_s=1.0, reset_after_s=5.0)
@@ -298,15 +298,20 @@ class Proposer:
     def _committed(self) -> None:
         self._confirm()
         if self._announce_timer is None:
-            loop = asyncio.get_running_loop()
-            self._announce_timer = loop.call_later(ANNOUNCE_DELAY_S, self._announce)
+            self._announce_later()
         if not self._is_repaired:
             self._is_repaired = True
             self._changed.set()
 
-    def _announce(self) -> None:
+    def _announce_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._announce_timer = loop.call_later(ANNOUNCE_DELAY_S, self._announce, self._core.commit_lsn)
+
+    def _announce(self, commit_lsn_before: Lsn) -> None:
         self._announce_timer = None
-        if self._failure is None:
+        if self._core.commit_lsn != commit_lsn_before:
+            self._announce_later()
+        elif self._failure is None:
             self._carry_out(self._core.announce())
 
     def _append_frame(self, effect: core.SendWal) -> bytes:

@@ -10,7 +10,7 @@ Messages come in two ways, of which each takes the acceptor as the other left it
     handle    any message: the acceptor's effects, one after the other
     serve     appends in a row from one connection, natively (`_native/append_lane.pyx`)
 
-`handle` closes the lane before it does anything, and opens it when it leaves an append behind after which
+`handle` closes the lane before it does anything, and opens it after an append or a commit announcement, when
 nothing waits to be flushed.
 
 When the disk refuses, the acceptor is ahead of it: it is thrown away and made anew from what is
@@ -63,6 +63,8 @@ from excimer.wire.safekeeping import (
 log = get_logger(__name__)
 
 Outgoing = tuple[ConnectionId, AcceptorMessage]
+_IN_A_ROW = (AppendRequest, CommitAnnounce)
+"""Messages that a flush may wait for, and after which more appends are to be expected."""
 
 
 class TimelineClosedError(RetryableError):
@@ -147,14 +149,14 @@ class SafekeeperTimeline:
             outgoing: list[Outgoing] = []
             try:
                 for message in messages:
-                    if not isinstance(message, AppendRequest | CommitAnnounce):
+                    if not isinstance(message, _IN_A_ROW):
                         self._flush_written(outgoing)
                     self._carry_out(acceptor.receive(connection, message), outgoing)
                 self._flush_written(outgoing)
             except (OSError, RetryableError, InvalidWalError) as error:
                 self._discard_acceptor(error)
                 raise
-            if isinstance(messages[-1], AppendRequest):
+            if isinstance(messages[-1], _IN_A_ROW):
                 self._open_lane(connection, acceptor)
             return outgoing
 
