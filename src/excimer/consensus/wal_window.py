@@ -37,6 +37,9 @@ class WalWindow:
                 f"WAL [{format_lsn(start_lsn)}, {format_lsn(end_lsn)}) is not within "
                 f"[{format_lsn(self.start_lsn)}, {format_lsn(self.end_lsn)})"
             )
+        if self._chunks and start_lsn >= self._chunks[-1][0]:  # as a rule: what has just come is sent
+            chunk_lsn, wal = self._chunks[-1]
+            return wal[start_lsn - chunk_lsn : end_lsn - chunk_lsn]
         parts = []
         index = max(0, bisect_right(self._chunks, start_lsn, key=lambda chunk: chunk[0]) - 1)
         while start_lsn < end_lsn:
