@@ -23,6 +23,7 @@ from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.registry import TimelineRegistry
 from excimer.safekeeper.settings import SafekeeperSettings
 from excimer.safekeeper.timeline import SafekeeperTimeline
+from excimer.safekeeper.timeline_door import TimelineDoor
 from excimer.service.announcements import Announcements
 from excimer.service.broker_client import BrokerClient
 from excimer.service.health import Health
@@ -64,9 +65,10 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
         timelines = TimelineRegistry(settings.data_dir, settings.id, metrics, Disk())
         closing.callback(timelines.close)
         timelines.open_all()
-        proposers = ProposerPort(proposer_socket, timelines, verifier, clock, metrics)
+        door = TimelineDoor(timelines, verifier, clock)
+        proposers = ProposerPort(proposer_socket, door, metrics)
         closing.callback(proposers.close)
-        readers = ReplicationPort(reader_socket, timelines, verifier, clock, metrics)
+        readers = ReplicationPort(reader_socket, door, clock, metrics)
         health = Health("safekeeper")
         app = create_app("Excimer safekeeper", __version__, health, metrics_registry)
         app.include_router(management_router(timelines, verifier, clock))

@@ -18,15 +18,13 @@ import threading
 from collections.abc import Callable, Sequence
 
 from excimer._native.append_lane import LaneLock
-from excimer.base.clock import Clock
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.consensus.acceptor import ConnectionId
 from excimer.safekeeper.metrics import SafekeeperMetrics
-from excimer.safekeeper.registry import TimelineRegistry
 from excimer.safekeeper.timeline import Outgoing, SafekeeperTimeline
+from excimer.safekeeper.timeline_door import TimelineDoor
 from excimer.service.logs import get_logger
 from excimer.service.tasks import failure_of
-from excimer.wire.auth import Scope, TokenVerifier, require_tenant
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     ErrorCode,
@@ -66,15 +64,11 @@ class ProposerPort:
     def __init__(
         self,
         listening: socket.socket,
-        timelines: TimelineRegistry,
-        verifier: TokenVerifier,
-        clock: Clock,
+        door: TimelineDoor,
         metrics: SafekeeperMetrics,
     ) -> None:
         self._listening = listening
-        self._timelines = timelines
-        self._verifier = verifier
-        self._clock = clock
+        self._door = door
         self._metrics = metrics
         self._ids = itertools.count(1)
         self._connections: dict[ConnectionId, _Connection] = {}
@@ -134,14 +128,10 @@ class ProposerPort:
             greeting = messages[0]
             if not isinstance(greeting, ProposerGreeting):
                 raise RefusedError("a proposer greets first")
-            connection.timeline = self._authenticate(greeting)
+            identity = greeting.identity
+            connection.timeline = self._door.enter(greeting.token, identity.tenant_id, identity.timeline_id)
             connection.greeted()
         self._send(connection.timeline.handle(connection.id, messages))
-
-    def _authenticate(self, greeting: ProposerGreeting) -> SafekeeperTimeline:
-        claims = self._verifier.verify(greeting.token, self._clock.now())
-        require_tenant(claims, greeting.identity.tenant_id, Scope.SAFEKEEPER_DATA)
-        return self._timelines.find(greeting.identity.tenant_id, greeting.identity.timeline_id)
 
     def _send(self, outgoing: Sequence[Outgoing]) -> None:
         for connection_id, message in outgoing:

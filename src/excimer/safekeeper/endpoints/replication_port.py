@@ -29,12 +29,12 @@ from excimer.base.errors import (
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn, format_lsn
 from excimer.safekeeper.metrics import SafekeeperMetrics
-from excimer.safekeeper.registry import TimelineRegistry
 from excimer.safekeeper.timeline import SafekeeperTimeline
+from excimer.safekeeper.timeline_door import TimelineDoor
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope, contained
 from excimer.wire import pg_messages as pg
-from excimer.wire.auth import AuthError, Scope, TokenVerifier, require_tenant
+from excimer.wire.auth import AuthError
 from excimer.wire.pg_server import (
     CopyDataReceived,
     CopyDoneReceived,
@@ -115,14 +115,12 @@ class ReplicationPort:
     def __init__(
         self,
         listening: socket.socket,
-        timelines: TimelineRegistry,
-        verifier: TokenVerifier,
+        door: TimelineDoor,
         clock: Clock,
         metrics: SafekeeperMetrics,
     ) -> None:
         self._listening = listening
-        self._timelines = timelines
-        self._verifier = verifier
+        self._door = door
         self._clock = clock
         self._metrics = metrics
         self._connection_count = 0
@@ -146,9 +144,7 @@ class ReplicationPort:
         try:
             reader, writer = await asyncio.open_connection(sock=accepted)
             try:
-                await _Session(
-                    reader, writer, self._timelines, self._verifier, self._clock, self._metrics
-                ).run()
+                await _Session(reader, writer, self._door, self._clock, self._metrics).run()
             finally:
                 writer.close()
         except OSError as error:
@@ -165,15 +161,13 @@ class _Session:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        timelines: TimelineRegistry,
-        verifier: TokenVerifier,
+        door: TimelineDoor,
         clock: Clock,
         metrics: SafekeeperMetrics,
     ) -> None:
         self._reader = reader
         self._writer = writer
-        self._timelines = timelines
-        self._verifier = verifier
+        self._door = door
         self._clock = clock
         self._metrics = metrics
         self._protocol = ServerConnection()
@@ -238,10 +232,9 @@ class _Session:
             raise RefusedError(f"name the timeline: options='-c {_OPTION_TENANT}=… -c {_OPTION_TIMELINE}=…'")
         tenant_id = parse_tenant_id(options[_OPTION_TENANT])
         timeline_id = parse_timeline_id(options[_OPTION_TIMELINE])
-        claims = self._verifier.verify(password, self._clock.now())
-        require_tenant(claims, tenant_id, Scope.SAFEKEEPER_DATA)
+        timeline = self._door.enter(password, tenant_id, timeline_id)
         self._writer.write(pg.AUTHENTICATION_OK)
-        return self._timelines.find(tenant_id, timeline_id)
+        return timeline
 
     async def _serve_queries(self, timeline: SafekeeperTimeline) -> None:
         while True:
