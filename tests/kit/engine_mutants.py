@@ -23,6 +23,7 @@ from excimer.storage.engine.image_round_job import KeyRun, RoundSource
 from excimer.storage.engine.layer_stack import LayerHome, LayerStack
 from excimer.storage.engine.manifest_store import ManifestStore
 from excimer.storage.engine.merge_job import MergeJob
+from excimer.storage.engine.tenant_timelines import TenantTimelines
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.engine.timeline_commits import TimelineCommits
 from excimer.storage.format.layer_block import pack_value, unpack_block
@@ -173,6 +174,14 @@ def collection_ignores_leases(patch: pytest.MonkeyPatch) -> None:
         return found._replace(points=tuple(lsn for lsn in found.points if lsn in branches))
 
     patch.setattr(Retention, "retained", without_leases)
+
+
+def collection_goes_on_beside_damage(patch: pytest.MonkeyPatch) -> None:
+    """S3 broken: nobody holds the branch point of a timeline whose manifest cannot be read.
+
+    Not among `MUTANTS`: `test_engine_damage` has a model of its own, in which there is damage.
+    """
+    patch.setattr(TenantTimelines, "find_standstill", lambda self: None)
 
 
 def restart_forgets_leases(patch: pytest.MonkeyPatch) -> None:

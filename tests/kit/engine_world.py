@@ -24,17 +24,21 @@ from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore
 from excimer.storage.engine import detach_job, disk_layer, manifest_store
 from excimer.storage.engine.context import StorageContext, StorageSettings
 from excimer.storage.engine.errors import (
+    BranchesUnknownError,
     IngestPausedError,
     LsnTooOldError,
     NoSuchPageError,
     TimelineArchivedError,
+    TimelineDamagedError,
 )
-from excimer.storage.engine.garbage_collector import GcTooEarlyError
+from excimer.storage.engine.garbage_collector import GcStandsStillError, GcTooEarlyError
 from excimer.storage.engine.local_disk import LocalDisk
+from excimer.storage.engine.manifest_store import timeline_prefix
 from excimer.storage.engine.partial_copy import LayerMissingError, PartialCopy
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.engine.upload_queue import UploadQueue
+from excimer.storage.format.manifest import DamagedManifestError, unpack_manifest
 from excimer.storage.format.values import pack_batch
 from tests.kit.engine_oracle import FILES, IMPORTED, BlockFile, TimelineOracle
 from tests.kit.io_faults import CrashError, Fault, InlineExecutor, UnsyncedFilesystem
@@ -98,6 +102,8 @@ class EngineWorld:
     durable_files: set[Path] = field(default_factory=set)
     leases: dict[TimelineId, set[int]] = field(default_factory=dict)
     """LSNs that somebody holds and goes on renewing."""
+    harmed: dict[str, bytes] = field(default_factory=dict)
+    """Objects that are damaged, and what they were."""
     crashes: int = 0
     moves: int = 0
 
@@ -208,8 +214,10 @@ class EngineWorld:
         for timeline_id in list(self.tenant.archived):
             self.runner.run(self.tenant.unarchive_timeline(timeline_id))
         self._know_of_unanswered()
-        assert set(self.tenant.timelines) == set(self.oracles)
-        for timeline_id, oracle in self.oracles.items():
+        assert set(self.tenant.damaged) == self._unservable()
+        assert set(self.tenant.timelines) == set(self.oracles) - set(self.tenant.damaged)
+        for timeline_id in self.served:
+            oracle = self.oracles[timeline_id]
             timeline = self.tenant.timeline(timeline_id)
             durable_lsn = timeline.disk_consistent_lsn
             assert timeline.last_record_lsn == durable_lsn == timeline.remote_consistent_lsn
@@ -235,11 +243,61 @@ class EngineWorld:
                 self.oracles[timeline_id] = TimelineOracle(ancestor, timeline.ancestor_lsn)
                 self.durable[timeline_id] = timeline.ancestor_lsn
         for timeline_id in [each for each in self.oracles if each not in self.durable]:
-            if timeline_id not in self.tenant.timelines:
+            if timeline_id in self.tenant.damaged:
+                self.durable[timeline_id] = self.oracles[timeline_id].ancestor_lsn
+            elif timeline_id not in self.tenant.timelines:
                 del self.oracles[timeline_id]
                 self.leases.pop(timeline_id, None)
             else:
                 self.durable[timeline_id] = self.tenant.timeline(timeline_id).ancestor_lsn
+
+    # What happens to object storage
+
+    def newest_manifest(self, timeline_id: TimelineId) -> str:
+        """The object that the next attachment goes by."""
+        prefix = f"{timeline_prefix(TENANT, timeline_id)}/index-"
+        return max(name for name in self.objects.objects if name.startswith(prefix))
+
+    def damage(self, timeline_id: TimelineId) -> None:
+        """A byte of its newest manifest is another one, which the next process finds."""
+        name = self.newest_manifest(timeline_id)
+        intact = self.harmed[name] = self.objects.objects[name]
+        at = self.chance.randrange(len(intact))
+        self.objects.objects[name] = intact[:at] + bytes([intact[at] ^ 0x10]) + intact[at + 1 :]
+        self.restart(keep_files=True)
+        assert timeline_id in self.tenant.damaged
+        for each in self.tenant.damaged:
+            with pytest.raises(TimelineDamagedError, match=name.rsplit("/", 1)[-1]):
+                self.timeline(each)
+            self.leases.pop(each, None)  # whoever held it cannot renew
+
+    def repair(self) -> None:
+        """What was damaged and is still there is put back."""
+        there = self.harmed.keys() & self.objects.objects.keys()
+        self.objects.objects.update((name, self.harmed[name]) for name in there)
+        self.harmed.clear()
+        self.restart(keep_files=True)
+        assert not self.tenant.damaged
+
+    def _unservable(self) -> set[TimelineId]:
+        """Whose newest manifest cannot be read, or an ancestor's."""
+        ancestors: dict[TimelineId, TimelineId] = {}
+        found = set()
+        for timeline_id in self.oracles:
+            name = self.newest_manifest(timeline_id)
+            try:
+                manifest = unpack_manifest(self.objects.objects[name], name)
+            except DamagedManifestError:
+                found.add(timeline_id)
+            else:
+                ancestors[timeline_id] = TimelineId(manifest.ancestor_timeline_id or "")
+        while more := {each for each, ancestor in ancestors.items() if ancestor in found} - found:
+            found |= more
+        return found
+
+    @property
+    def served(self) -> list[TimelineId]:
+        return [each for each in self.oracles if each not in self.tenant.damaged]
 
     # What happens to timelines
 
@@ -294,6 +352,8 @@ class EngineWorld:
             raise
         del self.oracles[timeline_id]
         self.leases.pop(timeline_id, None)
+        for name in [each for each in self.harmed if timeline_id in each]:
+            del self.harmed[name]
 
     def lease(self, timeline_id: TimelineId, lsn: int) -> None:
         """Somebody comes to hold the LSN, and lives on."""
@@ -315,6 +375,8 @@ class EngineWorld:
         time_lsn = max(0, timeline.last_record_lsn - kept_bytes)
         try:
             self.runner.run(timeline.collect_garbage(Lsn(time_lsn)))
+        except GcStandsStillError:
+            assert self.tenant.damaged
         except GcTooEarlyError:
             self.pass_lease_length()
             self.runner.run(timeline.collect_garbage(Lsn(time_lsn)))
@@ -336,6 +398,10 @@ class EngineWorld:
     def detach(self, timeline_id: TimelineId) -> None:
         """Nothing that can be read changes, so that the oracle never hears of it."""
         timeline = self.timeline(timeline_id)
+        if self.tenant.damaged:
+            with pytest.raises(BranchesUnknownError):
+                self.runner.run(self.tenant.detach_ancestor(timeline_id))
+            return
         ancestor_id, branch_lsn = timeline.manifest.ancestor_timeline_id, timeline.ancestor_lsn
         moved = self.runner.run(self.tenant.detach_ancestor(timeline_id))
         assert timeline.ancestor is None
@@ -346,9 +412,9 @@ class EngineWorld:
         assert all(self.timeline(each).ancestor is timeline for each in moved)
 
     def archive_and_back(self, timeline_id: TimelineId) -> None:
-        """A branch that others leave is not archived."""
-        if self.tenant.branches(timeline_id):
-            with pytest.raises(TimelineArchivedError):
+        """A branch that others leave is not archived, nor one that others may leave."""
+        if self.tenant.branches(timeline_id) or self.tenant.damaged:
+            with pytest.raises((TimelineArchivedError, BranchesUnknownError)):
                 self.runner.run(self.tenant.archive_timeline(timeline_id))
             return
         self.runner.run(self.tenant.archive_timeline(timeline_id))
@@ -407,8 +473,8 @@ class EngineWorld:
             assert timeline.get_value(key, Lsn(lsn)) == value
 
     def check_some(self, reads: int = 1) -> None:
-        """Random keys at random LSNs of every timeline."""
-        for timeline_id in self.oracles:
+        """Random keys at random LSNs of every timeline that is served."""
+        for timeline_id in self.served:
             oldest_lsn, last_lsn = self.readable_lsns(timeline_id)
             self.check_values(timeline_id, last_lsn)
             held = self.leases.get(timeline_id, ())
@@ -421,7 +487,8 @@ class EngineWorld:
 
     def check_all(self, moments: int = 6) -> None:
         """Every page and value, now, at the oldest LSN and at some between."""
-        for timeline_id, oracle in self.oracles.items():
+        for timeline_id in self.served:
+            oracle = self.oracles[timeline_id]
             oldest_lsn, last_lsn = self.readable_lsns(timeline_id)
             lsns = {oldest_lsn, last_lsn, *self.leases.get(timeline_id, ())}
             lsns |= {self.chance.randint(oldest_lsn, last_lsn) for _ in range(moments)}
@@ -445,6 +512,12 @@ class EngineWorld:
             for layer in timeline.manifest.layers:
                 name = timeline.home.object_name(layer)
                 assert name in self.objects.objects, f"{name} is named by a manifest and not there"
+        for name, intact in self.harmed.items():
+            timeline_id = TimelineId(unpack_manifest(intact, name).timeline_id)
+            if timeline_id in self.oracles and self.newest_manifest(timeline_id) == name:
+                prefix = f"{timeline_prefix(TENANT, timeline_id)}/layers"
+                for layer in unpack_manifest(intact, name).layers:
+                    assert f"{prefix}/{layer.name}" in self.objects.objects, "what was damaged is lost"
 
     def check_no_garbage(self) -> None:
         """After a move or a sweep: what nobody names is gone."""

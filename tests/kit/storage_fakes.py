@@ -171,9 +171,21 @@ def add_history_routes(app: FastAPI, node: FakeNode) -> None:
         node.check()
         kinds = ("logical", "resident", "remote")
         rows = [
-            {"timeline_id": each} | {f"{kind}_size_bytes": 8192 for kind in kinds} for each in node.timelines
+            {"timeline_id": each} | {f"{kind}_size_bytes": 8192 for kind in kinds}
+            for each, known in node.timelines.items()
+            if not known.get("is_damaged")
         ]
-        return {"synthetic_size_bytes": 16384, "archived_size_bytes": 0, "timelines": rows}
+        damaged = [
+            {"timeline_id": each, "reason": known["problem"]}
+            for each, known in node.timelines.items()
+            if known.get("is_damaged")
+        ]
+        return {
+            "synthetic_size_bytes": 16384,
+            "archived_size_bytes": 0,
+            "timelines": rows,
+            "damaged": damaged,
+        }
 
 
 def safekeeper_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastAPI:

@@ -121,8 +121,8 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data(), kept_bytes=st.integers(0, 800), flushes=st.integers(0, 3))
     def collect(self, data: st.DataObject, kept_bytes: int, flushes: int) -> None:
         """Preferably where there are branch points."""
-        with_branches = [each for each in self.world.oracles if self.world.tenant.branches(each)]
-        timeline_id = data.draw(st.sampled_from(with_branches or list(self.world.oracles)))
+        with_branches = [each for each in self.world.served if self.world.tenant.branches(each)]
+        timeline_id = data.draw(st.sampled_from(with_branches or self.world.served))
         for _ in range(flushes):
             self.world.put(timeline_id, 15)
             self.world.flush(timeline_id)
@@ -186,7 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.world.check_some()
 
     def any_timeline(self, data: st.DataObject) -> TimelineId:
-        return data.draw(st.sampled_from(list(self.world.oracles)))
+        return data.draw(st.sampled_from(self.world.served))
 
     def any_record_end(self, data: st.DataObject, timeline_id: TimelineId) -> int:
         oldest_lsn, last_lsn = self.world.readable_lsns(timeline_id)
@@ -195,8 +195,10 @@ class EngineMachine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(ends[-30:]))
 
     def leaves(self) -> list[TimelineId]:
-        """Timelines nobody branches from."""
-        return [each for each in self.world.oracles if not self.world.tenant.branches(each)]
+        """Timelines nobody branches from; while one is damaged, such damaged ones."""
+        tenant = self.world.tenant
+        candidates = tenant.damaged or self.world.oracles
+        return [each for each in candidates if not tenant.branches(each)]
 
 
 EngineMachine.TestCase.settings = SETTINGS

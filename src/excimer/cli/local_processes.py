@@ -61,6 +61,14 @@ class HealthAnswer(msgspec.Struct, frozen=True):
     """What of `/healthz` is used here."""
 
     pid: int
+    warnings: dict[str, str] = {}
+
+
+class Probed(NamedTuple):
+    status: int
+    """0 when nobody, or another process, answers."""
+    warnings: list[str]
+    """What to look at although the part does its work."""
 
 
 class ProcessRecord(msgspec.Struct, frozen=True):
@@ -270,6 +278,11 @@ def _wait_gone(record: ProcessRecord, deadline: float) -> bool:
 
 def probe(http_address: str, pid: int | None) -> int:
     """The status that `/healthz` of process `pid` answers; 0 when nobody, or another process, answers."""
+    return probe_health(http_address, pid).status
+
+
+def probe_health(http_address: str, pid: int | None) -> Probed:
+    """The same, with its warnings."""
     import http.client
 
     connection = http.client.HTTPConnection(http_address, timeout=PROBE_TIMEOUT_S)
@@ -278,10 +291,14 @@ def probe(http_address: str, pid: int | None) -> int:
         answer = connection.getresponse()
         body = msgspec.json.decode(answer.read(), type=HealthAnswer)
     except (OSError, http.client.HTTPException, msgspec.DecodeError):
-        return 0
+        return Probed(0, [])
     finally:
         connection.close()
-    return answer.status if body.pid == pid else 0
+    if body.pid != pid:
+        return Probed(0, [])
+    return Probed(
+        answer.status, [f"{about} is {warning}" for about, warning in sorted(body.warnings.items())]
+    )
 
 
 @contextlib.contextmanager

@@ -53,6 +53,10 @@ class BranchInUseError(ConflictError):
     """A compute writes to the branch now."""
 
 
+class BranchDamagedError(ConflictError):
+    """The pageserver cannot read what it has of the branch."""
+
+
 class IngestBehindError(RetryableError):
     """The pageserver does not have all WAL of a branch yet."""
 
@@ -220,7 +224,12 @@ class BranchHistory:
             for row in answer["timelines"]
             if row["timeline_id"] in names
         ]
-        return tenant, answer | {"timelines": branches}
+        damaged = [
+            row | {"name": names[row["timeline_id"]]}
+            for row in answer["damaged"]
+            if row["timeline_id"] in names
+        ]
+        return tenant, answer | {"timelines": branches, "damaged": damaged}
 
     # Driving to the end
 
@@ -252,6 +261,7 @@ class BranchHistory:
     async def _finish(self, tenant: Tenant, branch: Timeline) -> Timeline:
         pageserver = await self._tools.pageserver_api(tenant)
         ids = tenant.tenant_id, branch.timeline_id
+        await _refuse_damaged(pageserver, branch)
         if branch.state == "archiving":
             await self._wait_until_ingested(pageserver, branch)
             await pageserver.set_archived(*ids, is_archived=True)
@@ -320,3 +330,9 @@ class BranchHistory:
 
 def _in_state(timeline: Timeline, state: State) -> Timeline:
     return msgspec.structs.replace(timeline, state=state)
+
+
+async def _refuse_damaged(pageserver: PageserverApi, branch: Timeline) -> None:
+    known = (await pageserver.list_timelines(branch.tenant_id)).get(branch.timeline_id)
+    if known is not None and known.is_damaged:
+        raise BranchDamagedError(f"branch {branch.name!r} is damaged: {known.problem}")

@@ -48,6 +48,9 @@ class PageserverTimeline(msgspec.Struct, frozen=True, kw_only=True):
     ancestor_lsn: Lsn | None = None
     ancestor_timeline_id: TimelineId | None = None
     is_archived: bool = False
+    is_damaged: bool = False
+    """Then `last_record_lsn` may be 0, because nobody can read it."""
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,11 @@ class PageserverApi:
 
     async def sizes(self, tenant_id: TenantId) -> dict[str, Any]:
         answer = await self._client(HISTORY_TIMEOUT_S).get(path_of("v1", "tenant", tenant_id, "sizes"))
-        return _parse(self._name, answer, lambda value: {**value, "timelines": list(value["timelines"])})
+        return _parse(
+            self._name,
+            answer,
+            lambda value: {**value, "timelines": list(value["timelines"]), "damaged": list(value["damaged"])},
+        )
 
 
 class SafekeeperApi:

@@ -187,10 +187,13 @@ class Controller:
             return await self._try_to_finish(self._finish_tenant_deletion(tenant))
 
     async def _finish_tenant_deletion(self, tenant: Tenant) -> None:
+        """The pageserver lets go of the tenant as a whole: one by one, a damaged timeline would hold up the
+        others.
+        """
+        await (await self._pageserver_of(tenant)).delete_tenant(tenant.tenant_id)
         timelines = await self._db(self._store.list_timelines, tenant.tenant_id)
         for timeline in core.deletion_order(timelines):
             await self._finish_timeline_deletion(tenant, timeline)
-        await (await self._pageserver_of(tenant)).delete_tenant(tenant.tenant_id)
         await self._db(self._store.remove_tenant, tenant.tenant_id)
         log.info("tenant deleted", tenant_id=tenant.tenant_id)
 

@@ -43,6 +43,7 @@ from excimer.service.health import Health
 from excimer.service.logs import get_logger, log_context
 from excimer.service.tasks import TaskScope
 from excimer.storage.engine.archived_timeline import ArchivedTimeline
+from excimer.storage.engine.damaged_timeline import DamagedTimeline
 from excimer.storage.engine.timeline import Timeline
 
 log = get_logger(__name__)
@@ -308,6 +309,32 @@ def detail_of_archived(tenant_id: TenantId, archived: ArchivedTimeline) -> Timel
         wal_source=None,
         problem=None,
         is_archived=True,
+    )
+
+
+def detail_of_damaged(tenant_id: TenantId, damaged: DamagedTimeline) -> TimelineDetail:
+    """The same of one that cannot be put into service."""
+    manifest = damaged.manifest
+    ancestor_id = damaged.ancestor_timeline_id
+    durable_lsn = Lsn(0 if manifest is None else manifest.disk_consistent_lsn)
+    return TimelineDetail(
+        tenant_id=tenant_id,
+        timeline_id=damaged.timeline_id,
+        pg_version=0 if manifest is None else manifest.pg_version,
+        system_id=0 if manifest is None else manifest.system_id,
+        wal_segment_size=0 if manifest is None else manifest.wal_segment_size_bytes,
+        ancestor_timeline_id=ancestor_id,
+        ancestor_lsn=None if manifest is None or ancestor_id is None else Lsn(manifest.ancestor_lsn),
+        last_record_lsn=durable_lsn,
+        prev_record_lsn=Lsn(0 if manifest is None else manifest.prev_record_lsn),
+        disk_consistent_lsn=durable_lsn,
+        remote_consistent_lsn=durable_lsn,
+        oldest_lsn=Lsn(0 if manifest is None else manifest.oldest_lsn),
+        physical_size_bytes=0 if manifest is None else sum(layer.size_bytes for layer in manifest.layers),
+        wal_source=None,
+        problem=damaged.reason,
+        is_archived=manifest is not None and manifest.archived,
+        is_damaged=True,
     )
 
 

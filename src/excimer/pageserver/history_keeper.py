@@ -11,6 +11,9 @@ Every tenant's timelines are collected once per `gc_period_s`. A timeline that h
 whose next commit leaves the window later, is passed over without reading anything: an idle tenant costs
 a comparison.
 
+While it is not known what history a tenant needs, because one of its timelines is damaged, nothing of it is
+collected (S3), which each period tells in the log.
+
 Not here: what a collection does (`excimer.storage.engine.garbage_collector`).
 """
 
@@ -20,7 +23,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from excimer.base.chance import Chance
 from excimer.base.clock import Clock, unix_to_timestamptz
-from excimer.base.errors import CorruptionError, ExcimerError
+from excimer.base.errors import ConflictError, CorruptionError, ExcimerError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.pageserver.lsn_by_timestamp import WindowStart
@@ -29,7 +32,12 @@ from excimer.service.tasks import TaskScope
 from excimer.storage.engine.garbage_collector import GcOutcome, GcTooEarlyError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
-from excimer.storage.format.tenant_settings import TenantSettings, change_overrides, check_overrides
+from excimer.storage.format.tenant_settings import (
+    Overrides,
+    TenantSettings,
+    change_overrides,
+    check_overrides,
+)
 from excimer.storage.plan.retention import RetainedLsns
 
 log = get_logger(__name__)
@@ -52,10 +60,15 @@ class KeptTenants(Protocol):
     """The attached tenants (`tenants.Tenants`)."""
 
     def storage_of(self, tenant_id: TenantId, /) -> TenantStorage: ...
+    async def set_settings(self, tenant_id: TenantId, overrides: Overrides, /) -> None: ...
     def active(self, tenant_id: TenantId, timeline_id: TimelineId, /) -> KeptTimeline: ...
     def active_of(self, tenant_id: TenantId, /) -> Sequence[KeptTimeline]: ...
     def all_active(self) -> Sequence[KeptTimeline]: ...
     def gc_periods(self) -> list[tuple[TenantId, float]]: ...
+
+
+class SettingsUnknownError(ConflictError):
+    """What a tenant has chosen cannot be read, so that it cannot be changed in part."""
 
 
 class Lease(NamedTuple):
@@ -69,6 +82,8 @@ class TenantConfig(NamedTuple):
     overrides: dict[str, Any]
     """What the tenant has chosen."""
     effective: TenantSettings
+    problem: str | None
+    """Why nobody knows what it has chosen: the defaults are in effect, and nothing is collected."""
 
 
 class _Settled(NamedTuple):
@@ -103,17 +118,20 @@ class HistoryKeeper:
 
     def config(self, tenant_id: TenantId) -> TenantConfig:
         settings = self._tenants.storage_of(tenant_id).settings
-        return TenantConfig(settings.overrides, settings.current)
+        return TenantConfig(settings.overrides, settings.current, settings.damage)
 
     async def set_config(self, tenant_id: TenantId, overrides: Mapping[str, Any]) -> TenantConfig:
         """Replaces what the tenant has chosen. Durable and live on return. Raises `TenantSettingsError`."""
-        await self._tenants.storage_of(tenant_id).set_settings(check_overrides(overrides))
+        await self._tenants.set_settings(tenant_id, check_overrides(overrides))
         self._due_s.pop(tenant_id, None)
         return self.config(tenant_id)
 
     async def change_config(self, tenant_id: TenantId, changes: Mapping[str, Any]) -> TenantConfig:
-        """Sets some; None gives a setting back to its default."""
-        overrides = self._tenants.storage_of(tenant_id).settings.overrides
+        """Sets some; None gives a setting back to its default. Raises `SettingsUnknownError`."""
+        settings = self._tenants.storage_of(tenant_id).settings
+        if settings.damage is not None:
+            raise SettingsUnknownError(f"{settings.damage}: set them anew, all of them")
+        overrides = settings.overrides
         return await self.set_config(tenant_id, change_overrides(overrides, changes))
 
     # By hand
@@ -121,7 +139,8 @@ class HistoryKeeper:
     async def collect_garbage(self, tenant_id: TenantId, timeline_id: TimelineId) -> GcOutcome:
         """After a flush, for only what is durable counts as history.
 
-        Raises `GcTooEarlyError` soon after attaching, and as reads, flushes and uploads do.
+        Raises `GcStandsStillError`, `GcTooEarlyError` soon after attaching, and as reads, flushes and
+        uploads do.
         """
         active = self._tenants.active(tenant_id, timeline_id)
         await active.store.flush()
@@ -181,6 +200,10 @@ class HistoryKeeper:
         try:
             async with self._slots:
                 for active in self._tenants.active_of(tenant_id):
+                    standstill = active.store.retention.find_standstill()
+                    if standstill is not None:
+                        log.error("garbage collection stands still", tenant_id=tenant_id, why=standstill)
+                        break
                     await self._collect_if_unsettled(active)
         finally:
             self._running.discard(tenant_id)

@@ -177,6 +177,18 @@ class TimelineMetrics:
             ["tenant_id"],
             registry=registry,
         )
+        self.damaged_timelines = Gauge(
+            "excimer_tenant_damaged_timelines",
+            "Timelines that are not served: their manifest, or an ancestor's, cannot be read.",
+            ["tenant_id"],
+            registry=registry,
+        )
+        self.gc_stands_still = Gauge(
+            "excimer_tenant_gc_stands_still",
+            "1 while none of the tenant's history may go: what of it is needed is not known.",
+            ["tenant_id"],
+            registry=registry,
+        )
         self.logical_size_bytes = Gauge(
             "excimer_timeline_logical_size_bytes",
             "All relations at the head, when somebody last asked for it.",
@@ -201,7 +213,8 @@ class TimelineMetrics:
 
     def forget_tenant(self, tenant_id: str) -> None:
         """Removes a tenant's series; its timelines' are removed with them."""
-        _remove(self.synthetic_size_bytes, tenant_id)
+        for metric in (self.synthetic_size_bytes, self.damaged_timelines, self.gc_stands_still):
+            _remove(metric, tenant_id)
 
     def forget(self, tenant_id: str, timeline_id: str) -> None:
         """Removes a timeline's series."""

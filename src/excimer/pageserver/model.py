@@ -25,10 +25,6 @@ class TimelineExistsError(ConflictError):
     """A timeline of this id exists, made differently."""
 
 
-class TimelineInUseError(ConflictError):
-    """A timeline that others branch from cannot go before them."""
-
-
 class GenerationRangeError(RefusedError):
     """The names of manifests have eight hex digits for it: nobody would find what is written under it."""
 
@@ -66,11 +62,19 @@ class TimelineSizes(msgspec.Struct, frozen=True, kw_only=True):
     """Its own layers in object storage, its ancestors' not included."""
 
 
+class DamagedTimeline(msgspec.Struct, frozen=True, kw_only=True):
+    timeline_id: TimelineId
+    reason: str
+    """Names what is to be repaired."""
+
+
 class TenantSizes(msgspec.Struct, frozen=True, kw_only=True):
     synthetic_size_bytes: int
     archived_size_bytes: int
     """Layers of archived timelines in object storage; not part of the synthetic size."""
     timelines: list[TimelineSizes]
+    damaged: list[DamagedTimeline]
+    """In none of these sizes."""
 
 
 class ImportProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +103,10 @@ class TimelineDetail(msgspec.Struct, frozen=True, kw_only=True):
     wal_source: str | None
     """The safekeeper that WAL comes from now."""
     problem: str | None
-    """Why it is broken: it takes no more WAL then."""
+    """Why it is broken, and takes no more WAL; or why it is damaged."""
     is_archived: bool = False
     """It is not served, and its LSNs are the durable ones."""
+    is_damaged: bool = False
+    """It, or one that it needs, cannot be read, and it is not served. What only its own unreadable manifest
+    would tell is 0.
+    """

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from excimer.base.ids import TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, kind_range
 from excimer.base.lsn import Lsn
-from excimer.pageserver.model import TenantSizes, TimelineSizes
+from excimer.pageserver.model import DamagedTimeline, TenantSizes, TimelineSizes
 from excimer.storage.engine.errors import LsnTooOldError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
@@ -115,6 +115,10 @@ async def tenant_sizes(
         synthetic_size_bytes=synthetic_size_bytes,
         archived_size_bytes=sum(each.size_bytes for each in storage.archived.values()),
         timelines=sorted(timelines, key=lambda sizes: sizes.timeline_id),
+        damaged=[
+            DamagedTimeline(timeline_id=each.timeline_id, reason=each.reason)
+            for each in storage.damaged.values()
+        ],
     )
 
 

@@ -21,7 +21,12 @@ from excimer.base.clock import unix_to_timestamptz
 from excimer.base.errors import CorruptionError, FencedError, RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
-from excimer.pageserver.active_timeline import ActiveTimeline, TimelineWorld, detail_of_archived
+from excimer.pageserver.active_timeline import (
+    ActiveTimeline,
+    TimelineWorld,
+    detail_of_archived,
+    detail_of_damaged,
+)
 from excimer.pageserver.bootstrap import DEFAULT_VERSION, new_cluster, own_control_file
 from excimer.pageserver.cluster_import import ClusterImport
 from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp, TimestampOutsideHistoryError
@@ -35,7 +40,6 @@ from excimer.pageserver.model import (
     TenantSizes,
     TimelineDetail,
     TimelineExistsError,
-    TimelineInUseError,
     TimelineMissingError,
 )
 from excimer.pageserver.running_imports import RunningImports
@@ -44,11 +48,12 @@ from excimer.pageserver.tenant_records import TenantRecords
 from excimer.service.logs import get_logger, log_context
 from excimer.storage.engine import tenant as storage
 from excimer.storage.engine.context import StorageContext
-from excimer.storage.engine.errors import TimelineArchivedError
+from excimer.storage.engine.errors import TimelineArchivedError, TimelineDamagedError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.tenant_marker import create_tenant, delete_tenant
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.manifest import MAX_GENERATION
+from excimer.storage.format.tenant_settings import Overrides
 
 log = get_logger(__name__)
 
@@ -183,7 +188,27 @@ class Tenants:
         self._world.health.report(check, None)
         for timeline in store.timelines.values():
             self._activate(tenant, timeline)
+        self._log_damage(tenant.record.tenant_id, store)
         log.info("tenant attached", tenant_id=record.tenant_id, timelines=len(tenant.timelines))
+
+    def _log_damage(self, tenant_id: TenantId, store: TenantStorage) -> None:
+        for each in store.damaged.values():
+            log.error(
+                "timeline is damaged", tenant_id=tenant_id, timeline_id=each.timeline_id, why=each.reason
+            )
+            self._world.health.warn(_damage_check(each.timeline_id), f"damaged: {each.reason}")
+        if store.settings.damage is not None:
+            log.error("settings are damaged", tenant_id=tenant_id, why=store.settings.damage)
+        self._tell_damage(tenant_id, store)
+
+    def _tell_damage(self, tenant_id: TenantId, store: TenantStorage) -> None:
+        """All but what is damaged timeline by timeline, and stays so until they are deleted."""
+        damage = store.settings.damage
+        warning = None if damage is None else f"attached with default settings: {damage}"
+        self._world.health.warn(f"tenant {tenant_id}", warning)
+        metrics = self._world.metrics
+        metrics.damaged_timelines.labels(tenant_id).set(len(store.damaged))
+        metrics.gc_stands_still.labels(tenant_id).set(store.find_standstill() is not None)
 
     async def _detach(self, tenant: _Tenant) -> None:
         """Stops and closes whatever is attached; the record stays."""
@@ -192,6 +217,9 @@ class Tenants:
         await asyncio.gather(*(timeline.stop() for timeline in active))
         store, tenant.store = tenant.store, None
         if store is not None:
+            for timeline_id in store.damaged:
+                self._world.health.warn(_damage_check(timeline_id), None)
+            self._world.health.warn(f"tenant {tenant.record.tenant_id}", None)
             await store.close()
 
     def tenants(self) -> list[TenantRecord]:
@@ -222,11 +250,16 @@ class Tenants:
         return self.active(tenant_id, timeline_id)
 
     def active(self, tenant_id: TenantId, timeline_id: TimelineId) -> ActiveTimeline:
-        """Raises `TenantMissingError`, `TimelineMissingError`, `TenantAttachingError`. Cheap."""
+        """Raises `TenantMissingError`, `TimelineMissingError`, `TenantAttachingError`,
+        `TimelineArchivedError`, `TimelineDamagedError`. Cheap.
+        """
         found = self.find_active(tenant_id, timeline_id)
         if found is None:
-            if timeline_id in self._attached(tenant_id)[1].archived:
+            _, store = self._attached(tenant_id)
+            if timeline_id in store.archived:
                 raise TimelineArchivedError(f"timeline {timeline_id} is archived: unarchive it first")
+            if timeline_id in store.damaged:
+                raise TimelineDamagedError(timeline_id, store.damaged[timeline_id].reason)
             raise TimelineMissingError(tenant_id, timeline_id)
         return found
 
@@ -261,6 +294,12 @@ class Tenants:
             for tenant_id, tenant in self._tenants.items()
             if tenant.store is not None
         ]
+
+    async def set_settings(self, tenant_id: TenantId, overrides: Overrides) -> None:
+        """See `TenantStorage.set_settings`."""
+        store = self.storage_of(tenant_id)
+        await store.set_settings(overrides)
+        self._tell_damage(tenant_id, store)
 
     async def create_timeline(self, tenant_id: TenantId, new: NewTimeline) -> TimelineDetail:
         """Makes a timeline; answers with the one that exists if it was made in the same way.
@@ -326,7 +365,7 @@ class Tenants:
         at all. Raises `TimelineExistsError`, what `ClusterImport.run` does, `ImportBrokenOffError`.
         """
         tenant, store = self._attached(tenant_id)
-        if timeline_id in tenant.timelines or timeline_id in tenant.imports:
+        if timeline_id in tenant.timelines or timeline_id in store.damaged or timeline_id in tenant.imports:
             raise TimelineExistsError(f"timeline {timeline_id} exists already, or is being imported")
         job = ClusterImport(store, timeline_id, self._world.executor, own_control_file)
         async with tenant.imports.running(store, timeline_id, job) as running:
@@ -352,17 +391,21 @@ class Tenants:
         tenant, store = self._attached(tenant_id)
         details = [timeline.detail() for timeline in tenant.timelines.values()]
         details += [detail_of_archived(tenant_id, archived) for archived in store.archived.values()]
+        details += [detail_of_damaged(tenant_id, damaged) for damaged in store.damaged.values()]
         return sorted(details, key=lambda detail: detail.timeline_id)
 
     def timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail:
         _, store = self._attached(tenant_id)
         if timeline_id in store.archived:
             return detail_of_archived(tenant_id, store.archived[timeline_id])
+        if timeline_id in store.damaged:
+            return detail_of_damaged(tenant_id, store.damaged[timeline_id])
         return self.active(tenant_id, timeline_id).detail()
 
     async def logical_size_bytes(self, tenant_id: TenantId, timeline_id: TimelineId) -> int | None:
-        """None while it is archived."""
-        if timeline_id in self._attached(tenant_id)[1].archived:
+        """None while it is archived, or damaged."""
+        _, store = self._attached(tenant_id)
+        if timeline_id in store.archived or timeline_id in store.damaged:
             return None
         return await self.active(tenant_id, timeline_id).logical_sizes.at_head()
 
@@ -375,23 +418,21 @@ class Tenants:
         return sizes
 
     async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
-        """An import that goes on is ended. Raises `TimelineMissingError`, `TimelineInUseError`,
-        `ObjectStoreError` (call again).
+        """An import that goes on is ended. Raises `TimelineMissingError`, `TimelineHasBranchesError`,
+        `BranchesUnknownError`, `ObjectStoreError` (call again).
         """
         tenant, _ = self._attached(tenant_id)
         await tenant.imports.break_off(timeline_id)
         async with tenant.changing:
             _, store = self._attached(tenant_id)
-            branches = store.branches(timeline_id)
-            if branches:
-                raise TimelineInUseError(
-                    f"timeline {timeline_id} cannot be deleted: {', '.join(sorted(branches))} branch from it"
-                )
-            store.check_not_detaching(timeline_id)
-            if timeline_id not in store.archived and not store.may_exist(timeline_id):
+            store.check_deletable(timeline_id)
+            is_out_of_service = timeline_id in store.archived or timeline_id in store.damaged
+            if not is_out_of_service and not store.may_exist(timeline_id):
                 await self.active(tenant_id, timeline_id).stop()
             await store.delete_timeline(timeline_id)
             tenant.timelines.pop(timeline_id, None)
+            self._world.health.warn(_damage_check(timeline_id), None)
+            self._tell_damage(tenant_id, store)
 
     async def archive_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> TimelineDetail:
         """Lets go of all but the timeline's objects. Repeatable. Raises `TimelineMissingError`,
@@ -464,6 +505,10 @@ class Tenants:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._context.executor, work)
+
+
+def _damage_check(timeline_id: TimelineId) -> str:
+    return f"timeline {timeline_id}"
 
 
 def _check_made_alike(store: Timeline, new: NewTimeline) -> None:

@@ -1,5 +1,7 @@
 """Health: what `/healthz` answers. A service is ready once started and while all its checks hold.
 
+A *warning* is what somebody should look at while the service does its work: starting it again would not help.
+
 Not here: restarting anything; that is the business of whoever asks.
 """
 
@@ -14,11 +16,12 @@ HTTP_UNAVAILABLE = 503
 
 @dataclass(slots=True)
 class Health:
-    """Set by the service, read by its HTTP endpoint. `problems` maps what is wrong to a sentence."""
+    """Set by the service, read by its HTTP endpoint. `problems` and `warnings`: what, a sentence."""
 
     service: str
     ready: bool = False
     problems: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
     facts: dict[str, str | int] = field(default_factory=dict)
 
     def report(self, check: str, problem: str | None) -> None:
@@ -27,6 +30,13 @@ class Health:
             self.problems.pop(check, None)
         else:
             self.problems[check] = problem
+
+    def warn(self, about: str, warning: str | None) -> None:
+        """Records something to look at, or (None) that it is no more. The service stays well."""
+        if warning is None:
+            self.warnings.pop(about, None)
+        else:
+            self.warnings[about] = warning
 
     @property
     def is_well(self) -> bool:
@@ -40,6 +50,7 @@ class Health:
             "service": self.service,
             "pid": os.getpid(),
             "problems": self.problems,
+            "warnings": self.warnings,
             **self.facts,
         }
         return (HTTP_OK if self.is_well else HTTP_UNAVAILABLE), msgspec.json.encode(body)

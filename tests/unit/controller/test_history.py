@@ -12,7 +12,7 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.controller import branch_history as plan
 from excimer.controller.core import BranchArchivedError
-from excimer.controller.history_operations import BranchInUseError
+from excimer.controller.history_operations import BranchDamagedError, BranchInUseError
 from excimer.controller.model import BadRequestError, InUseError, NameTakenError, Timeline
 from excimer.controller.remote import TokenMaker
 from excimer.controller.shell import Controller
@@ -274,6 +274,36 @@ def test_questions(tmp_path: Path) -> None:
         tenant, sizes = await history.sizes("")
         assert (tenant.name, sizes["synthetic_size_bytes"]) == ("shop", 16384)
         assert [row["name"] for row in sizes["timelines"]] == ["main"]
+
+    play(tmp_path, story)
+
+
+def test_a_damaged_branch_is_named_and_can_be_reset(tmp_path: Path) -> None:
+    """The pageserver cannot read it: it is not archived, now or later; its parent's state takes its place."""
+
+    async def story(world: World) -> None:
+        history = world.controller.history
+        await branch(world, DEV, "dev", 8)
+        write(world, 800)
+        world.pageserver.timelines[DEV] |= {
+            "is_damaged": True,
+            "problem": "manifest index-1-2 is damaged",
+            "last_record_lsn": "0/0",
+        }
+        _, sizes = await history.sizes("")
+        assert [row["name"] for row in sizes["timelines"]] == ["main"]
+        assert sizes["damaged"] == [
+            {"timeline_id": DEV, "reason": "manifest index-1-2 is damaged", "name": "dev"}
+        ]
+        for change in (history.archive, history.detach):
+            with pytest.raises(BranchDamagedError, match="index-1-2"):
+                await change("", "dev")
+        assert (await world.controller.find_branch(TENANT, "dev")).state == "active"
+        await world.controller.reconcile()
+        assert not world.pageserver.timelines[DEV].get("is_archived")
+        new, old = await history.reset("", "dev", NEW, None)
+        assert (new.timeline_id, new.name, old) == (NEW, "dev", None)
+        assert DEV not in world.pageserver.timelines
 
     play(tmp_path, story)
 

@@ -17,17 +17,18 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import KeyKind, make_key
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.pageserver.endpoints.retention_api import make_lease_router, make_retention_router
-from excimer.pageserver.history_keeper import HistoryKeeper
+from excimer.pageserver.history_keeper import HistoryKeeper, SettingsUnknownError
 from excimer.pageserver.lsn_by_timestamp import WindowStart, find_window_start
 from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app
 from excimer.service.metrics import new_registry
 from excimer.service.tasks import SystemClock, TaskScope
 from excimer.storage.engine.context import StorageSettings
-from excimer.storage.engine.garbage_collector import GcTooEarlyError
+from excimer.storage.engine.damaged_timeline import DamagedTimeline
+from excimer.storage.engine.garbage_collector import GcStandsStillError, GcTooEarlyError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
-from excimer.storage.format.tenant_settings import TenantSettingsError
+from excimer.storage.format.tenant_settings import Overrides, TenantSettingsError
 from excimer.storage.format.values import Value, ValueKind
 from excimer.wire.auth import Claims, Scope, TokenVerifier, encode_token, generate_key_pair
 from tests.kit.storage_oracle import IMPORTED
@@ -83,6 +84,9 @@ class Attached:
 
     def storage_of(self, tenant_id: TenantId) -> TenantStorage:
         return self.storage
+
+    async def set_settings(self, tenant_id: TenantId, overrides: Overrides) -> None:
+        await self.storage.set_settings(overrides)
 
     def active(self, tenant_id: TenantId, timeline_id: TimelineId) -> Kept:
         return self.kept[timeline_id]
@@ -211,6 +215,42 @@ async def test_a_collection_that_is_too_early_is_made_when_it_may_be(tmp_path: P
         here.main.store.retention.attached_at_s -= 600
         await here.pass_time(601)
         assert here.main.store.oldest_lsn == START + 0x100
+
+
+@in_event_loop
+async def test_nothing_is_collected_while_a_timeline_is_damaged(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        for number in range(1, 5):
+            await here.main.commit(START + 0x100 * number, NOW + number * HOUR)
+        lost = TimelineId("77" * 16)
+        here.storage.damaged[lost] = DamagedTimeline(lost, "manifest index-1-2 fails its checksum", None)
+        await here.pass_time(0)
+        await here.pass_time(200 * HOUR)
+        assert here.main.searches == 0
+        assert here.main.store.oldest_lsn == START
+        with pytest.raises(GcStandsStillError, match="index-1-2"):
+            await here.keeper.collect_garbage(TENANT, MAIN)
+        assert here.main.store.retention.cutoff_lsn == START
+        del here.storage.damaged[lost]
+        await here.pass_time(HOUR)
+        assert here.main.store.oldest_lsn == START + 0x400
+
+
+@in_event_loop
+async def test_settings_that_cannot_be_read_are_set_anew_as_a_whole(tmp_path: Path) -> None:
+    """Until then the defaults count, and nothing goes: the tenant may have wanted to keep more."""
+    async with world(tmp_path) as here:
+        await here.main.commit(START + 0x100, NOW)
+        here.storage.settings.set_damaged("settings-1-2 fail their checksum")
+        assert here.keeper.config(TENANT).problem == "settings-1-2 fail their checksum"
+        here.clock.time = NOW + 100 * HOUR
+        with pytest.raises(GcStandsStillError, match="settings-1-2"):
+            await here.keeper.collect_garbage(TENANT, MAIN)
+        with pytest.raises(SettingsUnknownError, match="settings-1-2"):
+            await here.keeper.change_config(TENANT, {"gc_period_s": 60})
+        config = await here.keeper.set_config(TENANT, {"pitr_interval_s": 50 * HOUR})
+        assert (config.overrides, config.problem) == ({"pitr_interval_s": 50 * HOUR}, None)
+        assert (await here.keeper.collect_garbage(TENANT, MAIN)).cutoff_lsn == START + 0x100
 
 
 KEYS = generate_key_pair()

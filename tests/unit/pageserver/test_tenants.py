@@ -24,7 +24,6 @@ from excimer.pageserver.model import (
     NewTimeline,
     TenantMissingError,
     TimelineExistsError,
-    TimelineInUseError,
     TimelineMissingError,
 )
 from excimer.pageserver.receiver_plan import Source
@@ -34,7 +33,12 @@ from excimer.pageserver.wal_receiver import Connect
 from excimer.service.health import Health
 from excimer.service.replication_client import ReplicationClient, ReplicationLostError
 from excimer.service.tasks import SystemClock, TaskScope
-from excimer.storage.engine.errors import TimelineArchivedError
+from excimer.storage.engine.errors import (
+    BranchesUnknownError,
+    TimelineArchivedError,
+    TimelineDamagedError,
+    TimelineHasBranchesError,
+)
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.storage_world import in_event_loop, storage_context
 
@@ -45,14 +49,18 @@ MAIN, BRANCH = TimelineId("11" * 16), TimelineId("22" * 16)
 class Node:
     """One pageserver's tenants, without its sockets."""
 
-    def __init__(self, tenants: Tenants, health: Health) -> None:
+    def __init__(self, tenants: Tenants, health: Health, registry: CollectorRegistry) -> None:
         self.tenants = tenants
         self.health = health
+        self.registry = registry
 
     async def make_main(self) -> Lsn:
         build_of(NEWEST_VERSION)
         new = NewTimeline(timeline_id=MAIN, pg_version=NEWEST_VERSION)
         return (await self.tenants.create_timeline(TENANT, new)).last_record_lsn
+
+    def sample(self, name: str) -> float | None:
+        return self.registry.get_sample_value(name, {"tenant_id": TENANT})
 
     async def until_well(self) -> None:
         self.health.ready = True
@@ -69,7 +77,7 @@ async def unreachable(address: Address) -> ReplicationClient:
 
 @contextlib.asynccontextmanager
 async def node(directory: Path, store: ObjectStore, connect: Connect = unreachable) -> AsyncIterator[Node]:
-    health = Health("pageserver")
+    health, registry = Health("pageserver"), CollectorRegistry()
     async with contextlib.AsyncExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(2))
         context = await stack.enter_async_context(storage_context(directory / "layers", store=store))
@@ -79,7 +87,7 @@ async def node(directory: Path, store: ObjectStore, connect: Connect = unreachab
             executor=threads,
             clock=SystemClock(),
             health=health,
-            metrics=TimelineMetrics(CollectorRegistry()),
+            metrics=TimelineMetrics(registry),
             connect=lambda _: connect,
             sources=lambda _: [Source(Address("nowhere", 1), Lsn(0))],
             wait_for_news=lambda _tenant, _timeline, timeout_s: asyncio.sleep(timeout_s or 0.1),
@@ -88,7 +96,7 @@ async def node(directory: Path, store: ObjectStore, connect: Connect = unreachab
         tenants = Tenants(context=context, records=records, world=world, chance=random.Random(1))
         stack.push_async_callback(tenants.stop)
         await tenants.start()
-        yield Node(tenants, health)
+        yield Node(tenants, health, registry)
 
 
 @in_event_loop
@@ -106,7 +114,7 @@ async def test_what_was_attached_is_attached_again_after_a_restart(tmp_path: Pat
         assert [record.generation for record in second.tenants.tenants()] == [3]
         assert [each.timeline_id for each in second.tenants.timelines(TENANT)] == [MAIN, BRANCH]
         assert second.tenants.timeline(TENANT, BRANCH).prev_record_lsn == made.prev_record_lsn != 0
-        with pytest.raises(TimelineInUseError, match=BRANCH):
+        with pytest.raises(TimelineHasBranchesError, match=BRANCH):
             await second.tenants.delete_timeline(TENANT, MAIN)
         with pytest.raises(TimelineExistsError, match="exists already"):
             await second.tenants.create_timeline(TENANT, NewTimeline(timeline_id=BRANCH))
@@ -291,7 +299,7 @@ async def test_an_archived_timeline_is_kept_and_comes_back(tmp_path: Path) -> No
         assert details[0].last_record_lsn == lsn
         with pytest.raises(TimelineArchivedError, match="before its ancestor"):
             await second.tenants.unarchive_timeline(TENANT, BRANCH)
-        with pytest.raises(TimelineInUseError, match=BRANCH):
+        with pytest.raises(TimelineHasBranchesError, match=BRANCH):
             await second.tenants.delete_timeline(TENANT, MAIN)
         sizes = await second.tenants.sizes(TENANT)
         assert sizes.synthetic_size_bytes == 0 < sizes.archived_size_bytes
@@ -301,6 +309,68 @@ async def test_an_archived_timeline_is_kept_and_comes_back(tmp_path: Path) -> No
         assert len(second.tenants.all_active()) == 1
         await second.tenants.delete_timeline(TENANT, BRANCH)
         assert [each.timeline_id for each in second.tenants.timelines(TENANT)] == [MAIN]
+
+
+@in_event_loop
+async def test_a_damaged_timeline_is_told_of_and_the_others_are_in_service(tmp_path: Path) -> None:
+    store = MemoryObjectStore()
+    other = TimelineId("33" * 16)
+    async with node(tmp_path, store) as first:
+        await first.tenants.attach(TENANT, 1)
+        lsn = await first.make_main()
+        for each, ancestor in ((BRANCH, MAIN), (other, BRANCH)):
+            new = NewTimeline(timeline_id=each, ancestor_timeline_id=ancestor)
+            await first.tenants.create_timeline(TENANT, new)
+    name = max(each for each in store.objects if f"{BRANCH}/index-" in each)
+    intact, store.objects[name] = store.objects[name], b"nonsense"
+    async with node(tmp_path, store) as second:
+        tenants, health = second.tenants, second.health
+        await second.until_well()
+        assert set(health.warnings) == {f"timeline {BRANCH}", f"timeline {other}"}
+        assert all(name in warning for warning in health.warnings.values())
+        assert health.answer()[0] == 200, "a restart would not help"
+        main, damaged, child = tenants.timelines(TENANT)
+        assert not main.is_damaged
+        assert damaged.is_damaged
+        assert name in (damaged.problem or "")
+        assert (damaged.pg_version, damaged.last_record_lsn) == (0, 0)
+        assert tenants.timeline(TENANT, other) == child
+        assert (child.pg_version, child.ancestor_timeline_id, child.is_damaged) == (18, BRANCH, True)
+        assert await tenants.logical_size_bytes(TENANT, BRANCH) is None
+        sizes = await tenants.sizes(TENANT)
+        assert [each.timeline_id for each in sizes.damaged] == [BRANCH, other]
+        assert [each.store.timeline_id for each in tenants.all_active()] == [MAIN], "it receives WAL"
+        key = relation_block_key(Relation(1663, 5, 1259), 0, 0)
+        assert len(await tenants.active_for_compute(TENANT, MAIN).get_pages(key, 1, lsn)) == 8192
+        for attempt in (tenants.active_for_compute, tenants.active):
+            with pytest.raises(TimelineDamagedError, match=name):
+                attempt(TENANT, BRANCH)
+        with pytest.raises(TimelineDamagedError):
+            await tenants.create_timeline(TENANT, NewTimeline(timeline_id=BRANCH, ancestor_timeline_id=MAIN))
+        with pytest.raises(TimelineHasBranchesError):
+            await tenants.delete_timeline(TENANT, BRANCH)
+        new = NewTimeline(timeline_id=TimelineId("44" * 16), ancestor_timeline_id=MAIN)
+        await tenants.create_timeline(TENANT, new)
+        with pytest.raises(BranchesUnknownError):
+            await tenants.delete_timeline(TENANT, new.timeline_id)
+        assert len(await tenants.active(TENANT, new.timeline_id).get_pages(key, 1, lsn)) == 8192
+        await tenants.delete_timeline(TENANT, other)
+        assert set(health.warnings) == {f"timeline {BRANCH}"}
+        assert second.sample("excimer_tenant_damaged_timelines") == 1
+        assert second.sample("excimer_tenant_gc_stands_still") == 1
+    store.objects[name] = intact
+    async with node(tmp_path, store) as third:
+        await third.until_well()
+        assert third.health.warnings == {}
+        assert third.sample("excimer_tenant_gc_stands_still") == 0
+        assert len(third.tenants.all_active()) == 3
+        store.objects[name] = b""
+    async with node(tmp_path, store) as fourth:
+        await fourth.until_well()
+        await fourth.tenants.delete_timeline(TENANT, BRANCH)
+        assert fourth.health.warnings == {}
+        assert fourth.sample("excimer_tenant_gc_stands_still") == 0
+        assert not [each for each in store.objects if BRANCH in each and not each.endswith("deleted")]
 
 
 @in_event_loop

@@ -14,7 +14,7 @@ from excimer.base.address import parse_address
 from excimer.base.errors import ExcimerError
 from excimer.cli.errors import EXIT_FAILED
 from excimer.cli.installation import CONFIG_NAME, Installation, Part, is_free, load_installation
-from excimer.cli.local_processes import find_process, probe
+from excimer.cli.local_processes import find_process, probe_health
 from excimer.cli.session import Session, session_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def examine(session: Session) -> Iterator[Finding]:
         return
     yield _check_keys(installation)
     for part in installation.service_parts():
-        yield _check_part(installation, part)
+        yield from _check_part(installation, part)
 
 
 def _guarded(check: Callable[[], Finding]) -> Finding:
@@ -152,17 +152,22 @@ def _check_keys(installation: Installation) -> Finding:
     return Finding("keys", "ok", str(installation.keys_dir))
 
 
-def _check_part(installation: Installation, part: Part) -> Finding:
+def _check_part(installation: Installation, part: Part) -> Iterator[Finding]:
     process = find_process(installation, part.name, part.lock_dir)
     if process is None:
-        if not is_free(parse_address(part.http_address).port):
-            return Finding(part.name, "problem", f"does not run, and its port {part.http_address} is taken")
-        return Finding(part.name, "ok", "does not run")
-    status = probe(part.http_address, process.pid)
+        if is_free(parse_address(part.http_address).port):
+            yield Finding(part.name, "ok", "does not run")
+        else:
+            yield Finding(part.name, "problem", f"does not run, and its port {part.http_address} is taken")
+        return
+    status, warnings = probe_health(part.http_address, process.pid)
     if status == 200:
-        return Finding(part.name, "ok", f"runs, process {process.pid}")
-    said = f"says {status}" if status else "does not answer"
-    return Finding(part.name, "problem", f"process {process.pid} {said}: excimer logs {part.name}")
+        yield Finding(part.name, "ok", f"runs, process {process.pid}")
+    else:
+        said = f"says {status}" if status else "does not answer"
+        yield Finding(part.name, "problem", f"process {process.pid} {said}: excimer logs {part.name}")
+    for warning in warnings:
+        yield Finding(part.name, "problem", warning)
 
 
 def _show(console: "Console", findings: list[Finding]) -> None:

@@ -33,7 +33,7 @@ from excimer.cli.local_processes import (
     exclusive,
     find_process,
     launch_parts,
-    probe,
+    probe_health,
     stop_parts,
     wait_for_parts,
 )
@@ -255,9 +255,17 @@ def status(context: typer.Context) -> None:
 def _status_row(installation: Installation, part: str, lock_dir: Path, http_address: str) -> dict[str, Any]:
     process = find_process(installation, part, lock_dir)
     state = "stopped"
+    warnings: list[str] = []
     if process is not None:
-        state = {200: "running", 0: "starting"}.get(probe(http_address, process.pid), "unwell")
-    return {"part": part, "state": state, "pid": process.pid if process else None, "http": http_address}
+        status, warnings = probe_health(http_address, process.pid)
+        state = {200: "running", 0: "starting"}.get(status, "unwell")
+    return {
+        "part": part,
+        "state": state,
+        "pid": process.pid if process else None,
+        "http": http_address,
+        "warnings": warnings,
+    }
 
 
 def _endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
@@ -286,7 +294,7 @@ def _unknown_endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
         for name in names
     ]
     return [
-        {"part": part, "state": "unknown", "pid": process.pid, "http": ""}
+        {"part": part, "state": "unknown", "pid": process.pid, "http": "", "warnings": []}
         for part, process in found
         if process is not None
     ]
@@ -306,3 +314,6 @@ def _show_status(console: "Console", rows: list[dict[str, Any]]) -> None:
             row["part"], f"[{color}]{row['state']}[/{color}]", str(row["pid"] or ""), row["http"], extra
         )
     console.print(table)
+    for row in rows:
+        for warning in row["warnings"]:
+            console.print(f"{row['part']}: {warning}", style="red", highlight=False, soft_wrap=True)

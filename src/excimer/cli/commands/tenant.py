@@ -162,13 +162,20 @@ def config(
             "--set", metavar="NAME=VALUE", help="Change a setting; NAME= gives it back to its default."
         ),
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Give all that is not --set back to its default.")
+    ] = False,
 ) -> None:
     """Show a tenant's settings, or change some: in force at once."""
     session = session_of(context)
     wanted = parse_settings(changes or [])
     client = ControllerClient(load_installation(session.directory))
     place = ("tenants", tenant_name(client, tenant or None), "config")
-    answer = client.patch(*place, body=wanted) if wanted else client.get(*place)
+    if replace:
+        chosen = {name: value for name, value in wanted.items() if value is not None}
+        answer = client.put(*place, body=chosen)
+    else:
+        answer = client.patch(*place, body=wanted) if wanted else client.get(*place)
     session.answer(answer, lambda console: _show_config(console, answer))
 
 
@@ -205,6 +212,14 @@ def _show_config(console: "Console", answer: dict[str, Any]) -> None:
             "set for this tenant" if name in answer["overrides"] else "",
         )
     console.print(table)
+    if answer["problem"]:
+        console.print(
+            f"{answer['problem']}: set them anew with --replace; until then the defaults are in force and no "
+            "history is removed",
+            style="red",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def tenant_name(client: ControllerClient, option: str | None) -> str:

@@ -83,8 +83,11 @@ def list_branches(context: typer.Context, tenant: TenantOption = None) -> None:
     name = tenant_name(client, tenant)
     answer = client.get("tenants", name, "branches")
     endpoints = client.get("endpoints")["endpoints"]
-    sizes = {row["timeline_id"]: row for row in (read_sizes(client, name) or {"branches": []})["branches"]}
+    known_sizes = read_sizes(client, name) or {"branches": [], "damaged": []}
+    sizes = {row["timeline_id"]: row for row in known_sizes["branches"]}
+    damage = {row["timeline_id"]: row["reason"] for row in known_sizes["damaged"]}
     for row in answer["branches"]:
+        row["damage"] = damage.get(row["timeline_id"])
         known = sizes.get(row["timeline_id"], {})
         for kind in ("logical", "resident", "remote"):
             row[f"{kind}_size_bytes"] = known.get(f"{kind}_size_bytes")
@@ -108,6 +111,14 @@ def _show_tree(
             nodes[row["timeline_id"]] = parent.add(_branch_label(row, endpoints), highlight=False)
             waiting.remove(row)
     console.print(tree, highlight=False)
+    for row in branches:
+        if row["damage"]:
+            console.print(
+                f"branch {row['name']} is damaged: {row['damage']}",
+                style="red",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _branch_label(row: dict[str, Any], endpoints: list[dict[str, Any]]) -> str:
@@ -115,6 +126,7 @@ def _branch_label(row: dict[str, Any], endpoints: list[dict[str, Any]]) -> str:
     names = [endpoint["name"] for endpoint in endpoints if endpoint["timeline_id"] == row["timeline_id"]]
     used = f"  [cyan]{', '.join(names)}[/cyan]" if names else ""
     state = "" if row["state"] == "active" else f" [yellow]{row['state']}[/yellow]"
+    state += " [red]damaged[/red]" if row["damage"] else ""
     identity = f"[dim]{row['timeline_id']} pg{row['pg_version']}[/dim]"
     size = row["logical_size_bytes"]
     shown = "" if size is None else f" {size_text(size)}"

@@ -50,12 +50,21 @@ class BranchSizes(BaseModel):
     remote_size_bytes: int = Field(description="Its own layers in object storage.")
 
 
+class DamagedBranch(BaseModel):
+    timeline_id: str
+    name: str
+    reason: str = Field(description="Names what in object storage is to be repaired.")
+
+
 class SizesAnswer(BaseModel):
     tenant_id: str
     name: str
     synthetic_size_bytes: int
     archived_size_bytes: int
     branches: list[BranchSizes]
+    damaged: list[DamagedBranch] = Field(
+        description="Branches that are not served, and in none of the sizes."
+    )
 
 
 def add_history_routes(router: APIRouter, controller: Controller) -> None:
@@ -130,4 +139,5 @@ def _add_question_routes(router: APIRouter, controller: Controller) -> None:
             synthetic_size_bytes=answer["synthetic_size_bytes"],
             archived_size_bytes=answer["archived_size_bytes"],
             branches=[BranchSizes(**row) for row in answer["timelines"]],
+            damaged=[DamagedBranch(**row) for row in answer["damaged"]],
         )

@@ -58,11 +58,17 @@ class TimelineSizesAnswer(BaseModel):
     remote_size_bytes: int = Field(description="its own layers in object storage")
 
 
+class DamagedAnswer(BaseModel):
+    timeline_id: str
+    reason: str = Field(description="names what is to be repaired")
+
+
 class TenantSizesAnswer(BaseModel):
     tenant_id: str
     synthetic_size_bytes: int = Field(description="see docs/architecture/sizes.md")
     archived_size_bytes: int = Field(description="layers of archived timelines; not in the synthetic size")
     timelines: list[TimelineSizesAnswer]
+    damaged: list[DamagedAnswer] = Field(description="timelines that are in none of these sizes")
 
     @classmethod
     def of(cls, tenant_id: TenantId, sizes: TenantSizes) -> "TenantSizesAnswer":
@@ -78,6 +84,9 @@ class TenantSizesAnswer(BaseModel):
                     remote_size_bytes=each.remote_size_bytes,
                 )
                 for each in sizes.timelines
+            ],
+            damaged=[
+                DamagedAnswer(timeline_id=each.timeline_id, reason=each.reason) for each in sizes.damaged
             ],
         )
 
@@ -95,7 +104,9 @@ def _add_change_routes(router: APIRouter, operations: HistoryOperations) -> None
     async def set_archival_config(
         tenant_id: TenantPath, timeline_id: TimelinePath, body: Annotated[ArchivalConfig, Body()]
     ) -> TimelineAnswer:
-        """An archived timeline is only kept: no branch of it may be unarchived. Repeatable."""
+        """An archived timeline is only kept: no branch of it may be unarchived. Repeatable. Refused while a
+        timeline is damaged, which may be a branch of it.
+        """
         ids = parse_tenant_id(tenant_id), parse_timeline_id(timeline_id)
         if body.state == "archived":
             return timeline_answer(await operations.archive_timeline(*ids))
@@ -103,7 +114,9 @@ def _add_change_routes(router: APIRouter, operations: HistoryOperations) -> None
 
     @router.put(BASE + "/detach_ancestor", tags=["timeline"], summary="Make a branch a root")
     async def detach_ancestor(tenant_id: TenantPath, timeline_id: TimelinePath) -> DetachedAnswer:
-        """Copies what it needs of its ancestors. Repeatable, also after a crash or a lost connection."""
+        """Copies what it needs of its ancestors. Repeatable, also after a crash or a lost connection. Refused
+        while a timeline is damaged, which may be a sibling.
+        """
         moved = await operations.detach_ancestor(parse_tenant_id(tenant_id), parse_timeline_id(timeline_id))
         return DetachedAnswer(reparented_timelines=list(moved))
 

@@ -84,8 +84,15 @@ class TimelineAnswer(BaseModel):
         None, description="size of all relations; only where one timeline is asked for"
     )
     wal_source: str | None
-    problem: str | None = Field(description="why the timeline takes no more WAL; null: all is well")
+    problem: str | None = Field(
+        description="why the timeline takes no more WAL, or is damaged; null: all is well"
+    )
     is_archived: bool = Field(False, description="only kept: not served, no endpoint can start on it")
+    is_damaged: bool = Field(
+        False,
+        description="its manifest in object storage, or an ancestor's, cannot be read: not served; `problem` "
+        "names the object, and what only an unreadable manifest would tell is 0",
+    )
 
 
 class LsnAnswer(BaseModel):
@@ -112,6 +119,7 @@ def timeline_answer(detail: TimelineDetail, logical_size_bytes: int | None = Non
         wal_source=detail.wal_source,
         problem=detail.problem,
         is_archived=detail.is_archived,
+        is_damaged=detail.is_damaged,
     )
 
 
@@ -183,7 +191,9 @@ def _add_timeline_routes(router: APIRouter, operations: TenantOperations) -> Non
 
     @router.delete(base + "/{timeline_id}", status_code=204, tags=["timeline"], summary="Delete a timeline")
     async def delete_timeline(tenant_id: TenantPath, timeline_id: TimelinePath) -> Response:
-        """Refused while other timelines branch from it."""
+        """Refused while other timelines branch from it, and while another one is damaged, which may. Deleting
+        a damaged timeline gives up on it.
+        """
         await operations.delete_timeline(parse_tenant_id(tenant_id), parse_timeline_id(timeline_id))
         return Response(status_code=204)
 

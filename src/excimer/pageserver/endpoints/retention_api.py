@@ -37,10 +37,17 @@ class RetentionOperations(Protocol):
 class ConfigAnswer(BaseModel):
     overrides: dict[str, int | float] = Field(description="what the tenant has chosen")
     effective: dict[str, int | float] = Field(description="that, and the defaults for the rest")
+    problem: str | None = Field(
+        description="why what the tenant has chosen cannot be read; nothing is collected until it is PUT anew"
+    )
 
     @classmethod
     def of(cls, config: TenantConfig) -> "ConfigAnswer":
-        return cls(overrides=config.overrides, effective=msgspec.structs.asdict(config.effective))
+        return cls(
+            overrides=config.overrides,
+            effective=msgspec.structs.asdict(config.effective),
+            problem=config.problem,
+        )
 
 
 class GcAnswer(BaseModel):
@@ -89,7 +96,10 @@ def make_retention_router(operations: RetentionOperations) -> APIRouter:
 
     @router.put(TIMELINE + "/do_gc", tags=["timeline"], summary="Collect garbage now")
     async def do_gc(tenant_id: TenantPath, timeline_id: TimelinePath) -> GcAnswer:
-        """By the tenant's settings. Not before one lease length has passed since the tenant was attached."""
+        """By the tenant's settings. Not before one lease length has passed since the tenant was attached.
+
+        409 `GcStandsStillError` while a timeline of the tenant is damaged: what it needs is not known.
+        """
         ids = parse_tenant_id(tenant_id), parse_timeline_id(timeline_id)
         return GcAnswer.of(await operations.collect_garbage(*ids))
 

@@ -6,7 +6,8 @@
                         -> its manifest, `detachment` gone
 
 Every read before, meanwhile and after is answered alike, and each step is safe to be the last one: whoever
-attaches the tenant next finds `detachment` set, and goes on with the siblings.
+attaches the tenant next finds `detachment` set, and goes on with the siblings. While a timeline is damaged,
+which may be a sibling, nothing is detached, and nobody goes on.
 
 Not here: copying (`detach_job`); which layers and which siblings (`excimer.storage.plan.detach`).
 """
@@ -43,6 +44,7 @@ class AncestorDetachment:
         """See `TenantStorage.detach_ancestor`."""
         known = self._known
         timeline = known.get(timeline_id)
+        known.check_branches_known(f"timeline {timeline_id} cannot be detached")
         self.check_not_detaching(timeline_id)
         self._detaching.add(timeline_id)
         try:
@@ -82,7 +84,7 @@ class AncestorDetachment:
 
     async def reparent_siblings(self, detached: Timeline) -> list[TimelineId]:
         """What `detach` ends with; goes on where a crash or an error stopped it."""
-        if detached.manifest.detachment is None:
+        if detached.manifest.detachment is None or self._known.damaged:
             return []
         known = self._known
         parent, moved = detached.timeline_id, []

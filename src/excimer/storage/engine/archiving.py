@@ -18,6 +18,7 @@ from excimer.storage.format.manifest import Manifest
 async def archive_timeline(known: TenantTimelines, timeline_id: TimelineId) -> None:
     """See `TenantStorage.archive_timeline`. Hold `known.changing`, as for all of these."""
     timeline = known.get(timeline_id)
+    known.check_branches_known(f"timeline {timeline_id} cannot be archived")
     live = [each.timeline_id for each in known.live.values() if each.ancestor is timeline]
     if live:
         raise TimelineArchivedError(

@@ -64,6 +64,20 @@ class TimelineArchivedError(ConflictError):
     """The timeline, or one that it needs, is archived, or one that needs it is not."""
 
 
+class TimelineDamagedError(CorruptionError):
+    """What the timeline consists of, or one that it needs, cannot be read: nothing of it is served."""
+
+    def __init__(self, timeline_id: str, reason: str) -> None:
+        super().__init__(
+            f"timeline {timeline_id} is damaged: {reason}; repair that, and attach its tenant again"
+        )
+        self.timeline_id = timeline_id
+
+
+class BranchesUnknownError(ConflictError):
+    """A damaged timeline may branch from anywhere: what needs to know all branches has to wait."""
+
+
 class TimelineBusyError(RetryableError):
     """Another change of the timeline is under way."""
 

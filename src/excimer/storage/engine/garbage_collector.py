@@ -8,6 +8,9 @@ In this order, each step safe to be the last one:
 4. a manifest no longer names the layers that no retained LSN needs;
 5. they are deleted (`deletion_queue`).
 
+While it is not known who holds what (`Retention.find_standstill`), none of it is done: not even a cutoff
+moves.
+
 No lock is held against branching: a branch that is being made at this moment holds its point already, or
 comes to hear that the cutoff has passed it.
 
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from excimer.base.errors import RetryableError
+from excimer.base.errors import ConflictError, RetryableError
 from excimer.base.lsn import Lsn, record_end
 from excimer.storage.engine.compactor import CompactedTimeline, Compactor
 from excimer.storage.engine.image_round_job import live_runs
@@ -42,6 +45,13 @@ class GcTooEarlyError(RetryableError):
             "everyone who holds a lease has had time to renew it"
         )
         self.wait_s = wait_s
+
+
+class GcStandsStillError(ConflictError):
+    """What history is needed is not known: none of it may go."""
+
+    def __init__(self, timeline_id: str, reason: str) -> None:
+        super().__init__(f"garbage collection of timeline {timeline_id} stands still: {reason}")
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,11 @@ class GarbageCollector:
     async def collect(self, time_lsn: Lsn) -> GcOutcome:
         """`time_lsn`: where the timeline stood when the retained window of time begins.
 
-        Raises `GcTooEarlyError`, and as flushes, reads and uploads do; call it again then.
+        Raises `GcStandsStillError`, `GcTooEarlyError`, and as flushes, reads and uploads do; call it again
+        then.
         """
         async with self._collecting:
+            self._check_branches_known()
             self._check_leases_renewed()
             cutoff_lsn = await self._advance(time_lsn)
             has_written = await self._write_bottom_images()
@@ -96,6 +108,11 @@ class GarbageCollector:
                 outcome.removed_bytes,
             )
         return outcome
+
+    def _check_branches_known(self) -> None:
+        reason = self._timeline.retention.find_standstill()
+        if reason is not None:
+            raise GcStandsStillError(self._timeline.home.timeline_id, reason)
 
     def _check_leases_renewed(self) -> None:
         timeline = self._timeline

@@ -27,6 +27,7 @@ from excimer.io.object_store import (
     ObjectStoreError,
 )
 from excimer.storage.format.manifest import (
+    DamagedManifestError,
     Manifest,
     ManifestName,
     pack_manifest,
@@ -210,9 +211,29 @@ def read_manifest(
     """None if it is gone. Blocks. Raises `DamagedManifestError`, `ObjectStoreError`."""
     object_name = f"{timeline_prefix(tenant_id, timeline_id)}/{name}"
     try:
-        return unpack_manifest(store.get(object_name), object_name)
+        manifest = _unpack_twice(store, object_name)
     except ObjectMissingError:
         return None
+    if (manifest.tenant_id, manifest.timeline_id) != (tenant_id, timeline_id):
+        raise DamagedManifestError(
+            f"manifest {object_name} is another timeline's: it says {manifest.timeline_id} of tenant "
+            f"{manifest.tenant_id}"
+        )
+    return manifest
+
+
+def _unpack_twice(store: ObjectStore, object_name: str) -> Manifest:
+    """What was only damaged on its way here is whole at the second try."""
+    try:
+        return unpack_manifest(store.get(object_name), object_name)
+    except DamagedManifestError:
+        return unpack_manifest(store.get(object_name), object_name)
+
+
+def may_be_hidden(store: ObjectStore, tenant_id: str, timeline_id: str, generation: int) -> bool:
+    """Whether a timeline that no listing has is there all the same, as far as its newest generations go."""
+    oldest = max(1, generation - GENERATIONS_LOOKED_AHEAD + 1)
+    return any(_has_first(store, tenant_id, timeline_id, each) for each in range(oldest, generation + 1))
 
 
 def _read_newest(

@@ -1,6 +1,8 @@
 """A tenant's settings in object storage: reading the newest, writing the next. Live for its timelines.
 
-Written as manifests are (G1): create-if-absent, a generation in the name, the greatest name counts.
+Written as manifests are (G1): create-if-absent, a generation in the name, the greatest name counts. Where
+that cannot be read the defaults count, and nothing may go: the tenant may have chosen to keep more (S3). New
+settings as a whole take its place.
 
 Not here: what settings there are (`excimer.storage.format.tenant_settings`).
 """
@@ -11,6 +13,7 @@ from typing import Any, Final
 from excimer.io.object_store import ObjectExistsError, ObjectMissingError, ObjectStore, ObjectStoreError
 from excimer.storage.engine.manifest_store import OvertakenError, tenant_prefix
 from excimer.storage.format.tenant_settings import (
+    DamagedSettingsError,
     Overrides,
     SettingsName,
     TenantSettings,
@@ -29,6 +32,8 @@ class LiveSettings:
 
     def __init__(self, defaults: TenantSettings, overrides: Overrides) -> None:
         self.defaults = defaults
+        self.damage: str | None = None
+        """Why nobody knows what the tenant has chosen: the defaults count. None: it is known."""
         self.set(overrides)
 
     def set(self, overrides: Overrides) -> None:
@@ -36,6 +41,12 @@ class LiveSettings:
         current = apply_overrides(self.defaults, overrides)
         self.overrides = dict(overrides)
         self.current = current
+        self.damage = None
+
+    def set_damaged(self, reason: str) -> None:
+        """What the tenant has chosen cannot be read."""
+        self.set({})
+        self.damage = reason
 
 
 class SettingsStore:
@@ -61,8 +72,15 @@ class SettingsStore:
             if newest.generation == self._generation:
                 self._sequence = newest.sequence
             with suppress(ObjectMissingError):  # replaced meanwhile by one that is newer
-                return unpack_overrides(self._store.get(f"{self._prefix}/{newest}"), str(newest))
+                return self._unpack_twice(f"{self._prefix}/{newest}")
         raise ObjectStoreError(f"the settings in {self._prefix} change faster than they can be read")
+
+    def _unpack_twice(self, name: str) -> dict[str, Any]:
+        """What was only damaged on its way here is whole at the second try."""
+        try:
+            return unpack_overrides(self._store.get(name), name)
+        except DamagedSettingsError:
+            return unpack_overrides(self._store.get(name), name)
 
     def write(self, overrides: Overrides) -> None:
         """Makes the overrides the newest; durable on return.

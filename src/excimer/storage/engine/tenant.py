@@ -30,9 +30,9 @@ from excimer.storage.engine.settings_store import SettingsStore
 from excimer.storage.engine.tenant_timelines import TenantTimelines
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.engine.timeline_import import TimelineImport
-from excimer.storage.engine.timeline_removal import remove_leftovers, remove_timeline
+from excimer.storage.engine.timeline_removal import mark_deleted, remove_leftovers, remove_timeline
 from excimer.storage.format.manifest import Manifest
-from excimer.storage.format.tenant_settings import Overrides, check_overrides
+from excimer.storage.format.tenant_settings import DamagedSettingsError, Overrides, check_overrides
 from excimer.storage.plan.branch import Origin, plan_branch
 
 
@@ -60,14 +60,15 @@ class TenantStorage:
         self._known = TenantTimelines(context, tenant_id, generation)
         self.timelines = self._known.live
         self.archived = self._known.archived
+        self.damaged = self._known.damaged
         self.settings = self._known.settings
         self._settings_store = SettingsStore(context.store, tenant_id, generation)
         self._detachment = AncestorDetachment(self._known)
 
     @classmethod
     async def attach(cls, context: StorageContext, tenant_id: TenantId, generation: int) -> "TenantStorage":
-        """With every timeline that object storage has. Raises `FencedError`, `CorruptionError`,
-        `ObjectStoreError`.
+        """With every timeline that object storage has; those that cannot be read, and what needs them, are
+        not served, but `damaged`. Raises `FencedError`, `ObjectStoreError`.
         """
         tenant = cls(context, tenant_id, generation)
         loop = asyncio.get_running_loop()
@@ -76,13 +77,17 @@ class TenantStorage:
             found = await Attachment(context, tenant_id, generation).find()
         finally:
             await asyncio.wait([reading])
-        tenant.settings.set(reading.result())
+        try:
+            tenant.settings.set(reading.result())
+        except DamagedSettingsError as error:
+            tenant.settings.set_damaged(str(error))
         await tenant._take(found)
         return tenant
 
     async def _take(self, found: FoundTimelines) -> None:
         known = self._known
         known.deleted |= found.deleted
+        known.damaged.update((each.timeline_id, each) for each in found.damaged)
         for each in found.in_order:
             if each.manifest.archived:
                 archived = ArchivedTimeline.of(each.manifest)
@@ -97,8 +102,12 @@ class TenantStorage:
             await self._detachment.reparent_siblings(timeline)
 
     def timeline(self, timeline_id: TimelineId) -> Timeline:
-        """Raises `TimelineMissingError`, `TimelineArchivedError`."""
+        """Raises `TimelineMissingError`, `TimelineArchivedError`, `TimelineDamagedError`."""
         return self._known.get(timeline_id)
+
+    def find_standstill(self) -> str | None:
+        """Why garbage collection of the whole tenant stands still; None while it does not."""
+        return self._known.find_standstill()
 
     async def set_settings(self, overrides: Overrides) -> None:
         """Replaces what the tenant has chosen: durable, and live, on return.
@@ -201,36 +210,48 @@ class TenantStorage:
     async def delete_timeline(self, timeline_id: TimelineId) -> None:
         """Removes the timeline and its objects. Stop its `run` and its ingest before.
 
-        Raises `TimelineMissingError`, `TimelineHasBranchesError`, `ObjectStoreError` (call it again),
-        `OvertakenError`: it is a newer generation's, and untouched.
+        A damaged one can be deleted too: whoever does so gives up on it. Raises `TimelineMissingError`, as
+        `check_deletable`, `ObjectStoreError` (call it again), `OvertakenError`: it is a newer
+        generation's, and untouched.
         """
         async with self._known.changing:
-            branches = self.branches(timeline_id)
-            if branches:
-                raise TimelineHasBranchesError(
-                    f"timeline {timeline_id} cannot be deleted: {', '.join(branches)} branch from it"
-                )
-            self.check_not_detaching(timeline_id)
+            self.check_deletable(timeline_id)
             await self._known.in_thread(
                 partial(check_not_overtaken, self.context.store, self.tenant_id, timeline_id, self.generation)
             )
-            if timeline_id in self.archived:
+            if timeline_id in self.damaged:
+                ids = self.tenant_id, timeline_id, self.generation
+                await self._known.in_thread(partial(mark_deleted, self.context, *ids))
+            elif timeline_id in self.archived:
                 await self._known.rewrite_archived(timeline_id, _as_deleted)
             elif timeline_id not in self._known.unsure:
                 timeline = self.timeline(timeline_id)
                 await timeline.close()
                 await timeline.commits.mark_deleted()
             await self._known.in_thread(partial(self._remove, timeline_id))
-            self.archived.pop(timeline_id, None)
-            self.timelines.pop(timeline_id, None)
+            for timelines in (self.damaged, self.archived, self.timelines):
+                timelines.pop(timeline_id, None)
             self._known.unsure.pop(timeline_id, None)
             self._known.hold_branch_points()
+
+    def check_deletable(self, timeline_id: TimelineId) -> None:
+        """Raises `TimelineHasBranchesError`; `BranchesUnknownError` while another timeline is damaged, which
+        may be a branch of this one; `TimelineBusyError`.
+        """
+        branches = self.branches(timeline_id)
+        if branches:
+            raise TimelineHasBranchesError(
+                f"timeline {timeline_id} cannot be deleted: {', '.join(sorted(branches))} branch from it"
+            )
+        if timeline_id in self.timelines or timeline_id in self.archived:
+            self._known.check_branches_known(f"timeline {timeline_id} cannot be deleted")
+        self.check_not_detaching(timeline_id)
 
     async def archive_timeline(self, timeline_id: TimelineId) -> None:
         """Makes it durable, and that it is archived. It is served until `offload_timeline`.
 
         Repeatable. Raises `TimelineMissingError`, `TimelineArchivedError` while branches of it are not
-        archived, `TimelineBusyError`, `ObjectStoreError`.
+        archived, `BranchesUnknownError`, `TimelineBusyError`, `ObjectStoreError`.
         """
         async with self._known.changing:
             if timeline_id in self.archived:
@@ -257,7 +278,7 @@ class TenantStorage:
         branches of this one: their ids. Every read before, meanwhile and after is answered alike.
 
         A root is left as it is. Repeatable, also after a crash. Raises `TimelineMissingError`,
-        `TimelineBusyError`, and what `DetachJob.prepare` does.
+        `BranchesUnknownError`, `TimelineBusyError`, and what `DetachJob.prepare` does.
         """
         return await self._detachment.detach(timeline_id)
 
@@ -265,8 +286,8 @@ class TenantStorage:
         """Detaches. What is only in memory is asked for again by the next who attaches."""
         for timeline in self.timelines.values():
             await timeline.close()
-        self.timelines.clear()
-        self.archived.clear()
+        for timelines in (self.timelines, self.archived, self.damaged):
+            timelines.clear()
 
     def check_not_detaching(self, timeline_id: TimelineId) -> None:
         """Raises `TimelineBusyError`."""

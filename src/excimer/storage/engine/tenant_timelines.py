@@ -3,6 +3,10 @@
 Shared by all that changes a tenant: `tenant`, `archiving`, `ancestor_detachment`. Each change holds
 `changing` from its first look to its last step.
 
+While one of them is *damaged*, what branches there are is not known: it may branch from any other, at any
+point. Garbage collection of the whole tenant stands still then (S3), and no change is made that needs to
+know all branches, until it is repaired or deleted.
+
 Not here: the changes themselves; what a timeline does (`timeline`).
 """
 
@@ -15,7 +19,14 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.storage.engine.archived_timeline import ArchivedTimeline
 from excimer.storage.engine.claim import claim_newest
 from excimer.storage.engine.context import StorageContext
-from excimer.storage.engine.errors import TimelineArchivedError, TimelineExistsError, TimelineMissingError
+from excimer.storage.engine.damaged_timeline import DamagedTimeline
+from excimer.storage.engine.errors import (
+    BranchesUnknownError,
+    TimelineArchivedError,
+    TimelineDamagedError,
+    TimelineExistsError,
+    TimelineMissingError,
+)
 from excimer.storage.engine.leftovers import unnamed_layers
 from excimer.storage.engine.manifest_store import FoundManifest, ManifestStore, timeline_prefix
 from excimer.storage.engine.settings_store import LiveSettings
@@ -37,16 +48,18 @@ class TenantTimelines:
         self.changing = asyncio.Lock()
         self.live: dict[TimelineId, Timeline] = {}
         self.archived: dict[TimelineId, ArchivedTimeline] = {}
+        self.damaged: dict[TimelineId, DamagedTimeline] = {}
         self.unsure: dict[TimelineId, Origin] = {}
         """Branches whose first manifest was sent and not confirmed: if they exist, they will be read."""
         self.deleted: set[TimelineId] = set()
         """Ids that are not used again."""
 
     def get(self, timeline_id: TimelineId) -> Timeline:
-        """Raises `TimelineMissingError`, `TimelineArchivedError`."""
+        """Raises `TimelineMissingError`, `TimelineArchivedError`, `TimelineDamagedError`."""
         try:
             return self.live[timeline_id]
         except KeyError:
+            self._check_not_damaged(timeline_id)
             if timeline_id in self.archived:
                 raise TimelineArchivedError(
                     f"timeline {timeline_id} is archived: unarchive it first"
@@ -54,7 +67,8 @@ class TenantTimelines:
             raise TimelineMissingError(f"tenant {self.tenant_id} has no timeline {timeline_id}") from None
 
     def check_is_new(self, timeline_id: TimelineId) -> None:
-        """Raises `TimelineExistsError`."""
+        """Raises `TimelineExistsError`, `TimelineDamagedError`."""
+        self._check_not_damaged(timeline_id)
         if timeline_id in self.live or timeline_id in self.archived:
             raise TimelineExistsError(f"tenant {self.tenant_id} has a timeline {timeline_id} already")
         if timeline_id in self.deleted:
@@ -63,10 +77,36 @@ class TenantTimelines:
             )
 
     def branches(self, timeline_id: TimelineId) -> list[TimelineId]:
-        """The timelines that leave it, archived ones included."""
-        return [each for each, origin in self.origins().items() if origin.ancestor_id == timeline_id]
+        """The timelines that leave it, archived ones included, and damaged ones of which that is known."""
+        known = [each for each, origin in self.origins().items() if origin.ancestor_id == timeline_id]
+        damaged = [
+            each.timeline_id for each in self.damaged.values() if each.ancestor_timeline_id == timeline_id
+        ]
+        return known + damaged
+
+    def find_standstill(self) -> str | None:
+        """Why it is not known what history is needed; None while it is."""
+        if not self.damaged:
+            damage = self.settings.damage
+            return None if damage is None else f"{damage}: set them anew, all of them"
+        each = next(iter(self.damaged.values()))
+        more = f", and {len(self.damaged) - 1} more" if len(self.damaged) > 1 else ""
+        return f"timeline {each.timeline_id} is damaged ({each.reason}){more}: repair or delete it"
+
+    def check_branches_known(self, what: str) -> None:
+        """Raises `BranchesUnknownError` if `what` has to wait."""
+        if self.damaged:
+            raise BranchesUnknownError(
+                f"{what} while it is not known which branches there are: {self.find_standstill()}"
+            )
+
+    def _check_not_damaged(self, timeline_id: TimelineId) -> None:
+        damaged = self.damaged.get(timeline_id)
+        if damaged is not None:
+            raise TimelineDamagedError(timeline_id, damaged.reason)
 
     def origins(self) -> dict[TimelineId, Origin]:
+        """Of all that is not damaged."""
         origins = dict(self.unsure)
         for archived in self.archived.values():
             origins[archived.timeline_id] = Origin(archived.ancestor_timeline_id, archived.ancestor_lsn)
@@ -100,7 +140,9 @@ class TenantTimelines:
         return self._new(manifest, manifests, ancestor)
 
     def _new(self, manifest: Manifest, manifests: ManifestStore, ancestor: Timeline | None) -> Timeline:
-        return Timeline(self.context, manifest, manifests, ancestor, self.generation, self.settings)
+        timeline = Timeline(self.context, manifest, manifests, ancestor, self.generation, self.settings)
+        timeline.retention.find_standstill = self.find_standstill
+        return timeline
 
     def _manifest_store(self, found: FoundManifest) -> ManifestStore:
         sequence = found.name.sequence if found.name.generation == self.generation else 0

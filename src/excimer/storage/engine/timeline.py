@@ -289,7 +289,8 @@ class Timeline:
 
     async def collect_garbage(self, time_lsn: Lsn) -> GcOutcome:
         """Lets go what nobody retains; `time_lsn` is where the timeline stood when the retained window of
-        time begins. Raises `GcTooEarlyError` soon after attaching, and as flushes, reads and uploads do.
+        time begins. Raises `GcStandsStillError`, `GcTooEarlyError` soon after attaching, and as flushes,
+        reads and uploads do.
         """
         return await self._collector.collect(time_lsn)
 

@@ -4,6 +4,10 @@
 
     manifest that says *deleted*  ->  no newer generation?  ->  marker  ->  layers, manifests
 
+A damaged timeline has no manifest that could be changed: one is made that says nothing else (`mark_deleted`).
+
+::
+
     tenants/TENANT/timelines/TIMELINE/deleted          the marker: stays when all else is gone
 
 The manifest comes before the look for a newer generation, which makes its own claim before it looks at
@@ -21,9 +25,46 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from excimer.base.ids import TenantId, TimelineId
-from excimer.io.object_store import ObjectExistsError, ObjectInfo
+from excimer.io.object_store import ObjectExistsError, ObjectInfo, ObjectStoreError
 from excimer.storage.engine.context import StorageContext
-from excimer.storage.engine.manifest_store import DELETED_MARKER, check_not_overtaken, timeline_prefix
+from excimer.storage.engine.manifest_store import (
+    DELETED_MARKER,
+    ManifestStore,
+    check_not_overtaken,
+    has_follower,
+    list_timeline,
+    timeline_prefix,
+)
+from excimer.storage.format.manifest import Manifest
+
+
+def mark_deleted(
+    context: StorageContext, tenant_id: TenantId, timeline_id: TimelineId, generation: int
+) -> None:
+    """Writes a manifest that says *deleted* and nothing else, behind whatever there is, readable or not.
+
+    Raises `OvertakenError`, `ObjectStoreError`.
+    """
+    store, sequence = context.store, 0
+    manifests = list_timeline(store, tenant_id, timeline_id, generation).manifests
+    if manifests:
+        if has_follower(store, tenant_id, timeline_id, manifests[-1]):
+            raise ObjectStoreError(f"the listing of timeline {timeline_id} lags behind: try again")
+        if manifests[-1].generation == generation:
+            sequence = manifests[-1].sequence
+    ManifestStore(store, tenant_id, timeline_id, generation, sequence).write(
+        Manifest(
+            tenant_id=tenant_id,
+            timeline_id=timeline_id,
+            pg_version=0,
+            system_id=0,
+            wal_segment_size_bytes=0,
+            oldest_lsn=0,
+            disk_consistent_lsn=0,
+            prev_record_lsn=0,
+            deleted=True,
+        )
+    )
 
 
 def remove_timeline(

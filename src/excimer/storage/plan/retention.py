@@ -57,6 +57,8 @@ class Retention:
         self.cutoff_lsn = Lsn(cutoff_lsn)
         """Announced: nothing new is held below it. The manifest's `oldest_lsn` follows."""
         self.attached_at_s = attached_at_s
+        self.find_standstill: Callable[[], str | None] = lambda: None
+        """Why it is not known who holds what, so that nothing may go; None while it is known."""
         self._branches: dict[str, Lsn] = {}
         self._branch_counts: dict[Lsn, int] = {}
         self._leases: dict[Lsn, Mapping[str, float]] = {}
