@@ -214,6 +214,28 @@ async def test_a_claim_left_halfway_is_checked_again(tmp_path: Path) -> None:
 
 
 @in_event_loop
+async def test_a_claim_that_has_removed_something_is_not_made_again(tmp_path: Path) -> None:
+    """The older one's flush ends right before its layer goes; then the newer one attaches anew."""
+    steps, objects = Steps(), MemoryObjectStore()
+    async with (
+        storage_context(tmp_path / "old", store=objects) as old_context,
+        storage_context(tmp_path / "new", store=FaultyObjectStore(objects, steps)) as new_context,
+    ):
+        old = await (await attach(old_context)).create_timeline(new_main(), IMPORTED)
+        layer = await flushed(old, START + 8, 1)
+        manifest_name = f"{timeline_prefix(TENANT, MAIN)}/index-00000001-00000002"
+        manifest = objects.objects.pop(manifest_name)
+        steps.before["delete", layer.name] = partial(objects.put, manifest_name, manifest)
+        for _ in range(2):
+            tenant = await attach(new_context, generation=2)
+            assert not steps.before
+            new = tenant.timeline(MAIN)
+            assert named(new) == layer_names(objects)
+            assert new.last_record_lsn == START  # and WAL comes again
+            await tenant.close()
+
+
+@in_event_loop
 async def test_the_next_generation_removes_what_a_crash_left(tmp_path: Path) -> None:
     objects = MemoryObjectStore()
     async with storage_context(tmp_path, store=objects) as context:

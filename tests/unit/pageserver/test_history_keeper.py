@@ -156,6 +156,7 @@ async def test_history_leaves_the_window_by_time(tmp_path: Path) -> None:
         await here.keeper.change_config(TENANT, {"pitr_interval_s": 2.5 * HOUR})
         assert (await here.keeper.collect_garbage(TENANT, MAIN)).cutoff_lsn == START + 0x300 - 8
         here.clock.time = NOW + 100 * HOUR
+        assert here.main.commit_time(Lsn(START + 0x300)) is not None  # until it is collected
         assert (await here.keeper.collect_garbage(TENANT, MAIN)).cutoff_lsn == START + 0x400
 
 

@@ -14,7 +14,8 @@ looks for manifests: of two that cross, one sees the other. A claim says which m
 next commit, so that a crash in the middle is noticed and the check is made again.
 
 Only then are layers removed that no manifest names and that an older generation has written: what a
-crash left behind. For those of our own see `leftovers`.
+crash left behind, or a flush that is under way there and will have been for nothing. The claim is settled
+before by a manifest that repeats nothing. For layers of our own generation see `leftovers`.
 """
 
 import logging
@@ -32,7 +33,7 @@ from excimer.storage.engine.manifest_store import (
     list_timeline,
     read_manifest,
 )
-from excimer.storage.format.manifest import Manifest, ManifestName, layer_generation
+from excimer.storage.format.manifest import ManifestName, layer_generation
 
 _log = logging.getLogger(__name__)
 
@@ -76,9 +77,7 @@ def claim_newest(
         if older and has_follower(store, tenant_id, timeline_id, older[-1]):
             continue  # the listing lags behind
         if newest == claimed_from:
-            left = _remove_strangers(store, found.manifest, objects.layers, generation)
-            manifest = msgspec.structs.replace(found.manifest, claimed_from="")
-            return FoundManifest(found.name, manifest, layers=tuple(left))
+            return _settle(store, writer, found, objects.layers)
         followed = read_manifest(store, tenant_id, timeline_id, older[-1])
         if followed is not None:
             claim = msgspec.structs.replace(followed, claimed_from=newest)
@@ -90,22 +89,25 @@ def claim_newest(
     raise ObjectStoreError(f"the manifests of timeline {timeline_id} change faster than they can be claimed")
 
 
-def _remove_strangers(
-    store: ObjectStore, manifest: Manifest, layers: list[str], generation: int
-) -> list[str]:
-    """What is left of the layers."""
+def _settle(
+    store: ObjectStore, writer: ManifestStore, found: FoundManifest, layers: list[str]
+) -> FoundManifest:
+    """The claim is good. Before anything is removed a manifest says so: the older one may be about to name
+    it, and a claim that is checked again would take that over.
+    """
+    name, manifest = found.name, msgspec.structs.replace(found.manifest, claimed_from="")
     named = {layer.name for layer in manifest.layers}
-    strangers = [
-        name
-        for name in layers
-        if (last_part := name.rsplit("/", 1)[-1]) not in named and layer_generation(last_part) < generation
-    ]
-    if not strangers:
-        return layers
-    try:
-        store.delete_many(strangers)
-    except ObjectStoreError as error:
-        _log.warning("%d layers that no manifest names are removed later: %s", len(strangers), error)
-        return layers
-    removed = frozenset(strangers)
-    return [name for name in layers if name not in removed]
+    strangers = {
+        each
+        for each in layers
+        if (last_part := each.rsplit("/", 1)[-1]) not in named
+        and layer_generation(last_part) < name.generation
+    }
+    if strangers:
+        name = writer.write(manifest)
+        try:
+            store.delete_many(sorted(strangers))
+        except ObjectStoreError as error:
+            _log.warning("%d layers that no manifest names are removed later: %s", len(strangers), error)
+            strangers.clear()
+    return FoundManifest(name, manifest, layers=tuple(each for each in layers if each not in strangers))

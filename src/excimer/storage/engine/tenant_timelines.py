@@ -129,7 +129,7 @@ class TenantTimelines:
         ancestor_id = manifest.ancestor_timeline_id
         ancestor = None if ancestor_id is None else self.live[TimelineId(ancestor_id)]
         timeline = self._new(manifest, self._manifest_store(found), ancestor)
-        if unnamed_layers(found.layers, manifest, self.generation):
+        if found.layers and unnamed_layers(found.layers, manifest, self.generation):
             timeline.leftovers.suspect()
         self.live[timeline.timeline_id] = timeline
         return timeline
