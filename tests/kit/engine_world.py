@@ -21,6 +21,8 @@ from excimer.base.ids import TimelineId
 from excimer.base.keys import KeyKind, kind_range, make_key
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore
+from excimer.pageserver.model import TenantSizes
+from excimer.pageserver.sizes import LogicalSizes, tenant_sizes
 from excimer.storage.engine import detach_job, disk_layer, manifest_store
 from excimer.storage.engine.context import StorageContext, StorageSettings
 from excimer.storage.engine.errors import (
@@ -332,6 +334,11 @@ class EngineWorld:
     def compact(self, timeline_id: TimelineId) -> None:
         self.runner.run(compact_wholly(self.timeline(timeline_id)))
 
+    def compact_partly(self, timeline_id: TimelineId, steps: int) -> None:
+        """The rest is left for later: a round of images may be unfinished."""
+        while steps and self.runner.run(self.timeline(timeline_id).compact()):
+            steps -= 1
+
     def branch(self, ancestor_id: TimelineId, lsn: int) -> None:
         timeline_id = TimelineId(f"{self.chance.getrandbits(64) | 1 << 70:032x}")
         ancestor = self.oracles[ancestor_id]
@@ -505,6 +512,24 @@ class EngineWorld:
         except LsnTooOldError:
             return
         assert lsn >= START, f"{timeline_id} served {format_lsn(lsn)}, which is before its history"
+
+    def check_sizes(self) -> None:
+        """The tenant costs no more than all WAL and copies where histories begin and points are held."""
+        timelines = self.tenant.timelines
+        sizes = {each: LogicalSizes(timeline, lambda: 0.0) for each, timeline in timelines.items()}
+
+        async def ask() -> tuple[TenantSizes, int]:
+            now_s, copies = asyncio.get_running_loop().time(), 0
+            for each, timeline in timelines.items():
+                held = timeline.retention.retained(now_s).points
+                for lsn in {max(timeline.ancestor_lsn, timeline.oldest_lsn), *held}:
+                    copies += await sizes[each].at(Lsn(lsn))
+            return await tenant_sizes(self.tenant, sizes, now_s), copies
+
+        asked, copies = self.runner.run(ask())
+        wal = sum(timeline.last_record_lsn - START for timeline in timelines.values())
+        assert 0 <= asked.synthetic_size_bytes <= copies + wal
+        assert [row.timeline_id for row in asked.timelines] == sorted(self.oracles)
 
     def check_objects(self) -> None:
         """What a manifest names is there."""

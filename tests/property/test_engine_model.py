@@ -1,6 +1,7 @@
 """The engine against its oracle (S1, S2, S3, G1): whatever happens, in any order."""
 
 import os
+from dataclasses import replace
 from functools import partial
 
 from hypothesis import HealthCheck, Phase, settings
@@ -11,7 +12,7 @@ from excimer.base.ids import TimelineId
 from excimer.storage.engine.timeline import Timeline
 from tests.kit.directories import new_memory_directory
 from tests.kit.engine_oracle import FILES, IMPORTED, LITTLE_IMPORTED, BlockFile
-from tests.kit.engine_world import EngineWorld, compact_wholly, sweep_suspected
+from tests.kit.engine_world import SMALL, EngineWorld, compact_wholly, sweep_suspected
 from tests.kit.storage_world import START
 
 EXAMPLES = int(os.environ.get("EXCIMER_ENGINE_EXAMPLES", "60"))
@@ -31,9 +32,11 @@ SETTINGS = settings(
 
 
 class EngineMachine(RuleBasedStateMachine):
+    limits = SMALL
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = EngineWorld(new_memory_directory("excimer-engine-"))
+        self.world = EngineWorld(new_memory_directory("excimer-engine-"), self.limits)
 
     @initialize(seed=st.integers(0, 2**32), much=st.booleans())
     def create(self, seed: int, much: bool) -> None:
@@ -201,5 +204,21 @@ class EngineMachine(RuleBasedStateMachine):
         return [each for each in candidates if not tenant.branches(each)]
 
 
+class ManyFilesMachine(EngineMachine):
+    """Merged runs are of many files, and compaction may be left halfway."""
+
+    limits = replace(SMALL, compaction_target_size_bytes=4_000)
+
+    @rule(data=st.data(), steps=st.integers(1, 3))
+    def compact_partly(self, data: st.DataObject, steps: int) -> None:
+        self.world.compact_partly(self.any_timeline(data), steps)
+
+    @rule()
+    def sizes(self) -> None:
+        self.world.check_sizes()
+
+
 EngineMachine.TestCase.settings = SETTINGS
 TestEngine = EngineMachine.TestCase
+ManyFilesMachine.TestCase.settings = settings(SETTINGS, max_examples=EXAMPLES // 4)
+TestEngineOfManyFiles = ManyFilesMachine.TestCase
