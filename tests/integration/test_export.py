@@ -35,10 +35,9 @@ from excimer.wire.auth import Claims, Scope, encode_token
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.exported_cluster import address_of, check_all, dump_all, place_for_cluster
 from tests.kit.plain_postgres import PlainPostgres
-from tests.kit.rich_cluster import comparable, fill
+from tests.kit.rich_cluster import LATER_STATEMENTS, ROLES, STATEMENTS, fill
 from tests.kit.stack import Stack, running_stack
 from tests.kit.stock_server import stock_server
-from tests.kit.varied_cluster import LATER_STATEMENTS, ROLES, STATEMENTS
 
 VERSIONS = [int(text) for text in os.environ.get("EXCIMER_EXPORT_VERSIONS", str(NEWEST_VERSION)).split(",")]
 ATTEMPTS_MAX = 5
@@ -150,13 +149,13 @@ async def _check_round_trip(stack: Stack) -> None:
         run_initdb(build, source.data_dir, options=["--data-checksums"])
         with stock_server(build, source.data_dir, {"max_prepared_transactions": "5"}) as server:
             fill(server)
-            dump = comparable(dump_all(build, Address(str(server.socket_dir), server.port)))
+            dump = dump_all(build, Address(str(server.socket_dir), server.port))
         stack.json("import", str(source.data_dir), "--branch-name", "imported")
     async with place_for_cluster(build) as cluster:
         stack.json("export", "imported", str(cluster.data_dir))
         cluster.configure()
         async with cluster.running():
-            assert comparable(dump_all(build, address_of(cluster))) == dump
+            assert dump_all(build, address_of(cluster)) == dump
             check_all(build, address_of(cluster), "--parent-check")
 
 

@@ -89,17 +89,17 @@ def serve(stack: Stack, branch: str) -> None:
 def check_whole(stack: Stack, branch: str, expected_dump: str) -> None:
     """The branch is the source's equal, its storage sound, and it is good for ordinary work."""
     assert comparable(stack.check_program("pg_dumpall", *DUMP_OPTIONS, name=branch)) == expected_dump
-    assert stack.query("select count(*) from scratch", branch) == [(0,)]
+    assert stack.query("select count(*) from volatile", branch) == [(0,)]
     stack.check_program("pg_amcheck", *AMCHECK_OPTIONS, name=branch)
-    stack.query("insert into scratch values (1, 'works')", branch)
-    stack.query("insert into account select n, 'new', 0, now() from generate_series(9001, 9500) n", branch)
-    stack.query("update document set name = name || '!' where id % 3 = 0", branch)
+    stack.query("insert into volatile values (1, 'works')", branch)
+    stack.query("insert into plain select n, 'new' from generate_series(9001, 9500) n", branch)
+    stack.query("update words set tags = tags || 1 where tags[1] % 3 = 0", branch)
     stack.branch(f"{branch}-child", ancestor=branch)
-    stack.query("delete from account where id <= 4000", branch)
+    stack.query("delete from plain where key <= 4000", branch)
     stack.text("endpoint", "stop", branch)
     stack.text("endpoint", "start", branch)
-    assert stack.query("select count(*) from account", branch) == [(500,)]
-    assert stack.query("select count(*) from account", f"{branch}-child") == [(4500,)]
+    assert stack.query("select count(*) from plain", branch) == [(500,)]
+    assert stack.query("select count(*) from plain", f"{branch}-child") == [(3700,)]
     stack.check_program("pg_amcheck", *AMCHECK_OPTIONS, name=f"{branch}-child")
     for name in (branch, f"{branch}-child"):
         stack.text("endpoint", "stop", name)
@@ -110,7 +110,7 @@ def test_a_stopped_directory_becomes_a_branch(stack: Stack, root: Path) -> None:
     run_initdb(build_of(stack.pg_version), data_dir, options=["--data-checksums"])
     with source(stack, data_dir) as server:
         fill(server)
-        server.sql("begin; insert into account values (-1, 'two phases', 0, now()); prepare transaction 'p'")
+        server.sql("begin; insert into plain values (-1, 'two phases'); prepare transaction 'p'")
         dump = dump_of(server)
     made = stack.json("import", str(data_dir), "--branch-name", "directory")
     assert (made["name"], made["pg_version"]) == ("directory", stack.pg_version)

@@ -22,8 +22,8 @@ from excimer.pgformat.wal_record import unpack_record_header
 from excimer.postgres import PostgresBuild
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.plain_postgres import PlainPostgres
+from tests.kit.rich_cluster import LATER_STATEMENTS, STATEMENTS
 from tests.kit.stack import Stack, running_stack
-from tests.kit.varied_cluster import LATER_STATEMENTS, STATEMENTS
 
 VERSIONS = [int(text) for text in os.environ.get("EXCIMER_EXPORT_VERSIONS", str(NEWEST_VERSION)).split(",")]
 SEGMENT_SIZE_BYTES = 16 << 20

@@ -1,17 +1,15 @@
 """A cluster that Excimer has written, started by plain PostgreSQL with nothing of Excimer around it."""
 
 import contextlib
-import re
 from collections.abc import AsyncIterator
 
 from excimer.base.address import Address
 from excimer.io.processes import make_owned_dir, run
 from excimer.postgres import PostgresBuild
 from tests.kit.plain_postgres import PlainPostgres
+from tests.kit.rich_cluster import DUMP_OPTIONS, comparable
 
 PROGRAM_TIMEOUT_S = 120.0
-RESTRICT_KEY = re.compile(r"^\\(un)?restrict .*\n", re.MULTILINE)
-"""pg_dump writes a random key there, in minor releases from August 2025 on."""
 
 
 @contextlib.asynccontextmanager
@@ -31,8 +29,7 @@ def address_of(cluster: PlainPostgres) -> Address:
 
 def dump_all(build: PostgresBuild, address: Address) -> str:
     """All roles, databases and their logged content."""
-    text = program(build, address, "pg_dumpall", "--no-unlogged-table-data")
-    return RESTRICT_KEY.sub("", text)
+    return comparable(program(build, address, "pg_dumpall", *DUMP_OPTIONS))
 
 
 def check_all(build: PostgresBuild, address: Address, *options: str) -> None:
