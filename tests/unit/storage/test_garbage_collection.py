@@ -9,58 +9,21 @@ from pathlib import Path
 import pytest
 
 from excimer.base.ids import TimelineId
-from excimer.base.keys import KeyKind, kind_range, relation_block_key
+from excimer.base.keys import KeyKind, kind_range
 from excimer.base.lsn import Lsn
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, ObjectStoreError
-from excimer.storage.engine.context import StorageContext, StorageSettings
 from excimer.storage.engine.errors import LsnTooOldError, TimelineHasBranchesError, TimelineStoppedError
 from excimer.storage.engine.garbage_collector import GcTooEarlyError
 from excimer.storage.engine.layer_stack import LayerStack
-from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.engine.value_reads import ValueCache, scan_values
 from excimer.storage.format.layer_file import LayerKind
-from excimer.storage.format.values import pack_batch
 from excimer.storage.plan.retention import NotRetainedError
-from tests.kit.storage_oracle import FORKS, IMPORTED, RELATIONS, TimelineOracle
-from tests.kit.storage_world import MAIN, START, attach, in_event_loop, new_main, storage_context
+from tests.kit.collected_timeline import SMALL, check_reads, grow, new_tenant
+from tests.kit.storage_oracle import TimelineOracle
+from tests.kit.storage_world import MAIN, START, attach, in_event_loop, storage_context
 
 CHILD, GRANDCHILD = TimelineId("22" * 16), TimelineId("33" * 16)
-SMALL = StorageSettings(
-    flush_size_bytes=30_000,
-    block_size_bytes=4000,
-    image_layer_size_bytes=40_000,
-    compaction_threshold=2,
-    image_creation_threshold=2,
-    gc_horizon_bytes=0,
-    lsn_lease_length_s=0.0,
-)
-
-
-async def grow(timeline: Timeline, oracle: TimelineOracle, chance: random.Random, flushes: int) -> None:
-    """So many flushes of some records each, compacted as they come."""
-    for _ in range(flushes):
-        before = oracle.last_lsn
-        oracle.next_values(chance, 30)
-        for values, end_lsn in oracle.batches_after(before, 10):
-            timeline.put_batch(pack_batch(values), end_lsn, Lsn(end_lsn - 8))
-        await timeline.flush()
-        while await timeline.compact():
-            pass
-
-
-async def check_reads(timeline: Timeline, oracle: TimelineOracle, lsn: int) -> None:
-    """Every page of every relation at one LSN, and the values of all other keys."""
-    for relation in RELATIONS:
-        for fork in FORKS:
-            for block in range(oracle.size(relation, fork, lsn) or 0):
-                key = relation_block_key(relation, fork, block)
-                assert await timeline.get_pages(key, 1, Lsn(lsn)) == oracle.page(key, lsn)
-
-
-async def new_tenant(context: StorageContext) -> tuple[TenantStorage, Timeline, TimelineOracle]:
-    tenant = await attach(context)
-    return tenant, await tenant.create_timeline(new_main(), IMPORTED), TimelineOracle.imported()
 
 
 def own_objects(objects: MemoryObjectStore, timeline: Timeline) -> set[str]:

@@ -6,48 +6,16 @@ from pathlib import Path
 import pytest
 
 from excimer.base.ids import TimelineId
-from excimer.base.keys import relation_block_key
 from excimer.base.lsn import Lsn
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, ObjectStoreError
-from excimer.storage.engine.context import StorageSettings
 from excimer.storage.engine.errors import LsnTooOldError, TimelineMissingError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
-from excimer.storage.format.values import pack_batch
-from tests.kit.storage_oracle import FORKS, IMPORTED, RELATIONS, TimelineOracle
+from tests.kit.collected_timeline import SMALL, check_reads, grow, new_tenant
+from tests.kit.storage_oracle import IMPORTED, TimelineOracle
 from tests.kit.storage_world import MAIN, attach, in_event_loop, new_main, storage_context
 
 CHILD, GRANDCHILD, SIBLING, PUT_AWAY = (TimelineId(f"{number}" * 32) for number in "2345")
-SMALL = StorageSettings(
-    flush_size_bytes=30_000,
-    block_size_bytes=4000,
-    image_layer_size_bytes=40_000,
-    compaction_threshold=2,
-    image_creation_threshold=2,
-    gc_horizon_bytes=0,
-    lsn_lease_length_s=0.0,
-)
-
-
-async def grow(timeline: Timeline, oracle: TimelineOracle, chance: random.Random, flushes: int) -> None:
-    for _ in range(flushes):
-        before = oracle.last_lsn
-        oracle.next_values(chance, 30)
-        for values, end_lsn in oracle.batches_after(before, 10):
-            timeline.put_batch(pack_batch(values), end_lsn, Lsn(end_lsn - 8))
-        await timeline.flush()
-        while await timeline.compact():
-            pass
-
-
-async def check_reads(timeline: Timeline, oracle: TimelineOracle, lsn: int) -> None:
-    for relation in RELATIONS:
-        for fork in FORKS:
-            size = oracle.size(relation, fork, lsn)
-            assert timeline.size_blocks(relation_block_key(relation, fork, 0), Lsn(lsn)) == size
-            for block in range(size or 0):
-                key = relation_block_key(relation, fork, block)
-                assert await timeline.get_pages(key, 1, Lsn(lsn)) == oracle.page(key, lsn)
 
 
 async def collect(timeline: Timeline) -> int:
@@ -66,8 +34,7 @@ async def test_a_detached_branch_holds_what_is_read_through_it(tmp_path: Path) -
     """Its branches below its former beginning, the siblings that came along, an archived one, a lease."""
     chance = random.Random(1)
     async with storage_context(tmp_path, settings=SMALL) as context:
-        tenant = await attach(context)
-        main, oracle = await tenant.create_timeline(new_main(), IMPORTED), TimelineOracle.imported()
+        tenant, main, oracle = await new_tenant(context)
         await grow(main, oracle, chance, 6)
         put_away, early, leased, sibling, late = (oracle.ends[count] for count in (30, 50, 70, 90, 110))
         await branch(tenant, CHILD, MAIN, late)
@@ -115,8 +82,7 @@ async def test_a_detached_branch_holds_what_is_read_through_it(tmp_path: Path) -
 async def test_an_archived_branch_holds_its_point_until_it_is_deleted(tmp_path: Path) -> None:
     chance = random.Random(2)
     async with storage_context(tmp_path, settings=SMALL) as context:
-        tenant = await attach(context)
-        main, oracle = await tenant.create_timeline(new_main(), IMPORTED), TimelineOracle.imported()
+        tenant, main, oracle = await new_tenant(context)
         await grow(main, oracle, chance, 4)
         point = oracle.ends[40]
         await branch(tenant, CHILD, MAIN, point)
@@ -164,8 +130,7 @@ async def test_a_half_deleted_archived_timeline_does_not_come_back(tmp_path: Pat
 @in_event_loop
 async def test_a_detached_branch_can_be_branched_wherever_it_can_be_read(tmp_path: Path) -> None:
     async with storage_context(tmp_path, settings=SMALL) as context:
-        tenant = await attach(context)
-        main, oracle = await tenant.create_timeline(new_main(), IMPORTED), TimelineOracle.imported()
+        tenant, main, oracle = await new_tenant(context)
         await grow(main, oracle, random.Random(3), 3)
         await branch(tenant, CHILD, MAIN, oracle.ends[60])
         await tenant.detach_ancestor(CHILD)
