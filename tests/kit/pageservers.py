@@ -1,11 +1,7 @@
-"""A real pageserver process for tests: started, killed, stopped, asked over HTTP and the page service."""
+"""A real pageserver process for tests, asked over HTTP and the page service."""
 
 import contextlib
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,63 +12,32 @@ from excimer.base.address import Address
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, parse_lsn
 from excimer.pageserver.settings import PageserverSettings
-from excimer.service.settings import save_settings
 from excimer.wire.auth import Claims, KeyPair, Scope, encode_token
 from tests.kit.page_client import PageClient, connect_pages
 from tests.kit.ports import free_port
+from tests.kit.service_process import ServiceProcess
 
-READY_TIMEOUT_S = 30.0
 
-
-class PageserverProcess:
-    """One pageserver; ports, directories and the object store stay the same over restarts."""
-
+class PageserverProcess(ServiceProcess):
     def __init__(self, directory: Path, keys: KeyPair, **settings: Any) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        super().__init__("pageserver", directory, keys.public_pem)
         self.keys = keys
-        self.data_dir = directory / "data"
         self.object_store = directory / "objects"
-        self.log = directory / "log"
-        self.http_address = Address("127.0.0.1", free_port())
         self.page_address = Address("127.0.0.1", free_port())
-        self.process: subprocess.Popen[bytes] | None = None
-        self.settings_path = directory / "pageserver.toml"
-        (directory / "public.pem").write_bytes(keys.public_pem)
-        (directory / "private.pem").write_bytes(keys.private_pem)
+        private_key_path = directory / "private.pem"
+        private_key_path.write_bytes(keys.private_pem)
         values: dict[str, Any] = {
             "id": 1,
             "data_dir": self.data_dir,
             "object_store_url": f"file://{self.object_store}",
             "page_service_listen": str(self.page_address),
             "http_listen": str(self.http_address),
-            "auth_public_key_path": directory / "public.pem",
-            "auth_private_key_path": directory / "private.pem",
+            "auth_public_key_path": self.public_key_path,
+            "auth_private_key_path": private_key_path,
             "lsn_wait_timeout_s": 1.0,
             **settings,
         }
-        save_settings(self.settings_path, PageserverSettings(**values))
-
-    def spawn(self) -> "subprocess.Popen[bytes]":
-        """One more process with these settings, not waited for."""
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "excimer.pageserver", str(self.settings_path)],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                stdout=log,
-                stderr=log,
-            )
-
-    def start(self) -> None:
-        """Returns when it serves."""
-        self.process = self.spawn()
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://{self.http_address}/healthz").status_code == 200:
-                    return
-            time.sleep(0.05)
-        raise AssertionError(f"the pageserver is not ready:\n{self.log.read_text()}")
+        self.configure(PageserverSettings(**values))
 
     def rss_bytes(self) -> int:
         """Resident memory."""
@@ -85,22 +50,6 @@ class PageserverProcess:
         assert self.process is not None
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def kill(self) -> None:
-        """SIGKILL, as a crash."""
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> int:
-        """SIGTERM; the exit code."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=10)
-
-    def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.kill()
 
     def token(self, scope: Scope, tenant_id: TenantId | None = None) -> str:
         return encode_token(self.keys.private_pem, Claims(scope=scope, tenant_id=tenant_id))
