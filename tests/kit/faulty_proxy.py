@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from io import BufferedIOBase
-from typing import IO
+from typing import IO, Any
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 HANG_S = 1.0
@@ -47,6 +47,24 @@ class FaultyProxy(socketserver.ThreadingTCPServer):
         self.requests: list[tuple[str, str, Fault | None]] = []
         self.drops_conditions = False
         """Makes of any store one that ignores create-if-absent."""
+        self._handling = 0
+        self._idle = threading.Condition()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._idle:
+            self._handling += 1
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self._idle:
+            self._handling -= 1
+            self._idle.notify_all()
+
+    def wait_idle(self) -> None:
+        """Blocks until the store has done what it was asked for, whether or not anybody waits for that."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._handling == 0)
 
     @property
     def endpoint(self) -> str:

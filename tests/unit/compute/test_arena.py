@@ -1,7 +1,6 @@
 """The arena as the manager sees it: built, opened again, changed, refused."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from excimer.compute.arena import (
 SETTINGS = ArenaSettings(
     "127.0.0.1:6400", TenantId("ab" * 16), TimelineId("cd" * 16), "a token", MAX_LSN, Lsn(7)
 )
-BUILD_LIMIT_S = 0.06
 
 
 def build(root: Path, *files: ArenaFile) -> Arena:
@@ -141,12 +139,12 @@ def test_addresses_become_numbers() -> None:
     assert numeric_address("localhost:5") in ("127.0.0.1:5", "[::1]:5")
 
 
-def test_ten_thousand_files_are_listed_quickly(tmp_path: Path) -> None:
+def test_ten_thousand_files_are_listed_and_not_made(tmp_path: Path) -> None:
     files = [ArenaFile(f"base/{5 + number // 2500}/{16384 + number}", 3) for number in range(10_000)]
-    durations = []
-    for _ in range(5):
-        start = time.process_time()  # of ours alone: the machine may be busy
-        arena = build(tmp_path, *files)
-        durations.append(time.process_time() - start)
-        arena.close()
-    assert min(durations) < BUILD_LIMIT_S
+    arena = build(tmp_path, *files)
+    arena.close()
+    directories = {f"base/{database}" for database in (5, 6, 7, 8)} | {"base"}
+    assert {
+        str(path.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("*")
+    } == directories
+    assert (tmp_path / "arena").stat().st_size > len(files) * 32

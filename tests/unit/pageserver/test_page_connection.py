@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import random
 import struct
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -377,17 +376,21 @@ def test_a_defect_in_an_answer_at_once_drops_the_connection_and_not_the_service(
     play(story)
 
 
+async def reads_begun_after_a_while(world: World, other: PageClient) -> int:
+    """Large ones. While another client is served many times, the event loop has turned for all."""
+    for _ in range(100):
+        await other.get_pages(KEY, 1)
+    return sum(count == BLOCKS_MAX for _, count, _ in world.timeline.reads)
+
+
 def test_a_slow_reader_stops_the_work_for_it_and_gets_everything_later() -> None:
     async def story(world: World) -> None:
-        async with world.client() as client:
+        async with world.client() as client, world.client() as other:
             count = 100
             for number in range(count):
                 client.send(GetPages(number + 1, NEWEST_LSN, 0, 0, 0, *RELATION, 0, BLOCKS_MAX))
-            await asyncio.sleep(0.3)
-            begun = len(world.timeline.reads)
-            assert begun < count // 2
-            await asyncio.sleep(0.2)
-            assert len(world.timeline.reads) == begun
+            begun = [await reads_begun_after_a_while(world, other) for _ in range(2)]
+            assert 0 < begun[0] == begun[1] < count // 2
             answers = [await client.receive() for _ in range(count)]
             assert all(
                 isinstance(answer, Pages) and len(answer.pages) == BLOCKS_MAX * 8192 for answer in answers
@@ -403,11 +406,9 @@ def test_many_connections_at_once() -> None:
                 for block in range(number, number + 20):
                     assert (await client.get_pages((*KEY[:5], block), 1, lsn=0x100)) == page(block, 0x100)
 
-        started = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for number in range(50):
                 group.create_task(one(number))
-        assert time.monotonic() - started < 20
 
     play(story)
 
