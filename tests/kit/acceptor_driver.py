@@ -48,7 +48,9 @@ def create_timeline(directory: Path) -> None:
 
 
 @contextmanager
-def opened(directory: Path, disk: Disk | None = None) -> Iterator[SafekeeperTimeline]:
+def opened(
+    directory: Path, disk: Disk | None = None, metrics: SafekeeperMetrics | None = None
+) -> Iterator[SafekeeperTimeline]:
     """The timeline as a process finds it at its start. Leaving is a crash: nothing is saved."""
 
     async def open_it() -> SafekeeperTimeline:
@@ -56,7 +58,7 @@ def opened(directory: Path, disk: Disk | None = None) -> Iterator[SafekeeperTime
             directory,
             disk=disk or Disk(),
             preparer=preparer,
-            metrics=SafekeeperMetrics(CollectorRegistry()),
+            metrics=metrics or SafekeeperMetrics(CollectorRegistry()),
         )
 
     with ThreadPoolExecutor(1) as preparer:

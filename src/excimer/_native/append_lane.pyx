@@ -201,6 +201,14 @@ cdef class AppendLane:
         """From now on `serve` leaves everything to its caller."""
         self.connection = NOBODY
 
+    def take_flushes(self):
+        """What `tell` has not been told yet: the times of fdatasync, and how many bytes became durable."""
+        seconds = [self.flush_seconds[index] for index in range(self.flush_count)]
+        size_bytes = self.flushed_size_bytes
+        self.flush_count = 0
+        self.flushed_size_bytes = 0
+        return seconds, size_bytes
+
     @property
     def open_to(self):
         """The connection that it is open to, or None."""

@@ -251,6 +251,7 @@ class SafekeeperTimeline:
         if self._lane.open_to is not None and self._acceptor is not None:
             self._storage.flushed_beside(self._acceptor.flush_lsn)
         self._lane.close()
+        self._count_flushes(*self._lane.take_flushes())
 
     def _lane_failed(self, error: Exception) -> Exception:
         """Called with the lock held. The error as `handle` raises it."""
@@ -263,6 +264,9 @@ class SafekeeperTimeline:
     def _lane_told(self, flush_seconds: list[float], size_bytes: int, has_risen: bool) -> None:
         if has_risen:
             self.commits.wake()
+        self._count_flushes(flush_seconds, size_bytes)
+
+    def _count_flushes(self, flush_seconds: list[float], size_bytes: int) -> None:
         for seconds in flush_seconds:
             self._metrics.flush_seconds.observe(seconds)
         self._metrics.wal_bytes.inc(size_bytes)

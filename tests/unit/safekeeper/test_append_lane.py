@@ -281,6 +281,20 @@ def test_a_waiting_reader_hears_of_a_commit(tmp_path: Path) -> None:
     asyncio.run(read())
 
 
+def test_what_the_lane_made_durable_is_measured(tmp_path: Path) -> None:
+    create_timeline(tmp_path / "timeline")
+    registry = CollectorRegistry()
+    with opened(tmp_path / "timeline", metrics=SafekeeperMetrics(registry)) as timeline:
+        driver = StreamDriver(timeline)
+        driver.win()
+        messages = appends(SMALL, driver.term, [1000])
+        for message in messages:
+            driver.say(message)
+        timeline.disconnected(CONNECTION)
+    assert registry.get_sample_value("excimer_safekeeper_wal_bytes_total") == len(SMALL.stream)
+    assert registry.get_sample_value("excimer_safekeeper_flush_seconds_count") == len(messages)
+
+
 def test_a_mark_tells_each_wait_once() -> None:
     mark = CommitMark(100)
     assert not mark.advance(110), "nobody waits"
