@@ -68,7 +68,7 @@ LOGIN_TIMEOUT_S = 10.0
 KEEPALIVE_INTERVAL_S = 1.0
 CHUNK_SIZE_BYTES = 128 << 10
 """As PostgreSQL's own walsender (MAX_SEND_SIZE)."""
-GATHER_S = 0.01
+GATHER_S = 0.02
 """A reader that has everything gets more after this time at the earliest. Each message costs the reader as
 much as hundreds of records do, on the same cores that commits need when all runs on one machine."""
 _RECEIVE_SIZE_BYTES = 1 << 16
