@@ -4,10 +4,13 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from excimer.base.keys import MAX_KEY, MIN_KEY, Fork, Relation, relation_block_key, relation_size_key
 from excimer.base.lsn import MAX_LSN, Lsn
 from excimer.io.object_store import MemoryObjectStore
 from excimer.storage.engine.context import StorageSettings
+from excimer.storage.engine.errors import TimelineStoppedError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.layer_block import unpack_block
@@ -168,3 +171,28 @@ async def test_a_round_at_an_lsn_that_is_gone_is_given_up(tmp_path: Path) -> Non
             (None, None)
         }
         await history.check(timeline)
+
+
+@pytest.mark.parametrize("pieces", [None, 0])
+def test_compaction_of_what_is_being_deleted_does_not_tell_of_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pieces: int | None
+) -> None:
+    """Asked for by hand, it is not stopped before; it is in a merge, or in a round of images."""
+
+    @in_event_loop
+    async def story() -> None:
+        async with storage_context(tmp_path, store=MemoryObjectStore(), settings=SETTINGS) as context:
+            tenant = await attach(context)
+            if pieces is None:
+                timeline = await tenant.create_timeline(new_main(), IMPORTED)
+                history = History(timeline)
+                await history.flush_all()
+                await history.flush_all()
+            else:
+                timeline, _ = await begun(tenant, pieces)
+            await tenant.delete_timeline(MAIN)
+            with pytest.raises(TimelineStoppedError):
+                await timeline.compact()
+
+    story()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

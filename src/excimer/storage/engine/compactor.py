@@ -82,6 +82,7 @@ class Compactor:
             try:
                 done = await self._step()
             except CorruptionError:
+                self._timeline.check_runs()
                 self.is_stuck = True
                 raise
         self.is_stuck = False

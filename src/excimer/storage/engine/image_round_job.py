@@ -81,6 +81,7 @@ class RoundSource(PageSource, Protocol):
     home: LayerHome
     generation: int
 
+    def check_runs(self) -> None: ...
     async def in_thread(self, function: Callable[[], _Result], /) -> _Result: ...
     async def whole_in_thread(self, function: Callable[[], _Result], /) -> _Result: ...
 
@@ -140,6 +141,7 @@ async def _try_read_run(source: RoundSource, run: KeyRun, lsn: Lsn) -> TakenRun:
     except DamagedLayerError:
         raise
     except CorruptionError as error:
+        source.check_runs()  # what is being deleted goes missing while it is read
         if run.blocks == 1:
             _log.error("compaction of timeline %s leaves out a page: %s", source.home.timeline_id, error)
             return TakenRun([], False)
