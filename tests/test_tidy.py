@@ -162,3 +162,16 @@ def test_banned_text(pattern: str, allowed: str, why: str) -> None:
         if re.search(pattern, line) and "group.create_task" not in line
     ]
     assert not found, f"{why}: {', '.join(found)}"
+
+
+def test_no_merge_was_left_halfway() -> None:
+    """Docs have nothing else that would notice. Of `=======` alone, underlines of headings are allowed."""
+    roots = (SOURCE, ROOT / "csrc", ROOT / "bench", ROOT / "tools", ROOT / "tests", ROOT / "docs")
+    documents = [path for root in roots for path in root.rglob("*.md")] + sorted(ROOT.glob("*.md"))
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in [*sources(*roots), *documents]
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.match(r"(<<<<<<<|>>>>>>>)( |$)", line) or (path.suffix == ".md" and line == "=" * 7)
+    ]
+    assert not found, f"conflict markers: {', '.join(found)}"

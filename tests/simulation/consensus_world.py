@@ -409,7 +409,7 @@ class World:
         for candidate in self.candidates:
             candidate.alive = False
         last = self._start_candidate()
-        restarts = max(node.disk.control.promised_term for node in alive)
+        restarts = max(int(node.disk.control.promised_term) for node in alive)
         wrote = False
         for step in range(HEALED_STEPS_MAX):
             self._deliver()
