@@ -157,7 +157,7 @@ async def _wait_for_the_rest(
         proposer.commit(Lsn(commit_lsn + len(rest)))
         received = b""
         while len(received) < len(rest):
-            received += (await asyncio.wait_for(stream.next_chunk(), 5)).data
+            received += (await asyncio.wait_for(stream.next_chunk(), 30)).data
         assert received == rest
     finally:
         client.close()

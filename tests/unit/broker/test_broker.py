@@ -38,6 +38,8 @@ from excimer.wire.broker import (
 from tests.kit.ports import free_port
 
 TENANT, TIMELINE = TenantId("a" * 32), TimelineId("b" * 32)
+LIMIT_S = 30.0
+"""Of what happens at once where nothing else is going on."""
 SAFEKEEPER = SafekeeperTimelineStatus(
     safekeeper_id=NodeId(1),
     tenant_id=TENANT,
@@ -112,11 +114,11 @@ def test_statuses_arrive_and_connections_survive_a_restart(tmp_path: Path) -> No
             await receiver.listen_safekeepers(TENANT, TIMELINE)
             await receiver.listen_pageservers()
             async with broker(settings) as http:
-                assert await sender.wait_until_connected(5)
-                assert await receiver.wait_until_connected(5)
+                assert await sender.wait_until_connected(LIMIT_S)
+                assert await receiver.wait_until_connected(LIMIT_S)
                 await heard(sender, receiver)
                 await sender.publish(PAGESERVER)
-                assert await receiver.pageservers.wait_for_news(TENANT, TIMELINE, 5)
+                assert await receiver.pageservers.wait_for_news(TENANT, TIMELINE, LIMIT_S)
                 assert receiver.safekeepers.of_timeline(TENANT, TIMELINE) == [SAFEKEEPER]
                 assert receiver.pageservers.of_timeline(TENANT, TIMELINE) == [PAGESERVER]
                 assert receiver.safekeepers.of_timeline(TENANT, TimelineId("c" * 32)) == []
@@ -177,7 +179,7 @@ def test_a_status_holds_as_long_as_its_node_lives() -> None:
         assert statuses.of_timeline(TENANT, TIMELINE) == [SAFEKEEPER]
         clock.time_s += FRESH_S + 1
         assert statuses.of_timeline(TENANT, TIMELINE) == []
-        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
             waiting = group.create_task(statuses.wait_for_news(TENANT, TIMELINE, None))
             await asyncio.sleep(0)
             statuses.alive(NodeId(2))
@@ -248,7 +250,7 @@ def test_the_server_does_not_outlive_a_killed_broker(tmp_path: Path) -> None:
         server = Path("/proc") / (tmp_path / "data" / "nats.pid").read_text().strip() / "exe"
         assert server.exists()
         process.kill()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + LIMIT_S
     while server.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)

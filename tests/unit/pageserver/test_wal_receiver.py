@@ -80,7 +80,7 @@ def test_a_source_that_hangs_before_it_streams_is_left_for_another(monkeypatch: 
                 executor=executor,
                 clock=SystemClock(),
             )
-            async with running("receiver", receiver.run()), asyncio.timeout(5):
+            async with running("receiver", receiver.run()), asyncio.timeout(30):
                 await reached.wait()
         assert client.is_closed
 
@@ -122,7 +122,7 @@ def test_an_idle_timeline_lets_its_source_go_until_there_is_more(monkeypatch: py
                 executor=executor,
                 clock=SystemClock(),
             )
-            async with running("receiver", receiver.run()), asyncio.timeout(5):
+            async with running("receiver", receiver.run()), asyncio.timeout(30):
                 assert await news.get() is None, "nothing failed: only news matters"
                 assert [client.is_closed for client in clients] == [True]
                 assert receiver.source is None

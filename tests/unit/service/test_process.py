@@ -58,7 +58,7 @@ def start(tmp_path: Path, how: str = "") -> "subprocess.Popen[str]":
 def test_clean_stop(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=5)
+    output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (0, "cleaned up\n"), errors
 
 
@@ -67,7 +67,7 @@ def test_clean_stop(tmp_path: Path, number: signal.Signals) -> None:
 )
 def test_failures_have_codes_and_words(tmp_path: Path, how: str, code: int, said: str) -> None:
     process = start(tmp_path, how)
-    _, errors = process.communicate(timeout=5)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert said in errors
     assert ("Traceback" in errors) == (how == "crash")
@@ -76,7 +76,7 @@ def test_failures_have_codes_and_words(tmp_path: Path, how: str, code: int, said
 def test_a_stuck_process_ends_anyway(tmp_path: Path) -> None:
     process = start(tmp_path, "stuck")
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=5)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "example did not stop in time" in errors
 

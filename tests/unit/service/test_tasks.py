@@ -39,7 +39,7 @@ def test_an_error_of_a_task_ends_the_block_as_itself() -> None:
             await asyncio.sleep(60)
 
     with pytest.raises(RetryableError, match="not now"):
-        asyncio.run(asyncio.wait_for(main(), 5))
+        asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_an_error_of_the_block_is_not_hidden() -> None:

@@ -334,6 +334,13 @@ class CountingExecutor(ThreadPoolExecutor):
         self.count += 1
         return super().submit(*arguments, **named)
 
+    async def wait_quiet(self) -> None:
+        """What there was to do at first has been done."""
+        before = -1
+        while before != self.count:
+            before = self.count
+            await asyncio.sleep(0.1)
+
 
 @in_event_loop
 async def test_an_idle_timeline_wakes_up_for_nothing(tmp_path: Path) -> None:
@@ -343,7 +350,8 @@ async def test_an_idle_timeline_wakes_up_for_nothing(tmp_path: Path) -> None:
         counting = dataclasses.replace(context, executor=executor)
         timeline = await (await attach(counting)).create_timeline(new_main(), IMPORTED)
         running = asyncio.ensure_future(timeline.run())
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(30):
+            await executor.wait_quiet()
         before = executor.count
         await asyncio.sleep(0.2)
         assert executor.count == before
