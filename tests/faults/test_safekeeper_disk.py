@@ -24,6 +24,10 @@ class FaultyDisk(Disk):
         self._fail_at = fail_at
         self._error = error
 
+    def fail_from_now(self, call: int) -> None:
+        """The `call`-th from here on fails."""
+        self._fail_at = self.calls + call
+
     def _call(self) -> None:
         self.calls += 1
         if self.calls == self._fail_at:
@@ -101,6 +105,36 @@ def test_each_disk_call_may_fail_once(tmp_path: Path, error: int, kind: type[Dri
         with opened(directory) as timeline:
             assert timeline.flush_lsn == builder.lsn
             assert timeline.read_wal(START, Lsn(builder.lsn)) == wal
+
+
+@pytest.mark.parametrize("kind", [Driver, StreamDriver], ids=["handled", "in the lane"])
+def test_the_same_proposer_goes_on_after_each_failed_write_or_sync(
+    tmp_path: Path, kind: type[Driver]
+) -> None:
+    """No election repairs anything here: what was written but not synced must not count as known."""
+    builder = build_wal()
+    wal = bytes(builder.stream)[:60_000]
+    for fail_at in range(1, 21):
+        directory = tmp_path / f"{fail_at}" / "timeline"
+        create_timeline(directory)
+        disk = FaultyDisk(0, errno.EIO)
+        with opened(directory, disk) as timeline:
+            driver = kind(timeline)
+            begin_lsn = driver.win()
+            disk.fail_from_now(fail_at)
+            failures = 0
+            while begin_lsn < START + len(wal):
+                try:
+                    (answer,) = driver.append(begin_lsn, wal[begin_lsn - START :][:5000])
+                    assert isinstance(answer, AppendResponse)
+                    assert answer.flush_lsn > begin_lsn, "WAL that was never synced is taken for known"
+                    begin_lsn = answer.flush_lsn
+                except (ExcimerError, OSError):
+                    failures += 1
+                    assert failures == 1, "it does not recover"
+                    begin_lsn = driver.rejoin()
+            assert disk.has_failed
+            assert timeline.read_wal(START, Lsn(START + len(wal))) == wal
 
 
 class RenamingDisk(Disk):

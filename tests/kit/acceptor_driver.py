@@ -19,6 +19,7 @@ from excimer.wire.safekeeping import (
     AcceptorMessage,
     AppendRequest,
     CommitAnnounce,
+    ElectedResponse,
     ProposerElected,
     ProposerId,
     ProposerMessage,
@@ -76,6 +77,7 @@ class Driver:
         self.timeline = timeline
         self.id = ProposerId(bytes([number]) * 16)
         self.term = Term(timeline.term)
+        self.election: ProposerElected
 
     def say(self, *messages: ProposerMessage) -> list[AcceptorMessage]:
         return [message for _, message in self.timeline.handle(CONNECTION, messages)]
@@ -91,7 +93,14 @@ class Driver:
 
     def adopt(self, vote: VoteResponse, start_lsn: Lsn) -> None:
         kept = tuple(entry for entry in vote.history if entry.start_lsn <= start_lsn)
-        self.say(ProposerElected(self.term, (*kept, TermStart(self.term, start_lsn))))
+        self.election = ProposerElected(self.term, (*kept, TermStart(self.term, start_lsn)))
+        self.say(self.election)
+
+    def rejoin(self) -> Lsn:
+        """Announces the same election again, as after a lost connection; where to go on from."""
+        (answer,) = self.say(self.election)
+        assert isinstance(answer, ElectedResponse)
+        return answer.flush_lsn
 
     def append(self, begin_lsn: Lsn, wal: bytes) -> list[AcceptorMessage]:
         return self.say(AppendRequest(self.term, begin_lsn, INVALID_LSN, INVALID_LSN, wal))
