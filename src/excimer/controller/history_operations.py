@@ -261,7 +261,8 @@ class BranchHistory:
     async def _finish(self, tenant: Tenant, branch: Timeline) -> Timeline:
         pageserver = await self._tools.pageserver_api(tenant)
         ids = tenant.tenant_id, branch.timeline_id
-        await _refuse_damaged(pageserver, branch)
+        if branch.state in ("archiving", "unarchiving", "detaching"):
+            await _refuse_damaged(pageserver, branch)
         if branch.state == "archiving":
             await self._wait_until_ingested(pageserver, branch)
             await pageserver.set_archived(*ids, is_archived=True)

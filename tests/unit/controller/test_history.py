@@ -298,6 +298,7 @@ def test_a_damaged_branch_is_named_and_can_be_reset(tmp_path: Path) -> None:
         for change in (history.archive, history.detach):
             with pytest.raises(BranchDamagedError, match="index-1-2"):
                 await change("", "dev")
+        assert (await history.unarchive("", "dev")).state == "active"  # which it was before
         assert (await world.controller.find_branch(TENANT, "dev")).state == "active"
         await world.controller.reconcile()
         assert not world.pageserver.timelines[DEV].get("is_archived")
