@@ -40,12 +40,12 @@ def plan_attach(manifests: Mapping[TimelineId, Manifest], unreadable: Mapping[Ti
     ordered: dict[TimelineId, None] = {}
     damaged = dict(unreadable)
     for timeline_id in manifests:
-        line: list[TimelineId] = []
+        line: dict[TimelineId, None] = {}
         at: TimelineId | None = timeline_id
         while at is not None and at in manifests and at not in line:
             if at in ordered or at in damaged:
                 break
-            line.append(at)
+            line[at] = None
             at = _ancestor_of(manifests[at])
         reason = None if at is None or at in ordered else _reason(at, manifests, unreadable, damaged)
         for each in reversed(line):
