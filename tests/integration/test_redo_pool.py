@@ -208,6 +208,7 @@ def test_batches_larger_than_both_pipes_do_not_stop() -> None:
         build = build_of(NEWEST_VERSION)
         worker = RedoWorker(build, redo_extension(build), redo_control_file(build), root)
         try:
+            assert os.getsid(worker.process_id) == os.getsid(0), "a session is what cores are shared out to"
             outcome = worker.exchange([plain_request(number) for number in range(1500)], 20)
             assert outcome.failure is None
             assert outcome.pages == [plain_page(number) for number in range(1500)]

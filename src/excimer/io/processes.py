@@ -169,7 +169,8 @@ def spawn(
 
     `environment` is the program's whole environment; None means `program_environment()`. It starts in
     `directory`, by default ``/``, because ours may be closed to that user. A session of its own keeps
-    the terminal's Ctrl-C from it: whoever spawned it stops it.
+    the terminal's Ctrl-C from it: whoever spawned it stops it. Without one a process group of its own does
+    the same, and Linux, which shares out the cores by sessions first, sees the program as a part of us.
     """
     return subprocess.Popen(
         [os.fspath(argument) for argument in arguments],
@@ -181,6 +182,7 @@ def spawn(
         bufsize=0,
         pass_fds=pass_fds,
         start_new_session=new_session,
+        process_group=None if new_session else 0,
         **_drop_arguments(),
     )
 

@@ -66,6 +66,16 @@ def test_programs_do_not_run_as_root_under_asyncio() -> None:
     assert int(asyncio.run(scenario())) == expected_uid()
 
 
+@pytest.mark.parametrize("new_session", [True, False])
+def test_a_program_has_a_process_group_of_its_own_and_a_session_if_wanted(new_session: bool) -> None:
+    process = spawn([SHELL, "-c", "read line"], stdin=subprocess.PIPE, new_session=new_session)
+    try:
+        assert os.getpgid(process.pid) == process.pid
+        assert os.getsid(process.pid) == (process.pid if new_session else os.getsid(0))
+    finally:
+        process.communicate(b"\n")
+
+
 def test_programs_see_no_settings_and_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGPASSWORD", "secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

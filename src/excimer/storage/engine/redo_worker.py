@@ -142,6 +142,7 @@ class RedoWorker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                new_session=False,
             )
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
