@@ -7,6 +7,7 @@ so they get a short directory of their own.
 """
 
 import hashlib
+import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -36,3 +37,8 @@ def find_places(endpoint_dir: Path) -> ComputePlaces:
     make_owned_dir(run_dir)
     socket_dir = make_owned_dir(Path(tempfile.gettempdir()) / f"excimer-{name}")
     return ComputePlaces(run_dir / "pgdata", run_dir / "arena", socket_dir, endpoint_dir / "postgres.log")
+
+
+def leave_places(places: ComputePlaces) -> None:
+    """Once no postgres runs there any more: nothing is left in the directory for temporary files."""
+    shutil.rmtree(places.socket_dir, ignore_errors=True)

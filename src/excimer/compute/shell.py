@@ -20,7 +20,7 @@ from excimer.compute.core import (
     StopRequested,
     Wait,
 )
-from excimer.compute.places import find_places
+from excimer.compute.places import find_places, leave_places
 from excimer.compute.settings import ComputeSettings
 from excimer.postgres import find_build
 from excimer.service.health import Health
@@ -78,6 +78,8 @@ class Manager:
             except asyncio.CancelledError:
                 await self._drive(scope, self._endpoint.step(StopRequested()))
                 raise
+            finally:
+                leave_places(self._spec.places)
 
     async def _drive(self, scope: TaskScope, effects: list[Effect]) -> Exit:
         while True:
