@@ -165,7 +165,7 @@ def test_banned_text(pattern: str, allowed: str, why: str) -> None:
 
 
 def test_no_merge_was_left_halfway() -> None:
-    """Docs have nothing else that would notice. Of `=======` alone, underlines of headings are allowed."""
+    """Docs have nothing else that would notice."""
     roots = (SOURCE, ROOT / "csrc", ROOT / "bench", ROOT / "tools", ROOT / "tests", ROOT / "docs")
     documents = [path for root in roots for path in root.rglob("*.md")] + sorted(ROOT.glob("*.md"))
     found = [
