@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from excimer.base.ids import TimelineId
 from excimer.base.lsn import Lsn
 from excimer.io.object_store import FaultyObjectStore, MemoryObjectStore, ObjectStoreError
 from excimer.storage.engine import deletion_queue
+from excimer.storage.engine.claim import claim_newest
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.manifest_store import OvertakenError, timeline_prefix
 from excimer.storage.engine.timeline import Timeline
@@ -188,9 +190,12 @@ async def test_a_generation_that_attaches_meanwhile_sees_what_it_may_not_need(
         assert named(new) == named(old) == layer_names(objects)
 
 
+@pytest.mark.parametrize("generation", [2, 3])
 @in_event_loop
-async def test_a_claim_left_halfway_is_checked_again(tmp_path: Path) -> None:
-    """The newer one dies after its claim, before it has looked for what the older one did meanwhile."""
+async def test_a_claim_left_halfway_is_checked_again(tmp_path: Path, generation: int) -> None:
+    """The newer one dies after its claim, before it has looked for what the older one did meanwhile; then it
+    comes again, or another.
+    """
     steps, objects = Steps(), MemoryObjectStore()
     async with (
         storage_context(tmp_path / "old", store=objects) as old_context,
@@ -209,8 +214,8 @@ async def test_a_claim_left_halfway_is_checked_again(tmp_path: Path) -> None:
             await attach(new_context, generation=2)
         assert f"{timeline_prefix(TENANT, MAIN)}/index-00000002-00000001" in objects.objects
         steps.failing.clear()
-        new = (await attach(new_context, generation=2)).timeline(MAIN)
-        assert named(new) == layer_names(objects)
+        new = (await attach(new_context, generation=generation)).timeline(MAIN)
+        assert named(new) == named(old) == layer_names(objects)
 
 
 @in_event_loop
@@ -233,6 +238,57 @@ async def test_a_claim_that_has_removed_something_is_not_made_again(tmp_path: Pa
             assert named(new) == layer_names(objects)
             assert new.last_record_lsn == START  # and WAL comes again
             await tenant.close()
+
+
+@in_event_loop
+async def test_a_claim_that_is_settled_late_removes_nothing_of_a_newer_one(tmp_path: Path) -> None:
+    """The older one's flush ends after the slow one has looked, and a third has all of it before the slow one
+    settles its claim.
+    """
+    steps, objects = Steps(), MemoryObjectStore()
+    async with (
+        storage_context(tmp_path / "old", store=objects) as old_context,
+        storage_context(tmp_path / "slow", store=FaultyObjectStore(objects, steps)) as slow_context,
+    ):
+        old = await (await attach(old_context)).create_timeline(new_main(), IMPORTED)
+        layer = await flushed(old, START + 8, 1)
+        manifest_name = f"{timeline_prefix(TENANT, MAIN)}/index-00000001-00000002"
+        manifest = objects.objects.pop(manifest_name)
+        found = []
+
+        def end_flush_and_claim() -> None:
+            objects.put(manifest_name, manifest)
+            found.append(claim_newest(objects, TENANT, MAIN, 3))
+
+        steps.before["put", "index-00000002-00000002"] = end_flush_and_claim
+        with pytest.raises(OvertakenError):
+            await attach(slow_context, generation=2)
+        assert [layer in each.manifest.layers for each in found if each] == [True]
+        assert layer.name in layer_names(objects)
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+@in_event_loop
+async def test_who_serves_is_not_changed_by_an_older_one_that_writes_on(
+    tmp_path: Path, generation: int
+) -> None:
+    """The newer one has branched from what it serves, and written nothing else, when it stops."""
+    objects = MemoryObjectStore()
+    async with (
+        storage_context(tmp_path / "old", store=objects) as old_context,
+        storage_context(tmp_path / "new", store=objects) as new_context,
+    ):
+        old = await (await attach(old_context)).create_timeline(new_main(), IMPORTED)
+        layer = await flushed(old, START + 8, 1)
+        tenant = await attach(new_context, generation=2)
+        branch = TimelineId("33" * 16)
+        await tenant.branch_timeline(branch, MAIN, lsn=Lsn(START + 8), prev_record_lsn=START)
+        await tenant.close()
+        await flushed(old, START + 16, 2)
+        await remove(old, layer)
+        tenant = await attach(new_context, generation=generation)
+        assert layer.name in named(tenant.timeline(MAIN))
+        assert tenant.timeline(branch).get_value(SIZE, Lsn(START + 8)) == b"\1\0\0\0"
 
 
 @in_event_loop

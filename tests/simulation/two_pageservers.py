@@ -1,10 +1,13 @@
 """Two pageservers with one tenant: the older generation works on, while the newer attaches and works too.
 
+In one of three seeds another generation comes between them: it attaches, at any speed, and may be killed
+at any operation.
+
 Each runs in a thread of its own with its own event loop, and does all its work in that thread. A baton says
 who runs: at every operation on the object store it may change hands, as the seed says, and never
 elsewhere. So a seed is one interleaving of the two processes' operations, always the same.
 
-What the newer one has acknowledged must be there for the third, which attaches when both are done (G1).
+What the newest one has acknowledged must be there for the next, which attaches when all are done (G1).
 """
 
 import asyncio
@@ -206,6 +209,32 @@ class Older(Pageserver):
             raise
 
 
+class KilledError(Exception):
+    """The process is gone."""
+
+
+class Passing(Pageserver):
+    """A generation that was never told what came of it: it does not come to serve, or not for long."""
+
+    def __init__(self, world: "TwoPageservers", name: str, generation: int) -> None:
+        super().__init__(world, name, generation)
+        self._operations_left = self.chance.randrange(60)
+
+    def _step(self, operation: str, name: str) -> None:
+        self._operations_left -= 1
+        if self._operations_left < 0:
+            raise KilledError
+        super()._step(operation, name)
+
+    async def _live(self) -> None:
+        try:
+            await super()._live()
+        except KilledError:
+            self.world.seen["killed"] += 1
+        except LayerMissingError:
+            self.world.seen["layers gone"] += 1
+
+
 class Newer(Pageserver):
     """Owns the tenant: branches, deletes, and what it says is durable is durable."""
 
@@ -284,14 +313,17 @@ class TwoPageservers:
 
     def _run(self) -> "TwoPageservers":
         self._lay_foundation()
-        older, newer = Older(self, "older", 1), Newer(self, "newer", 2)
-        self.baton.enter([older.name, newer.name])
-        threads = [threading.Thread(target=each.run, name=each.name) for each in (older, newer)]
+        pageservers: list[Pageserver] = [Older(self, "older", 1)]
+        if self.seed % 3 == 0:
+            pageservers.append(Passing(self, "passing", 2))
+        pageservers.append(Newer(self, "newer", 3))
+        self.baton.enter([each.name for each in pageservers])
+        threads = [threading.Thread(target=each.run, name=each.name) for each in pageservers]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        for each in (older, newer):
+        for each in pageservers:
             if each.error is not None:
                 raise each.error
         asyncio.run(self._check_after())
@@ -315,13 +347,13 @@ class TwoPageservers:
         asyncio.run(lay())
 
     async def _check_after(self) -> None:
-        self.baton.enter(["third"])
-        third = Pageserver(self, "third", 3)
-        tenant = await third.attach()
+        self.baton.enter(["next"])
+        following = Pageserver(self, "next", 4)
+        tenant = await following.attach()
         assert set(tenant.timelines) == set(self.oracles), f"seed {self.seed}: timelines"
         for timeline_id, timeline in tenant.timelines.items():
             assert timeline.disk_consistent_lsn >= self.durable[timeline_id], f"seed {self.seed}: lost"
-            await third.catch_up(timeline)
+            await following.catch_up(timeline)
         for timeline_id, oracle in self.oracles.items():
             timeline = tenant.timeline(timeline_id)
             for lsn in {int(timeline.oldest_lsn), int(timeline.last_record_lsn)}:

@@ -7,15 +7,19 @@
       manifest 1-8: layers B                    writes 2-1, a copy of 1-7       (the claim)
       is 2-1 there? no -> deletes A             is 1-7 still the newest of the older? no: 1-8
                                                 writes 2-2, a copy of 1-8
-      is 2-1 there? yes -> deletes nothing      is 1-8 still ...? yes -> serves
+      is 2-1 there? yes -> deletes nothing      is 1-8 still ...? yes: writes 2-3, no claim any more,
+                                                and serves
 
 The older one makes its manifest durable before it looks for a claim, and the newer one its claim before it
-looks for manifests: of two that cross, one sees the other. A claim says which manifest it repeats until the
-next commit, so that a crash in the middle is noticed and the check is made again.
+looks for manifests: of two that cross, one sees the other.
+
+A claim names the manifest that it repeats. It keeps older generations from deleting, and says nothing about
+the timeline: who finds one that was never *settled*, its own or another's, goes by the newest manifest that
+is no claim. What is settled is not looked at again: an older generation that writes on changes nothing.
 
 Only then are layers removed that no manifest names and that an older generation has written: what a
-crash left behind, or a flush that is under way there and will have been for nothing. The claim is settled
-before by a manifest that repeats nothing. For layers of our own generation see `leftovers`.
+crash left behind, or a flush that is under way there and will have been for nothing. A newer generation that
+has come meanwhile may name them, and is looked for before. For layers of our own generation see `leftovers`.
 """
 
 import logging
@@ -28,12 +32,19 @@ from excimer.io.object_store import ObjectInfo, ObjectStore, ObjectStoreError
 from excimer.storage.engine.manifest_store import (
     FoundManifest,
     ManifestStore,
+    check_not_overtaken,
     find_newest_manifest,
     has_follower,
     list_timeline,
     read_manifest,
+    timeline_prefix,
 )
-from excimer.storage.format.manifest import ManifestName, layer_generation
+from excimer.storage.format.manifest import (
+    DamagedManifestError,
+    Manifest,
+    ManifestName,
+    layer_generation,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -56,46 +67,74 @@ def claim_newest(
     found = find_newest_manifest(store, tenant_id, timeline_id, generation, listed)
     if found is None or found.manifest.deleted:
         return found
-    is_own = found.name.generation == generation
-    if is_own and not found.manifest.claimed_from:
+    is_own, is_claim = found.name.generation == generation, bool(found.manifest.claimed_from)
+    if is_own and not is_claim:
         return found
+    if found.has_marker:
+        return _as_deleted(found)
     writer = ManifestStore(store, tenant_id, timeline_id, generation, found.name.sequence if is_own else 0)
-    claimed_from = found.manifest.claimed_from
+    claim = found.manifest
     if not is_own:
-        if found.has_marker:
-            return FoundManifest(found.name, msgspec.structs.replace(found.manifest, deleted=True))
-        claimed_from = str(found.name)
-        claim = msgspec.structs.replace(found.manifest, claimed_from=claimed_from)
-        writer.write(claim)
-        found = FoundManifest(ManifestName(generation, writer.last_sequence), claim)
+        claim = _write_claim(writer, found)
     for _ in range(CLAIMS_MAX):
         objects = list_timeline(store, tenant_id, timeline_id, generation)
         if objects.has_marker:
-            return FoundManifest(found.name, msgspec.structs.replace(found.manifest, deleted=True))
+            return _as_deleted(found)
         older = [name for name in objects.manifests if name.generation < generation]
-        newest = str(older[-1]) if older else claimed_from
-        if older and has_follower(store, tenant_id, timeline_id, older[-1]):
+        newest = _find_settled(store, claim, older)
+        if newest is None:
             continue  # the listing lags behind
-        if newest == claimed_from:
-            return _settle(store, writer, found, objects.layers)
-        followed = read_manifest(store, tenant_id, timeline_id, older[-1])
-        if followed is not None:
-            claim = msgspec.structs.replace(followed, claimed_from=newest)
-            writer.write(claim)
-            claimed_from = newest
-            found = FoundManifest(ManifestName(generation, writer.last_sequence), claim)
-            if followed.deleted:
-                return found
+        if str(newest.name) == claim.claimed_from:
+            return _settle(store, writer, claim, objects.layers)
+        claim = _write_claim(writer, newest)
+        if claim.deleted:
+            return newest
     raise ObjectStoreError(f"the manifests of timeline {timeline_id} change faster than they can be claimed")
 
 
-def _settle(
-    store: ObjectStore, writer: ManifestStore, found: FoundManifest, layers: list[str]
-) -> FoundManifest:
-    """The claim is good. Before anything is removed a manifest says so: the older one may be about to name
-    it, and a claim that is checked again would take that over.
+def _as_deleted(found: FoundManifest) -> FoundManifest:
+    return FoundManifest(found.name, msgspec.structs.replace(found.manifest, deleted=True))
+
+
+def _write_claim(writer: ManifestStore, found: FoundManifest) -> Manifest:
+    """Repeats what was found. What is a claim itself is taken at its word until the next look."""
+    claimed_from = found.manifest.claimed_from or str(found.name)
+    claim = msgspec.structs.replace(found.manifest, claimed_from=claimed_from)
+    writer.write(claim)
+    return claim
+
+
+def _find_settled(store: ObjectStore, claim: Manifest, older: list[ManifestName]) -> FoundManifest | None:
+    """The newest of these that is no claim; not read again if it is what `claim` repeats. None: list again.
+
+    Raises `DamagedManifestError` if there is none, nor what `claim` repeats.
     """
-    name, manifest = found.name, msgspec.structs.replace(found.manifest, claimed_from="")
+    tenant_id, timeline_id = claim.tenant_id, claim.timeline_id
+    generation_seen = None
+    for name in reversed(older):
+        if name.generation != generation_seen and has_follower(store, tenant_id, timeline_id, name):
+            return None
+        generation_seen = name.generation
+        if str(name) == claim.claimed_from:
+            return FoundManifest(name, claim)
+        manifest = read_manifest(store, tenant_id, timeline_id, name)
+        if manifest is None:
+            return None
+        if not manifest.claimed_from:
+            return FoundManifest(name, manifest)
+    base_name = f"{timeline_prefix(tenant_id, timeline_id)}/{claim.claimed_from}"
+    if store.size_bytes(base_name) is not None:
+        return None
+    raise DamagedManifestError(f"manifest {base_name} is missing, and only a claim repeats it")
+
+
+def _settle(store: ObjectStore, writer: ManifestStore, claim: Manifest, layers: list[str]) -> FoundManifest:
+    """The claim is good, which a manifest says before anybody goes by it and before anything is removed.
+
+    Raises `OvertakenError`: a newer generation has come meanwhile.
+    """
+    manifest = msgspec.structs.replace(claim, claimed_from="")
+    name = writer.write(manifest)
     named = {layer.name for layer in manifest.layers}
     strangers = {
         each
@@ -104,7 +143,7 @@ def _settle(
         and layer_generation(last_part) < name.generation
     }
     if strangers:
-        name = writer.write(manifest)
+        check_not_overtaken(store, claim.tenant_id, claim.timeline_id, name.generation)
         try:
             store.delete_many(sorted(strangers))
         except ObjectStoreError as error:

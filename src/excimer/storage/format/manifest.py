@@ -98,7 +98,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     deleted: bool = False
     """The timeline is being deleted: its objects may be missing already."""
     claimed_from: str = ""
-    """Of the first manifest of a generation only: the name of the older generation's that it repeats."""
+    """Not empty: a claim of a new generation, the name of the older one's manifest that it repeats. Only the
+    next manifest, which is none, says what the timeline consists of (`storage.engine.claim`)."""
     importing_generation: int = 0
     """Not 0: the timeline is being made of a cluster from outside, or was when that was broken off, by this
     generation. It does not exist, and whoever attaches the tenant removes its objects."""
