@@ -1,9 +1,12 @@
 """A data directory on the local file system. Blocks of zeros are left as holes.
 
 It is written in its place: until `global/pg_control`, which comes last, PostgreSQL refuses it. It belongs
-to its owner from the first byte on, and nobody else may look into it.
+to its owner from the first byte on, and nobody else may look into it. While it is written its directory is
+locked against another export, which may have found it empty, too.
 """
 
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +27,7 @@ class DirectorySink:
         self._owner = owner
         self._is_new = False
         self._is_ours = False
+        self._lock = -1
         self._file = -1
         self._position = 0
         self._size_bytes = 0
@@ -36,10 +40,11 @@ class DirectorySink:
         except FileExistsError:
             if not root.is_dir():
                 raise OutputRefusedError(f"{root} is a file: name a directory that does not exist") from None
-            if any(root.iterdir()):
-                raise OutputRefusedError(f"{root} is not empty: an export needs a place of its own") from None
         except OSError as error:
             raise OutputRefusedError(f"{root} cannot be made: {error.strerror}") from error
+        self._take_lock()
+        if any(root.iterdir()):
+            raise OutputRefusedError(f"{root} is not empty: an export needs a place of its own")
         self._is_ours = True
         try:
             self._owner.take(root)
@@ -90,12 +95,35 @@ class DirectorySink:
         directories = [path for path in self._root.rglob("*") if path.is_dir()]
         for path in [*files, *directories, self._root, self._root.absolute().parent]:
             _sync(path)
+        self._release_lock()
 
     def abandon(self) -> None:
         if self._file >= 0:
             self.close_file()
-        if not self._is_ours:
-            return
+        if self._is_ours:
+            self._remove()
+        self._release_lock()
+
+    def _take_lock(self) -> None:
+        """On a file system that has no locks, without one."""
+        try:
+            self._lock = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise OutputRefusedError(f"{self._root} cannot be used: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputRefusedError(f"another export is being written to {self._root}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+
+    def _release_lock(self) -> None:
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
+
+    def _remove(self) -> None:
         if self._is_new:
             shutil.rmtree(self._root, ignore_errors=True)
             return

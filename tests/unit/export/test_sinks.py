@@ -97,6 +97,24 @@ def test_an_abandoned_export_leaves_nothing(tmp_path: Path, kind: str, when: str
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_two_exports_do_not_share_a_directory(tmp_path: Path, is_there: bool) -> None:
+    root = tmp_path / "out"
+    if is_there:
+        root.mkdir()
+    first, second, third = (DirectorySink(root, OWNER) for _ in range(3))
+    first.begin()
+    with pytest.raises(OutputRefusedError, match="another export"):
+        second.begin()
+    second.abandon()
+    first.add_file("PG_VERSION", b"18\n")
+    first.finish()
+    with pytest.raises(OutputRefusedError, match="not empty"):
+        third.begin()
+    third.abandon()
+    assert [path.name for path in root.iterdir()] == ["PG_VERSION"]
+
+
 @pytest.mark.parametrize("kind", ["empty directory", "tar", "zst"])
 def test_what_was_there_is_refused_and_survives_the_abandonment(tmp_path: Path, kind: str) -> None:
     for name in ("a.tar", "a.tar.zst"):
