@@ -42,12 +42,12 @@ _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-RUN_BLOCKS_MAX = 64
+RUN_BLOCKS_MAX = 32
 """Adjacent pages read at once."""
 
-BATCH_BLOCKS_MAX = 64
-"""Pages wanted at the same time. Readers wait for threads and redo workers behind them: with 256 pages in 32
-runs their p99 was twice what it is now, and images came no faster."""
+BATCH_BLOCKS_MAX = 32
+"""Pages wanted at the same time. Readers wait for threads and redo workers behind them: with 64 their p99 was
+half as much again, with 16 no better, and images came as fast with 64 (`docs/performance.md`)."""
 
 BATCH_RUNS_MAX = 4
 
