@@ -218,7 +218,7 @@ class Passing(Pageserver):
 
     def __init__(self, world: "TwoPageservers", name: str, generation: int) -> None:
         super().__init__(world, name, generation)
-        self._operations_left = self.chance.randrange(60)
+        self._operations_left = self.chance.randrange(30)
 
     def _step(self, operation: str, name: str) -> None:
         self._operations_left -= 1
