@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from excimer.compute.arena import DEADLINE_S_DEFAULT
 from excimer.wire.page_service import ErrorCode
 from tests.kit.fake_page_server import FakePageServer
 from tests.kit.hydrate_driver import Driver, LazyDirectory, tag, tags, wait_until
@@ -119,7 +118,7 @@ def test_the_deadline_ends_a_read(lazy: LazyDirectory, driver: Driver) -> None:
     lazy.server.behaviour.hang = True
     fd, start = driver.open(PATH), time.monotonic()
     assert driver.call(f"pread {fd} 5 1") == "error EIO"
-    assert SHORT_S <= time.monotonic() - start < DEADLINE_S_DEFAULT
+    assert SHORT_S <= time.monotonic() - start < SHORT_S + 1.0
     wait_until(lambda: any("the deadline has passed" in line for line in driver.errors))
 
 
@@ -133,7 +132,7 @@ def test_the_deadline_counts_waiting_for_another_reader(lazy: LazyDirectory) -> 
     for driver, fd in zip(drivers, descriptors, strict=True):
         driver.begin(f"pread {fd} 5 1")
     assert [driver.answer() for driver in drivers] == ["error EIO"] * 4
-    assert time.monotonic() - start < len(drivers) * SHORT_S
+    assert time.monotonic() - start < 2 * SHORT_S
 
 
 @pytest.mark.parametrize("outage", ["hang", "dead"])
@@ -156,7 +155,7 @@ def test_a_cancelled_query_gets_out(lazy: LazyDirectory, outage: str) -> None:
     for driver in drivers:
         driver.signal(signal.SIGINT)
     assert [driver.answer() for driver in drivers] == ["error EIO"] * 2
-    assert 0.4 < time.monotonic() - start < DEADLINE_S_DEFAULT / 2
+    assert 0.4 < time.monotonic() - start < 1.5
     wait_until(lambda: all(any("the query was cancelled" in e for e in d.errors) for d in drivers))
     assert lazy.arena.statistics().cancelled == 2
 
@@ -199,7 +198,7 @@ def test_a_hanging_read_follows_a_move(lazy: LazyDirectory, driver: Driver) -> N
         start = time.monotonic()
         lazy.arena.set_pageserver(f"localhost:{other.port}")
         assert driver.answer() == f"ok 8192 {tag(PATH, 5)}"
-        assert time.monotonic() - start < DEADLINE_S_DEFAULT / 2
+        assert time.monotonic() - start < 1.0
         assert len(other.requests) == 1
 
 

@@ -84,7 +84,9 @@ def test_every_file_of_a_new_timeline_is_initdbs(world: World, version: int) -> 
 
     async def story() -> None:
         async with world.server.pages(TENANT, timeline_id) as client:
+            started = time.monotonic()
             backup = await client.get_basebackup(start_lsn)
+            assert time.monotonic() - started < 5
             seen = set()
             for spc, db, rel, fork, blocks in unpack_relation_forks(backup.relation_forks):
                 assert blocks < SEGMENT_BLOCKS
@@ -136,7 +138,7 @@ def test_an_lsn_in_the_future_waits_and_then_says_so(world: World) -> None:
             started = time.monotonic()
             with pytest.raises(RetryableError, match=rf"{format_lsn(future)}.*{format_lsn(world.start_lsn)}"):
                 await client.get_pages(RELATION_IN_POSTGRES, 1, lsn=future)
-            assert time.monotonic() - started > 0.9
+            assert 0.9 < time.monotonic() - started < 5
             with pytest.raises(RetryableError):
                 await client.get_pages(RELATION_IN_POSTGRES, 1, since=future)
             with pytest.raises(RetryableError):

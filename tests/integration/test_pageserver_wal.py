@@ -93,7 +93,9 @@ class World:
         body: dict[str, str] = {"new_timeline_id": timeline_id, "ancestor_timeline_id": ancestor}
         if lsn is not None:
             body["ancestor_start_lsn"] = format_lsn(lsn)
+        started = time.monotonic()
         answer = self.server.created(f"/tenant/{TENANT}/timeline", body)
+        assert time.monotonic() - started < 5
         assert answer["ancestor_timeline_id"] == ancestor
         return timeline_id
 
@@ -291,3 +293,18 @@ def test_nothing_is_lost_by_a_crash_and_a_restart(world: World) -> None:
     lsn = asyncio.run(more_wal())
     assert asyncio.run(digest(world, MAIN, lsn)) != expected
     assert asyncio.run(digest(world, MAIN, world.end_lsn)) == expected
+
+
+def test_basebackup_is_fast_enough(world: World) -> None:
+    async def story() -> float:
+        async with world.server.pages(TENANT, MAIN) as client:
+            elapsed = []
+            for lsn in (world.end_lsn, world.before_changes.lsn) * 3:
+                started = time.monotonic()
+                backup = await client.get_basebackup(lsn)
+                elapsed.append(time.monotonic() - started)
+                assert backup.lsn == lsn
+            return min(elapsed)
+
+    fastest = asyncio.run(story())
+    assert fastest < 1.0

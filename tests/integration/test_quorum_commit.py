@@ -28,10 +28,8 @@ from tests.kit.safekeepers import (
 
 pytestmark = pytest.mark.timeout(120)
 BLOCKED_S = 0.7
-WAL_SENDER_TIMEOUT_S = 60.0
-"""PostgreSQL's default: so long it would wait for a standby that confirms nothing."""
 """A commit that has not come back by then counts as blocked."""
-SOON_S = 60.0
+SOON_S = 15.0
 
 
 @pytest.fixture(scope="session")
@@ -242,7 +240,7 @@ def test_a_safekeeper_away_for_long_is_repaired_by_another_one(
             assert postgres.process is not None
             started = time.monotonic()
             await postgres.process.stop(fast=True)  # waits until its last WAL is confirmed
-            assert time.monotonic() - started < WAL_SENDER_TIMEOUT_S / 2
+            assert time.monotonic() - started < 4
         contents = [
             [path.read_bytes() for path in sorted(member.timeline_dir.glob("0*"))[:4]]
             for member in safekeepers.members

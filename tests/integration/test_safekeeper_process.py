@@ -154,11 +154,13 @@ async def _wait_for_the_rest(
         stream = await stream_wal(client, commit_lsn)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(stream.next_chunk(), 0.3)
+        started = time.monotonic()
         proposer.commit(Lsn(commit_lsn + len(rest)))
         received = b""
         while len(received) < len(rest):
             received += (await asyncio.wait_for(stream.next_chunk(), 30)).data
         assert received == rest
+        assert time.monotonic() - started < 0.5
     finally:
         client.close()
 
@@ -279,7 +281,9 @@ def test_a_restart_keeps_everything(
             time.sleep(1.5)  # commit LSNs are at most a second old on disk
             member.kill()
         else:
+            started = time.monotonic()
             assert member.stop() == 0
+            assert time.monotonic() - started < 5
     member.start()
     assert member.timeline()["term"] == 1
     assert member.commit_lsn() == commit_lsn

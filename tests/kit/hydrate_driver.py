@@ -224,7 +224,7 @@ def tags_of(answer: str) -> list[int]:
     return [-1 if word == "torn" else int(word) for word in answer.split()[2:]]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
