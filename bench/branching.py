@@ -19,7 +19,7 @@ from bench.model import Bench, Samples
 from bench.pgbench import load
 from bench.synthetic_tenants import LAYER_SIZE_BYTES, make_root, new_id, place_tenant
 from excimer.base.ids import TenantId, TimelineId, new_timeline_id
-from excimer.wire.auth import Scope, generate_key_pair
+from excimer.wire.auth import Right, generate_key_pair
 from tests.kit.pageservers import PageserverProcess
 
 BRANCHES_PER_ROUND = 5
@@ -57,7 +57,7 @@ def _measure_synthetic(rounds: int) -> dict[str, list[float]]:
             place_tenant(server, [root])
         server.start()
         try:
-            headers = {"Authorization": f"Bearer {server.token(Scope.PAGESERVER_API)}"}
+            headers = {"Authorization": f"Bearer {server.token(Right.MANAGE)}"}
             address = f"http://{server.http_address}/v1"
             with httpx.Client(base_url=address, headers=headers, timeout=120) as client:
                 for layers, root in roots.items():

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 
 from bench.pgbench import BenchFailedError, Target
-from excimer.wire.auth import Claims, Scope, encode_token
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.stack import Stack, running_stack
 
@@ -28,8 +27,7 @@ class MeasuredStack:
         self.tenant_id = str(endpoint["tenant_id"])
         self.timeline_id = str(endpoint["timeline_id"])
         settings = tomllib.loads((stack.directory / "run" / "pageserver.toml").read_text())
-        with open(settings["auth_private_key_path"], "rb") as file:
-            token = encode_token(file.read(), Claims(scope=Scope.PAGESERVER_API))
+        token = (stack.directory / "keys" / "admin.token").read_text().strip()
         self.pageserver = httpx.Client(
             base_url=f"http://{settings['http_listen']}/v1",
             headers={"Authorization": f"Bearer {token}"},

@@ -43,7 +43,7 @@ from excimer.io.obstore_object_store import ObstoreObjectStore
 from excimer.storage.engine.page_reads import PageRead, block_key
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
-from excimer.wire.auth import Scope, generate_key_pair
+from excimer.wire.auth import Right, generate_key_pair
 from excimer.wire.page_service import NEWEST_LSN
 from tests.kit.pageservers import PageserverProcess
 
@@ -86,7 +86,7 @@ def _pageserver(store: PageStore, directory: Path, generation: int, *, bound: bo
         with bound_to_one_core() if bound else contextlib.nullcontext():
             server.start()
         server.created("/tenant", {"tenant_id": TENANT, "generation": generation})
-        token = server.token(Scope.TENANT, TENANT)
+        token = server.token(Right.READ_PAGES, tenant_id=TENANT)
         client = BenchPageClient(server.page_address, TENANT, TIMELINE, token)
         with contextlib.closing(client):
             yield Served(client, server)

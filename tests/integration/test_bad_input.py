@@ -23,7 +23,7 @@ import pytest
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.cli.installation import HOST, free_ports
-from excimer.wire.auth import Claims, Scope, encode_token, generate_key_pair
+from excimer.wire.auth import Claims, Right, encode_token, generate_key_pair
 from excimer.wire.page_service import Hello, encode_client_message
 from tests.kit.builds import NEWEST_VERSION
 from tests.kit.page_client import connect_pages
@@ -162,27 +162,32 @@ def test_nothing_absurd_was_done(stack: Stack) -> None:
 def test_tokens_that_grant_nothing(well: Stack) -> None:
     branch = branch_of(well)
     forged = generate_key_pair().private_pem
-    tenant = Claims(scope=Scope.TENANT, tenant_id=branch.tenant_id)
-    other = Claims(scope=Scope.TENANT, tenant_id=TenantId("1" * 32))
+    pages = frozenset({Right.READ_PAGES})
+    tenant = Claims(holder="test", rights=pages, tenant_id=branch.tenant_id)
+    other = Claims(holder="test", rights=pages, tenant_id=TenantId("1" * 32))
+
+    everyone = Claims(holder="test", rights=pages)
 
     async def hello(token: str, tenant_id: TenantId, timeline_id: TimelineId) -> None:
         async with connect_pages(branch.page_address) as client:
             await client.hello(tenant_id, timeline_id, token)
 
-    right = branch.token(Scope.TENANT)
+    right = branch.token(Right.READ_PAGES)
     for token, tenant_id, timeline_id, why in (
         ("", branch.tenant_id, branch.timeline_id, "token"),
         (encode_token(forged, tenant), branch.tenant_id, branch.timeline_id, "not one of this installation"),
-        (signed(branch, other), branch.tenant_id, branch.timeline_id, "does not grant"),
-        (right, TenantId(UNKNOWN), branch.timeline_id, "does not grant"),
-        (right, branch.tenant_id, TimelineId(UNKNOWN), "has no timeline"),
-        (branch.token(Scope.ADMIN), TenantId(UNKNOWN), branch.timeline_id, "not attached"),
+        (branch.signed(other), branch.tenant_id, branch.timeline_id, "another tenant"),
+        (right, TenantId(UNKNOWN), branch.timeline_id, "another tenant"),
+        (right, branch.tenant_id, TimelineId(UNKNOWN), "another timeline"),
+        (branch.signed(tenant), branch.tenant_id, TimelineId(UNKNOWN), "has no timeline"),
+        (branch.token(Right.MANAGE), branch.tenant_id, branch.timeline_id, "does not have the right"),
+        (branch.signed(everyone), TenantId(UNKNOWN), branch.timeline_id, "not attached"),
     ):
         # A tenant that is not there may be attached again in a moment, so a compute is told to try again.
         family = RetryableError if why == "not attached" else RefusedError
         with pytest.raises(family, match=why):
             asyncio.run(hello(token, tenant_id, timeline_id))
-    forged_admin = encode_token(forged, Claims(scope=Scope.ADMIN))
+    forged_admin = encode_token(forged, Claims(holder="cli", rights=frozenset(Right) - {Right.WRITE_WAL}))
     controller = f"http://{branch.installation.controller_address}/v1/tenants"
     statuses = {
         httpx.get(controller, headers={"Authorization": text}).status_code
@@ -190,10 +195,6 @@ def test_tokens_that_grant_nothing(well: Stack) -> None:
     }
     assert statuses == {401}
     assert httpx.get(controller, headers={"Authorization": f"Bearer {right}"}).status_code == 403
-
-
-def signed(branch: Branch, claims: Claims) -> str:
-    return encode_token((branch.installation.keys_dir / "private.pem").read_bytes(), claims)
 
 
 def test_the_broker_wants_its_password(well: Stack) -> None:
@@ -218,7 +219,7 @@ def test_garbage_on_every_port(well: Stack) -> None:
     branch = branch_of(well)
     ports = ports_of(well, branch)
     assert len(ports) == 16
-    hello = encode_client_message(Hello(branch.tenant_id, branch.timeline_id, branch.token(Scope.TENANT)))
+    hello = encode_client_message(Hello(branch.tenant_id, branch.timeline_id, branch.token(Right.READ_PAGES)))
     memory = memory_of(well)
     with contextlib.ExitStack() as idle:
         for port in ports:

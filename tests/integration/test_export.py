@@ -31,7 +31,6 @@ from excimer.export.page_stream import BranchAccess
 from excimer.io.processes import give_to_user, make_owned_dir
 from excimer.postgres import run_initdb
 from excimer.service.http_client import HttpClient, path_of
-from excimer.wire.auth import Claims, Scope, encode_token
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.exported_cluster import address_of, check_all, dump_all, place_for_cluster
 from tests.kit.plain_postgres import PlainPostgres
@@ -273,10 +272,7 @@ async def _check_lease(branched: Branched) -> None:
     body = {"branch": "main", "at_lsn": branched.past_lsn}
     ticket = client.post("tenants", client.get("default_tenant")["name"], "branch_access", body=body)
     access = msgspec.convert(ticket, BranchAccess)
-    token = encode_token(
-        (installation.keys_dir / "private.pem").read_bytes(), Claims(scope=Scope.PAGESERVER_API)
-    )
-    pageserver = HttpClient("pageserver", access.pageserver_http_address, token)
+    pageserver = HttpClient("pageserver", access.pageserver_http_address, installation.admin_token())
     build = build_of(branched.stack.pg_version)
     async with place_for_cluster(build) as cluster:
         sink = _CollectingSink(cluster.data_dir, pageserver, access)

@@ -19,7 +19,7 @@ from excimer.cli.errors import EXIT_UNAVAILABLE
 from excimer.io.processes import make_owned_dir, spawn
 from excimer.io.processes import run as run_program
 from excimer.postgres import run_initdb
-from excimer.wire.auth import Scope
+from excimer.wire.auth import Right
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.page_client import connect_pages
 from tests.kit.page_truth import Comparer, Comparison
@@ -287,7 +287,7 @@ async def compare_pages(stack: Stack, name: str, data_dir: Path, lsn: Lsn) -> Co
     """What the page service says against the stopped cluster's files, byte for byte."""
     branch = branch_of(stack, name)
     async with connect_pages(branch.page_address) as client:
-        await client.hello(branch.tenant_id, branch.timeline_id, branch.token(Scope.TENANT))
+        await client.hello(branch.tenant_id, branch.timeline_id, branch.token(Right.READ_PAGES))
         view = StackView(client, await client.get_basebackup(lsn))
         return await Comparer(view, lsn, data_dir, Random(1)).compare(PAGES_COMPARED)
 

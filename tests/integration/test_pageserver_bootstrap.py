@@ -26,7 +26,7 @@ from excimer.pageserver.bootstrap import initdb_template
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
-from excimer.wire.auth import Scope, generate_key_pair
+from excimer.wire.auth import Right, generate_key_pair
 from excimer.wire.page_service import BLOCKS_MAX
 from tests.kit.builds import ALL_VERSIONS, NEWEST_VERSION, build_of
 from tests.kit.page_client import PageClient, connect_pages
@@ -184,8 +184,10 @@ def test_the_api_wants_the_right_token(world: World, path: str) -> None:
     server = world.server
     assert httpx.get(f"http://{server.http_address}/v1{path}").status_code == 401
     assert server.request("GET", path, token="a.b.c").status_code == 401
-    assert server.request("GET", path, token=server.token(Scope.TENANT, TENANT)).status_code == 403
-    assert server.request("GET", path, token=server.token(Scope.ADMIN)).status_code == 200
+    for wrong in (server.token(Right.READ_PAGES, TENANT), server.token(Right.MANAGE, OTHER_TENANT)):
+        assert server.request("GET", path, token=wrong).status_code == 403
+    manager_of_tenant = server.request("GET", path, token=server.token(Right.MANAGE, TENANT))
+    assert manager_of_tenant.status_code == (403 if path == "/tenant" else 200)
     assert server.request("GET", path).status_code == 200
 
 
@@ -246,10 +248,10 @@ def test_a_second_instance_and_a_taken_port_are_refused(world: World, tmp_path: 
 def test_a_tenant_of_another_token_cannot_be_read(world: World) -> None:
     async def story(tenant_of_token: TenantId, tenant: TenantId, timeline: TimelineId) -> None:
         async with connect_pages(world.server.page_address) as client:
-            await client.hello(tenant, timeline, world.server.token(Scope.TENANT, tenant_of_token))
+            await client.hello(tenant, timeline, world.server.token(Right.READ_PAGES, tenant_of_token))
 
     for arguments, family, why in (
-        ((OTHER_TENANT, TENANT, MAIN), RefusedError, "does not grant"),
+        ((OTHER_TENANT, TENANT, MAIN), RefusedError, "another tenant"),
         # It may be attached again in a moment: a compute is told to try again.
         ((OTHER_TENANT, OTHER_TENANT, MAIN), RetryableError, "not attached"),
         ((TENANT, TENANT, TimelineId("0" * 32)), RefusedError, "has no timeline"),

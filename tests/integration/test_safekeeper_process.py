@@ -22,7 +22,7 @@ from excimer.service.replication_client import (
     connect_replication,
     stream_wal,
 )
-from excimer.wire.auth import Claims, Scope, encode_token, generate_key_pair
+from excimer.wire.auth import Right, generate_key_pair
 from excimer.wire.pg_client import PostgresError
 from excimer.wire.replication import format_options
 from excimer.wire.safekeeping import (
@@ -41,6 +41,7 @@ from tests.kit.safekeepers import (
     SafekeeperProcess,
     running_safekeepers,
 )
+from tests.kit.tokens import make_token
 from tests.kit.wal_builder import SYSTEM_ID, WalBuilder
 
 pytestmark = pytest.mark.timeout(120)
@@ -168,9 +169,12 @@ async def _wait_for_the_rest(
 def test_wrong_tokens_and_names_are_refused_with_their_sqlstate(
     cluster: SafekeeperCluster, member: SafekeeperProcess
 ) -> None:
-    foreign = encode_token(cluster.keys.private_pem, Claims(scope=Scope.TENANT, tenant_id=OTHER_TENANT))
-    forged = encode_token(generate_key_pair().private_pem, Claims(scope=Scope.ADMIN))
-    expired = encode_token(cluster.keys.private_pem, Claims(scope=Scope.SAFEKEEPER_DATA, exp=1))
+    both = Right.READ_WAL, Right.WRITE_WAL
+    foreign = make_token(cluster.keys, *both, tenant_id=OTHER_TENANT, timeline_id=TIMELINE)
+    forged = make_token(generate_key_pair(), *both, tenant_id=TENANT, timeline_id=TIMELINE)
+    expired = make_token(cluster.keys, *both, tenant_id=TENANT, timeline_id=TIMELINE, exp=1)
+    elsewhere = TimelineId("d" * 32)
+    elsewhere_token = cluster.token_of(elsewhere, *both)
 
     async def sqlstate(token: str, tenant_id: str, timeline_id: str) -> str:
         try:
@@ -180,9 +184,9 @@ def test_wrong_tokens_and_names_are_refused_with_their_sqlstate(
         return "connected"
 
     async def scenario() -> None:
-        for token in (foreign, forged, expired, "", "x" * 5000):
+        for token in (foreign, forged, expired, elsewhere_token, "", "x" * 5000):
             assert await sqlstate(token, TENANT, TIMELINE) == "28P01"
-        assert await sqlstate(cluster.token, TENANT, "d" * 32) == "3D000"
+        assert await sqlstate(elsewhere_token, TENANT, elsewhere) == "3D000"
         assert await sqlstate(cluster.token, "nonsense", TIMELINE) == "0A000"
         assert await sqlstate(cluster.token, TENANT, TIMELINE) == "connected"
 
@@ -192,7 +196,7 @@ def test_wrong_tokens_and_names_are_refused_with_their_sqlstate(
         assert isinstance(answer, ErrorResponse)
         assert (answer.code, proposer.receive()) == (ErrorCode.REFUSED, None)
     with RawProposer(member.proposer_address) as proposer:
-        answer = proposer.greet(TENANT, TimelineId("d" * 32), cluster.token)
+        answer = proposer.greet(TENANT, elsewhere, elsewhere_token)
         assert isinstance(answer, ErrorResponse)
         assert "does not keep timeline" in answer.text
     path = f"/v1/tenant/{TENANT}/timeline/{TIMELINE}"

@@ -12,10 +12,11 @@ from excimer.base.address import Address
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, parse_lsn
 from excimer.pageserver.settings import PageserverSettings
-from excimer.wire.auth import Claims, KeyPair, Scope, encode_token
+from excimer.wire.auth import KeyPair, Right
 from tests.kit.page_client import PageClient, connect_pages
 from tests.kit.ports import free_port
 from tests.kit.service_process import ServiceProcess
+from tests.kit.tokens import make_token
 
 
 class PageserverProcess(ServiceProcess):
@@ -51,14 +52,16 @@ class PageserverProcess(ServiceProcess):
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def token(self, scope: Scope, tenant_id: TenantId | None = None) -> str:
-        return encode_token(self.keys.private_pem, Claims(scope=scope, tenant_id=tenant_id))
+    def token(
+        self, right: Right, tenant_id: TenantId | None = None, timeline_id: TimelineId | None = None
+    ) -> str:
+        return make_token(self.keys, right, tenant_id=tenant_id, timeline_id=timeline_id)
 
     def request(
         self, method: str, path: str, *, token: str | None = None, **arguments: Any
     ) -> httpx.Response:
         """With a token that may manage, unless another is given."""
-        headers = {"Authorization": f"Bearer {token or self.token(Scope.PAGESERVER_API)}"}
+        headers = {"Authorization": f"Bearer {token or self.token(Right.MANAGE)}"}
         url = f"http://{self.http_address}/v1{path}"
         return httpx.request(method, url, headers=headers, timeout=60, **arguments)
 
@@ -82,5 +85,5 @@ class PageserverProcess(ServiceProcess):
     async def pages(self, tenant_id: TenantId, timeline_id: TimelineId) -> AsyncIterator[PageClient]:
         """A connection of the page service that has said Hello."""
         async with connect_pages(self.page_address) as client:
-            await client.hello(tenant_id, timeline_id, self.token(Scope.TENANT, tenant_id))
+            await client.hello(tenant_id, timeline_id, self.token(Right.READ_PAGES, tenant_id, timeline_id))
             yield client

@@ -12,9 +12,10 @@ from excimer.base.address import Address
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.safekeeper.settings import SafekeeperSettings
-from excimer.wire.auth import Claims, KeyPair, Scope, encode_token, generate_key_pair
+from excimer.wire.auth import KeyPair, Right, generate_key_pair
 from tests.kit.ports import free_port
 from tests.kit.service_process import ServiceProcess
+from tests.kit.tokens import bearer, make_token
 
 TENANT = TenantId("aa" * 16)
 TIMELINE = TimelineId("bb" * 16)
@@ -27,7 +28,7 @@ class SafekeeperProcess(ServiceProcess):
         self.node_id = NodeId(node_id)
         self.proposer_address = Address("127.0.0.1", free_port())
         self.replication_address = Address("127.0.0.1", free_port())
-        self._admin = {"Authorization": f"Bearer {encode_token(keys.private_pem, Claims(scope=Scope.ADMIN))}"}
+        self._admin = bearer(make_token(keys, Right.MANAGE))
         self._settings = SafekeeperSettings(
             id=self.node_id,
             data_dir=self.data_dir,
@@ -88,11 +89,14 @@ class SafekeeperCluster:
 
     def __init__(self, directory: Path, count: int) -> None:
         self.keys = generate_key_pair()
-        self.token = encode_token(self.keys.private_pem, Claims(scope=Scope.TENANT, tenant_id=TENANT))
+        self.token = self.token_of(TIMELINE, Right.READ_WAL, Right.WRITE_WAL)
         self.members = [
             SafekeeperProcess(number, directory / f"safekeeper-{number}", self.keys)
             for number in range(1, count + 1)
         ]
+
+    def token_of(self, timeline_id: TimelineId, *rights: Right) -> str:
+        return make_token(self.keys, *rights, tenant_id=TENANT, timeline_id=timeline_id)
 
     @property
     def addresses(self) -> list[Address]:

@@ -48,7 +48,7 @@ from excimer.pgformat.wal_reader import WalReader
 from excimer.pgformat.wal_record import WalRecord, decode_record
 from excimer.pgformat.wal_segment import segment_name
 from excimer.postgres import PostgresBuild
-from excimer.wire.auth import Claims, Scope, encode_token
+from excimer.wire.auth import Claims, Right, encode_token
 from tests.kit.builds import build_of
 from tests.kit.page_client import PageClient, connect_pages
 from tests.kit.page_truth import SETTINGS, Comparer, Comparison, History, chunks, recover
@@ -77,10 +77,16 @@ class Branch(NamedTuple):
     """Of the pageserver that serves it."""
     page_address: Address
 
-    def token(self, scope: Scope) -> str:
-        private_pem = (self.installation.keys_dir / "private.pem").read_bytes()
-        tenant_id = self.tenant_id if scope is Scope.TENANT else None
-        return encode_token(private_pem, Claims(scope=scope, tenant_id=tenant_id))
+    def token(self, *rights: Right) -> str:
+        """On this branch."""
+        claims = Claims(
+            holder="test", rights=frozenset(rights), tenant_id=self.tenant_id, timeline_id=self.timeline_id
+        )
+        return self.signed(claims)
+
+    def signed(self, claims: Claims) -> str:
+        """By the installation's key."""
+        return encode_token((self.installation.keys_dir / "private.pem").read_bytes(), claims)
 
     @property
     def path(self) -> str:
@@ -88,7 +94,7 @@ class Branch(NamedTuple):
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         """Whatever the pageserver answers."""
-        headers = {"Authorization": f"Bearer {self.token(Scope.PAGESERVER_API)}"}
+        headers = {"Authorization": f"Bearer {self.installation.admin_token()}"}
         url = f"http://{self.http_address}/v1{path}"
         return httpx.request(method, url, headers=headers, json=body, timeout=HTTP_TIMEOUT_S)
 
@@ -127,7 +133,7 @@ class Branch(NamedTuple):
 
     def at_safekeeper(self, number: int) -> dict[str, Any]:
         port = self.installation.config.safekeepers[number - 1].http
-        headers = {"Authorization": f"Bearer {self.token(Scope.SAFEKEEPER_DATA)}"}
+        headers = {"Authorization": f"Bearer {self.token(Right.MANAGE)}"}
         url = f"http://{HOST}:{port}/v1{self.path}"
         return _answer(httpx.get(url, headers=headers, timeout=HTTP_TIMEOUT_S))
 
@@ -380,7 +386,7 @@ async def compare_with(
     branch: Branch, history: StackHistory, data_dir: Path, lsn: Lsn, pages: int, seed: int
 ) -> Comparison:
     async with connect_pages(branch.page_address) as client:
-        await client.hello(branch.tenant_id, branch.timeline_id, branch.token(Scope.TENANT))
+        await client.hello(branch.tenant_id, branch.timeline_id, branch.token(Right.READ_PAGES))
         backup = await client.get_basebackup(lsn)
         assert backup.lsn == lsn, "the LSN is the end of a record"
         view = StackView(client, backup)

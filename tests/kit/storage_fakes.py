@@ -19,7 +19,7 @@ from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app, serving_http
 from excimer.service.metrics import new_registry
 from excimer.service.tasks import SystemClock
-from excimer.wire.auth import Scope, TokenVerifier, generate_key_pair
+from excimer.wire.auth import Right, TokenVerifier, generate_key_pair
 
 KEYS = generate_key_pair()
 START_LSN = 0x1500060
@@ -53,7 +53,7 @@ class FakeNode:
 
 
 def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastAPI:
-    app = new_app(Scope.PAGESERVER_API, public_pem)
+    app = new_app(public_pem)
 
     @app.post("/v1/tenant")
     async def create_tenant(body: dict[str, Any]) -> None:
@@ -68,17 +68,17 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
         node.check()
         return [{"tenant_id": tenant, "generation": node.generations[tenant]} for tenant in node.tenants]
 
-    @app.delete("/v1/tenant/{tenant}")
-    async def delete_tenant(tenant: str) -> None:
+    @app.delete("/v1/tenant/{tenant_id}")
+    async def delete_tenant(tenant_id: str) -> None:
         node.check()
-        if tenant not in node.tenants:
+        if tenant_id not in node.tenants:
             raise NotFoundError("no such tenant")
-        node.tenants.remove(tenant)
+        node.tenants.remove(tenant_id)
 
-    @app.post("/v1/tenant/{tenant}/timeline")
-    async def create_timeline(tenant: str, body: dict[str, Any]) -> dict[str, Any]:
+    @app.post("/v1/tenant/{tenant_id}/timeline")
+    async def create_timeline(tenant_id: str, body: dict[str, Any]) -> dict[str, Any]:
         node.check_creation()
-        if tenant not in node.tenants:
+        if tenant_id not in node.tenants:
             raise NotFoundError("no such tenant")
         if body["new_timeline_id"] in node.timelines:
             raise ConflictError("timeline exists")
@@ -97,25 +97,25 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
         }
         return node.timelines[body["new_timeline_id"]]
 
-    @app.get("/v1/tenant/{tenant}/timeline/{timeline}")
-    async def get_timeline(tenant: str, timeline: str) -> dict[str, Any]:
-        if timeline not in node.timelines:
+    @app.get("/v1/tenant/{tenant_id}/timeline/{timeline_id}")
+    async def get_timeline(tenant_id: str, timeline_id: str) -> dict[str, Any]:
+        if timeline_id not in node.timelines:
             raise NotFoundError("no such timeline")
-        return node.timelines[timeline]
+        return node.timelines[timeline_id]
 
-    @app.get("/v1/tenant/{tenant}/import")
-    async def list_imports(tenant: str) -> list[dict[str, Any]]:
+    @app.get("/v1/tenant/{tenant_id}/import")
+    async def list_imports(tenant_id: str) -> list[dict[str, Any]]:
         node.check()
         return [{"timeline_id": timeline, "received_bytes": 1} for timeline in sorted(node.importing)]
 
-    @app.delete("/v1/tenant/{tenant}/timeline/{timeline}")
-    async def delete_timeline(tenant: str, timeline: str) -> None:
+    @app.delete("/v1/tenant/{tenant_id}/timeline/{timeline_id}")
+    async def delete_timeline(tenant_id: str, timeline_id: str) -> None:
         node.check()
-        if node.timelines.pop(timeline, None) is None:
+        if node.timelines.pop(timeline_id, None) is None:
             raise NotFoundError("no such timeline")
 
-    @app.get("/v1/tenant/{tenant}/timeline/{timeline}/get_lsn_by_timestamp")
-    async def lsn_by_timestamp(tenant: str, timeline: str, timestamp: str) -> dict[str, str]:
+    @app.get("/v1/tenant/{tenant_id}/timeline/{timeline_id}/get_lsn_by_timestamp")
+    async def lsn_by_timestamp(tenant_id: str, timeline_id: str, timestamp: str) -> dict[str, str]:
         return {"lsn": format_lsn(START_LSN + int(timestamp[0:4])), "kind": "present"}
 
     add_history_routes(app, node)
@@ -124,31 +124,31 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
 
 
 def add_lease_routes(app: FastAPI, node: FakeNode) -> None:
-    @app.delete("/v1/tenant/{tenant}/timeline/{timeline}/lsn_lease/{holder}")
-    async def release_leases(tenant: str, timeline: str, holder: str) -> dict[str, int]:
+    @app.delete("/v1/tenant/{tenant_id}/timeline/{timeline_id}/lsn_lease/{holder}")
+    async def release_leases(tenant_id: str, timeline_id: str, holder: str) -> dict[str, int]:
         node.check()
-        count = node.leases.count((timeline, holder))
-        node.leases = [lease for lease in node.leases if lease != (timeline, holder)]
+        count = node.leases.count((timeline_id, holder))
+        node.leases = [lease for lease in node.leases if lease != (timeline_id, holder)]
         return {"released": count}
 
 
 def add_history_routes(app: FastAPI, node: FakeNode) -> None:
-    path = "/v1/tenant/{tenant}/timeline"
+    path = "/v1/tenant/{tenant_id}/timeline"
 
     @app.get(path)
-    async def list_timelines(tenant: str) -> list[dict[str, Any]]:
+    async def list_timelines(tenant_id: str) -> list[dict[str, Any]]:
         node.check()
         return list(node.timelines.values())
 
-    @app.put(path + "/{timeline}/archival_config")
-    async def set_archival_config(tenant: str, timeline: str, body: dict[str, str]) -> None:
+    @app.put(path + "/{timeline_id}/archival_config")
+    async def set_archival_config(tenant_id: str, timeline_id: str, body: dict[str, str]) -> None:
         node.check_creation()
-        node.timelines[timeline]["is_archived"] = body["state"] == "archived"
+        node.timelines[timeline_id]["is_archived"] = body["state"] == "archived"
 
-    @app.put(path + "/{timeline}/detach_ancestor")
-    async def detach_ancestor(tenant: str, timeline: str) -> dict[str, list[str]]:
+    @app.put(path + "/{timeline_id}/detach_ancestor")
+    async def detach_ancestor(tenant_id: str, timeline_id: str) -> dict[str, list[str]]:
         node.check_creation()
-        detached = node.timelines[timeline]
+        detached = node.timelines[timeline_id]
         parent, lsn = detached["ancestor_timeline_id"], detached["ancestor_lsn"]
         detached |= {"ancestor_timeline_id": None, "ancestor_lsn": None}
         moved = [
@@ -159,15 +159,15 @@ def add_history_routes(app: FastAPI, node: FakeNode) -> None:
             and parse_lsn(each["ancestor_lsn"]) <= parse_lsn(lsn)
         ]
         for each in moved:
-            each["ancestor_timeline_id"] = timeline
+            each["ancestor_timeline_id"] = timeline_id
         return {"reparented_timelines": [each["timeline_id"] for each in moved]}
 
-    @app.get(path + "/{timeline}/get_timestamp_of_lsn")
-    async def timestamp_of_lsn(tenant: str, timeline: str, lsn: str) -> dict[str, str]:
+    @app.get(path + "/{timeline_id}/get_timestamp_of_lsn")
+    async def timestamp_of_lsn(tenant_id: str, timeline_id: str, lsn: str) -> dict[str, str]:
         return {"timestamp": f"{parse_lsn(lsn) - START_LSN:04}-01-01T00:00:00Z"}
 
-    @app.get("/v1/tenant/{tenant}/sizes")
-    async def sizes(tenant: str) -> dict[str, Any]:
+    @app.get("/v1/tenant/{tenant_id}/sizes")
+    async def sizes(tenant_id: str) -> dict[str, Any]:
         node.check()
         kinds = ("logical", "resident", "remote")
         rows = [
@@ -189,35 +189,35 @@ def add_history_routes(app: FastAPI, node: FakeNode) -> None:
 
 
 def safekeeper_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastAPI:
-    app = new_app(Scope.SAFEKEEPER_DATA, public_pem)
-    path = "/v1/tenant/{tenant}/timeline/{timeline}"
+    app = new_app(public_pem)
+    path = "/v1/tenant/{tenant_id}/timeline/{timeline_id}"
 
     @app.post(path)
-    async def create_timeline(tenant: str, timeline: str, body: dict[str, Any]) -> None:
+    async def create_timeline(tenant_id: str, timeline_id: str, body: dict[str, Any]) -> None:
         node.check_creation()
-        if timeline in node.timelines:
+        if timeline_id in node.timelines:
             raise ConflictError("timeline exists")
-        node.timelines[timeline] = body
+        node.timelines[timeline_id] = body
 
     @app.get(path)
-    async def get_timeline(tenant: str, timeline: str) -> dict[str, Any]:
+    async def get_timeline(tenant_id: str, timeline_id: str) -> dict[str, Any]:
         node.check()
         lsns = {"flush_lsn": format_lsn(node.flush_lsn), "commit_lsn": format_lsn(node.commit_lsn)}
         return lsns | {"writers": node.writers}
 
     @app.delete(path)
-    async def delete_timeline(tenant: str, timeline: str) -> None:
+    async def delete_timeline(tenant_id: str, timeline_id: str) -> None:
         node.check()
-        if node.timelines.pop(timeline, None) is None:
+        if node.timelines.pop(timeline_id, None) is None:
             raise NotFoundError("no such timeline")
 
     return app
 
 
-def new_app(scope: Scope, public_pem: bytes) -> FastAPI:
+def new_app(public_pem: bytes) -> FastAPI:
     app = create_app("fake", "1", Health("fake", ready=True), new_registry("fake", "1"))
     verifier = TokenVerifier(public_pem)
-    app.router.dependencies.append(Depends(bearer_auth(verifier, SystemClock(), scope)))
+    app.router.dependencies.append(Depends(bearer_auth(verifier, SystemClock(), Right.MANAGE)))
     return app
 
 

@@ -291,7 +291,7 @@ def new_config(
 
 def create_installation(directory: Path, config: Config) -> Installation:
     """Writes keys and configuration into an empty directory; the configuration last, as it makes it one."""
-    from excimer.wire.auth import Claims, Scope, encode_token, generate_key_pair
+    from excimer.wire.auth import Claims, Right, encode_token, generate_key_pair
 
     installation = Installation(directory, config)
     directory.mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,7 @@ def create_installation(directory: Path, config: Config) -> Installation:
     installation.keys_dir.chmod(0o700)
     installation.run_dir.chmod(0o700)
     pair = generate_key_pair()
-    token = encode_token(pair.private_pem, Claims(scope=Scope.ADMIN))
+    token = encode_token(pair.private_pem, Claims(holder="cli", rights=frozenset({Right.MANAGE})))
     for name, content in (
         ("private.pem", pair.private_pem),
         ("public.pem", pair.public_pem),

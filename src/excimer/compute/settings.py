@@ -29,6 +29,6 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     safekeepers: list[str] = msgspec.field(default_factory=list)
     """Proposer addresses; empty only for a static endpoint."""
     token: str
-    """JWT with scope "tenant"."""
+    """Opens the branch's pages, and for a primary its WAL for writing."""
     postgres_settings: dict[str, str] = msgspec.field(default_factory=dict)
     """Passed on to postgresql.conf; settings that Excimer's durability rests upon are refused."""

@@ -304,8 +304,8 @@ def check_lsn_reached(timeline: Timeline, lsn: Lsn, head_lsn: Lsn) -> None:
 
 
 def lease_holder(endpoint: Endpoint) -> str:
-    """In whose name a static endpoint leases its LSN, whichever process runs it."""
-    return f"endpoint-{endpoint.name}"
+    """In whose name a static endpoint leases its LSN, whichever process runs it: its tokens' holder."""
+    return f"endpoint:{endpoint.name}"
 
 
 def build_spec(

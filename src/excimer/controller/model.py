@@ -132,4 +132,4 @@ class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):
     wal_segment_size: int
     system_id: int
     token: str
-    """Grants the tenant's data and nothing else."""
+    """Opens the branch's pages, and for a primary its WAL for writing."""

@@ -16,7 +16,7 @@ from excimer.service.http import bearer_auth, create_app, serving_http
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.metrics import new_registry
 from excimer.service.tasks import SystemClock, TaskScope
-from excimer.wire.auth import Scope, TokenVerifier
+from excimer.wire.auth import Right, TokenVerifier
 
 
 class KeyFileError(RefusedError):
@@ -41,7 +41,7 @@ async def serve_controller(settings: ControllerSettings) -> None:
                 new_registry("controller", excimer.__version__),
             )
             app.include_router(
-                make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Scope.ADMIN))]
+                make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Right.MANAGE))]
             )
             async with (
                 serving_http(app, settings.http_listen, "controller http_listen"),

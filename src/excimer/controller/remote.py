@@ -16,13 +16,14 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.controller.model import Pageserver, Safekeeper, Timeline
 from excimer.service.http_client import HttpClient, path_of
-from excimer.wire.auth import Claims, Scope, encode_token
+from excimer.wire.auth import EVERYTHING, Claims, Resource, Right, encode_token
 
-TOKEN_LIFETIME_S: Final = 600
+CALL_TOKEN_LIFE_S: Final = 300
+"""Longer than any call takes."""
 CREATE_TIMEOUT_S: Final = 120.0
 """The first timeline of a PostgreSQL version runs initdb."""
 
-READING_TOKEN_LIFETIME_S: Final = 86_400
+READING_TOKEN_LIFE_S: Final = 86_400
 WORK_TIMEOUT_S: Final = 170.0
 """Less than the command line waits; the work goes on all the same."""
 
@@ -55,21 +56,32 @@ class PageserverTimeline(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class TokenMaker:
-    """Makes short-lived tokens for calls, and lasting ones for computes."""
+    """Signs what the controller shows to services, and what it gives to computes and readers."""
 
     private_pem: bytes
     clock: Clock
 
-    def for_call(self, scope: Scope) -> str:
-        expires = int(self.clock.now()) + TOKEN_LIFETIME_S
-        return encode_token(self.private_pem, Claims(scope=scope, exp=expires))
+    def managing(self, resource: Resource) -> str:
+        """For one call of a management API."""
+        return self._sign("controller", {Right.MANAGE}, resource, CALL_TOKEN_LIFE_S)
 
-    def for_reading(self, tenant_id: TenantId) -> str:
-        expires = int(self.clock.now()) + READING_TOKEN_LIFETIME_S
-        return encode_token(self.private_pem, Claims(scope=Scope.TENANT, tenant_id=tenant_id, exp=expires))
+    def for_reading(self, resource: Resource) -> str:
+        """For the command line, which copies a branch."""
+        return self._sign("cli", {Right.READ_PAGES}, resource, READING_TOKEN_LIFE_S)
 
-    def for_tenant(self, tenant_id: TenantId) -> str:
-        return encode_token(self.private_pem, Claims(scope=Scope.TENANT, tenant_id=tenant_id))
+    def for_endpoint(self, name: str, resource: Resource, *, may_write: bool) -> str:
+        rights = {Right.READ_PAGES, Right.WRITE_WAL} if may_write else {Right.READ_PAGES}
+        return self._sign(f"endpoint:{name}", rights, resource, None)
+
+    def _sign(self, holder: str, rights: set[Right], resource: Resource, life_s: int | None) -> str:
+        claims = Claims(
+            holder=holder,
+            rights=frozenset(rights),
+            tenant_id=resource.tenant_id,
+            timeline_id=resource.timeline_id,
+            exp=None if life_s is None else int(self.clock.now()) + life_s,
+        )
+        return encode_token(self.private_pem, claims)
 
 
 class PageserverApi:
@@ -80,22 +92,26 @@ class PageserverApi:
         self.address = self._address = pageserver.http_address
         self._tokens = tokens
 
-    def _client(self, timeout_s: float = CALL_TIMEOUT_S) -> HttpClient:
-        return HttpClient(self._name, self._address, self._tokens.for_call(Scope.PAGESERVER_API), timeout_s)
+    def _client(self, resource: Resource, timeout_s: float = CALL_TIMEOUT_S) -> HttpClient:
+        return HttpClient(self._name, self._address, self._tokens.managing(resource), timeout_s)
 
     async def create_tenant(self, tenant_id: TenantId, generation: int) -> None:
         try:
-            await self._client().post("/v1/tenant", {"tenant_id": tenant_id, "generation": generation})
+            await self._client(EVERYTHING).post(
+                "/v1/tenant", {"tenant_id": tenant_id, "generation": generation}
+            )
         except ConflictError:
             return
 
     async def list_tenants(self) -> set[TenantId]:
         """Those that are attached, or are being attached."""
-        answer = await self._client().get("/v1/tenant")
+        answer = await self._client(EVERYTHING).get("/v1/tenant")
         return _parse(self._name, answer, lambda rows: {TenantId(row["tenant_id"]) for row in rows})
 
     async def delete_tenant(self, tenant_id: TenantId) -> None:
-        await _ignoring_absence(self._client(CREATE_TIMEOUT_S).delete(path_of("v1", "tenant", tenant_id)))
+        await _ignoring_absence(
+            self._client(Resource(tenant_id), CREATE_TIMEOUT_S).delete(path_of("v1", "tenant", tenant_id))
+        )
 
     async def create_timeline(self, timeline: Timeline, start_lsn: Lsn | None) -> PageserverTimeline:
         """`start_lsn` is where a branch starts; None for a fresh cluster."""
@@ -108,7 +124,7 @@ class PageserverApi:
         if start_lsn is not None:
             body["ancestor_start_lsn"] = format_lsn(start_lsn)
         path = path_of("v1", "tenant", timeline.tenant_id, "timeline")
-        client = self._client(CREATE_TIMEOUT_S)
+        client = self._client(Resource(timeline.tenant_id), CREATE_TIMEOUT_S)
         try:
             answer = await client.post(path, body)
         except ConflictError:
@@ -118,31 +134,33 @@ class PageserverApi:
     async def find_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> PageserverTimeline | None:
         """None when the pageserver does not have it (yet)."""
         try:
-            answer = await self._client().get(path_of("v1", "tenant", tenant_id, "timeline", timeline_id))
+            answer = await self._client(Resource(tenant_id, timeline_id)).get(
+                path_of("v1", "tenant", tenant_id, "timeline", timeline_id)
+            )
         except NotFoundError:
             return None
         return _parse(self._name, answer, _pageserver_timeline)
 
     async def list_imports(self, tenant_id: TenantId) -> set[TimelineId]:
         """The timelines that are being sent to it now."""
-        answer = await self._client().get(path_of("v1", "tenant", tenant_id, "import"))
+        answer = await self._client(Resource(tenant_id)).get(path_of("v1", "tenant", tenant_id, "import"))
         return _parse(self._name, answer, lambda rows: {TimelineId(row["timeline_id"]) for row in rows})
 
     async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id)
-        await _ignoring_absence(self._client(CREATE_TIMEOUT_S).delete(path))
+        await _ignoring_absence(self._client(Resource(tenant_id, timeline_id), CREATE_TIMEOUT_S).delete(path))
 
     async def lsn_by_timestamp(self, tenant_id: TenantId, timeline_id: TimelineId, timestamp: str) -> Lsn:
         """The last LSN at or before `timestamp` (RFC 3339). Refused outside the history."""
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "get_lsn_by_timestamp")
-        answer = await self._client().get(path, {"timestamp": timestamp})
+        answer = await self._client(Resource(tenant_id, timeline_id)).get(path, {"timestamp": timestamp})
         return _parse(self._name, answer, lambda value: _lsn(value["lsn"]))
 
     async def tenant_config(
         self, method: str, tenant_id: TenantId, body: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Reads (GET), replaces (PUT) or changes (PATCH) a tenant's settings; as the pageserver answers."""
-        answer: dict[str, Any] = await self._client().call(
+        answer: dict[str, Any] = await self._client(Resource(tenant_id)).call(
             method, path_of("v1", "tenant", tenant_id, "config"), body
         )
         return answer
@@ -152,50 +170,56 @@ class PageserverApi:
     ) -> dict[str, Any]:
         """`do_gc` or `compact`, and what the pageserver answers."""
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, what)
-        answer: dict[str, Any] = await self._client(WORK_TIMEOUT_S).call("PUT", path)
+        answer: dict[str, Any] = await self._client(Resource(tenant_id, timeline_id), WORK_TIMEOUT_S).call(
+            "PUT", path
+        )
         return answer
 
     async def release_leases(self, tenant_id: TenantId, timeline_id: TimelineId, holder: str) -> int:
         """How many LSNs the holder had leased. NotFoundError where it cannot have any."""
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "lsn_lease", holder)
-        answer = await self._client(RELEASE_TIMEOUT_S).delete(path)
+        answer = await self._client(Resource(tenant_id, timeline_id), RELEASE_TIMEOUT_S).delete(path)
         return _parse(self._name, answer, lambda value: int(value["released"]))
 
     async def layer_map(self, tenant_id: TenantId, timeline_id: TimelineId) -> Any:
         """As the pageserver answers it."""
-        return await self._client().get(
+        return await self._client(Resource(tenant_id, timeline_id)).get(
             path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "layer_map")
         )
 
     async def explain_page(self, tenant_id: TenantId, timeline_id: TimelineId, page: dict[str, str]) -> Any:
         """As the pageserver answers it; `page` is its query."""
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "explain_page")
-        return await self._client(CREATE_TIMEOUT_S).get(path, page)
+        return await self._client(Resource(tenant_id, timeline_id), CREATE_TIMEOUT_S).get(path, page)
 
     async def timestamp_of_lsn(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn) -> str:
         """When the last commit at or below `lsn` happened (RFC 3339). NotFoundError if none is known."""
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "get_timestamp_of_lsn")
-        answer = await self._client().get(path, {"lsn": format_lsn(lsn)})
+        answer = await self._client(Resource(tenant_id, timeline_id)).get(path, {"lsn": format_lsn(lsn)})
         return _parse(self._name, answer, lambda value: str(value["timestamp"]))
 
     async def list_timelines(self, tenant_id: TenantId) -> dict[TimelineId, PageserverTimeline]:
         """All it has, archived ones included."""
-        answer = await self._client().get(path_of("v1", "tenant", tenant_id, "timeline"))
+        answer = await self._client(Resource(tenant_id)).get(path_of("v1", "tenant", tenant_id, "timeline"))
         rows = _parse(self._name, answer, lambda rows: [_pageserver_timeline(row) for row in rows])
         return {row.timeline_id: row for row in rows}
 
     async def set_archived(self, tenant_id: TenantId, timeline_id: TimelineId, *, is_archived: bool) -> None:
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "archival_config")
         state = "archived" if is_archived else "unarchived"
-        await self._client(HISTORY_TIMEOUT_S).call("PUT", path, {"state": state})
+        await self._client(Resource(tenant_id, timeline_id), HISTORY_TIMEOUT_S).call(
+            "PUT", path, {"state": state}
+        )
 
     async def detach_ancestor(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
         """It goes on when we no longer wait: then ask again."""
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "detach_ancestor")
-        await self._client(HISTORY_TIMEOUT_S).call("PUT", path)
+        await self._client(Resource(tenant_id, timeline_id), HISTORY_TIMEOUT_S).call("PUT", path)
 
     async def sizes(self, tenant_id: TenantId) -> dict[str, Any]:
-        answer = await self._client(HISTORY_TIMEOUT_S).get(path_of("v1", "tenant", tenant_id, "sizes"))
+        answer = await self._client(Resource(tenant_id), HISTORY_TIMEOUT_S).get(
+            path_of("v1", "tenant", tenant_id, "sizes")
+        )
         return _parse(
             self._name,
             answer,
@@ -211,8 +235,8 @@ class SafekeeperApi:
         self._address = safekeeper.http_address
         self._tokens = tokens
 
-    def _client(self) -> HttpClient:
-        token = self._tokens.for_call(Scope.SAFEKEEPER_DATA)
+    def _client(self, tenant_id: TenantId, timeline_id: TimelineId) -> HttpClient:
+        token = self._tokens.managing(Resource(tenant_id, timeline_id))
         return HttpClient(self._name, self._address, token, CALL_TIMEOUT_S)
 
     async def create_timeline(self, timeline: Timeline) -> None:
@@ -224,21 +248,25 @@ class SafekeeperApi:
             "wal_segment_size": timeline.wal_segment_size,
         }
         try:
-            await self._client().post(_safekeeper_path(timeline.tenant_id, timeline.timeline_id), body)
+            await self._client(timeline.tenant_id, timeline.timeline_id).post(
+                _safekeeper_path(timeline.tenant_id, timeline.timeline_id), body
+            )
         except ConflictError:
             return
 
     async def delete_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> None:
-        await _ignoring_absence(self._client().delete(_safekeeper_path(tenant_id, timeline_id)))
+        await _ignoring_absence(
+            self._client(tenant_id, timeline_id).delete(_safekeeper_path(tenant_id, timeline_id))
+        )
 
     async def read_lsns(self, tenant_id: TenantId, timeline_id: TimelineId) -> tuple[Lsn, Lsn]:
         """Flush LSN and commit LSN."""
-        answer = await self._client().get(_safekeeper_path(tenant_id, timeline_id))
+        answer = await self._client(tenant_id, timeline_id).get(_safekeeper_path(tenant_id, timeline_id))
         return _parse(self._name, answer, lambda v: (_lsn(v["flush_lsn"]), _lsn(v["commit_lsn"])))
 
     async def count_writers(self, tenant_id: TenantId, timeline_id: TimelineId) -> int:
         """Computes that are connected to write."""
-        answer = await self._client().get(_safekeeper_path(tenant_id, timeline_id))
+        answer = await self._client(tenant_id, timeline_id).get(_safekeeper_path(tenant_id, timeline_id))
         return _parse(self._name, answer, lambda value: int(value["writers"]))
 
 

@@ -41,6 +41,7 @@ from excimer.controller.model import (
 from excimer.controller.remote import PageserverApi, PageserverTimeline, SafekeeperApi, TokenMaker
 from excimer.controller.store import MetadataStore
 from excimer.service.logs import get_logger
+from excimer.wire.auth import Resource
 
 COMMIT_WAIT_S: Final = 0.3
 """How long a branch at the head waits for WAL that is flushed somewhere to be known as committed."""
@@ -399,7 +400,11 @@ class Controller:
             pageservers[tenant.pageserver_id],
             await self._db(self._store.list_placements, timeline.timeline_id),
             await self._db(self._store.list_safekeepers),
-            self._tokens.for_tenant(tenant.tenant_id),
+            self._tokens.for_endpoint(
+                endpoint.name,
+                Resource(tenant.tenant_id, timeline.timeline_id),
+                may_write=endpoint.mode == "primary",
+            ),
         )
 
     # What is in a branch
@@ -425,9 +430,9 @@ class Controller:
         pageservers = {row.id: row for row in await self._db(self._store.list_pageservers)}
         return pageservers[tenant.pageserver_id], await self._pageserver_of(tenant)
 
-    def reading_token(self, tenant_id: TenantId) -> str:
-        """Grants the tenant's data for a day: long enough for a copy of a branch."""
-        return self._tokens.for_reading(tenant_id)
+    def reading_token(self, timeline: Timeline) -> str:
+        """Opens the branch's pages for a day: long enough for a copy of it."""
+        return self._tokens.for_reading(Resource(timeline.tenant_id, timeline.timeline_id))
 
     # Driving things to their end
 

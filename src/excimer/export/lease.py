@@ -16,6 +16,8 @@ from excimer.service.http_client import HttpClient, path_of
 RENEWALS_PER_LEASE: Final = 4
 RENEWAL_INTERVAL_S_MIN: Final = 1.0
 RELEASE_TIMEOUT_S: Final = 3.0
+TOKEN_HOLDER: Final = "cli"
+"""Of the access's token: it takes and gives back leases in names that begin with this."""
 
 Ask = Callable[[], Awaitable[float]]
 """Takes or renews the lease; how many seconds it holds from now on."""
@@ -27,7 +29,7 @@ class ExportLease:
     def __init__(self, access: BranchAccess, lsn: Lsn) -> None:
         self._access = access
         self._lsn = lsn
-        self._holder = f"export-{secrets.token_hex(8)}"
+        self._holder = f"{TOKEN_HOLDER}/export-{secrets.token_hex(8)}"
         self._path = path_of("v1", "tenant", access.tenant_id, "timeline", access.timeline_id, "lsn_lease")
 
     async def ask(self) -> float:

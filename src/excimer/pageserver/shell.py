@@ -56,7 +56,7 @@ from excimer.service.tasks import SystemClock, TaskScope, contained
 from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
 from excimer.storage.engine.local_disk import LocalDisk
 from excimer.storage.engine.timeline import Timeline
-from excimer.wire.auth import Claims, Scope, TokenVerifier, encode_token
+from excimer.wire.auth import Claims, Right, TokenVerifier, encode_token
 from excimer.wire.broker import PageserverTimelineStatus
 from excimer.wire.replication import format_options
 
@@ -84,7 +84,7 @@ async def serve(settings: PageserverSettings) -> None:
         registry = new_registry("pageserver", __version__)
         tenants, keeper, service = await stack.enter_async_context(_parts(settings, health, registry))
         app = create_app("Excimer pageserver", __version__, health, registry)
-        auth = bearer_auth(service.verifier, SystemClock(), Scope.PAGESERVER_API)
+        auth = bearer_auth(service.verifier, SystemClock(), Right.MANAGE)
         routers = make_router(tenants), make_history_router(tenants), make_inspection_router(tenants)
         for router in (*routers, make_retention_router(keeper)):
             app.include_router(router, dependencies=[Depends(auth)])
@@ -196,7 +196,13 @@ def _connector(settings: PageserverSettings, timeline: Timeline) -> Connect:
     options = format_options(timeline.tenant_id, timeline.timeline_id)
 
     async def connect(address: Address) -> ReplicationClient:
-        claims = Claims(scope=Scope.SAFEKEEPER_DATA, exp=int(SystemClock().now()) + WAL_TOKEN_LIFE_S)
+        claims = Claims(
+            holder=f"pageserver:{settings.id}",
+            rights=frozenset({Right.READ_WAL}),
+            tenant_id=timeline.tenant_id,
+            timeline_id=timeline.timeline_id,
+            exp=int(SystemClock().now()) + WAL_TOKEN_LIFE_S,
+        )
         return await connect_replication(
             address,
             user=WAL_USER,

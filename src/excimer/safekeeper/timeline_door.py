@@ -7,7 +7,7 @@ from excimer.base.clock import Clock
 from excimer.base.ids import TenantId, TimelineId
 from excimer.safekeeper.registry import TimelineRegistry
 from excimer.safekeeper.timeline import SafekeeperTimeline
-from excimer.wire.auth import Scope, TokenVerifier, require_tenant
+from excimer.wire.auth import Claims, Resource, Right, TokenVerifier, authorize
 
 
 class TimelineDoor:
@@ -18,8 +18,17 @@ class TimelineDoor:
         self._verifier = verifier
         self._clock = clock
 
-    def enter(self, token: str, tenant_id: TenantId, timeline_id: TimelineId) -> SafekeeperTimeline:
-        """Raises AuthError, `TimelineNotFoundError`, CorruptionError for a damaged timeline."""
+    def enter(
+        self, token: str, right: Right, tenant_id: TenantId, timeline_id: TimelineId
+    ) -> tuple[SafekeeperTimeline, Claims]:
+        """The timeline, and who has come for it.
+
+        Raises AuthError, `TimelineNotFoundError`, CorruptionError for a damaged timeline.
+        """
         claims = self._verifier.verify(token, self._clock.now())
-        require_tenant(claims, tenant_id, Scope.SAFEKEEPER_DATA)
-        return self._timelines.find(tenant_id, timeline_id)
+        authorize(claims, right, Resource(tenant_id, timeline_id))
+        return self._timelines.find(tenant_id, timeline_id), claims
+
+    def check_current(self, claims: Claims) -> None:
+        """For a connection that lives on. Raises `TokenExpiredError`."""
+        claims.check_current(self._clock.now())

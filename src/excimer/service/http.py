@@ -37,12 +37,13 @@ from excimer.base.errors import (
     RefusedError,
     RetryableError,
 )
+from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.service import metrics
 from excimer.service.health import Health
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger, log_context
 from excimer.service.tasks import TaskScope
-from excimer.wire.auth import AuthError, Claims, Scope, TokenVerifier, require_scope
+from excimer.wire.auth import AuthError, Claims, Resource, Right, TokenVerifier, authorize
 
 HTTP_UNAUTHORIZED: Final = 401
 
@@ -75,12 +76,14 @@ def status_of(error: ExcimerError) -> tuple[int, str]:
     return next((status, family) for kind, status, family in STATUS_OF_FAMILY if isinstance(error, kind))
 
 
-def bearer_auth(verifier: TokenVerifier, clock: Clock, *scopes: Scope) -> Callable[[Request], Claims]:
+def bearer_auth(
+    verifier: TokenVerifier, clock: Clock, right: Right | None = None
+) -> Callable[[Request], Claims]:
     """A FastAPI dependency that gives the claims of the request's bearer token.
 
-    A missing or bad token is answered with 401, a scope not in `scopes` (`admin` always is) with 403.
-    Without `scopes` any valid token passes, and the route calls `require_tenant` itself. Use as
-    ``app.include_router(router, dependencies=[Depends(bearer_auth(…))])``.
+    A missing or bad token is answered with 401; one that lacks `right` on what the path names
+    (`path_resource`) with 403. Without `right` any valid token passes, and the route authorizes by
+    itself. Use as ``app.include_router(router, dependencies=[Depends(bearer_auth(…))])``.
     """
 
     def authenticate(request: Request) -> Claims:
@@ -91,11 +94,23 @@ def bearer_auth(verifier: TokenVerifier, clock: Clock, *scopes: Scope) -> Callab
             claims = verifier.verify(token.strip(), clock.now())
         except AuthError as error:
             raise UnauthorizedError(str(error)) from error
-        if scopes:
-            require_scope(claims, *scopes)
+        if right is not None:
+            authorize(claims, right, path_resource(request))
         return claims
 
     return authenticate
+
+
+def path_resource(request: Request) -> Resource:
+    """What a path with ``{tenant_id}``, or with ``{timeline_id}`` too, names; without them everything.
+
+    Raises `InvalidIdError`.
+    """
+    tenant, timeline = (request.path_params.get(name) for name in ("tenant_id", "timeline_id"))
+    return Resource(
+        None if tenant is None else parse_tenant_id(tenant),
+        None if timeline is None else parse_timeline_id(timeline),
+    )
 
 
 def create_app(title: str, version: str, health: Health, registry: CollectorRegistry) -> FastAPI:

@@ -1,23 +1,23 @@
-"""Tokens: short JSON statements signed with Ed25519 (JWT, EdDSA) that say what a caller may do.
+"""Tokens: short JSON statements signed with Ed25519 (JWT, EdDSA) that say who holds them and what they open.
 
-One key pair belongs to an installation. Whoever holds the private key (the CLI at `init`, the
-controller, the pageserver when it reads from safekeepers) makes tokens; every service checks them
+::
+
+    claims = holder, rights, tenant | all, timeline | all, expiry
+                        |
+    authorize(claims, right, resource)     the only decision; every door asks it
+
+A right is for a resource: all, a tenant, or one timeline. None implies another, and a branch's token reads
+what the branch has of its ancestors, because that is for the pageserver to find. A token without rights only
+proves who its holder is. Who holds which token, and which door asks for what: docs/architecture/rights.md.
+
+One key pair belongs to an installation. The controller (and the CLI at `init`) signs; every service checks
 with the public key alone.
-
-====================  ==================================================================
-scope                 grants
-====================  ==================================================================
-``tenant``            pages, WAL and basebackups of the one tenant in ``tenant_id``
-``pageserver_api``    the pageserver's HTTP management API
-``safekeeper_data``   WAL of every tenant, to read and to copy between safekeepers
-``admin``             everything
-====================  ==================================================================
 
 Not here: passwords of database users, and who a person is (the controller's business).
 """
 
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import jwt
 import msgspec
@@ -26,34 +26,90 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from excimer.base.errors import RefusedError
-from excimer.base.ids import TenantId, parse_tenant_id
+from excimer.base.ids import TenantId, TimelineId, parse_tenant_id, parse_timeline_id
 
 ALGORITHM = "EdDSA"
-TOKEN_SIZE_BYTES_MAX = 8192
+TOKEN_SIZE_BYTES_MAX = 4096
+HOLDER_LENGTH_MAX = 100
 
 
 class AuthError(RefusedError):
-    """A token is missing, wrong, expired, or does not grant what was asked for."""
+    """A token is missing, wrong, expired, or does not open what was asked for."""
 
 
-class Scope(StrEnum):
-    TENANT = "tenant"
-    PAGESERVER_API = "pageserver_api"
-    SAFEKEEPER_DATA = "safekeeper_data"
-    ADMIN = "admin"
+class TokenExpiredError(AuthError):
+    """The token was good and no longer is: whoever has a newer one may try again with that."""
+
+    def __init__(self) -> None:
+        super().__init__("the token has expired: ask for a new one")
 
 
-class Claims(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a token says. `tenant_id` is given if and only if the scope is ``tenant``."""
+class RightMissingError(AuthError):
+    """The token is good, and does not open this door."""
 
-    scope: Scope
+
+class Right(StrEnum):
+    READ_PAGES = "read_pages"
+    """Pages and basebackups, and leases in the holder's own name."""
+    READ_WAL = "read_wal"
+    """Committed WAL."""
+    WRITE_WAL = "write_wal"
+    """To be elected and to append; only ever of one timeline."""
+    MANAGE = "manage"
+    """The HTTP management APIs: to create, look into, change and delete."""
+
+
+class Resource(NamedTuple):
+    """What a door opens: one timeline, a whole tenant (no timeline), or everything (neither)."""
+
     tenant_id: TenantId | None = None
+    timeline_id: TimelineId | None = None
+
+
+EVERYTHING = Resource()
+
+
+class Claims(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a token says. A claim that is not known here could be a restriction: it makes a token void."""
+
+    holder: Annotated[str, msgspec.Meta(min_length=1, max_length=HOLDER_LENGTH_MAX)]
+    """``controller``, ``cli``, ``pageserver:1``, ``endpoint:NAME``, ``safekeeper:2``."""
+    rights: frozenset[Right] = frozenset()
+    tenant_id: TenantId | None = None
+    """None: all tenants."""
+    timeline_id: TimelineId | None = None
+    """None: all timelines of the tenant. Given only together with the tenant."""
     exp: int | None = None
     """Unix time in seconds from which the token is no longer valid; None: never expires."""
 
     def __post_init__(self) -> None:
-        if (self.scope is Scope.TENANT) != (self.tenant_id is not None):
-            raise ValueError("tenant_id belongs to the scope tenant, and only to it")
+        if self.timeline_id is not None and self.tenant_id is None:
+            raise ValueError("a timeline is named together with its tenant")
+        if Right.WRITE_WAL in self.rights and self.timeline_id is None:
+            raise ValueError("write_wal is a right on one timeline")
+
+    def check_current(self, now: float) -> None:
+        """For a connection that outlives its first check. Raises `TokenExpiredError` at `now` (Unix time)."""
+        if self.exp is not None and now >= self.exp:
+            raise TokenExpiredError
+
+
+def authorize(claims: Claims, right: Right, resource: Resource) -> None:
+    """Raises `RightMissingError` unless the claims have the right on the whole resource."""
+    if right not in claims.rights:
+        raise RightMissingError(f"the token of {claims.holder} does not have the right {right.value}")
+    if claims.tenant_id is not None and claims.tenant_id != resource.tenant_id:
+        raise RightMissingError(
+            f"the token of {claims.holder} is for another tenant than {_or_all(resource.tenant_id)}"
+        )
+    if claims.timeline_id is not None and claims.timeline_id != resource.timeline_id:
+        raise RightMissingError(
+            f"the token of {claims.holder} is for another timeline than {_or_all(resource.timeline_id)}"
+        )
+
+
+def _or_all(row_id: str | None) -> str:
+    return "all of them" if row_id is None else row_id
 
 
 class KeyPair(msgspec.Struct, frozen=True):
@@ -110,8 +166,7 @@ class TokenVerifier:
         if len(text) > TOKEN_SIZE_BYTES_MAX:
             raise AuthError("the token is too long")
         claims = self._decode(text)
-        if claims.exp is not None and now >= claims.exp:
-            raise AuthError("the token has expired: ask for a new one")
+        claims.check_current(now)
         return claims
 
     def _decode(self, text: str) -> Claims:
@@ -122,27 +177,12 @@ class TokenVerifier:
             raise AuthError("the token is not one of this installation") from error
         try:
             claims = msgspec.convert(raw, Claims)
-            if claims.tenant_id is not None:
-                claims = msgspec.structs.replace(claims, tenant_id=parse_tenant_id(claims.tenant_id))
+            tenant_id, timeline_id = claims.tenant_id, claims.timeline_id
+            claims = msgspec.structs.replace(
+                claims,
+                tenant_id=None if tenant_id is None else parse_tenant_id(tenant_id),
+                timeline_id=None if timeline_id is None else parse_timeline_id(timeline_id),
+            )
         except (msgspec.ValidationError, RefusedError) as error:
             raise AuthError(f"the token's claims are not understood: {error}") from error
         return claims
-
-
-def require_tenant(claims: Claims, tenant_id: TenantId, *wider: Scope) -> None:
-    """Raises `AuthError` unless the claims grant access to this tenant's data.
-
-    Scope ``tenant`` of that tenant does, ``admin`` does, and so does each scope named in `wider`.
-    """
-    if claims.scope is Scope.ADMIN or claims.scope in wider:
-        return
-    if claims.scope is not Scope.TENANT or claims.tenant_id != tenant_id:
-        raise AuthError(f"the token does not grant access to tenant {tenant_id}")
-
-
-def require_scope(claims: Claims, *scopes: Scope) -> None:
-    """Raises `AuthError` unless the scope is one of `scopes` or ``admin``."""
-    if claims.scope is not Scope.ADMIN and claims.scope not in scopes:
-        raise AuthError(
-            f"the token's scope {claims.scope.value} does not grant this; it needs {scopes[0].value}"
-        )

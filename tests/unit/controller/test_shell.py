@@ -12,7 +12,7 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.controller.model import BadRequestError, NameTakenError
 from excimer.controller.shell import QuorumUnreachableError
-from excimer.wire.auth import Scope, TokenVerifier
+from excimer.wire.auth import Right, TokenVerifier
 from tests.kit.storage_fakes import KEYS, START_LSN, SYSTEM_ID, World, fake_world
 
 TENANT, MAIN, BRANCH = TenantId("a" * 32), TimelineId("b" * 32), TimelineId("c" * 32)
@@ -60,7 +60,9 @@ def test_the_whole_life(tmp_path: Path) -> None:
         spec = await world.controller.read_spec("ep")
         assert spec.safekeepers == ("127.0.0.1:551", "127.0.0.1:552", "127.0.0.1:553")
         claims = TokenVerifier(KEYS.public_pem).verify(spec.token, 0)
-        assert (claims.scope, claims.tenant_id) == (Scope.TENANT, TENANT)
+        assert claims.rights == {Right.READ_PAGES, Right.WRITE_WAL}
+        assert (claims.holder, claims.tenant_id) == ("endpoint:ep", TENANT)
+        assert claims.timeline_id == spec.endpoint.timeline_id
         for wrong in (world.controller.delete_timeline("", "main"), world.controller.delete_tenant("")):
             with pytest.raises(RefusedError):
                 await wrong
@@ -88,14 +90,14 @@ def test_a_static_endpoint_that_is_let_go_gives_its_moment_back(tmp_path: Path) 
                 ports=(5000 + number, 6000 + number),
                 postgres_settings={},
             )
-        assert (await world.controller.read_spec("static")).lease_holder == "endpoint-static"
-        others = [(MAIN, "endpoint-another"), (BRANCH, "endpoint-static")]
-        world.pageserver.leases = [(MAIN, "endpoint-static"), *others]
+        assert (await world.controller.read_spec("static")).lease_holder == "endpoint:static"
+        others = [(MAIN, "endpoint-another"), (BRANCH, "endpoint:static")]
+        world.pageserver.leases = [(MAIN, "endpoint:static"), *others]
         assert await world.controller.release_endpoint("primary") == 0
         assert await world.controller.release_endpoint("static") == 1
         assert await world.controller.release_endpoint("static") == 0
         assert world.pageserver.leases == others
-        world.pageserver.leases.append((MAIN, "endpoint-static"))
+        world.pageserver.leases.append((MAIN, "endpoint:static"))
         world.pageserver.failing = True
         assert await world.controller.release_endpoint("static") == 0  # it runs out by itself
         world.pageserver.failing = False

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,9 +30,10 @@ from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.tenant_settings import Overrides, TenantSettingsError
 from excimer.storage.format.values import Value, ValueKind
-from excimer.wire.auth import Claims, Scope, TokenVerifier, encode_token, generate_key_pair
+from excimer.wire.auth import Right, TokenVerifier, generate_key_pair
 from tests.kit.storage_oracle import IMPORTED
 from tests.kit.storage_world import MAIN, START, TENANT, attach, in_event_loop, new_main, put, storage_context
+from tests.kit.tokens import bearer, make_token
 
 COMMIT_TIME = make_key(KeyKind.COMMIT_TIME)
 NOW = 1_800_000_000.0
@@ -257,10 +258,8 @@ async def test_settings_that_cannot_be_read_are_set_anew_as_a_whole(tmp_path: Pa
 KEYS = generate_key_pair()
 
 
-def token(scope: Scope, tenant_id: TenantId | None = None) -> dict[str, str]:
-    return {
-        "Authorization": f"Bearer {encode_token(KEYS.private_pem, Claims(scope=scope, tenant_id=tenant_id))}"
-    }
+def token(*rights: Right, tenant_id: TenantId | None = None, holder: str = "test") -> dict[str, str]:
+    return bearer(make_token(KEYS, *rights, tenant_id=tenant_id, holder=holder))
 
 
 @in_event_loop
@@ -269,7 +268,7 @@ async def test_the_routes(tmp_path: Path) -> None:
         await here.main.commit(START + 0x100, NOW)
         app = create_app("pageserver", "1", Health("pageserver"), new_registry("pageserver", "1"))
         verifier = TokenVerifier(KEYS.public_pem)
-        auth = bearer_auth(verifier, SystemClock(), Scope.PAGESERVER_API)
+        auth = bearer_auth(verifier, SystemClock(), Right.MANAGE)
         app.include_router(make_retention_router(here.keeper), dependencies=[Depends(auth)])
         app.include_router(make_lease_router(here.keeper, bearer_auth(verifier, SystemClock())))
         async with AsyncClient(transport=ASGITransport(app), base_url="http://pageserver/v1") as client:
@@ -278,7 +277,13 @@ async def test_the_routes(tmp_path: Path) -> None:
 
 async def check_routes(client: AsyncClient, here: World) -> None:
     timeline = f"/tenant/{TENANT}/timeline/{MAIN}"
-    operator = token(Scope.PAGESERVER_API)
+    operator = token(Right.MANAGE)
+    reader = token(Right.READ_PAGES, tenant_id=TENANT)
+    strangers: tuple[dict[str, str], ...] = (
+        token(Right.READ_PAGES, tenant_id=TenantId("ff" * 16)),
+        token(Right.READ_WAL),
+        {},
+    )
     config = (await client.get(f"/tenant/{TENANT}/config", headers=operator)).json()
     assert config["overrides"] == {}
     assert config["effective"]["gc_period_s"] == 3600
@@ -291,16 +296,20 @@ async def check_routes(client: AsyncClient, here: World) -> None:
     )
     assert answer.json()["overrides"] == {"lsn_lease_length_s": 60}
     lease = {"lsn": format_lsn(START + 0x100)}
-    for claims in (operator, token(Scope.TENANT, TENANT)):
-        answer = await client.post(f"{timeline}/lsn_lease", json=lease, headers=claims)
+    for claims, holder in ((reader, ""), (reader, "test/1"), (operator, "somebody")):
+        body = {**lease, "holder": holder}
+        answer = await client.post(f"{timeline}/lsn_lease", json=body, headers=claims)
         assert answer.status_code == 200, answer.text
         assert answer.json()["valid_until"].startswith("2027-01-15T08:0")
-    for wrong in (token(Scope.TENANT, TenantId("ff" * 16)), token(Scope.SAFEKEEPER_DATA), {}):
+    for wrong in strangers:
         answer = await client.post(f"{timeline}/lsn_lease", json=lease, headers=wrong)
         assert answer.status_code in (401, 403), answer.text
+    in_anothers_name = {**lease, "holder": "somebody"}
+    answer = await client.post(f"{timeline}/lsn_lease", json=in_anothers_name, headers=reader)
+    assert answer.status_code == 403
     answer = await client.put(f"{timeline}/do_gc", headers=operator)
     assert (answer.status_code, answer.json()["kind"]) == (503, "GcTooEarlyError")
-    await check_release(client, timeline, lease)
+    await check_release(client, timeline, lease, strangers)
     await here.keeper.set_config(TENANT, {})
     answer = await client.put(f"{timeline}/do_gc", headers=operator)
     assert answer.json() == {
@@ -311,19 +320,24 @@ async def check_routes(client: AsyncClient, here: World) -> None:
         "wrote_images": False,
     }
     assert (await client.put(f"{timeline}/compact", headers=operator)).json() == {"steps": 0}
-    assert (await client.put(f"{timeline}/do_gc", headers=token(Scope.TENANT, TENANT))).status_code == 403
-    answer = await client.post(f"{timeline}/lsn_lease", json={"lsn": format_lsn(START)}, headers=operator)
+    assert (await client.put(f"{timeline}/do_gc", headers=reader)).status_code == 403
+    answer = await client.post(f"{timeline}/lsn_lease", json={"lsn": format_lsn(START)}, headers=reader)
     assert (answer.status_code, answer.json()["kind"]) == (400, "LsnTooOldError")
 
 
-async def check_release(client: AsyncClient, timeline: str, lease: dict[str, str]) -> None:
-    """With a tenant's own token, and by name; what nobody gives back runs out."""
-    reader = token(Scope.TENANT, TENANT)
-    for holder in ("export 1", "endpoint/a"):
+async def check_release(
+    client: AsyncClient, timeline: str, lease: dict[str, str], strangers: Iterable[dict[str, str]]
+) -> None:
+    """In its own name, which may have a slash; a manager in any; what nobody gives back runs out."""
+    reader = token(Right.READ_PAGES, tenant_id=TENANT, holder="endpoint:a")
+    other = token(Right.READ_PAGES, tenant_id=TENANT, holder="endpoint:ab")
+    for holder in ("endpoint:a/export 1", "endpoint:a"):
         await client.post(f"{timeline}/lsn_lease", json={**lease, "holder": holder}, headers=reader)
-    path = f"{timeline}/lsn_lease/export%201"
-    for wrong in (token(Scope.TENANT, TenantId("ff" * 16)), token(Scope.SAFEKEEPER_DATA), {}):
+    path = f"{timeline}/lsn_lease/endpoint%3Aa%2Fexport%201"
+    for wrong in (*strangers, other):
         assert (await client.delete(path, headers=wrong)).status_code in (401, 403)
+    by_manager = await client.delete(f"{timeline}/lsn_lease/endpoint%3Aa", headers=token(Right.MANAGE))
+    assert by_manager.json() == {"released": 1}
     released = [(await client.delete(path, headers=reader)).json() for _ in range(2)]
     assert released == [{"released": 1}, {"released": 0}]
     long_name = {**lease, "holder": "x" * 101}

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import math
 import random
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -19,7 +21,7 @@ from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.metrics import PageServiceMetrics
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.tasks import TaskScope, contained
-from excimer.wire.auth import AuthError, Claims, Scope, TokenVerifier, encode_token, generate_key_pair
+from excimer.wire.auth import AuthError, Right, TokenVerifier, generate_key_pair
 from excimer.wire.page_service import (
     BLOCKS_MAX,
     NEWEST_LSN,
@@ -33,6 +35,7 @@ from excimer.wire.page_service import (
 )
 from tests.kit.memory_timeline import MemoryTimeline
 from tests.kit.page_client import PageClient, connect_pages
+from tests.kit.tokens import make_token
 
 KEYS = generate_key_pair()
 TENANT = new_tenant_id(random.Random(1))
@@ -41,7 +44,7 @@ TIMELINE = new_timeline_id(random.Random(3))
 RELATION = Relation(1663, 5, 16384)
 KEY = (KeyKind.RELATION_BLOCK, *RELATION, 0, 0)
 BLOCKS = 600
-TOKEN = encode_token(KEYS.private_pem, Claims(scope=Scope.TENANT, tenant_id=TENANT))
+TOKEN = make_token(KEYS, Right.READ_PAGES, tenant_id=TENANT, timeline_id=TIMELINE)
 
 
 class Served(MemoryTimeline):
@@ -199,26 +202,18 @@ def test_basebackup() -> None:
     [
         (Hello(TENANT, TIMELINE, "nonsense"), "not one of this installation"),
         (
-            Hello(
-                TENANT,
-                TIMELINE,
-                encode_token(KEYS.private_pem, Claims(scope=Scope.TENANT, tenant_id=OTHER_TENANT)),
-            ),
-            "does not grant access",
+            Hello(TENANT, TIMELINE, make_token(KEYS, Right.READ_PAGES, tenant_id=OTHER_TENANT)),
+            "another tenant",
         ),
         (
-            Hello(TENANT, TIMELINE, encode_token(KEYS.private_pem, Claims(scope=Scope.PAGESERVER_API))),
-            "does not grant access",
+            Hello(TENANT, TIMELINE, make_token(KEYS, Right.MANAGE, Right.READ_WAL)),
+            "does not have the right read_pages",
         ),
+        (Hello(TENANT, TimelineId("0" * 32), TOKEN), "another timeline"),
         (
-            Hello(
-                TENANT,
-                TIMELINE,
-                encode_token(KEYS.private_pem, Claims(scope=Scope.TENANT, tenant_id=TENANT, exp=1)),
-            ),
-            "expired",
+            Hello(TENANT, TimelineId("0" * 32), make_token(KEYS, Right.READ_PAGES, tenant_id=TENANT)),
+            "no timeline 0000",
         ),
-        (Hello(TENANT, TimelineId("0" * 32), TOKEN), "no timeline 0000"),
         (Hello(TENANT, TIMELINE, TOKEN, version=2), "version 2"),
     ],
 )
@@ -233,6 +228,39 @@ def test_a_hello_that_grants_nothing_is_answered_and_closed(hello: Hello, why: s
             with pytest.raises(EOFError):
                 await client.receive()
         assert world.timeline.reads == []
+
+    play(story)
+
+
+def test_an_expired_token_is_answered_so_that_a_newer_one_is_tried() -> None:
+    async def story(world: World) -> None:
+        async with connect_pages(world.address) as client:
+            token = make_token(KEYS, Right.READ_PAGES, tenant_id=TENANT, timeline_id=TIMELINE, exp=1)
+            client.send(Hello(TENANT, TIMELINE, token))
+            answer = await client.receive()
+            assert isinstance(answer, ErrorAnswer)
+            assert (answer.code, "expired" in answer.text) == (ErrorCode.RETRYABLE, True)
+            with pytest.raises(EOFError):
+                await client.receive()
+
+    play(story)
+
+
+def test_a_token_that_runs_out_under_a_connection_ends_it_at_its_next_request() -> None:
+    async def story(world: World) -> None:
+        async with connect_pages(world.address) as client:
+            expires = math.ceil(time.time()) + 1
+            token = make_token(KEYS, Right.READ_PAGES, tenant_id=TENANT, timeline_id=TIMELINE, exp=expires)
+            await client.hello(TENANT, TIMELINE, token)
+            client.send(GetPages(1, 0x200, 0, 0, 0, 1663, 5, 100, 0, 1))
+            assert isinstance(await client.receive(), Pages)
+            await asyncio.sleep(expires - time.time() + 0.01)
+            client.send(GetPages(2, 0x200, 0, 0, 0, 1663, 5, 100, 0, 1))
+            answer = await client.receive()
+            assert isinstance(answer, ErrorAnswer)
+            assert (answer.request_id, answer.code) == (0, ErrorCode.RETRYABLE)
+            with pytest.raises(EOFError):
+                await client.receive()
 
     play(story)
 

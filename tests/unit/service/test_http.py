@@ -19,6 +19,7 @@ from excimer.base.errors import (
     RefusedError,
     RetryableError,
 )
+from excimer.base.ids import TenantId
 from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app, serving_http
 from excimer.service.http_client import (
@@ -33,8 +34,10 @@ from excimer.service.listen import ListenError, bind_listen, bound_address
 from excimer.service.metrics import new_registry
 from excimer.service.plain_metrics import PlainMetric, render_plain
 from excimer.service.tasks import SystemClock
-from excimer.wire.auth import Claims, Scope, TokenVerifier, encode_token, generate_key_pair
+from excimer.wire.auth import Right, TokenVerifier, generate_key_pair
+from tests.kit.tokens import make_token
 
+TENANT = TenantId("ab" * 16)
 KEYS = generate_key_pair()
 ERRORS: dict[str, ExcimerError] = {
     "refused": RefusedError("no such option"),
@@ -49,7 +52,7 @@ ERRORS: dict[str, ExcimerError] = {
 @asynccontextmanager
 async def full_server(health: Health) -> AsyncIterator[Address]:
     app = create_app("test", "1", health, new_registry("test", "1"))
-    admin = Depends(bearer_auth(TokenVerifier(KEYS.public_pem), SystemClock(), Scope.PAGESERVER_API))
+    admin = Depends(bearer_auth(TokenVerifier(KEYS.public_pem), SystemClock(), Right.MANAGE))
 
     @app.get("/v1/fail/{how}")
     async def fail(how: str) -> None:
@@ -106,15 +109,16 @@ def test_error_families_cross_the_wire() -> None:
 def test_tokens() -> None:
     async def main() -> None:
         async with full_server(Health("test")) as address:
-            for claims in (Claims(scope=Scope.PAGESERVER_API), Claims(scope=Scope.ADMIN)):
-                token = encode_token(KEYS.private_pem, claims)
-                assert await HttpClient("p", str(address), token).get("/v1/secret") == "gold"
-            wrong_scope = encode_token(KEYS.private_pem, Claims(scope=Scope.SAFEKEEPER_DATA))
-            foreign = encode_token(generate_key_pair().private_pem, Claims(scope=Scope.ADMIN))
+            token = make_token(KEYS, Right.MANAGE)
+            assert await HttpClient("p", str(address), token).get("/v1/secret") == "gold"
+            reader = make_token(KEYS, Right.READ_PAGES, Right.READ_WAL)
+            of_a_tenant = make_token(KEYS, Right.MANAGE, tenant_id=TENANT)
+            foreign = make_token(generate_key_pair(), Right.MANAGE)
             for token, problem in (
                 ("", "needs a token"),
                 (foreign, "not one of this"),
-                (wrong_scope, "scope"),
+                (reader, "does not have the right manage"),
+                (of_a_tenant, "all of them"),
             ):
                 with pytest.raises(RemoteRefusedError, match=problem):
                     await HttpClient("p", str(address), token).get("/v1/secret")

@@ -65,7 +65,7 @@ def add_reading_routes(router: APIRouter, controller: Controller) -> None:
             lsn=format_lsn(lsn),
             page_service_address=pageserver.page_service_address,
             pageserver_http_address=pageserver.http_address,
-            token=controller.reading_token(timeline.tenant_id),
+            token=controller.reading_token(timeline),
         )
 
     @router.get("/tenants/{tenant}/layer_map", tags=["branches"])

@@ -1,7 +1,7 @@
 """The management API: tenants and timelines over HTTP, for the controller and operators.
 
-LSNs are text as PostgreSQL writes them, ids 32 hex digits. Every route needs a bearer token of scope
-``pageserver_api``. Errors are mapped to statuses by `service.http`, the one table of that kind.
+LSNs are text as PostgreSQL writes them, ids 32 hex digits. Every route needs a bearer token with the right
+`manage` on what its path names. Errors are mapped to statuses by `service.http`, the one table of that kind.
 
 Not here: archiving, detaching, sizes (`history_api`); pages and basebackups, which computes ask for
 over the page service.

@@ -3,8 +3,8 @@
 ::
 
     connected --Hello--> authenticated --GetPages, GetBasebackup--> ... --> closed
-        |  wrong token, unknown timeline, no Hello in time     garbage, silence while
-        +---------------------> closed <---------------------- an answer cannot be sent
+        |  wrong token, unknown timeline, no Hello in time     garbage, an expired token, silence
+        +---------------------> closed <---------------------- while an answer cannot be sent
 
 Requests that came together and can be answered at once, because all they need is in memory, are answered on
 the spot and with one write. Others run as tasks at the same time, up to `REQUESTS_IN_FLIGHT_MAX`; while
@@ -28,7 +28,7 @@ from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.base.lsn import Lsn
 from excimer.pageserver.metrics import PageServiceMetrics
 from excimer.service.logs import get_logger
-from excimer.wire.auth import TokenVerifier, require_tenant
+from excimer.wire.auth import Claims, Resource, Right, TokenExpiredError, TokenVerifier, authorize
 from excimer.wire.page_service import (
     BLOCKS_MAX,
     CONNECTION_REQUEST_ID,
@@ -140,6 +140,7 @@ class PageConnection(asyncio.BufferedProtocol):
         self._received = memoryview(bytearray(RECEIVE_BUFFER_BYTES))
         self._transport: asyncio.Transport | None = None
         self._peer: tuple[TenantId, TimelineId] | None = None
+        self._claims: Claims | None = None
         self._waiting: deque[GetPages | GetBasebackup] = deque()
         self._in_flight = 0
         self._blocks_in_flight = 0
@@ -198,9 +199,10 @@ class PageConnection(asyncio.BufferedProtocol):
     def _take(self, message: ClientMessage) -> None:
         if isinstance(message, Hello):
             self._hello(message)
-        elif self._peer is None:
+        elif self._claims is None:
             raise PageProtocolError("the first message must be Hello")
         else:
+            self._claims.check_current(time.time())
             self._waiting.append(message)
 
     def _hello(self, hello: Hello) -> None:
@@ -211,9 +213,9 @@ class PageConnection(asyncio.BufferedProtocol):
                 f"protocol version {hello.version} is not known here, only {PROTOCOL_VERSION}"
             )
         claims = self._service.verifier.verify(hello.token, time.time())
-        require_tenant(claims, hello.tenant_id)
+        authorize(claims, Right.READ_PAGES, Resource(hello.tenant_id, hello.timeline_id))
         self._service.find_timeline(hello.tenant_id, hello.timeline_id)
-        self._peer = hello.tenant_id, hello.timeline_id
+        self._peer, self._claims = (hello.tenant_id, hello.timeline_id), claims
         self._set_timer(None, "")
         self._write(encode_server_message(HelloOk(BLOCKS_MAX)))
 
@@ -222,7 +224,9 @@ class PageConnection(asyncio.BufferedProtocol):
         self._service.metrics.refused_connections.inc()
         log.info("page connection refused", error=error, peer=self._address())
         self._waiting.clear()
-        self._write(encode_server_message(ErrorAnswer(CONNECTION_REQUEST_ID, error_code(error), str(error))))
+        self._write(
+            encode_server_message(ErrorAnswer(CONNECTION_REQUEST_ID, _refusal_code(error), str(error)))
+        )
         self._write_outgoing()
         if self._transport is not None:
             self._transport.close()
@@ -405,6 +409,11 @@ class PageConnection(asyncio.BufferedProtocol):
     def _address(self) -> str:
         name = self._transport.get_extra_info("peername") if self._transport is not None else None
         return f"{name[0]}:{name[1]}" if name else "gone"
+
+
+def _refusal_code(error: ExcimerError) -> ErrorCode:
+    """A compute whose token has run out gets a new one: it shall try again."""
+    return ErrorCode.RETRYABLE if isinstance(error, TokenExpiredError) else error_code(error)
 
 
 def _pages_head(request: GetPages, pages: bytes) -> bytes:

@@ -1,6 +1,6 @@
 """The management API's part about how much history is kept: settings, garbage collection, leases.
 
-Ids and errors are as in `http_api`. A lease may also be asked for with a tenant's own token: computes do.
+Ids and errors are as in `http_api`. Who may read a timeline's pages may lease its LSNs, in its own name.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.pageserver.endpoints.http_api import TenantPath, TimelinePath
 from excimer.pageserver.history_keeper import Lease, TenantConfig
 from excimer.storage.engine.garbage_collector import GcOutcome
-from excimer.wire.auth import Claims, Scope, require_tenant
+from excimer.wire.auth import Claims, Resource, Right, authorize
 
 TIMELINE = "/tenant/{tenant_id}/timeline/{timeline_id}"
 HOLDER_LENGTH_MAX = 100
@@ -76,7 +76,9 @@ class LeaseBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     lsn: str
-    holder: str = Field("", max_length=HOLDER_LENGTH_MAX, description="who may give it back early")
+    holder: str = Field(
+        "", max_length=HOLDER_LENGTH_MAX, description="who may give it back early; empty: the token's holder"
+    )
 
 
 class LeaseAnswer(BaseModel):
@@ -115,7 +117,7 @@ def make_retention_router(operations: RetentionOperations) -> APIRouter:
 def make_lease_router(
     operations: RetentionOperations, authenticate: Callable[[Request], Claims]
 ) -> APIRouter:
-    """For computes too: a token of the tenant will do."""
+    """For whoever reads pages; each authorizes by itself."""
     router = APIRouter(prefix="/v1")
 
     @router.post(TIMELINE + "/lsn_lease", tags=["timeline"], summary="Keep an LSN readable for a while")
@@ -127,8 +129,9 @@ def make_lease_router(
     ) -> LeaseAnswer:
         """Grants or renews a lease; refused for an LSN whose history is gone."""
         tenant, timeline = parse_tenant_id(tenant_id), parse_timeline_id(timeline_id)
-        require_tenant(claims, tenant, Scope.PAGESERVER_API)
-        lease = await operations.lease(tenant, timeline, parse_lsn(body.lsn), body.holder)
+        holder = body.holder or claims.holder
+        _authorize_lease(claims, Resource(tenant, timeline), holder)
+        lease = await operations.lease(tenant, timeline, parse_lsn(body.lsn), holder)
         return LeaseAnswer(
             lsn=format_lsn(lease.lsn),
             valid_until=datetime.fromtimestamp(lease.valid_until, UTC),
@@ -144,10 +147,16 @@ def make_lease_router(
     ) -> ReleaseAnswer:
         """Ends all leases of a holder on a timeline, and no one else's."""
         tenant, timeline = parse_tenant_id(tenant_id), parse_timeline_id(timeline_id)
-        require_tenant(claims, tenant, Scope.PAGESERVER_API)
+        _authorize_lease(claims, Resource(tenant, timeline), holder)
         return ReleaseAnswer(released=await operations.release_leases(tenant, timeline, holder))
 
     return router
+
+
+def _authorize_lease(claims: Claims, resource: Resource, holder: str) -> None:
+    """In its own name (the token's holder, or that and a slash and more) a reader; in any name a manager."""
+    is_own = holder == claims.holder or holder.startswith(f"{claims.holder}/")
+    authorize(claims, Right.READ_PAGES if is_own else Right.MANAGE, resource)
 
 
 def _add_config_routes(router: APIRouter, operations: RetentionOperations) -> None:

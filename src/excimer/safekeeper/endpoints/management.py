@@ -16,7 +16,7 @@ from excimer.pgformat.control_file import WAL_PAGE_MAGICS
 from excimer.safekeeper.registry import TimelineRegistry
 from excimer.safekeeper.timeline import SafekeeperTimeline
 from excimer.service.http import bearer_auth
-from excimer.wire.auth import Scope, TokenVerifier
+from excimer.wire.auth import Right, TokenVerifier
 from excimer.wire.safekeeping import TimelineIdentity
 
 SEGMENT_SIZES_BYTES = tuple(1 << power for power in range(20, 31))
@@ -50,20 +50,20 @@ class TimelineInfo(BaseModel):
 
 
 def management_router(timelines: TimelineRegistry, verifier: TokenVerifier, clock: Clock) -> APIRouter:
-    may_change = Depends(bearer_auth(verifier, clock, Scope.SAFEKEEPER_DATA))
-    router = APIRouter(prefix="/v1/tenant/{tenant}/timeline", tags=["timeline"], dependencies=[may_change])
+    may_change = Depends(bearer_auth(verifier, clock, Right.MANAGE))
+    router = APIRouter(prefix="/v1/tenant/{tenant_id}/timeline", tags=["timeline"], dependencies=[may_change])
 
     @router.get("", summary="Timelines of a tenant")
-    async def list_timelines(tenant: str) -> list[TimelineInfo]:
-        tenant_id = parse_tenant_id(tenant)
-        return [_info(each) for each in timelines.all() if each.identity.tenant_id == tenant_id]
+    async def list_timelines(tenant_id: str) -> list[TimelineInfo]:
+        parsed = parse_tenant_id(tenant_id)
+        return [_info(each) for each in timelines.all() if each.identity.tenant_id == parsed]
 
-    @router.get("/{timeline}", summary="One timeline")
-    async def get_timeline(tenant: str, timeline: str) -> TimelineInfo:
-        return _info(timelines.find(parse_tenant_id(tenant), parse_timeline_id(timeline)))
+    @router.get("/{timeline_id}", summary="One timeline")
+    async def get_timeline(tenant_id: str, timeline_id: str) -> TimelineInfo:
+        return _info(timelines.find(parse_tenant_id(tenant_id), parse_timeline_id(timeline_id)))
 
-    @router.post("/{timeline}", status_code=201, summary="Create a timeline; again is harmless")
-    async def create_timeline(tenant: str, timeline: str, body: TimelineCreate) -> TimelineInfo:
+    @router.post("/{timeline_id}", status_code=201, summary="Create a timeline; again is harmless")
+    async def create_timeline(tenant_id: str, timeline_id: str, body: TimelineCreate) -> TimelineInfo:
         if body.pg_version not in WAL_PAGE_MAGICS:
             raise BadTimelineError(f"PostgreSQL {body.pg_version} is not one of {sorted(WAL_PAGE_MAGICS)}")
         if body.wal_segment_size not in SEGMENT_SIZES_BYTES:
@@ -72,17 +72,17 @@ def management_router(timelines: TimelineRegistry, verifier: TokenVerifier, cloc
         if start_lsn == 0 or start_lsn % 8:
             raise BadTimelineError(f"{body.start_lsn} is not the end of a WAL record")
         identity = TimelineIdentity(
-            tenant_id=parse_tenant_id(tenant),
-            timeline_id=parse_timeline_id(timeline),
+            tenant_id=parse_tenant_id(tenant_id),
+            timeline_id=parse_timeline_id(timeline_id),
             pg_version=body.pg_version,
             system_id=body.system_id,
             wal_segment_size_bytes=body.wal_segment_size,
         )
         return _info(await timelines.create(identity, start_lsn))
 
-    @router.delete("/{timeline}", summary="Delete a timeline with its WAL; again is harmless")
-    async def delete_timeline(tenant: str, timeline: str) -> dict[str, Any]:
-        await timelines.delete(parse_tenant_id(tenant), parse_timeline_id(timeline))
+    @router.delete("/{timeline_id}", summary="Delete a timeline with its WAL; again is harmless")
+    async def delete_timeline(tenant_id: str, timeline_id: str) -> dict[str, Any]:
+        await timelines.delete(parse_tenant_id(tenant_id), parse_timeline_id(timeline_id))
         return {}
 
     return router

@@ -25,6 +25,7 @@ from excimer.safekeeper.timeline import Outgoing, SafekeeperTimeline
 from excimer.safekeeper.timeline_door import TimelineDoor
 from excimer.service.logs import get_logger
 from excimer.service.tasks import failure_of
+from excimer.wire.auth import Claims, Right, TokenExpiredError
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     ErrorCode,
@@ -46,6 +47,7 @@ _CLOSE_TIMEOUT_S = 3.0
 log = get_logger(__name__)
 
 _CODE_OF_FAMILY: tuple[tuple[type[ExcimerError], int], ...] = (
+    (TokenExpiredError, ErrorCode.RETRYABLE),
     (FencedError, ErrorCode.FENCED),
     (RefusedError, ErrorCode.REFUSED),
     (CorruptionError, ErrorCode.CORRUPTION),
@@ -129,7 +131,9 @@ class ProposerPort:
             if not isinstance(greeting, ProposerGreeting):
                 raise RefusedError("a proposer greets first")
             identity = greeting.identity
-            connection.timeline = self._door.enter(greeting.token, identity.tenant_id, identity.timeline_id)
+            connection.timeline, connection.claims = self._door.enter(
+                greeting.token, Right.WRITE_WAL, identity.tenant_id, identity.timeline_id
+            )
             connection.greeted()
         self._send(connection.timeline.handle(connection.id, messages))
 
@@ -147,6 +151,7 @@ class _Connection:
     def __init__(self, connection_id: ConnectionId, opened: socket.socket) -> None:
         self.id = connection_id
         self.timeline: SafekeeperTimeline | None = None
+        self.claims: Claims | None = None
         self.thread: threading.Thread | None = None
         self._socket = opened
         self._send_lock = LaneLock()

@@ -34,7 +34,7 @@ from excimer.safekeeper.timeline_door import TimelineDoor
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope, contained
 from excimer.wire import pg_messages as pg
-from excimer.wire.auth import AuthError
+from excimer.wire.auth import AuthError, Claims, Right
 from excimer.wire.pg_server import (
     CopyDataReceived,
     CopyDoneReceived,
@@ -172,6 +172,7 @@ class _Session:
         self._metrics = metrics
         self._protocol = ServerConnection()
         self._sent_lsn = Lsn(0)
+        self._claims: Claims | None = None
 
     async def run(self) -> None:
         """Answers errors as FATAL and returns. Raises OSError when the connection is lost."""
@@ -232,7 +233,7 @@ class _Session:
             raise RefusedError(f"name the timeline: options='-c {_OPTION_TENANT}=… -c {_OPTION_TIMELINE}=…'")
         tenant_id = parse_tenant_id(options[_OPTION_TENANT])
         timeline_id = parse_timeline_id(options[_OPTION_TIMELINE])
-        timeline = self._door.enter(password, tenant_id, timeline_id)
+        timeline, self._claims = self._door.enter(password, Right.READ_WAL, tenant_id, timeline_id)
         self._writer.write(pg.AUTHENTICATION_OK)
         return timeline
 
