@@ -4,6 +4,9 @@ PYTHON ?= python3
 # TESTS: what to run, and with which options of pytest. JOBS: how many test files at once.
 TESTS  ?=
 JOBS   ?= 2
+MINUTES ?= 30
+# Options of `python -m tests.chaos`.
+CHAOS  ?=
 
 BIN     := $(VENV)/bin
 NATIVE  := src/excimer/_native
@@ -18,12 +21,13 @@ ifneq ($(shell cat $(VENV)/.place 2>/dev/null),$(abspath $(VENV)))
 MOVED := moved
 endif
 
-.PHONY: help setup run demo test sweep check bench clean moved
+.PHONY: help setup run demo test sweep chaos check bench clean moved
 help:
 	@echo 'make run     start everything and print a postgres:// URL'
 	@echo 'make demo    the same, then a walk through branching on real data'
 	@echo 'make test    all tests; TESTS="tests/unit -k lsn" some of them; JOBS=1 one at a time'
 	@echo 'make sweep   the tests that draw at random, at many times their usual length'
+	@echo 'make chaos   random faults under load for MINUTES (30); CHAOS=--control: the same on stock PostgreSQL'
 	@echo 'make check   lint, format, types, spelling, house rules'
 	@echo 'make bench   measure against plain PostgreSQL'
 	@echo 'make setup   only make $(VENV) and build the native parts'
@@ -48,6 +52,8 @@ sweep: setup
 	@EXCIMER_AMPLIFICATION_FLUSHES=4000 EXCIMER_ENGINE_EXAMPLES=500 EXCIMER_FAULT_STRIDE=1 EXCIMER_GC_EXAMPLES=5000 EXCIMER_EXPORT_VERSIONS=14,15,16,17,18 EXCIMER_IMPORT_VERSIONS=14,15,16,17,18 EXCIMER_REDO_DAMAGE_ROUNDS=100 \
 	EXCIMER_CRASH_STRIDE=1 EXCIMER_GENERATION_SEEDS=3000 EXCIMER_NETWORK_SEEDS=100 EXCIMER_SIMULATION_SEEDS=50000 EXCIMER_TORTURE_ROUNDS=100 EXCIMER_TRUTH_LSNS=10 EXCIMER_TRUTH_PAGES=2000 \
 	$(PYTEST) $(PARALLEL) -o timeout=7200 -o faulthandler_timeout=7200 $(TESTS)
+chaos: setup
+	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(CHAOS)
 check: setup
 	@sh tools/check.sh $(BIN)
 bench: setup

@@ -145,6 +145,11 @@ class Stack:
         children = Path(f"/proc/{manager}/task/{manager}/children").read_text().split()
         return next(int(pid) for pid in children if b"postgres" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
+    def stop(self) -> None:
+        """Everything, at once and for certain."""
+        self.run("stop", "--immediate")
+        self.kill_everything()
+
     def kill_everything(self) -> None:
         for record in (self.directory / "run").glob("*.pid"):
             self.kill(record.stem)
@@ -171,22 +176,27 @@ class Stack:
 
 @contextlib.contextmanager
 def running_stack(
-    pg_version: int, *, safekeepers: int = 3, broker_url: str | None = None, options: Sequence[str] = ()
+    pg_version: int,
+    *,
+    safekeepers: int = 3,
+    broker_url: str | None = None,
+    options: Sequence[str] = (),
+    starts: bool = True,
 ) -> Iterator[Stack]:
-    """An initialised and started installation without tenants; stopped and removed at the end."""
+    """An initialised installation without tenants, started if it `starts`; stopped and removed at the end."""
     root = Path(tempfile.mkdtemp(prefix="excimer-stack-"))
     root.chmod(0o755)
     build_of(pg_version)
     stack = Stack(root, pg_version)
     try:
         stack.init(safekeepers=safekeepers, broker_url=broker_url, options=options)
-        stack.text("start")
+        if starts:
+            stack.text("start")
         yield stack
     except BaseException:
         print(stack.log_tails(), file=sys.stderr)
         raise
     finally:
-        stack.run("stop", "--immediate")
-        stack.kill_everything()
+        stack.stop()
         if not os.environ.get(KEEP_VARIABLE):
             shutil.rmtree(root, ignore_errors=True)
