@@ -39,6 +39,8 @@ class FakeNode:
     flush_lsn: int = START_LSN
     commit_lsn: int = START_LSN
     writers: int = 0
+    newest_lsn: int | None = None
+    """What a pageserver answers for any time, because it knows no later commit."""
     leases: list[tuple[str, str]] = field(default_factory=list)
     """By timeline and holder."""
 
@@ -114,10 +116,6 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
         if node.timelines.pop(timeline_id, None) is None:
             raise NotFoundError("no such timeline")
 
-    @app.get("/v1/tenant/{tenant_id}/timeline/{timeline_id}/get_lsn_by_timestamp")
-    async def lsn_by_timestamp(tenant_id: str, timeline_id: str, timestamp: str) -> dict[str, str]:
-        return {"lsn": format_lsn(START_LSN + int(timestamp[0:4])), "kind": "present"}
-
     add_history_routes(app, node)
     add_lease_routes(app, node)
     return app
@@ -134,6 +132,12 @@ def add_lease_routes(app: FastAPI, node: FakeNode) -> None:
 
 def add_history_routes(app: FastAPI, node: FakeNode) -> None:
     path = "/v1/tenant/{tenant_id}/timeline"
+
+    @app.get("/v1/tenant/{tenant_id}/timeline/{timeline_id}/get_lsn_by_timestamp")
+    async def lsn_by_timestamp(tenant_id: str, timeline_id: str, timestamp: str) -> dict[str, str]:
+        if node.newest_lsn is not None:
+            return {"lsn": format_lsn(node.newest_lsn), "kind": "newest"}
+        return {"lsn": format_lsn(START_LSN + int(timestamp[0:4])), "kind": "between"}
 
     @app.get(path)
     async def list_timelines(tenant_id: str) -> list[dict[str, Any]]:

@@ -295,14 +295,6 @@ def plan_endpoint(
     )
 
 
-def check_lsn_reached(timeline: Timeline, lsn: Lsn, head_lsn: Lsn) -> None:
-    """Raises `BadRequestError` for an LSN that the branch's WAL has not come to."""
-    if lsn > head_lsn:
-        raise BadRequestError(
-            f"branch {timeline.name!r} has not reached LSN {format_lsn(lsn)}: it is at {format_lsn(head_lsn)}"
-        )
-
-
 def lease_holder(endpoint: Endpoint) -> str:
     """In whose name a static endpoint leases its LSN, whichever process runs it: its tokens' holder."""
     return f"endpoint:{endpoint.name}"

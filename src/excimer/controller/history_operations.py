@@ -24,7 +24,7 @@ Not here: the decisions (`branch_history`), reconciliation itself (`shell`).
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,15 +34,11 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.controller import branch_history as plan
 from excimer.controller import core
+from excimer.controller.branch_points import BranchPoints
 from excimer.controller.model import BadRequestError, State, Tenant, Timeline
 from excimer.controller.remote import PageserverApi, SafekeeperApi
 from excimer.controller.store import MetadataStore
 from excimer.service.logs import get_logger
-
-INGEST_WAIT_S: Final = 5.0
-"""How long archiving waits for the pageserver to have what the safekeepers have."""
-
-INGEST_POLL_S: Final = 0.05
 
 log = get_logger(__name__)
 
@@ -57,18 +53,13 @@ class BranchDamagedError(ConflictError):
     """The pageserver cannot read what it has of the branch."""
 
 
-class IngestBehindError(RetryableError):
-    """The pageserver does not have all WAL of a branch yet."""
-
-
 @dataclass(frozen=True, slots=True)
 class BranchTools:
     """What the controller has for branches, and this builds upon (`shell.Controller`)."""
 
     lock: Callable[[TenantId], asyncio.Lock]
     find_tenant: Callable[[str], Awaitable[Tenant]]
-    branch_point: Callable[[Tenant, Timeline, Lsn | str | None], Awaitable[Lsn | None]]
-    newest_commit_lsn: Callable[[Timeline], Awaitable[Lsn]]
+    points: BranchPoints
     make_remote_parts: Callable[[Tenant, Timeline, Lsn | None], Awaitable[Timeline]]
     finish_timeline_deletion: Callable[[Tenant, Timeline], Awaitable[None]]
     try_to_finish: Callable[[Awaitable[object]], Awaitable[bool]]
@@ -128,9 +119,7 @@ class BranchHistory:
             plan.check_settled(branch)
             await self._refuse_writer(branch)
             source, kept_as = plan_it(branch, timelines)
-            if isinstance(at, int):
-                core.check_lsn_reached(branch, at, await self._tools.newest_commit_lsn(branch))
-            start_lsn = await self._tools.branch_point(tenant, source, at)
+            start_lsn = await self._tools.points.find(tenant, source, at)
             if row is None:
                 row = plan.plan_replacement(
                     timelines, branch, source, timeline_id, kept_as=kept_as, now=self._clock.now()
@@ -203,8 +192,7 @@ class BranchHistory:
     async def lsn_at(self, tenant_reference: str, reference: str, timestamp: str) -> Lsn:
         """The newest LSN before any commit later than the timestamp (RFC 3339)."""
         tenant, branch = await self._in_service(tenant_reference, reference)
-        api = await self._tools.pageserver_api(tenant)
-        return await api.lsn_by_timestamp(tenant.tenant_id, branch.timeline_id, timestamp)
+        return await self._tools.points.lsn_at(tenant, branch, timestamp)
 
     async def timestamp_of(self, tenant_reference: str, reference: str, lsn: Lsn) -> str:
         """When the last commit at or below the LSN happened (RFC 3339)."""
@@ -264,7 +252,8 @@ class BranchHistory:
         if branch.state in ("archiving", "unarchiving", "detaching"):
             await _refuse_damaged(pageserver, branch)
         if branch.state == "archiving":
-            await self._wait_until_ingested(pageserver, branch)
+            wanted_lsn = await self._tools.points.newest_commit_lsn(branch)
+            await self._tools.points.wait_until_ingested(pageserver, branch, wanted_lsn)
             await pageserver.set_archived(*ids, is_archived=True)
             return await self._set_state(branch, "archived")
         if branch.state == "unarchiving":
@@ -286,18 +275,6 @@ class BranchHistory:
             log.info("branch detached", branch=branch.name, reparented=len(others))
             return detached
         return branch
-
-    async def _wait_until_ingested(self, pageserver: PageserverApi, branch: Timeline) -> None:
-        """So that an archived branch is whole in object storage."""
-        wanted_lsn = await self._tools.newest_commit_lsn(branch)
-        deadline = self._clock.monotonic() + INGEST_WAIT_S
-        while True:
-            known = (await pageserver.list_timelines(branch.tenant_id)).get(branch.timeline_id)
-            if known is not None and (known.is_archived or known.last_record_lsn >= wanted_lsn):
-                return
-            if self._clock.monotonic() > deadline:
-                raise IngestBehindError(f"the pageserver does not have all of branch {branch.name!r} yet")
-            await asyncio.sleep(INGEST_POLL_S)
 
     async def _refuse_writer(self, branch: Timeline) -> None:
         """Raises `BranchInUseError` if a safekeeper knows a compute that writes; those away are not asked."""

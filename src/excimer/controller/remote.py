@@ -6,7 +6,7 @@ Paths and bodies: docs/architecture/interfaces.md.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -52,6 +52,15 @@ class PageserverTimeline(msgspec.Struct, frozen=True, kw_only=True):
     is_damaged: bool = False
     """Then `last_record_lsn` may be 0, because nobody can read it."""
     problem: str | None = None
+
+
+class SafekeeperTimeline(NamedTuple):
+    """How far a safekeeper has a timeline's WAL."""
+
+    flush_lsn: Lsn
+    commit_lsn: Lsn
+    writers: int
+    """Computes that are connected to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +159,15 @@ class PageserverApi:
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id)
         await _ignoring_absence(self._client(Resource(tenant_id, timeline_id), CREATE_TIMEOUT_S).delete(path))
 
-    async def lsn_by_timestamp(self, tenant_id: TenantId, timeline_id: TimelineId, timestamp: str) -> Lsn:
-        """The last LSN at or before `timestamp` (RFC 3339). Refused outside the history."""
+    async def lsn_by_timestamp(
+        self, tenant_id: TenantId, timeline_id: TimelineId, timestamp: str
+    ) -> tuple[Lsn, bool]:
+        """The last LSN at or before `timestamp` (RFC 3339), and whether it is the newest that the pageserver
+        has. Refused outside the history.
+        """
         path = path_of("v1", "tenant", tenant_id, "timeline", timeline_id, "get_lsn_by_timestamp")
         answer = await self._client(Resource(tenant_id, timeline_id)).get(path, {"timestamp": timestamp})
-        return _parse(self._name, answer, lambda value: _lsn(value["lsn"]))
+        return _parse(self._name, answer, lambda value: (_lsn(value["lsn"]), value["kind"] == "newest"))
 
     async def tenant_config(
         self, method: str, tenant_id: TenantId, body: dict[str, Any] | None
@@ -259,15 +272,17 @@ class SafekeeperApi:
             self._client(tenant_id, timeline_id).delete(_safekeeper_path(tenant_id, timeline_id))
         )
 
-    async def read_lsns(self, tenant_id: TenantId, timeline_id: TimelineId) -> tuple[Lsn, Lsn]:
-        """Flush LSN and commit LSN."""
+    async def read_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> SafekeeperTimeline:
         answer = await self._client(tenant_id, timeline_id).get(_safekeeper_path(tenant_id, timeline_id))
-        return _parse(self._name, answer, lambda v: (_lsn(v["flush_lsn"]), _lsn(v["commit_lsn"])))
+        return _parse(
+            self._name,
+            answer,
+            lambda v: SafekeeperTimeline(_lsn(v["flush_lsn"]), _lsn(v["commit_lsn"]), int(v["writers"])),
+        )
 
     async def count_writers(self, tenant_id: TenantId, timeline_id: TimelineId) -> int:
         """Computes that are connected to write."""
-        answer = await self._client(tenant_id, timeline_id).get(_safekeeper_path(tenant_id, timeline_id))
-        return _parse(self._name, answer, lambda value: int(value["writers"]))
+        return (await self.read_timeline(tenant_id, timeline_id)).writers
 
 
 def _safekeeper_path(tenant_id: TenantId, timeline_id: TimelineId) -> str:

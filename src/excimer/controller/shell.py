@@ -12,7 +12,7 @@ Operations on one tenant follow one another; those on different tenants run side
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Final, ParamSpec, TypeVar
 
 import msgspec
@@ -22,6 +22,7 @@ from excimer.base.errors import ExcimerError, RefusedError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.controller import core
+from excimer.controller.branch_points import BranchPoints, require_quorum
 from excimer.controller.history_operations import BranchHistory, BranchTools
 from excimer.controller.imports import Imports
 from excimer.controller.model import (
@@ -43,20 +44,12 @@ from excimer.controller.store import MetadataStore
 from excimer.service.logs import get_logger
 from excimer.wire.auth import Resource
 
-COMMIT_WAIT_S: Final = 0.3
-"""How long a branch at the head waits for WAL that is flushed somewhere to be known as committed."""
-
-COMMIT_POLL_S: Final = 0.02
 RECONCILE_INTERVAL_S: Final = 5.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 log = get_logger(__name__)
-
-
-class QuorumUnreachableError(RetryableError):
-    """Fewer than a majority of safekeepers answered."""
 
 
 class Controller:
@@ -67,11 +60,11 @@ class Controller:
         self._tokens = tokens
         self._clock = clock
         self._locks: dict[TenantId, asyncio.Lock] = {}
+        self._points = BranchPoints(clock, self._safekeeper_apis, self._pageserver_of)
         tools = BranchTools(
             lock=self._lock,
             find_tenant=self.find_tenant,
-            branch_point=self._branch_point,
-            newest_commit_lsn=self._newest_commit_lsn,
+            points=self._points,
             make_remote_parts=self._make_remote_parts,
             finish_timeline_deletion=self._finish_timeline_deletion,
             try_to_finish=self._try_to_finish,
@@ -228,7 +221,7 @@ class Controller:
             timeline = existing or core.plan_timeline(
                 timelines, tenant, timeline_id, name, version or 0, parent, self._clock.now()
             )
-            start_lsn = await self._branch_point(tenant, parent, at) if parent is not None else None
+            start_lsn = await self._points.find(tenant, parent, at) if parent is not None else None
             await self._db(self._store.put_timeline, timeline)
             try:
                 timeline = await self._complete_timeline(tenant, timeline, start_lsn)
@@ -237,39 +230,6 @@ class Controller:
                 raise
         log.info("branch created", tenant_id=tenant.tenant_id, timeline_id=timeline_id, name=name)
         return timeline
-
-    async def _branch_point(self, tenant: Tenant, parent: Timeline, at: Lsn | str | None) -> Lsn | None:
-        if isinstance(at, int):
-            return at
-        if isinstance(at, str):
-            pageserver = await self._pageserver_of(tenant)
-            return await pageserver.lsn_by_timestamp(tenant.tenant_id, parent.timeline_id, at)
-        return await self._newest_commit_lsn(parent)
-
-    async def _newest_commit_lsn(self, timeline: Timeline) -> Lsn:
-        """At least everything that a client was told is committed before this call.
-
-        Such a commit is flushed at a majority, so every majority has seen it flushed; its commit LSN
-        follows with the proposer's next message, which is waited for a little (it never comes if the
-        compute has just died, and then it was not yet known to be committed either).
-        """
-        flushed, committed = await self._read_quorum_lsns(timeline)
-        deadline = self._clock.monotonic() + COMMIT_WAIT_S
-        while committed < flushed and self._clock.monotonic() < deadline:
-            await asyncio.sleep(COMMIT_POLL_S)
-            _, committed = await self._read_quorum_lsns(timeline)
-        return max(committed, timeline.start_lsn or Lsn(0))
-
-    async def _read_quorum_lsns(self, timeline: Timeline) -> tuple[Lsn, Lsn]:
-        """The highest flush LSN and commit LSN at a majority."""
-        apis = await self._safekeeper_apis(timeline)
-        answers = await asyncio.gather(
-            *(api.read_lsns(timeline.tenant_id, timeline.timeline_id) for api in apis),
-            return_exceptions=True,
-        )
-        heard = [answer for answer in answers if not isinstance(answer, BaseException)]
-        _require_quorum(len(heard), answers)
-        return max(flush for flush, _ in heard), max(commit for _, commit in heard)
 
     async def _complete_timeline(self, tenant: Tenant, timeline: Timeline, start_lsn: Lsn | None) -> Timeline:
         """Makes the remote parts of a `creating` timeline and activates it."""
@@ -302,7 +262,7 @@ class Controller:
         answers = await asyncio.gather(
             *(self._place(timeline, placement) for placement in placements), return_exceptions=True
         )
-        _require_quorum(sum(answer is None for answer in answers), answers)
+        require_quorum(sum(answer is None for answer in answers), answers)
         return timeline
 
     async def _place(self, timeline: Timeline, placement: Placement) -> None:
@@ -350,6 +310,8 @@ class Controller:
         async with self._lock(tenant.tenant_id):
             timeline = await self.find_branch(tenant.tenant_id, branch)
             core.check_in_service(timeline)
+            if lsn is not None:
+                lsn = await self._points.find(tenant, timeline, lsn)
             endpoint = core.plan_endpoint(
                 await self._db(self._store.list_endpoints),
                 timeline,
@@ -419,10 +381,7 @@ class Controller:
         tenant = await self.find_tenant(tenant_reference)
         timeline = await self.find_branch(tenant.tenant_id, reference)
         core.check_in_service(timeline)
-        head_lsn = await self._newest_commit_lsn(timeline)
-        lsn = head_lsn if at is None else await self._branch_point(tenant, timeline, at) or head_lsn
-        core.check_lsn_reached(timeline, lsn, head_lsn)
-        return timeline, lsn
+        return timeline, await self._points.find(tenant, timeline, at)
 
     async def pageserver_of(self, tenant_id: TenantId) -> tuple[Pageserver, PageserverApi]:
         """Who serves the tenant, and its management API."""
@@ -541,17 +500,3 @@ def _with_state(timeline: Timeline, state: State) -> Timeline:
 def _refuse_deleted(row: Tenant | Timeline | None, what: str, row_id: str) -> None:
     if row is not None and row.state == "deleting":
         raise BadRequestError(f"{what} {row_id} is being deleted: use a new id")
-
-
-def _require_quorum(succeeded: int, answers: Sequence[object]) -> None:
-    """Raises the first failure, or `QuorumUnreachableError`, unless a majority succeeded."""
-    if succeeded >= core.quorum(len(answers)):
-        return
-    failures = [answer for answer in answers if isinstance(answer, BaseException)]
-    for failure in failures:
-        if not isinstance(failure, RetryableError):
-            raise failure
-    raise QuorumUnreachableError(
-        f"{succeeded} of {len(answers)} safekeepers answered, "
-        f"{core.quorum(len(answers))} are needed: {failures[0]}"
-    )

@@ -44,6 +44,7 @@ from excimer.service.logs import get_logger, log_context
 from excimer.service.tasks import TaskScope
 from excimer.storage.engine.archived_timeline import ArchivedTimeline
 from excimer.storage.engine.damaged_timeline import DamagedTimeline
+from excimer.storage.engine.errors import LsnTimeoutError
 from excimer.storage.engine.timeline import Timeline
 
 log = get_logger(__name__)
@@ -186,6 +187,17 @@ class ActiveTimeline:
 
     async def wait_for_lsn(self, lsn: Lsn, timeout_s: float) -> None:
         await self.store.wait_for_lsn(max(lsn, self.store.ancestor_lsn), timeout_s)
+
+    async def wait_while_ingesting(self, lsn: Lsn, stall_s: float, timeout_s: float) -> None:
+        """As `wait_for_lsn`, but gives up when nothing was ingested for `stall_s`, here or in an ancestor."""
+        deadline = self._loop.time() + timeout_s
+        while True:
+            before = _last_record_lsns(self.store)
+            try:
+                return await self.wait_for_lsn(lsn, min(stall_s, max(0.0, deadline - self._loop.time())))
+            except LsnTimeoutError:
+                if _last_record_lsns(self.store) == before or self._loop.time() >= deadline:
+                    raise
 
     async def get_pages(self, key: bytes, count: int, lsn: Lsn) -> bytes:
         return await self.store.get_pages(key, count, lsn)
@@ -336,6 +348,15 @@ def detail_of_damaged(tenant_id: TenantId, damaged: DamagedTimeline) -> Timeline
         is_archived=manifest is not None and manifest.archived,
         is_damaged=True,
     )
+
+
+def _last_record_lsns(store: Timeline) -> list[Lsn]:
+    """Its own and its ancestors'."""
+    lsns = [store.last_record_lsn]
+    while store.ancestor is not None:
+        store = store.ancestor
+        lsns.append(store.last_record_lsn)
+    return lsns
 
 
 def _has_all_ancestry(store: Timeline) -> bool:

@@ -57,8 +57,10 @@ from excimer.storage.format.tenant_settings import Overrides
 
 log = get_logger(__name__)
 
-BRANCH_POINT_WAIT_S = 10.0
-"""How long creating a branch waits for the ancestor to receive WAL up to the branch point."""
+BRANCH_POINT_WAIT_S = 90.0
+"""How long creating a branch waits for the ancestor to ingest WAL up to the branch point, ..."""
+BRANCH_POINT_STALL_S = 10.0
+"""... and how long of that while the ancestor ingests nothing."""
 
 STOP_FLUSH_BYTES_MAX = 16 << 20
 STOP_FLUSH_S = 1.5
@@ -310,7 +312,7 @@ class Tenants:
         if new.ancestor_timeline_id is not None and new.ancestor_start_lsn is not None:
             ancestor = self.active(tenant_id, new.ancestor_timeline_id)
             lsn = ancestor.record_end(new.ancestor_start_lsn)
-            await ancestor.wait_for_lsn(lsn, BRANCH_POINT_WAIT_S)
+            await ancestor.wait_while_ingesting(lsn, BRANCH_POINT_STALL_S, BRANCH_POINT_WAIT_S)
         async with tenant.changing:
             _, store = self._attached(tenant_id)
             existing = tenant.timelines.get(new.timeline_id)

@@ -37,9 +37,15 @@ def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
 
 
 async def branch(world: World, timeline_id: TimelineId, name: str, at: int, ancestor: str = "main") -> None:
-    await world.controller.create_timeline(
-        "", timeline_id, name, ancestor=ancestor, at=Lsn(START_LSN + at), pg_version=None
-    )
+    """The WAL reaches so far for that moment: the fakes have one position for all timelines."""
+    before = world.safekeepers[0].commit_lsn - START_LSN
+    write(world, max(at, before))
+    try:
+        await world.controller.create_timeline(
+            "", timeline_id, name, ancestor=ancestor, at=Lsn(START_LSN + at), pg_version=None
+        )
+    finally:
+        write(world, before)
 
 
 async def endpoint(world: World, name: str, branch: str, port: int, lsn: int | None = None) -> None:
@@ -108,7 +114,7 @@ def test_a_restore_that_fails_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match="before the history"):
             await world.controller.history.restore("", "main", NEW, Lsn(8), None)
         with pytest.raises(BadRequestError, match="has not reached LSN"):
-            await world.controller.history.restore("", "main", DEV, Lsn(START_LSN + 1001), None)
+            await world.controller.history.restore("", "main", DEV, Lsn(START_LSN + 1008), None)
         world.safekeepers[0].failing = world.safekeepers[1].failing = True
         with pytest.raises(RetryableError):
             await world.controller.history.restore("", "main", OTHER, Lsn(START_LSN + 8), None)

@@ -10,8 +10,8 @@ import pytest
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
+from excimer.controller.branch_points import QuorumUnreachableError
 from excimer.controller.model import BadRequestError, NameTakenError
-from excimer.controller.shell import QuorumUnreachableError
 from excimer.wire.auth import Right, TokenVerifier
 from tests.kit.storage_fakes import KEYS, START_LSN, SYSTEM_ID, World, fake_world
 
@@ -40,6 +40,8 @@ def test_the_whole_life(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await make_tenant(world)
         await make_tenant(world)
+        for safekeeper in world.safekeepers:
+            safekeeper.flush_lsn = safekeeper.commit_lsn = START_LSN + 64
         await make_branch(world, at=Lsn(START_LSN + 64))
         assert world.pageserver.tenants == {TENANT}
         branch = await world.controller.find_branch(TENANT, "dev")
