@@ -152,6 +152,8 @@ int hydrate_path(const char *path)
 
 int rename_file(const char *from, const char *to)
 {
+    if (is_settings_file(to))
+        return keep_settings();
     struct arena_file *source = find_file(from), *target = find_file(to);
     if (source != NULL && hydrate_whole(source) < 0)
         return -1;

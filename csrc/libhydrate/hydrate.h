@@ -4,6 +4,7 @@
  *     file_table.c     which descriptor is which arena file
  *     file_states.c    files made on first use; deletion, renaming
  *     local_changes.c  writes, truncation, allocation beside hydration
+ *     kept_settings.c  ALTER SYSTEM asks the manager
  *     hydration.c      absent -> present; read_ahead.c and hints.c say what else to fetch
  *       claims.c         who fetches, who may change a block (H1)
  *       page_client.c    the page service's protocol; patience.c how long to wait
@@ -247,6 +248,15 @@ void end_write(const struct write_guard *guard, ssize_t written);
 int truncate_open_file(int fd, off_t size);
 int truncate_path(const char *path, off_t size);
 int allocate(int fd, int mode, off_t offset, off_t size);
+
+/* --- kept_settings.c --- */
+
+/* Whether a path is the file that ALTER SYSTEM replaces. */
+bool is_settings_file(const char *path);
+
+/* In place of that renaming: 0 when the manager has kept the list and put the file in place, else -1 and errno, with a
+ * reason for strerror_r(). */
+int keep_settings(void);
 
 /* --- report.c --- */
 

@@ -229,6 +229,9 @@ class Installation:
             safekeepers=spec["safekeepers"],
             token=spec["token"],
             postgres_settings=endpoint["postgres_settings"],
+            endpoint_name=endpoint["name"],
+            controller_address=self.controller_address,
+            controller_token=spec["controller_token"],
         )
         name = endpoint_part_name(endpoint["name"])
         return Part(name, "excimer.compute", settings, settings.http_listen, settings.endpoint_dir)

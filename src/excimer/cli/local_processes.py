@@ -62,6 +62,8 @@ class HealthAnswer(msgspec.Struct, frozen=True):
 
     pid: int
     warnings: dict[str, str] = {}
+    settings: str = ""
+    restart_pending: str = ""
 
 
 class Probed(NamedTuple):
@@ -69,6 +71,8 @@ class Probed(NamedTuple):
     """0 when nobody, or another process, answers."""
     warnings: list[str]
     """What to look at although the part does its work."""
+    facts: dict[str, str]
+    """What a compute says of its settings, see `excimer.compute.settings_keeper`."""
 
 
 class ProcessRecord(msgspec.Struct, frozen=True):
@@ -291,13 +295,15 @@ def probe_health(http_address: str, pid: int | None) -> Probed:
         answer = connection.getresponse()
         body = msgspec.json.decode(answer.read(), type=HealthAnswer)
     except (OSError, http.client.HTTPException, msgspec.DecodeError):
-        return Probed(0, [])
+        return Probed(0, [], {})
     finally:
         connection.close()
     if body.pid != pid:
-        return Probed(0, [])
+        return Probed(0, [], {})
     return Probed(
-        answer.status, [f"{about} is {warning}" for about, warning in sorted(body.warnings.items())]
+        answer.status,
+        [f"{about} is {warning}" for about, warning in sorted(body.warnings.items())],
+        {"settings": body.settings, "restart_pending": body.restart_pending},
     )
 
 

@@ -27,17 +27,26 @@ from excimer.compute.arena import (
 )
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
-from excimer.compute.data_directory import DataDirectoryPlan, plan_data_directory, write_data_directory
+from excimer.compute.data_directory import (
+    Configuration,
+    DataDirectoryPlan,
+    plan_data_directory,
+    write_data_directory,
+)
 from excimer.compute.lsn_lease import LeasedMoment, LsnLease
 from excimer.compute.places import ComputePlaces
-from excimer.compute.postgres_process import PostgresProcess, kill_left_behind
+from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, kill_left_behind
 from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
 from excimer.compute.proposer import PostgresAddress, Proposer
+from excimer.compute.settings_keeper import SettingsKeeper
+from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
+from excimer.pgformat.auto_conf import render_auto_conf
 from excimer.pgformat.basebackup import Basebackup
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.wal_prefix import build_wal_prefix
 from excimer.postgres import PostgresBuild
+from excimer.postgres.setting_rules import check_rules
 from excimer.service.listen import bind_listen
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope
@@ -62,16 +71,18 @@ class ComputeSpec(NamedTuple):
     lease_holder: str
     safekeepers: list[str]
     token: str
-    postgres_settings: dict[str, str]
     places: ComputePlaces
 
 
 class Attempt:
     """Run once: `run` returns how it ended; `stop` makes it end."""
 
-    def __init__(self, spec: ComputeSpec, on_started: Callable[[], None]) -> None:
+    def __init__(self, spec: ComputeSpec, keeper: SettingsKeeper, on_started: Callable[[], None]) -> None:
         self._spec = spec
+        self._keeper = keeper
         self._on_started = on_started
+        self._options: list[str] = []
+        self._settings: dict[str, str] = {}
         self._process: PostgresProcess | None = None
         self._task: asyncio.Task[object] | None = None
         self._stopping = False
@@ -128,7 +139,7 @@ class Attempt:
         await asyncio.to_thread(self._lay_directory, backup)
         clock.step("directory")
         self._process = process = await self._start_postgres()
-        await process.wait_ready()
+        await self._wait_ready(process)
         assert self.arena is not None
         self.arena.set_ready()
         clock.step("postgres")
@@ -136,9 +147,20 @@ class Attempt:
         if self.proposer is not None:
             address = PostgresAddress(str(spec.places.socket_dir), spec.port, SUPERUSER)
             scope.start("proposer", self.proposer.stream(address))
+        self._keeper.started(process.pid)
         self._on_started()
         status = await process.wait_exit()
         return Ended(time.monotonic(), f"postgres exited with status {status}")
+
+    async def _wait_ready(self, process: PostgresProcess) -> None:
+        """Raises `ConfigurationFaultError` when a setting is what keeps it from starting."""
+        try:
+            await process.wait_ready()
+        except PostgresStartError as error:
+            fault = configuration_fault(process.log_lines(), self._settings)
+            if fault is not None:
+                raise ConfigurationFaultError(fault) from error
+            raise
 
     async def _hold_lsn(self, scope: TaskScope, lsn: Lsn) -> None:
         """Until the attempt ends. Raises `LeaseRefusedError`."""
@@ -180,17 +202,20 @@ class Attempt:
             now_s=int(time.time()),
             hot_standby=spec.static_lsn is not None,
         )
-        configuration = render_postgres_settings(
+        is_static = spec.static_lsn is not None
+        self._settings = check_rules(self._keeper.starting())
+        self._options = fixed_arguments(control, self._settings, is_static=is_static)
+        postgresql_conf = render_postgres_settings(
             pg_version=backup.pg_version,
             host=spec.host,
             port=spec.port,
             socket_dir=str(spec.places.socket_dir),
             control=control,
-            user_settings=spec.postgres_settings,
-            is_static=spec.static_lsn is not None,
+            is_static=is_static,
         )
+        configuration = Configuration(postgresql_conf, render_auto_conf(self._settings))
         plan = plan_data_directory(
-            backup, prefix, configuration, control.wal_segment_size, hot_standby=spec.static_lsn is not None
+            backup, prefix, configuration, control.wal_segment_size, hot_standby=is_static
         )
         write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
         self._make_arena(plan, Lsn(backup.lsn))
@@ -222,11 +247,12 @@ class Attempt:
             spec.places.data_dir,
             environment,
             spec.places.postgres_log,
-            fixed_arguments(),
+            self._options,
         )
 
     async def _clean_up(self) -> None:
         """Kills what runs in the directory and removes it: the cache is never used twice (H2)."""
+        self._keeper.ended()
         if self._process is not None:
             await self._process.stop(fast=False)
         if self.proposer is not None:

@@ -19,6 +19,7 @@ from excimer.base.keys import (
     relation_path,
 )
 from excimer.io.processes import give_to_user
+from excimer.pgformat.auto_conf import AUTO_CONF_NAME
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
 from excimer.pgformat.wal_prefix import WalPrefix, wal_segment_file_name
 
@@ -57,6 +58,13 @@ host all all ::1/128 trust
 """
 
 
+class Configuration(NamedTuple):
+    """Texts of PostgreSQL's two files: ours, and the endpoint's own list, which wins."""
+
+    postgresql_conf: str
+    auto_conf: str
+
+
 class LazyFile(NamedTuple):
     """A file that PostgreSQL finds in the directory although only the arena knows it."""
 
@@ -82,12 +90,18 @@ class DataDirectoryPlan(NamedTuple):
 
 
 def plan_data_directory(
-    backup: Basebackup, prefix: WalPrefix, postgresql_conf: str, wal_segment_size: int, *, hot_standby: bool
+    backup: Basebackup,
+    prefix: WalPrefix,
+    configuration: Configuration,
+    wal_segment_size: int,
+    *,
+    hot_standby: bool,
 ) -> DataDirectoryPlan:
     """What to write. Raises ValueError when the basebackup names a relation in a user tablespace."""
     files = [
         ("PG_VERSION", f"{backup.pg_version}\n".encode()),
-        ("postgresql.conf", postgresql_conf.encode()),
+        ("postgresql.conf", configuration.postgresql_conf.encode()),
+        (AUTO_CONF_NAME, configuration.auto_conf.encode()),
         ("pg_hba.conf", HBA.encode()),
         ("pg_ident.conf", b""),
         ("global/pg_control", prefix.control_file),

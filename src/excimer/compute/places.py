@@ -20,6 +20,8 @@ class ComputePlaces(NamedTuple):
     data_dir: Path
     arena: Path
     socket_dir: Path
+    settings_socket: Path
+    """Beside the data directory, where libhydrate looks for it."""
     postgres_log: Path
 
 
@@ -36,7 +38,13 @@ def find_places(endpoint_dir: Path) -> ComputePlaces:
         run_dir = cache_directory() / "computes" / name
     make_owned_dir(run_dir)
     socket_dir = make_owned_dir(Path(tempfile.gettempdir()) / f"excimer-{name}")
-    return ComputePlaces(run_dir / "pgdata", run_dir / "arena", socket_dir, endpoint_dir / "postgres.log")
+    return ComputePlaces(
+        data_dir=run_dir / "pgdata",
+        arena=run_dir / "arena",
+        socket_dir=socket_dir,
+        settings_socket=run_dir / "settings.sock",
+        postgres_log=endpoint_dir / "postgres.log",
+    )
 
 
 def leave_places(places: ComputePlaces) -> None:

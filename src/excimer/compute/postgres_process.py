@@ -97,6 +97,15 @@ class PostgresProcess:
                 await self._process.wait()
         await kill_left_behind(self._data_dir)
 
+    def log_lines(self) -> list[str]:
+        """The first lines that it wrote; none if they cannot be read."""
+        try:
+            with self._log_path.open("rb") as log:
+                log.seek(self._log_start_bytes)
+                return log.read(LOG_READ_SIZE_BYTES).decode(errors="replace").splitlines()
+        except OSError:
+            return []
+
     def _signal(self, number: int) -> bool:
         if self._process.returncode is not None:
             return False
@@ -105,13 +114,7 @@ class PostgresProcess:
 
     def _fatal(self) -> str:
         """What it said when it gave up, as the end of a sentence; may be nothing."""
-        try:
-            with self._log_path.open("rb") as log:
-                log.seek(self._log_start_bytes)
-                lines = log.read(LOG_READ_SIZE_BYTES).decode(errors="replace").splitlines()
-        except OSError:
-            return ""
-        found = [line for line in lines if " FATAL: " in line or " PANIC: " in line]
+        found = [line for line in self.log_lines() if " FATAL: " in line or " PANIC: " in line]
         return f": {found[-1].partition(': ')[2].strip()}" if found else ""
 
     def _is_ready(self) -> bool:

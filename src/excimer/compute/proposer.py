@@ -47,6 +47,9 @@ from excimer.wire.safekeeping import (
 
 ELECTION_TIMEOUT_S = 30.0
 HEARTBEAT_INTERVAL_S = 1.0
+WALSENDER_PARAMETERS = {"wal_sender_timeout": "60s"}
+"""Whatever the endpoint's own setting is: with one that is too short no commit would come through."""
+
 PROPOSER_SLOT = PROPOSER_NAME
 """Postgres keeps WAL that the quorum has not confirmed; the slot dies with the compute's directory."""
 CAMPAIGN_DELAY_S_MAX = 0.3
@@ -192,7 +195,10 @@ class Proposer:
         """One walsender's life. Raises what ended it."""
         self._source_error = None
         self._client = client = await connect_replication(
-            Address(postgres.socket_dir, postgres.port), user=postgres.user, application_name=PROPOSER_NAME
+            Address(postgres.socket_dir, postgres.port),
+            user=postgres.user,
+            application_name=PROPOSER_NAME,
+            parameters=WALSENDER_PARAMETERS,
         )
         await client.reserve_wal(PROPOSER_SLOT)
         await client.start_physical(self._window.end_lsn, self, slot=PROPOSER_SLOT)

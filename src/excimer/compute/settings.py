@@ -31,4 +31,9 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     token: str
     """Opens the branch's pages, and for a primary its WAL for writing."""
     postgres_settings: dict[str, str] = msgspec.field(default_factory=dict)
-    """Passed on to postgresql.conf; settings that Excimer's durability rests upon are refused."""
+    """The endpoint's own list at the start of the manager; later ones come from the controller."""
+    endpoint_name: str = ""
+    controller_address: str = ""
+    """Where the list is kept; empty: nowhere, and ALTER SYSTEM is refused."""
+    controller_token: str = ""
+    """Says to the controller which endpoint this is, and opens nothing else."""

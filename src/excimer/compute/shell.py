@@ -1,6 +1,7 @@
 """The manager's shell: carries out what `core` decides, and answers /healthz and /metrics."""
 
 import asyncio
+import signal
 import time
 
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
@@ -22,7 +23,9 @@ from excimer.compute.core import (
 )
 from excimer.compute.places import find_places, leave_places
 from excimer.compute.settings import ComputeSettings
+from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
 from excimer.postgres import find_build
+from excimer.postgres.setting_check import at_start_only
 from excimer.service.health import Health
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope
@@ -45,16 +48,31 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         lease_holder=settings.lease_holder,
         safekeepers=list(settings.safekeepers),
         token=settings.token,
-        postgres_settings=dict(settings.postgres_settings),
         places=find_places(settings.endpoint_dir),
+    )
+
+
+def make_keeper(settings: ComputeSettings, spec: ComputeSpec, health: Health) -> SettingsKeeper:
+    """Keeps the endpoint's list at the controller, where there is one, and shows it in `health`."""
+    door = None
+    if settings.controller_address:
+        name = settings.endpoint_name
+        door = ControllerDoor(settings.controller_address, name, lambda: settings.controller_token)
+    return SettingsKeeper(
+        door,
+        spec.places.data_dir,
+        settings.postgres_settings,
+        at_start_only=lambda names: at_start_only(spec.build, names),
+        report=lambda facts: health.facts.update(facts),
     )
 
 
 class Manager:
     """Runs one endpoint until it is stopped, refused or fenced."""
 
-    def __init__(self, spec: ComputeSpec, health: Health) -> None:
+    def __init__(self, spec: ComputeSpec, health: Health, keeper: SettingsKeeper) -> None:
         self._spec = spec
+        self._keeper = keeper
         self._health = health
         self._endpoint = Endpoint()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -72,13 +90,16 @@ class Manager:
 
     async def run(self) -> Exit:
         """Until the endpoint is over. Cancelling it is the request to stop; it then still ends cleanly."""
-        async with TaskScope() as scope:
+        loop = asyncio.get_running_loop()
+        async with TaskScope() as scope, self._keeper.serving(self._spec.places.settings_socket):
+            loop.add_signal_handler(signal.SIGHUP, lambda: scope.start("settings", self._keeper.refresh()))
             try:
                 return await self._drive(scope, self._endpoint.begin())
             except asyncio.CancelledError:
                 await self._drive(scope, self._endpoint.step(StopRequested()))
                 raise
             finally:
+                loop.remove_signal_handler(signal.SIGHUP)
                 leave_places(self._spec.places)
 
     async def _drive(self, scope: TaskScope, effects: list[Effect]) -> Exit:
@@ -96,7 +117,7 @@ class Manager:
     async def _carry_out(self, scope: TaskScope, effect: Launch | StopAttempt | Wait) -> None:
         match effect:
             case Launch():
-                self._attempt = Attempt(self._spec, self._started)
+                self._attempt = Attempt(self._spec, self._keeper, self._started)
                 self.starts += 1
                 scope.start("attempt", self._report_end(self._attempt))
             case StopAttempt():

@@ -307,6 +307,7 @@ def build_spec(
     placements: Iterable[Placement],
     safekeepers: Iterable[Safekeeper],
     token: str,
+    controller_token: str,
 ) -> ComputeSpec:
     """What a compute manager needs. All placed safekeepers, ready or not: a late one is caught up."""
     placed: set[NodeId] = {placement.safekeeper_id for placement in placements}
@@ -320,6 +321,7 @@ def build_spec(
         wal_segment_size=timeline.wal_segment_size,
         system_id=timeline.system_id,
         token=token,
+        controller_token=controller_token,
     )
 
 

@@ -133,3 +133,5 @@ class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):
     system_id: int
     token: str
     """Opens the branch's pages, and for a primary its WAL for writing."""
+    controller_token: str
+    """Says to the controller which endpoint this is, and opens nothing else."""

@@ -7,6 +7,7 @@ from fastapi import Depends
 import excimer
 from excimer.base.errors import RefusedError
 from excimer.controller.endpoints.api import make_router
+from excimer.controller.endpoints.settings_api import make_settings_router
 from excimer.controller.remote import TokenMaker
 from excimer.controller.settings import ControllerSettings
 from excimer.controller.shell import Controller
@@ -43,6 +44,7 @@ async def serve_controller(settings: ControllerSettings) -> None:
             app.include_router(
                 make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Right.MANAGE))]
             )
+            app.include_router(make_settings_router(controller, verifier, clock))
             async with (
                 serving_http(app, settings.http_listen, "controller http_listen"),
                 TaskScope() as scope,

@@ -23,6 +23,7 @@ from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.controller import core
 from excimer.controller.branch_points import BranchPoints, require_quorum
+from excimer.controller.endpoint_settings import BuildCheck, EndpointSettings, SettingsCheck
 from excimer.controller.history_operations import BranchHistory, BranchTools
 from excimer.controller.imports import Imports
 from excimer.controller.model import (
@@ -55,7 +56,14 @@ log = get_logger(__name__)
 class Controller:
     """All operations. The store's calls run in threads, so that a slow disk stops nobody."""
 
-    def __init__(self, store: MetadataStore, tokens: TokenMaker, clock: Clock) -> None:
+    def __init__(
+        self,
+        store: MetadataStore,
+        tokens: TokenMaker,
+        clock: Clock,
+        settings_check: SettingsCheck | None = None,
+    ) -> None:
+        """`settings_check` None: by the PostgreSQL builds of this machine."""
         self._store = store
         self._tokens = tokens
         self._clock = clock
@@ -72,6 +80,7 @@ class Controller:
             safekeeper_apis=self._safekeeper_apis,
         )
         self.history = BranchHistory(store, clock, tools)
+        self.settings = EndpointSettings(store, self.find_endpoint, settings_check or BuildCheck())
         self.imports = Imports(
             store=store,
             clock=clock,
@@ -312,6 +321,7 @@ class Controller:
             core.check_in_service(timeline)
             if lsn is not None:
                 lsn = await self._points.find(tenant, timeline, lsn)
+            settings = await self.settings.check(timeline.pg_version, postgres_settings)
             endpoint = core.plan_endpoint(
                 await self._db(self._store.list_endpoints),
                 timeline,
@@ -320,7 +330,7 @@ class Controller:
                 lsn=lsn,
                 pg_version=pg_version,
                 ports=ports,
-                postgres_settings=postgres_settings,
+                postgres_settings=settings,
                 now=self._clock.now(),
             )
             await self._db(self._store.add_endpoint, endpoint)
@@ -367,6 +377,7 @@ class Controller:
                 Resource(tenant.tenant_id, timeline.timeline_id),
                 may_write=endpoint.mode == "primary",
             ),
+            self._tokens.naming_endpoint(endpoint.name),
         )
 
     # What is in a branch

@@ -270,6 +270,11 @@ class SqliteStore:
                 tuple(row.values()),
             )
 
+    def put_postgres_settings(self, name: str, settings: dict[str, str]) -> None:
+        value = msgspec.json.encode(settings).decode()
+        with self._transaction() as connection:
+            connection.execute("UPDATE endpoint SET postgres_settings = ? WHERE name = ?", (value, name))
+
     def remove_endpoint(self, name: str) -> None:
         with self._transaction() as connection:
             connection.execute("DELETE FROM endpoint WHERE name = ?", (name,))

@@ -57,7 +57,7 @@ def test_the_whole_life(tmp_path: Path) -> None:
             lsn=None,
             pg_version=18,
             ports=(5000, 5001),
-            postgres_settings={"a": "b"},
+            postgres_settings={"a.b": "c"},
         )
         spec = await world.controller.read_spec("ep")
         assert spec.safekeepers == ("127.0.0.1:551", "127.0.0.1:552", "127.0.0.1:553")

@@ -160,7 +160,7 @@ def _check_part(installation: Installation, part: Part) -> Iterator[Finding]:
         else:
             yield Finding(part.name, "problem", f"does not run, and its port {part.http_address} is taken")
         return
-    status, warnings = probe_health(part.http_address, process.pid)
+    status, warnings, _ = probe_health(part.http_address, process.pid)
     if status == 200:
         yield Finding(part.name, "ok", f"runs, process {process.pid}")
     else:

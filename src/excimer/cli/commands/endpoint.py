@@ -7,6 +7,7 @@ import typer
 
 from excimer.base.errors import ConflictError
 from excimer.base.lsn import InvalidLsnError, parse_lsn
+from excimer.cli.commands.endpoint_config import config, parse_assignments
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import StillRunningError, UsageError
 from excimer.cli.installation import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True)
+app.command()(config)
 
 SUPERUSER: Final = "postgres"
 DATABASE: Final = "postgres"
@@ -61,6 +63,12 @@ def create(
         int | None, typer.Option(help="PostgreSQL's port; default: a free one.", show_default=False)
     ] = None,
     tenant: Annotated[str, typer.Option(help="Tenant; default: the default one.", show_default=False)] = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="A PostgreSQL setting; repeatable.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Make an endpoint on a branch. It does not run yet."""
     session = session_of(context)
@@ -73,6 +81,7 @@ def create(
         "mode": "primary" if lsn is None else "static",
         "lsn": lsn,
         "pg_version": pg_version,
+        "postgres_settings": parse_assignments(settings or [], "--set"),
     }
     endpoint = create_endpoint(load_installation(session.directory), body, pg_port)
     session.say(

@@ -257,7 +257,7 @@ def _status_row(installation: Installation, part: str, lock_dir: Path, http_addr
     state = "stopped"
     warnings: list[str] = []
     if process is not None:
-        status, warnings = probe_health(http_address, process.pid)
+        status, warnings, _ = probe_health(http_address, process.pid)
         state = {200: "running", 0: "starting"}.get(status, "unwell")
     return {
         "part": part,

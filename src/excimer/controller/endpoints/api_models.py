@@ -163,6 +163,7 @@ class SpecAnswer(BaseModel):
     wal_segment_size: int
     system_id: str
     token: str
+    controller_token: str
 
     @classmethod
     def of(cls, spec: ComputeSpec) -> "SpecAnswer":
@@ -175,6 +176,7 @@ class SpecAnswer(BaseModel):
             wal_segment_size=spec.wal_segment_size,
             system_id=str(spec.system_id),
             token=spec.token,
+            controller_token=spec.controller_token,
         )
 
 
