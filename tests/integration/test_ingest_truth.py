@@ -67,6 +67,7 @@ def test_storage_equals_a_recovered_server(version: int) -> None:
     assert not result.wrong, f"{len(result.wrong)} differences, seed {SEED}:\n" + "\n".join(result.wrong[:40])
     assert result.compared["page"] == PAGES * (LSNS + 1)
     assert all(result.compared[kind] >= 10 for kind in ("size", "SLRU page", "file", "field"))
+    assert result.compared["origin"] >= 3
 
 
 SMALL = StorageSettings(

@@ -56,6 +56,39 @@ rollback prepared 'rolled back later';
 begin; insert into subxact_t values (1005); prepare transaction 'left as well';
 """
 
+ORIGINS = """
+create table applied_t(id int);
+select pg_replication_origin_create('origin ' || g) from generate_series(1, 5) g;
+select pg_replication_origin_session_setup('origin 1');
+begin; select pg_replication_origin_xact_setup('0/1000', '2026-01-01');
+insert into applied_t values (1); commit;
+begin; select pg_replication_origin_xact_setup('0/3000', '2026-01-01');
+insert into applied_t values (2); commit;
+begin; select pg_replication_origin_xact_setup('0/2000', '2026-01-01');
+insert into applied_t values (3); commit;
+begin; select pg_replication_origin_xact_setup('0/4000', '2026-01-01');
+insert into applied_t values (4); rollback;
+insert into applied_t values (5);
+select pg_replication_origin_session_reset(), pg_replication_origin_session_setup('origin 2');
+begin; select pg_replication_origin_xact_setup('0/5000', '2026-01-01');
+insert into applied_t values (6);
+prepare transaction 'of an origin';
+begin; select pg_replication_origin_xact_setup('0/6000', '2026-01-01');
+insert into applied_t values (7);
+prepare transaction 'of an origin, in vain';
+begin; select pg_replication_origin_xact_setup('0/7000', '2026-01-01');
+insert into applied_t values (8);
+prepare transaction 'of an origin, left';
+select pg_replication_origin_session_reset(), pg_replication_origin_session_setup('origin 3');
+commit prepared 'of an origin';
+rollback prepared 'of an origin, in vain';
+select pg_replication_origin_session_reset();
+select pg_replication_origin_advance('origin 4', 'A/9000');
+select pg_replication_origin_advance('origin 5', '0/9000');
+select pg_replication_origin_advance('origin 4', 'A/8000');
+select pg_replication_origin_drop('origin 5');
+"""
+
 MULTIXACTS = """
 create table locked_t(id int primary key, v int);
 insert into locked_t select g, 0 from generate_series(1, 200) g;
@@ -99,6 +132,7 @@ def run(server: StockServer) -> None:
     server.sql(redo_workload.ROUND.format(round=1))
     server.sql(MULTIXACTS)
     server.sql(TWO_PHASE)
+    server.sql(ORIGINS)
     _databases(server)
     server.sql(redo_workload.ROUND.format(round=2))
     server.sql(redo_workload.END)

@@ -43,6 +43,7 @@ from excimer.pageserver.initdb_import import import_initdb
 from excimer.pgformat.checkpoint_state import CheckpointState, stored_next_xid
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.native_records import apply_native
+from excimer.pgformat.replication_origins import ORIGINS_PATH, parse_origins
 from excimer.pgformat.wal_reader import WalReader
 from excimer.pgformat.wal_segment import segment_name
 from excimer.postgres import PostgresBuild, run_initdb
@@ -308,6 +309,7 @@ class Comparer:
             ours[f"pg_twophase/{xid:016X}" if version >= 17 else f"pg_twophase/{xid & 0xFFFFFFFF:08X}"] = (
                 value
             )
+        self._compare_origins()
         patterns = ("base/*/pg_filenode.map", "global/pg_filenode.map", "base/*/PG_VERSION", "pg_twophase/*")
         theirs = {
             str(path.relative_to(self.data_dir)): path.read_bytes()
@@ -316,6 +318,16 @@ class Comparer:
         }
         for path in sorted({*ours, *theirs}):
             self.result.check("file", path, ours.get(path), theirs.get(path))
+
+    def _compare_origins(self) -> None:
+        """Up to which LSN at their origin transactions were applied; a file that says nothing need not be."""
+        path = self.data_dir / ORIGINS_PATH
+        theirs = dict(parse_origins(path.read_bytes())) if path.exists() else {}
+        ours = {parse_key(key).rel: value for key, value in self._scan(KeyKind.ORIGIN).items()}
+        for origin in sorted({*ours, *theirs}):
+            value = ours.get(origin)
+            known = None if value is None else int.from_bytes(value, "little")
+            self.result.check("origin", str(origin), known, theirs.get(origin))
 
     def compare_checkpoint(self) -> None:
         """Fields that the recovered server's own last checkpoint took over from what it had redone."""

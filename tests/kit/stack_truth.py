@@ -29,6 +29,7 @@ from excimer.base.keys import (
     Relation,
     describe_key,
     make_key,
+    origin_key,
     parse_key,
     relation_block_key,
     relation_path,
@@ -44,6 +45,7 @@ from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpac
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.checkpoint_state import CheckpointState, ClusterSettings
 from excimer.pgformat.control_file import ControlFile
+from excimer.pgformat.replication_origins import ORIGINS_PATH, parse_origins
 from excimer.pgformat.wal_reader import WalReader
 from excimer.pgformat.wal_record import WalRecord, decode_record
 from excimer.pgformat.wal_segment import segment_name
@@ -285,6 +287,9 @@ def _metadata(backup: Basebackup) -> Iterator[tuple[bytes, bytes]]:
         directory, name = path.rsplit("/", 1)
         if directory == "pg_twophase":
             yield two_phase_key(int(name, 16)), content
+        elif path == ORIGINS_PATH:
+            for origin, remote_lsn in parse_origins(content):
+                yield origin_key(origin), remote_lsn.to_bytes(8, "little")
         else:
             kind = KeyKind.DATABASE if name == "PG_VERSION" else KeyKind.RELATION_MAP
             is_global = directory == "global"

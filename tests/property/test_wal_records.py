@@ -137,7 +137,7 @@ def transaction_ends(draw: st.DrawFn) -> tuple[bytes, int]:
                 data += struct.pack("<I", count) + draw(items)
         if flags & 0x10:
             data += struct.pack("<I", draw(U32)) + (b"name\0" if flags & 0x80 else b"")
-        data += struct.pack("<QQ", 1, draw(U32)) if flags & 0x20 else b""
+        data += struct.pack("<QQ", draw(U32) << 16, draw(U32)) if flags & 0x20 else b""
     data = data[: len(data) - draw(st.sampled_from([0, 0, 0, 1, 5]))]
     info = draw(st.sampled_from([0x00, 0x20, 0x30, 0x40])) | (0x80 if has_flags else 0)
     body = struct.pack("<BH", 253, 3) + struct.pack("<BI", 254, len(data)) + data
@@ -154,9 +154,9 @@ def test_transaction_ends_are_taken_apart_alike(record: tuple[bytes, int]) -> No
         with pytest.raises(MalformedRecordError):
             describe_transaction_end(data, version)
         return
-    assert describe_transaction_end(data, version) == tuple(
-        tuple(map(tuple, field)) if name == "relations" else field  # type: ignore[call-overload]
-        for name, field in zip(expected._fields, expected, strict=True)
+    assert describe_transaction_end(data, version) == (
+        *expected[:-1],
+        tuple(tuple(relation) for relation in expected.relations),
     )
 
 

@@ -1,8 +1,9 @@
 """What other native modules use of `change_set`."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from excimer._native.batch_builder cimport BatchBuilder, StorageKey
+from excimer._native.origin_progress cimport OriginProgress
 from excimer._native.relation_sizes cimport RelationSizes, SizeKey
 
 cdef enum:  # kinds of storage keys
@@ -11,6 +12,7 @@ cdef enum:  # kinds of storage keys
     SLRU_BLOCK = 0x20
     SLRU_SIZE = 0x21
     TWO_PHASE = 0x40
+    ORIGIN = 0x41
     CHECKPOINT = 0x50
     COMMIT_TIME = 0x60
 
@@ -38,6 +40,7 @@ cdef struct Touch:
 cdef class ChangeSet:
     cdef readonly RelationSizes sizes
     cdef readonly BatchBuilder batch
+    cdef readonly OriginProgress origins
     cdef Touch* touches
     cdef size_t touch_count
     cdef size_t touch_capacity
@@ -63,6 +66,7 @@ cdef class ChangeSet:
     cdef uint8_t* put_native(self, const StorageKey* key, uint32_t size) noexcept nogil
     cdef void drop_relation(self, uint32_t spc, uint32_t db, uint32_t rel) noexcept nogil
     cdef void put_commit_time(self, int64_t time) noexcept nogil
+    cdef void put_origin(self, uint16_t origin, uint64_t remote_lsn) noexcept nogil
     cdef void put_state(self) noexcept nogil
 
     cdef int load_checkpoint_state(self, bytes state) except -1

@@ -1,9 +1,11 @@
 from excimer._native.batch_builder import BatchBuilder
+from excimer._native.origin_progress import OriginProgress
 from excimer._native.relation_sizes import RelationSizes
 
 class ChangeSet:
     sizes: RelationSizes
     batch: BatchBuilder
+    origins: OriginProgress
     last_commit_time: int
     def get_checkpoint_state(self) -> bytes: ...
     def set_checkpoint_state(self, state: bytes) -> None: ...

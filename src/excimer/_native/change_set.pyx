@@ -10,7 +10,7 @@ Not here: what a record touches and puts (`wal_decoder`).
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
@@ -24,6 +24,7 @@ from excimer._native.batch_builder cimport (
     StorageKey,
 )
 from excimer._native.little_endian cimport put_u32, put_u64, u32, u64
+from excimer._native.origin_progress cimport OriginProgress
 from excimer._native.relation_sizes cimport RelationSizes, SizeKey, SizeSlot
 
 cdef enum:
@@ -50,6 +51,7 @@ cdef class ChangeSet:
     def __cinit__(self):
         self.sizes = RelationSizes()
         self.batch = BatchBuilder()
+        self.origins = OriginProgress()
         self.last_commit_time = -(1 << 62)
 
     def __dealloc__(self):
@@ -208,6 +210,17 @@ cdef class ChangeSet:
         memset(&key, 0, sizeof(key))
         key.kind = COMMIT_TIME
         self.put(&key, VALUE_IMAGE, STARTS_CHAIN, &time, 8)
+
+    cdef void put_origin(self, uint16_t origin, uint64_t remote_lsn) noexcept nogil:
+        """The transaction of an origin that ends at `remote_lsn` there has ended here."""
+        cdef StorageKey key
+        cdef int moved = self.origins.advance(origin, remote_lsn)
+        if moved < 0:
+            self.batch.is_out_of_memory = True
+        elif moved:
+            memset(&key, 0, sizeof(key))
+            key.kind, key.rel = ORIGIN, origin
+            self.put(&key, VALUE_IMAGE, STARTS_CHAIN, &remote_lsn, 8)
 
     # -- the checkpoint state: offsets are those of pgformat.checkpoint_state
 

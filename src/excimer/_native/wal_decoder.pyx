@@ -4,7 +4,8 @@ The decoder walks the records of a chunk and adds to one batch what each does to
 
 * every block reference becomes the page image it carries, or the record itself;
 * a relation grows when a block beyond its size is touched (`change_set` says how);
-* commits, aborts, multixacts and visibility bits change SLRU and VM pages (`native_records`).
+* commits, aborts, multixacts and visibility bits change SLRU and VM pages (`native_records`);
+* what ends a transaction of a replication origin moves the origin's progress.
 
 It stops where Python must act, in WAL order: at a *special* record (everything rare), and when
 a size is *unknown* to its table. The state of a checkpoint is kept in the bytes of
@@ -88,6 +89,7 @@ cdef enum:  # resource managers
     RM_HASH = 12
     RM_GIST = 14
     RM_COMMIT_TS = 18
+    RM_REPLORIGIN = 19
     RM_LOGICALMSG = 21
     RM_CUSTOM_MIN = 128
 
@@ -235,7 +237,7 @@ cdef class WalDecoder:
             return info != 0x10  # all but creation
         if rmgr == RM_MULTIXACT:
             return info & 0x70 != 0x20  # all but creation
-        if rmgr in (RM_CLOG, RM_DBASE, RM_TBLSPC, RM_RELMAP, RM_COMMIT_TS):
+        if rmgr in (RM_CLOG, RM_DBASE, RM_TBLSPC, RM_RELMAP, RM_COMMIT_TS, RM_REPLORIGIN):
             return True
         return RM_LOGICALMSG < rmgr < RM_CUSTOM_MIN
 
@@ -519,6 +521,8 @@ cdef class WalDecoder:
             memset(&key, 0, sizeof(key))
             key.kind, key.db, key.rel = TWO_PHASE, <uint32_t> (xid >> 32), <uint32_t> xid
             self.changes.put(&key, VALUE_TOMBSTONE, STARTS_CHAIN, NULL, 0)
+        if self.xact.has_origin:
+            self.changes.put_origin(self.xact.origin, self.xact.origin_lsn)
         if self.xact.is_commit:
             self.changes.put_commit_time(self.xact.time)
 

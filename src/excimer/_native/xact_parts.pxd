@@ -1,6 +1,6 @@
 """What other native modules use of `xact_parts`."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from excimer._native.record_parts cimport RecordParts
 
@@ -12,6 +12,8 @@ cdef struct XactParts:
     uint16_t origin
     int64_t time
     int64_t commit_time  # what commit timestamps record: the origin's time if there is an origin
+    uint8_t has_origin
+    uint64_t origin_lsn  # end of the transaction at its origin
     uint32_t subxact_count
     const uint8_t* subxacts
     uint32_t relation_count

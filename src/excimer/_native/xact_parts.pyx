@@ -68,6 +68,8 @@ cdef int split_xact(const RecordParts* record, int pg_version, XactParts* xact) 
     xact.is_commit = operation == COMMIT or operation == COMMIT_PREPARED
     xact.is_prepared = operation == COMMIT_PREPARED or operation == ABORT_PREPARED
     xact.origin = record.origin
+    xact.has_origin = 0
+    xact.origin_lsn = 0
     xact.subxact_count = 0
     xact.relation_count = 0
     part = take(&cursor, 8)
@@ -99,6 +101,8 @@ cdef int split_xact(const RecordParts* record, int pg_version, XactParts* xact) 
     if flags & HAS_ORIGIN:
         part = take(&cursor, 16)
         if part != NULL:
+            xact.has_origin = 1
+            xact.origin_lsn = u64(part)
             xact.commit_time = <int64_t> u64(part + 8)
     return -1 if cursor.is_short else 0
 
@@ -127,6 +131,7 @@ def describe_transaction_end(bytes data, int pg_version):
         xact.time,
         xact.commit_time,
         xact.origin,
+        xact.origin_lsn if xact.has_origin else None,
         tuple(subxacts),
         tuple(relations),
     )

@@ -19,6 +19,7 @@ SLRU_SIZE        spc = Slru, rel = segment number                      u32 block
 RELATION_MAP     spc db                                                pg_filenode.map
 DATABASE         spc db                                                PG_VERSION text
 TWO_PHASE        db:rel = xid (64 bits)                                state file
+ORIGIN           rel = replication origin's id                         u64 remote LSN
 CHECKPOINT       (none)                                                CheckpointState
 CONTROL_FILE     (none)                                                pg_control
 COMMIT_TIME      (none)                                                i64 TimestampTz
@@ -51,6 +52,7 @@ class KeyKind(IntEnum):
     RELATION_MAP = 0x30
     DATABASE = 0x31
     TWO_PHASE = 0x40
+    ORIGIN = 0x41
     CHECKPOINT = 0x50
     CONTROL_FILE = 0x51
     COMMIT_TIME = 0x60
@@ -123,6 +125,10 @@ def slru_size_key(slru: int, segment: int) -> bytes:
 
 def two_phase_key(xid: int) -> bytes:
     return _KEY.pack(KeyKind.TWO_PHASE, 0, xid >> 32, xid & 0xFFFFFFFF, 0, 0)
+
+
+def origin_key(origin: int) -> bytes:
+    return _KEY.pack(KeyKind.ORIGIN, 0, 0, origin, 0, 0)
 
 
 def kind_range(kind: KeyKind) -> tuple[bytes, bytes]:

@@ -41,7 +41,7 @@ from excimer.compute.proposer import PostgresAddress, Proposer
 from excimer.compute.settings_keeper import SettingsKeeper
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
 from excimer.pgformat.auto_conf import render_auto_conf
-from excimer.pgformat.basebackup import Basebackup
+from excimer.pgformat.basebackup import Basebackup, origins_setting
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.wal_prefix import build_wal_prefix
@@ -204,13 +204,15 @@ class Attempt:
         )
         is_static = spec.static_lsn is not None
         self._settings = check_rules(self._keeper.starting())
-        self._options = fixed_arguments(control, self._settings, is_static=is_static)
+        origins = {origins_setting(backup.pg_version): backup.origin_count}
+        self._options = fixed_arguments(control, self._settings, origins=origins, is_static=is_static)
         postgresql_conf = render_postgres_settings(
             pg_version=backup.pg_version,
             host=spec.host,
             port=spec.port,
             socket_dir=str(spec.places.socket_dir),
             control=control,
+            origins=origins,
             is_static=is_static,
         )
         configuration = Configuration(postgresql_conf, render_auto_conf(self._settings))

@@ -56,37 +56,50 @@ def render_postgres_settings(
     port: int,
     socket_dir: str,
     control: ControlFile,
+    origins: Mapping[str, int],
     is_static: bool,
 ) -> str:
-    """The text of postgresql.conf, upon which the endpoint's own list lies in postgresql.auto.conf."""
+    """The text of postgresql.conf, upon which the endpoint's own list lies in postgresql.auto.conf.
+
+    `origins` names the setting that bounds how many replication origins have progress, and how many do.
+    """
     settings = dict(DEFAULTS)
     settings["max_prepared_transactions"] = str(control.max_prepared_xacts)
     settings["track_commit_timestamp"] = "on" if control.track_commit_timestamp else "off"
     if pg_version >= 18:
         settings["io_method"] = "sync"  # a query that waits for an I/O worker's fetch cannot be cancelled
+        settings["max_active_replication_origins"] = "10"  # PostgreSQL's own default
     settings |= FIXED
-    settings |= _at_least(settings, _history_needs(control, is_static=is_static))
+    settings |= _at_least(settings, _history_needs(control, origins, is_static=is_static))
     settings |= {"listen_addresses": host, "port": str(port), "unix_socket_directories": socket_dir}
     return render_settings(settings)
 
 
-def fixed_arguments(control: ControlFile, user_settings: Mapping[str, str], *, is_static: bool) -> list[str]:
+def fixed_arguments(
+    control: ControlFile,
+    user_settings: Mapping[str, str],
+    *,
+    origins: Mapping[str, int],
+    is_static: bool,
+) -> list[str]:
     """Options of the postgres program that set what is fixed, above postgresql.auto.conf.
 
     So too where the endpoint's own list offers less than the history in `control` needs: a prepared
     transaction needs its slot. Raises `PostgresSettingError`.
     """
-    given = {
-        name: user_settings[name] for name in _history_needs(control, is_static=True) if name in user_settings
-    }
-    needed = _at_least(given, _history_needs(control, is_static=is_static))
+    names = _history_needs(control, origins, is_static=True)
+    given = {name: user_settings[name] for name in names if name in user_settings}
+    needed = _at_least(given, _history_needs(control, origins, is_static=is_static))
     raised = {name: value for name, value in needed.items() if name in given and value != given[name]}
     return [part for name, value in (FIXED | raised).items() for part in ("-c", f"{name}={value}")]
 
 
-def _history_needs(control: ControlFile, *, is_static: bool) -> dict[str, int]:
-    """A standby must offer at least what the primary had, or PostgreSQL refuses to open it."""
-    needs = {"max_prepared_transactions": control.max_prepared_xacts}
+def _history_needs(control: ControlFile, origins: Mapping[str, int], *, is_static: bool) -> dict[str, int]:
+    """A standby must offer at least what the primary had, or PostgreSQL refuses to open it.
+
+    With less room than there are replication origins it refuses to start at all.
+    """
+    needs = {"max_prepared_transactions": control.max_prepared_xacts, **origins}
     if is_static:
         needs |= {
             "max_connections": control.max_connections,

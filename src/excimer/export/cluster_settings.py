@@ -6,10 +6,13 @@ branch, and do not travel.
 """
 
 from excimer.base.lsn import Lsn, format_lsn
+from excimer.pgformat.basebackup import origins_setting
 from excimer.pgformat.control_file import ControlFile
 
 WAL_LEVEL_LOGICAL = 2
 """pg_control's code for wal_level = logical."""
+ORIGINS_DEFAULT = 10
+"""PostgreSQL's own bound on replication origins."""
 
 DEFAULTS = {
     "max_connections": "100",
@@ -42,8 +45,8 @@ IDENT = """\
 """
 
 
-def postgresql_conf(control: ControlFile, lsn: Lsn) -> str:
-    """The text of postgresql.conf."""
+def postgresql_conf(control: ControlFile, lsn: Lsn, *, pg_version: int, origin_count: int) -> str:
+    """The text of postgresql.conf; `origin_count` replication origins have progress."""
     settings = dict(DEFAULTS)
     if control.max_prepared_xacts:
         settings["max_prepared_transactions"] = str(control.max_prepared_xacts)
@@ -51,6 +54,8 @@ def postgresql_conf(control: ControlFile, lsn: Lsn) -> str:
         settings["track_commit_timestamp"] = "on"
     if control.wal_level == WAL_LEVEL_LOGICAL:
         settings["wal_level"] = "logical"
+    if origin_count > ORIGINS_DEFAULT:
+        settings[origins_setting(pg_version)] = str(origin_count)
     lines = "".join(f"{name} = {value}\n" for name, value in settings.items())
     return (
         f"# Written by excimer export: a branch at {format_lsn(lsn)} as a plain cluster.\n"

@@ -83,9 +83,12 @@ def plan_export(backup: Basebackup, now_s: int) -> ExportLayout:
         prev_lsn=Lsn(backup.prev_lsn),
         now_s=now_s,
     )
+    configuration = postgresql_conf(
+        control, Lsn(backup.lsn), pg_version=backup.pg_version, origin_count=backup.origin_count
+    )
     files = [
         ("PG_VERSION", f"{backup.pg_version}\n".encode()),
-        ("postgresql.conf", postgresql_conf(control, Lsn(backup.lsn)).encode()),
+        ("postgresql.conf", configuration.encode()),
         ("postgresql.auto.conf", b""),
         ("pg_hba.conf", HBA.encode()),
         ("pg_ident.conf", IDENT.encode()),

@@ -1,6 +1,6 @@
 """Builds a basebackup: reads what `basebackup_plan` decided from the store, at one LSN.
 
-Metadata is read in a thread, in four range scans; pages in batches of adjacent blocks, several at a
+Metadata is read in a thread, in six range scans; pages in batches of adjacent blocks, several at a
 time. The result is a MessagePack value in a zstd frame, made in a thread too: nothing here holds the
 event loop for more than a few hundred microseconds.
 
@@ -40,6 +40,7 @@ from excimer.pgformat.basebackup import (
 )
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.relation_map import parse_relation_map
+from excimer.pgformat.replication_origins import ORIGINS_PATH, OriginProgress, pack_origins
 from excimer.pgformat.two_phase import PreparedTransaction, parse_two_phase, two_phase_path
 
 COMPRESSION_LEVEL = 1
@@ -106,6 +107,11 @@ def _read_metadata(source: BasebackupSource, point: BasebackupPoint) -> _Metadat
         fields = parse_key(key)
         files.append((two_phase_path(fields.db << 32 | fields.rel, source.pg_version), value))
         prepared.append(parse_two_phase(value, source.pg_version))
+    origins = source.scan(*kind_range(KeyKind.ORIGIN), lsn)
+    progress = (
+        OriginProgress(parse_key(key).rel, Lsn(int.from_bytes(value, "little"))) for key, value in origins
+    )
+    files.append((ORIGINS_PATH, pack_origins(progress)))
     return _Metadata(manifest, files, plan_pages(manifest, maps, point.checkpoint, prepared))
 
 

@@ -1,8 +1,9 @@
 """The files of a cluster as the content of a timeline: file bytes in, keys and whole values out.
 
 Everything that has a key is taken: relations with all their forks, SLRU segments, relation maps, each
-database's PG_VERSION, prepared transactions, pg_control and the checkpoint in it. Pages of zeros are left
-out: a block below its relation's size without a value is one. Three things come in changed:
+database's PG_VERSION, prepared transactions, replication origins' progress, pg_control and the
+checkpoint in it. Pages of zeros are left out: a block below its relation's size without a value is one.
+Three things come in changed:
 
 * **unlogged relations** are empty, as after a crash: only their init forks count;
 * **data checksums** are off from here on. The checksums that pages carry stay, and nobody looks at them;
@@ -26,6 +27,7 @@ from excimer.base.keys import (
     KeyKind,
     Relation,
     make_key,
+    origin_key,
     relation_block_key,
     relation_size_key,
     slru_block_key,
@@ -35,6 +37,7 @@ from excimer.base.keys import (
 from excimer.pgformat.checkpoint_state import CheckpointState, ClusterSettings
 from excimer.pgformat.cluster_files import ClusterFile, ClusterFileError, FileKind
 from excimer.pgformat.control_file import ControlFile
+from excimer.pgformat.replication_origins import parse_origins
 from excimer.wire.replication import POSTGRES_TIMELINE
 
 WHOLE_FILE_SIZE_BYTES_MAX = 16 << 20
@@ -102,7 +105,7 @@ class ClusterImages:
     def end_file(self) -> None:
         """Part of a block at the end does not count, as PostgreSQL does not count it.
 
-        Raises `ControlFileError`, and what `add` does.
+        Raises `ControlFileError`, `OriginsFileError`, and what `add` does.
         """
         file, self._file = self._file, None
         if file is None:
@@ -122,6 +125,9 @@ class ClusterImages:
                 self._add(make_key(KeyKind.DATABASE, *file.relation[:2]), self._rest)
             case FileKind.TWO_PHASE:
                 self._two_phase[file.xid] = self._rest
+            case FileKind.ORIGINS:
+                for origin, remote_lsn in parse_origins(self._rest):
+                    self._add(origin_key(origin), remote_lsn.to_bytes(8, "little"))
             case FileKind.CONTROL:
                 self.control_file = ControlFile.unpack(self._rest, self._pg_version)
 

@@ -11,8 +11,8 @@ Every record type of PostgreSQL 14 to 18 is handled; one that nobody has heard o
 because passing over it would make wrong pages (S1). Only WAL at or below the commit LSN comes here (C3).
 
 What is not kept, on purpose: contents of the free space map (it is not in WAL; after a truncation
-the map counts as empty), replication origins' progress, and tablespaces' paths: relations in user
-tablespaces are stored like all others, but computes do not serve them.
+the map counts as empty), and tablespaces' paths: relations in user tablespaces are stored like all others,
+but computes do not serve them.
 
 Not here: receiving WAL (`wal_receiver`), what the rare records do (`special_records`), storing (`storage`).
 """
@@ -22,7 +22,7 @@ from typing import Protocol
 
 from excimer._native.wal_decoder import DONE, SPECIAL, WalDecoder
 from excimer.base.errors import CorruptionError, RefusedError
-from excimer.base.keys import KeyKind, make_key
+from excimer.base.keys import KeyKind, kind_range, make_key, origin_key, parse_key
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.pageserver.special_records import apply_special_record
 from excimer.pgformat.checkpoint_state import CheckpointState
@@ -31,6 +31,8 @@ from excimer.storage.format.values import PackedBatch, ValueKind
 
 _CHECKPOINT_KEY = make_key(KeyKind.CHECKPOINT)
 _COMMIT_TIME_KEY = make_key(KeyKind.COMMIT_TIME)
+ORIGINS_WITHOUT_PROGRESS = (0, 0xFFFF)
+"""InvalidRepOriginId and DoNotReplicateId: `replorigin_advance` leaves both alone."""
 
 PutBatch = Callable[[PackedBatch, Lsn, Lsn], None]
 ReadPages = Callable[[bytes, int, Lsn], bytes]
@@ -93,6 +95,8 @@ class WalIngest:
         commit_time = timeline.get_value(_COMMIT_TIME_KEY, lsn)
         if commit_time is not None:
             self._changes.last_commit_time = int.from_bytes(commit_time, "little", signed=True)
+        for key, remote_lsn in timeline.scan(*kind_range(KeyKind.ORIGIN), lsn):
+            self._changes.origins.set(parse_key(key).rel, int.from_bytes(remote_lsn, "little"))
 
     @property
     def position(self) -> Lsn:
@@ -166,6 +170,22 @@ class WalIngest:
     def put_value(self, key: bytes, lsn: Lsn, kind: ValueKind, payload: bytes = b"") -> None:
         starts_chain = kind is not ValueKind.NATIVE
         self._changes.batch.add(key, lsn, kind, starts_chain, payload)
+
+    def advance_origin(self, origin: int, lsn: Lsn, remote_lsn: int) -> None:
+        """Up to `remote_lsn` at its origin it has been applied; origins never go back by themselves."""
+        known = self._changes.origins.get(origin)
+        if origin not in ORIGINS_WITHOUT_PROGRESS and (known is None or known < remote_lsn):
+            self.put_origin(origin, lsn, remote_lsn)
+
+    def put_origin(self, origin: int, lsn: Lsn, remote_lsn: int | None) -> None:
+        """None: nothing has been applied of it from here on."""
+        if origin in ORIGINS_WITHOUT_PROGRESS:
+            return
+        self._changes.origins.set(origin, remote_lsn)
+        if remote_lsn is None:
+            self.put_value(origin_key(origin), lsn, ValueKind.TOMBSTONE)
+        else:
+            self.put_value(origin_key(origin), lsn, ValueKind.IMAGE, remote_lsn.to_bytes(8, "little"))
 
     def put_checkpoint_state(self, state: CheckpointState) -> None:
         self._changes.set_checkpoint_state(state.pack())

@@ -2,7 +2,8 @@
 
 One function per resource manager, found through `_HANDLERS`. Each gets the ingest (through which it
 reads sizes and puts values), the record's place, and the record taken apart.
-Sources: xlog_redo, smgr_redo, clog_redo, dbase_redo, multixact_redo, relmap_redo, commit_ts_redo.
+Sources: xlog_redo, smgr_redo, clog_redo, dbase_redo, multixact_redo, relmap_redo, commit_ts_redo,
+replorigin_redo, PrepareRedoAdd.
 
 Not here: records that come by the thousand (`_native/wal_decoder.pyx`), databases
 (`database_records`), SLRU files coming and going (`slru_records`).
@@ -37,6 +38,12 @@ from excimer.pageserver.slru_records import (
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.checkpoint_state import CheckpointState, ClusterSettings
 from excimer.pgformat.native_records import HEAP_BLOCKS_PER_VM_PAGE, encode_vm_truncate
+from excimer.pgformat.replication_origins import (
+    REPLORIGIN_DROP,
+    REPLORIGIN_SET,
+    decode_origin_drop,
+    decode_origin_set,
+)
 from excimer.pgformat.slru import id_precedes, xid_precedes
 from excimer.pgformat.transaction_records import XACT_OPMASK, XACT_PREPARE, decode_prepare
 from excimer.pgformat.wal_record import DecodedRecord, MalformedRecordError, Rmgr, WalRecord
@@ -155,7 +162,7 @@ def _change_parameters(
 
 
 def _apply_prepare(ingest: "WalIngest", record: WalRecord, decoded: DecodedRecord) -> bool:
-    """The state file appears; its subtransactions' xids count as used."""
+    """The state file appears; its subtransactions' xids count as used; its origin has moved on."""
     if decoded.header.info & XACT_OPMASK != XACT_PREPARE:
         return False
     prepared = decode_prepare(decoded.main_data, ingest.timeline.pg_version)
@@ -163,6 +170,7 @@ def _apply_prepare(ingest: "WalIngest", record: WalRecord, decoded: DecodedRecor
         ingest.advance_next_xid(xid)
     key = two_phase_key(ingest.full_xid(prepared.xid))
     ingest.put_value(key, record.end_lsn, ValueKind.IMAGE, prepared.state_file)
+    ingest.advance_origin(decoded.origin, record.end_lsn, prepared.origin_lsn)
     return True
 
 
@@ -221,6 +229,21 @@ def _apply_tablespace(ingest: "WalIngest", record: WalRecord, decoded: DecodedRe
     return decoded.header.info & INFO_MASK in (TBLSPC_CREATE, TBLSPC_DROP)
 
 
+def _apply_origin(ingest: "WalIngest", record: WalRecord, decoded: DecodedRecord) -> bool:
+    match decoded.header.info & INFO_MASK:
+        case info if info == REPLORIGIN_SET:
+            change = decode_origin_set(decoded.main_data)
+            if change.may_go_back:
+                ingest.put_origin(change.origin, record.end_lsn, change.remote_lsn)
+            else:
+                ingest.advance_origin(change.origin, record.end_lsn, change.remote_lsn)
+        case info if info == REPLORIGIN_DROP:
+            ingest.put_origin(decode_origin_drop(decoded.main_data), record.end_lsn, None)
+        case _:
+            return False
+    return True
+
+
 _Handler = Callable[["WalIngest", WalRecord, DecodedRecord], bool]
 """False: the resource manager has no such record."""
 
@@ -234,4 +257,5 @@ _HANDLERS: dict[int, _Handler] = {
     Rmgr.MULTIXACT: apply_multixact_record,
     Rmgr.RELMAP: _apply_relation_map,
     Rmgr.COMMIT_TS: apply_commit_ts_record,
+    Rmgr.REPLORIGIN: _apply_origin,
 }

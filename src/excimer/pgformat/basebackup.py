@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from excimer.pgformat.replication_origins import ORIGINS_PATH, count_origins
+
 FORMAT_VERSION = 1
 
 _RELATION_FORK = struct.Struct("<IIIB3xI")
@@ -53,10 +55,20 @@ class Basebackup(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: bytes
     """A packed `CheckPoint`: the fields a checkpoint taken at `lsn` would have."""
     files: list[tuple[str, bytes]]
-    """Relative path and content: PG_VERSION, pg_filenode.map, pg_twophase/…."""
+    """Relative path and content: PG_VERSION, pg_filenode.map, pg_twophase/…, replication origins."""
     relation_forks: bytes
     slru_segments: bytes
     pages: list[InlinePage]
+
+    @property
+    def origin_count(self) -> int:
+        """Replication origins with progress."""
+        return sum(count_origins(content) for path, content in self.files if path == ORIGINS_PATH)
+
+
+def origins_setting(pg_version: int) -> str:
+    """The setting that bounds how many replication origins have progress; with fewer, start-up is a PANIC."""
+    return "max_active_replication_origins" if pg_version >= 18 else "max_replication_slots"
 
 
 def pack_relation_forks(forks: list[RelationFork]) -> bytes:

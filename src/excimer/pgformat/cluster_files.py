@@ -5,10 +5,11 @@
     base/5/16384        base/5/16384_vm.2        global/1260        relations
     pg_xact/0000        pg_multixact/offsets/…   pg_commit_ts/…     SLRU segments
     base/5/pg_filenode.map    base/5/PG_VERSION  pg_twophase/…      values of their own
+    pg_logical/replorigin_checkpoint                               how far replication origins are applied
     global/pg_control                                              the cluster's state
 
 All else is not kept: configuration (a compute writes its own), temporary files and relations, replication
-slots and origins, statistics, notifications, what start-up makes anew (pg_subtrans, relation caches).
+slots, statistics, notifications, what start-up makes anew (pg_subtrans, relation caches).
 
 Not here: reading any of it.
 """
@@ -26,6 +27,7 @@ from excimer.base.keys import (
     Relation,
 )
 from excimer.base.lsn import Lsn, parse_lsn
+from excimer.pgformat.replication_origins import ORIGINS_PATH
 
 _RELATION = re.compile(r"(?:global|base/(\d+))/(\d+)(_fsm|_vm|_init)?(?:\.(\d+))?\Z")
 _SLRU_SEGMENT = re.compile(r"(.+)/([0-9A-F]{4,15})\Z")
@@ -45,6 +47,7 @@ class FileKind(Enum):
     RELATION_MAP = auto()
     DATABASE = auto()
     TWO_PHASE = auto()
+    ORIGINS = auto()
     CONTROL = auto()
 
 
@@ -64,6 +67,8 @@ def identify_file(path: str) -> ClusterFile | None:
     """What the file at `path`, relative to the data directory, is; None for what is not kept."""
     if path == "global/pg_control":
         return ClusterFile(FileKind.CONTROL)
+    if path == ORIGINS_PATH:
+        return ClusterFile(FileKind.ORIGINS)
     if match := _RELATION.match(path):
         db, rel, suffix, segment = match.groups()
         relation = Relation(*_place(db), int(rel))

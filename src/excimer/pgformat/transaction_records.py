@@ -42,6 +42,7 @@ HAS_DROPPED_STATS = 1 << 8
 _PREPARE_HEAD = struct.Struct("<IIIIqIi")
 _PREPARE_SIZE_BYTES = {14: 64, 15: 72, 16: 72, 17: 72, 18: 72}
 _PREPARE_NAME_SIZE_OFFSET = {14: 46, 15: 54, 16: 54, 17: 54, 18: 54}
+_PREPARE_ORIGIN_OFFSET = {14: 48, 15: 56, 16: 56, 17: 56, 18: 56}
 
 
 class TransactionEnd(NamedTuple):
@@ -54,12 +55,17 @@ class TransactionEnd(NamedTuple):
     commit_time: int
     """What commit timestamps record: the replication origin's time if there is one."""
     origin: int
+    """Of the record itself; 0 where the transaction does not come from elsewhere."""
+    origin_lsn: int | None
+    """End of the transaction at its replication origin; None where the record does not say."""
     subxacts: tuple[int, ...]
     relations: tuple[Relation, ...]
 
 
 class Prepared(NamedTuple):
     xid: int
+    origin_lsn: int
+    """End of what was prepared at its replication origin; 0 if it comes from none."""
     subxacts: tuple[int, ...]
     state_file: bytes
 
@@ -95,6 +101,7 @@ def decode_transaction_end(record: DecodedRecord, pg_version: int) -> Transactio
     time = commit_time = cursor.number("<q")
     flags = cursor.number("<I") if record.header.info & XACT_HAS_INFO else 0
     subxacts = relations = b""
+    origin_lsn: int | None = None
     if flags & HAS_DBINFO:
         cursor.take(8)
     if flags & HAS_SUBXACTS:
@@ -110,7 +117,7 @@ def decode_transaction_end(record: DecodedRecord, pg_version: int) -> Transactio
         if flags & HAS_GID:
             cursor.text()
     if flags & HAS_ORIGIN:
-        cursor.take(8)
+        origin_lsn = cursor.number("<Q")
         commit_time = cursor.number("<q")
     return TransactionEnd(
         xid,
@@ -119,6 +126,7 @@ def decode_transaction_end(record: DecodedRecord, pg_version: int) -> Transactio
         time,
         commit_time,
         record.origin,
+        origin_lsn,
         tuple(value for (value,) in struct.iter_unpack("<I", subxacts)),
         tuple(Relation(*fields) for fields in struct.iter_unpack("<III", relations)),
     )
@@ -131,9 +139,10 @@ def decode_prepare(main_data: bytes, pg_version: int) -> Prepared:
         raise MalformedRecordError("prepare record is shorter than its header")
     _, _, xid, _, _, _, count = _PREPARE_HEAD.unpack_from(main_data)
     (name_bytes,) = struct.unpack_from("<H", main_data, _PREPARE_NAME_SIZE_OFFSET[pg_version])
+    (origin_lsn,) = struct.unpack_from("<Q", main_data, _PREPARE_ORIGIN_OFFSET[pg_version])
     start = header_bytes + (name_bytes + 7) // 8 * 8
     subxacts = main_data[start : start + 4 * count]
     if count < 0 or len(subxacts) != 4 * count:
         raise MalformedRecordError("prepare record is shorter than it says")
     crc = struct.pack("<I", google_crc32c.value(main_data))
-    return Prepared(xid, struct.unpack(f"<{count}I", subxacts), main_data + crc)
+    return Prepared(xid, origin_lsn, struct.unpack(f"<{count}I", subxacts), main_data + crc)

@@ -1,6 +1,7 @@
 """postgresql.conf: durability cannot be switched off, and the history's minimums are kept."""
 
 import re
+from collections.abc import Mapping
 
 import msgspec
 import pytest
@@ -10,6 +11,7 @@ from excimer.compute.postgres_settings import (
     fixed_arguments,
     render_postgres_settings,
 )
+from excimer.pgformat.basebackup import origins_setting
 from excimer.pgformat.control_file import ControlFile
 from tests.kit.control_files import CONTROL
 
@@ -19,6 +21,7 @@ def render(
     is_static: bool = False,
     pg_version: int = 18,
     control: ControlFile = CONTROL,
+    origins: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     text = render_postgres_settings(
         pg_version=pg_version,
@@ -26,6 +29,7 @@ def render(
         port=5433,
         socket_dir="/tmp/x",
         control=control,
+        origins=origins or {},
         is_static=is_static,
     )
     return dict(re.findall(r"^(\S+) = '(.*)'$", text, re.MULTILINE))
@@ -37,7 +41,7 @@ def test_endpoints_wait_for_the_proposer_even_a_static_one_that_was_promoted() -
 
 
 def test_what_is_fixed_is_out_of_alter_systems_reach() -> None:
-    options = fixed_arguments(CONTROL, {"fsync": "on", "work_mem": "9MB"}, is_static=False)
+    options = fixed_arguments(CONTROL, {"fsync": "on", "work_mem": "9MB"}, origins={}, is_static=False)
     assert {f"{name}={value}" for name, value in FIXED.items()} == set(options[1::2])
     assert set(options[::2]) == {"-c"}
 
@@ -47,7 +51,9 @@ def test_prepared_transactions_of_the_history_keep_their_slots(is_static: bool) 
     control = msgspec.structs.replace(CONTROL, max_prepared_xacts=7)
     assert render(is_static=is_static, control=control)["max_prepared_transactions"] == "7"
     for given, raised in (("3", True), ("0x7", False), ("9", False)):
-        options = fixed_arguments(control, {"max_prepared_transactions": given}, is_static=is_static)
+        options = fixed_arguments(
+            control, {"max_prepared_transactions": given}, origins={}, is_static=is_static
+        )
         assert ("max_prepared_transactions=7" in options) == raised
 
 
@@ -55,10 +61,25 @@ def test_a_standby_offers_what_its_primary_had_whatever_its_own_list_says() -> N
     control = msgspec.structs.replace(CONTROL, max_connections=300)
     assert render(is_static=True, control=control)["max_connections"] == "300"
     assert render(control=control)["max_connections"] == "100"
-    assert "max_connections=300" in fixed_arguments(control, {"max_connections": "50"}, is_static=True)
-    assert "max_connections=300" not in fixed_arguments(control, {"max_connections": "50"}, is_static=False)
+    assert "max_connections=300" in fixed_arguments(
+        control, {"max_connections": "50"}, origins={}, is_static=True
+    )
+    assert "max_connections=300" not in fixed_arguments(
+        control, {"max_connections": "50"}, origins={}, is_static=False
+    )
 
 
 def test_io_method_exists_only_from_18_on() -> None:
     assert "io_method" in render()
     assert "io_method" not in render(pg_version=17)
+
+
+@pytest.mark.parametrize("pg_version", [17, 18])
+def test_there_is_room_for_every_replication_origin_of_the_history(pg_version: int) -> None:
+    """With less, PostgreSQL does not start."""
+    name = origins_setting(pg_version)
+    assert render(pg_version=pg_version, origins={name: 12})[name] == "12"
+    assert render(pg_version=pg_version, origins={name: 3})[name] == "10"
+    for given, raised in (("5", True), ("40", False)):
+        options = fixed_arguments(CONTROL, {name: given}, origins={name: 12}, is_static=False)
+        assert (f"{name}=12" in options) == raised

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from excimer.base.lsn import Lsn
+from excimer.export.cluster_settings import postgresql_conf
 from excimer.export.layout import plan_export
 from excimer.pgformat.basebackup import (
     Basebackup,
@@ -88,3 +89,12 @@ def test_settings_that_the_history_needs_travel() -> None:
     assert "wal_level = logical\n" in text
     plain = dict(plan_export(_backup(3 * SEGMENT + 800), now_s=5).files)["postgresql.conf"].decode()
     assert "prepared" not in plain
+
+
+@pytest.mark.parametrize(
+    ("pg_version", "name"), [(17, "max_replication_slots"), (18, "max_active_replication_origins")]
+)
+def test_there_is_room_for_every_replication_origin(pg_version: int, name: str) -> None:
+    text = postgresql_conf(CONTROL, Lsn(5), pg_version=pg_version, origin_count=12)
+    assert f"\n{name} = 12\n" in text
+    assert name not in postgresql_conf(CONTROL, Lsn(5), pg_version=pg_version, origin_count=10)

@@ -5,17 +5,18 @@ import asyncio
 import zstandard
 
 from excimer.base.ids import TenantId, TimelineId
-from excimer.base.keys import BLOCK_SIZE_BYTES
+from excimer.base.keys import BLOCK_SIZE_BYTES, origin_key
 from excimer.base.lsn import Lsn
 from excimer.pageserver.basebackup_job import CONCURRENT_RUNS_MAX, BasebackupPoint, build_basebackup
 from excimer.pageserver.bootstrap import initdb_template
 from excimer.pageserver.initdb_import import import_initdb
 from excimer.pgformat.basebackup import decode_basebackup
+from excimer.pgformat.replication_origins import ORIGINS_PATH, parse_origins
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.memory_timeline import MemoryTimeline
 
-SCANS = 5
-"""Sizes of relations and of SLRU segments, relation maps, databases, prepared transactions."""
+SCANS = 6
+"""Sizes of relations and of SLRU segments, relation maps, databases, prepared transactions, origins."""
 PAGES_PER_READ_MIN = 3
 
 
@@ -33,6 +34,7 @@ def test_pages_are_read_in_runs_and_all_else_in_a_few_scans() -> None:
     timeline = CountedTimeline(TenantId("aa" * 16), TimelineId("bb" * 16), build.version)
     for key, value in cluster.images:
         timeline.put(key, cluster.end_lsn, value)
+    timeline.put(origin_key(3), cluster.end_lsn, (0xA_0000_9000).to_bytes(8, "little"))
     point = BasebackupPoint(
         cluster.end_lsn,
         cluster.prev_record_lsn,
@@ -46,3 +48,5 @@ def test_pages_are_read_in_runs_and_all_else_in_a_few_scans() -> None:
     assert len(timeline.reads) * PAGES_PER_READ_MIN < len(backup.pages)
     assert timeline.reading_most <= CONCURRENT_RUNS_MAX
     assert timeline.scans == SCANS
+    assert backup.origin_count == 1
+    assert parse_origins(dict(backup.files)[ORIGINS_PATH]) == [(3, 0xA_0000_9000)]

@@ -16,6 +16,7 @@ from excimer.base.keys import (
     KeyKind,
     Relation,
     make_key,
+    origin_key,
     relation_block_key,
     relation_size_key,
     slru_size_key,
@@ -35,6 +36,12 @@ from excimer.pageserver.running_imports import ImportBrokenOffError, RunningImpo
 from excimer.pgformat.checkpoint_state import CheckpointState
 from excimer.pgformat.cluster_files import ClusterFileError, identify_file
 from excimer.pgformat.control_file import ControlFile
+from excimer.pgformat.replication_origins import (
+    ORIGINS_PATH,
+    OriginProgress,
+    OriginsFileError,
+    pack_origins,
+)
 from excimer.pgformat.tar_stream import END_OF_TAR, pack_file_header, padding
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.wire.import_stream import (
@@ -70,6 +77,7 @@ FILES = {
     "base/pgsql_tmp/pgsql_tmp7.0": b"sorted",
     "pg_xact/0000": image_of(b"clog"),
     "pg_twophase/00000005000002EC": b"prepared",
+    ORIGINS_PATH: pack_origins([OriginProgress(7, Lsn(0xA_0000_9000))]),
     "postgresql.conf": b"fsync = off",
     "global/pg_control": THEIRS.pack(),
 }
@@ -121,6 +129,7 @@ async def test_a_cluster_becomes_a_timeline(tmp_path: Path) -> None:
             }
             assert timeline.get_value(slru_size_key(0, 0), START) == (1).to_bytes(4, "little")
             assert timeline.get_value(two_phase_key((5 << 32) + 748), START) == b"prepared"
+            assert timeline.get_value(origin_key(7), START) == (0xA_0000_9000).to_bytes(8, "little")
             control = timeline.get_value(make_key(KeyKind.CONTROL_FILE), START) or b""
             assert ControlFile.unpack(control, 18).data_checksum_version == 0
             state = CheckpointState.unpack(timeline.get_value(make_key(KeyKind.CHECKPOINT), START) or b"")
@@ -142,6 +151,8 @@ async def test_a_cluster_becomes_a_timeline(tmp_path: Path) -> None:
             ClusterFileError,
             "another cluster than the stream says",
         ),
+        (stream({**FILES, ORIGINS_PATH: FILES[ORIGINS_PATH][:-1]}), OriginsFileError, "no whole number"),
+        (stream({**FILES, ORIGINS_PATH: b"x" + FILES[ORIGINS_PATH][1:]}), OriginsFileError, "is damaged"),
         (encode_tar(b""), ImportStreamError, "files come after the beginning"),
         (encode_begin(BEGIN) * 2, ImportStreamError, "begins twice"),
         (encode_begin(BEGIN) + encode_end(), ImportStreamError, "before the files do"),

@@ -11,6 +11,7 @@ from excimer.base.keys import (
     Relation,
     Slru,
     make_key,
+    origin_key,
     relation_block_key,
     relation_size_key,
     slru_block_key,
@@ -205,14 +206,19 @@ def test_truncation_cuts_every_fork_as_redo_does() -> None:
     assert not world.add(Rmgr.SMGR, 0x20, truncate(2 * PER_MAP_PAGE, 7)), "longer than it is: nothing"
 
 
-def commit(subxacts: tuple[int, ...] = (), relations: tuple[Relation, ...] = (), time: int = 10**15) -> bytes:
-    flags = (2 if subxacts else 0) | (4 if relations else 0)
+def commit(
+    subxacts: tuple[int, ...] = (),
+    relations: tuple[Relation, ...] = (),
+    time: int = 10**15,
+    origin_lsn: int | None = None,
+) -> bytes:
+    flags = (2 if subxacts else 0) | (4 if relations else 0) | (0 if origin_lsn is None else 32)
     data = struct.pack("<qI", time, flags)
     if subxacts:
         data += struct.pack(f"<I{len(subxacts)}I", len(subxacts), *subxacts)
     if relations:
         data += struct.pack("<I", len(relations)) + b"".join(struct.pack("<III", *r) for r in relations)
-    return data
+    return data if origin_lsn is None else data + struct.pack("<Qq", origin_lsn, time)
 
 
 def test_commit_marks_every_xid_on_its_page() -> None:
@@ -330,6 +336,71 @@ def test_two_phase_file_comes_and_goes() -> None:
     assert status.payload == native_records.encode_clog_status(XactStatus.COMMITTED, [1000, 1001, 1002])
 
 
+class OriginWorld(World):
+    """Only what becomes of replication origins."""
+
+    def end(self, origin: int, origin_lsn: int, *, info: int = 0x80) -> list[bytes]:
+        """A transaction of `origin` ends; what was put."""
+        values = self.add(Rmgr.XACT, info, commit(origin_lsn=origin_lsn), xid=1000, origin=origin)
+        return [value.payload for value in values if value.key == origin_key(origin)]
+
+    def progress(self, origin: int) -> int | None:
+        value = self.timeline.get_value(origin_key(origin), self.timeline.last_record_lsn)
+        return None if value is None else int.from_bytes(value, "little")
+
+
+@pytest.mark.parametrize("info", [0x80, 0xA0, 0xB0, 0xC0])
+def test_ends_of_transactions_move_their_origin_and_never_back(info: int) -> None:
+    """Commits and aborts, of prepared transactions too."""
+    world = OriginWorld()
+    assert world.end(3, 500, info=info) == [(500).to_bytes(8, "little")]
+    assert world.end(3, 400, info=info) == []
+    assert world.end(7, 1 << 40, info=info)
+    assert (world.progress(3), world.progress(7)) == (500, 1 << 40)
+
+
+def test_an_ingest_that_starts_again_knows_the_origins() -> None:
+    world = OriginWorld()
+    world.end(3, 500)
+    world.ingest = world.new_ingest()
+    before, at = len(world.timeline.values), len(world.wal.stream)
+    world.wal.add(Rmgr.XACT, 0x80, commit(origin_lsn=450), xid=1001, origin=3)
+    world.ingest.ingest(bytes(world.wal.stream[at:]), Lsn(START + at))
+    assert origin_key(3) not in [value.key for value in world.timeline.values[before:]]
+    assert world.progress(3) == 500
+
+
+def test_what_is_no_origin_has_no_progress() -> None:
+    """InvalidRepOriginId and DoNotReplicateId, natively and in the rare records."""
+    world = OriginWorld()
+    for origin in (0, 0xFFFF):
+        assert world.end(origin, 500) == []
+        world.add(Rmgr.REPLORIGIN, 0x00, struct.pack("<QH?", 800, origin, True))
+        assert world.progress(origin) is None
+
+
+def test_origins_are_set_and_dropped() -> None:
+    world = OriginWorld()
+    world.end(3, 500)
+    for remote_lsn, may_go_back, expected in ((450, False, 500), (450, True, 450), (600, False, 600)):
+        world.add(Rmgr.REPLORIGIN, 0x00, struct.pack("<QH?5x", remote_lsn, 3, may_go_back))
+        assert world.progress(3) == expected
+    world.add(Rmgr.REPLORIGIN, 0x10, struct.pack("<H", 3))
+    assert world.progress(3) is None
+    assert world.end(3, 100) == [(100).to_bytes(8, "little")], "the number can be used again"
+
+
+@pytest.mark.parametrize("pg_version", [14, 18])
+def test_a_prepared_transaction_moves_its_origin(pg_version: int) -> None:
+    world = OriginWorld(pg_version)
+    counts = (0,) * (4 if pg_version == 14 else 6)
+    layout = f"<IIIIqI{len(counts)}iBxHQq"
+    data = struct.pack(layout, 0x57F94534, 200, 1000, 5, 7, 10, *counts, 0, 3, 700, 9)
+    data += b"gx\0".ljust(8, b"\0")
+    world.add(Rmgr.XACT, 0x10, data, xid=1000, origin=3)
+    assert world.progress(3) == 700
+
+
 def test_file_copy_takes_pages_as_of_the_record_before() -> None:
     world = World()
     world.timeline.set_size(MAIN_SIZE, 130)
@@ -358,7 +429,10 @@ def test_version_14_numbers_drop_database_differently() -> None:
     assert world.timeline.size(MAIN_SIZE) is None
 
 
-@pytest.mark.parametrize(("rmgr", "info"), [(60, 0), (Rmgr.XLOG, 0xC0), (Rmgr.SMGR, 0x30), (Rmgr.CLOG, 0x40)])
+@pytest.mark.parametrize(
+    ("rmgr", "info"),
+    [(60, 0), (Rmgr.XLOG, 0xC0), (Rmgr.SMGR, 0x30), (Rmgr.CLOG, 0x40), (Rmgr.REPLORIGIN, 0x20)],
+)
 def test_what_nobody_knows_stops_ingest(rmgr: int, info: int) -> None:
     world = World()
     world.insert(0)
@@ -378,6 +452,7 @@ def test_what_nobody_knows_stops_ingest(rmgr: int, info: int) -> None:
         (Rmgr.MULTIXACT, 0x20, struct.pack("<IIi", 1, 1, 3)),
         (Rmgr.RELMAP, 0x00, struct.pack("<IIi", 5, 1663, 512)),
         (Rmgr.HEAP, 0x10, b"x"),
+        (Rmgr.REPLORIGIN, 0x00, b"short"),
     ],
 )
 def test_records_shorter_than_they_must_be_stop_ingest(rmgr: int, info: int, data: bytes) -> None:
