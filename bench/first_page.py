@@ -30,6 +30,7 @@ from bench.synthetic_store import (
     make_size_layer,
 )
 from excimer._native.native_apply import apply_native
+from excimer.base.ids import TenantId
 from excimer.base.keys import relation_block_key
 from excimer.io.filesystem import LocalFilesystem
 from excimer.storage.engine.context import StorageContext
@@ -55,7 +56,9 @@ def measure(bench: Bench) -> Samples:
 
 
 class _NoRedo:
-    async def redo(self, requests: Sequence[bytes], pg_version: int) -> Sequence[bytes | Exception]:
+    async def redo(
+        self, requests: Sequence[bytes], pg_version: int, tenant: TenantId
+    ) -> Sequence[bytes | Exception]:
         raise AssertionError("all values are images")
 
 

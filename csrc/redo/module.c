@@ -33,7 +33,6 @@
 static MemoryContext request_context;
 static emit_log_hook_type next_log_hook;
 static bool serving;
-static bool filtered;
 static uint64 request_count, error_count;
 
 /*
@@ -106,11 +105,26 @@ answer_statistics(void)
     char text[256];
     int size = snprintf(text, sizeof text,
                         "requests=" UINT64_FORMAT " records=" UINT64_FORMAT " errors=" UINT64_FORMAT
-                        " memory_bytes=%zu filtered=%d version=%d",
+                        " memory_bytes=%zu version=%d",
                         request_count, replay_record_count(), error_count,
-                        (size_t) MemoryContextMemAllocated(TopMemoryContext, true), filtered, PG_VERSION_NUM);
+                        (size_t) MemoryContextMemAllocated(TopMemoryContext, true), PG_VERSION_NUM);
 
     protocol_answer(ANSWER_PAGE, text, size);
+}
+
+/* The greeting says what of the sandbox is in force; the host decides whether that is enough. */
+static void
+lock_in_and_greet(void)
+{
+    Sandbox sandbox;
+    char text[64];
+    int size;
+
+    sandbox_enter(&sandbox);
+    size = snprintf(text, sizeof text, "landlock=%d own_root=%d filtered=%d", sandbox.landlock_version,
+                    sandbox.has_own_root, sandbox.is_filtered);
+    protocol_answer(ANSWER_READY, text, size);
+    protocol_flush();
 }
 
 static void
@@ -193,9 +207,7 @@ take_over(void)
     signal(SIGALRM, SIG_DFL); /* see REQUEST_SECONDS_MAX */
     next_log_hook = emit_log_hook;
     emit_log_hook = log_hook;
-    filtered = sandbox_enter();
-    protocol_answer(ANSWER_READY, NULL, 0);
-    protocol_flush();
+    lock_in_and_greet();
 
     if (sigsetjmp(recovery_point, 1) != 0)
         answer_error();

@@ -100,7 +100,15 @@ extern uint64 replay_record_count(void);
 
 /* ---- sandbox.c ---- */
 
-/* Gives up what a redo worker never needs. Answers whether system calls are filtered. */
-extern bool sandbox_enter(void);
+/* What of the sandbox is in force. */
+typedef struct Sandbox
+{
+    int landlock_version; /* 0: Landlock is not in force */
+    bool has_own_root;
+    bool is_filtered;
+} Sandbox;
+
+/* Gives up what a redo worker never needs, as far as this kernel can take it away. */
+extern void sandbox_enter(Sandbox *sandbox);
 
 #endif

@@ -183,7 +183,9 @@ def test_a_damaged_database_of_the_controller_is_named(stack: Stack) -> None:
     database.write_bytes(b"damage" * 1000)
     code, _, errors = stack.run("start")
     assert code == 1
-    assert f"controller did not start (exit code 1): controller failed: {database} is damaged" in errors
+    assert (
+        f"controller did not start (exited with code 1): controller failed: {database} is damaged" in errors
+    )
     database.write_bytes(kept)
     assert stack.json("start")["started"] == ["controller"]
     assert len(stack.json("timeline", "list")["branches"]) == 2

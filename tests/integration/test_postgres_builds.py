@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from excimer.base.ids import TenantId
 from excimer.io.processes import run
 from excimer.postgres import (
     BuildUnusableError,
@@ -32,6 +33,8 @@ from excimer.storage.engine.redo_pool import RedoPool
 from excimer.wire.redo import encode_redo_request
 from tests.kit.builds import ALL_VERSIONS, NEWEST_VERSION, build_of
 from tests.kit.directories import reachable_directory
+
+TENANT = TenantId("0a" * 16)
 
 
 @pytest.fixture
@@ -243,7 +246,7 @@ def test_everything_works_from_a_closed_directory(place: Path) -> None:
         pool = RedoPool(build, closed / "pageserver" / "redo", 1)
         try:
             page = bytes(range(256)) * 32
-            assert await pool.redo([encode_redo_request((1663, 5, 1), 0, 0, page, [])]) == [page]
+            assert await pool.redo([encode_redo_request((1663, 5, 1), 0, 0, page, [])], TENANT) == [page]
         finally:
             await pool.close()
 

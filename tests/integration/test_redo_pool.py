@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from excimer.base.errors import CorruptionError
+from excimer.base.ids import TenantId
 from excimer.base.keys import BLOCK_SIZE_BYTES, Relation, relation_block_key
 from excimer.pgformat.wal_record import Rmgr, record_crc
 from excimer.postgres import redo_extension
@@ -21,6 +22,7 @@ from excimer.wire.redo import REQUEST_HEAD, STATISTICS_REQUEST, encode_redo_requ
 from tests.kit.builds import ALL_VERSIONS, NEWEST_VERSION, build_of
 from tests.kit.directories import reachable_directory
 
+TENANT = TenantId("0a" * 16)
 RELATION = Relation(1663, 5, 16384)
 FLAG_WILL_INIT, FLAG_HAS_DATA = 0x40, 0x20
 HEAP_INSERT, HEAP_INIT_PAGE = 0x00, 0x80
@@ -74,7 +76,7 @@ def insert_request(block: int, *records: bytes) -> bytes:
 def test_a_record_makes_a_page(version: int) -> None:
     async def scenario() -> None:
         async with open_pool(version) as pool:
-            (page,) = await pool.redo([insert_request(7, insert_record(7))])
+            (page,) = await pool.redo([insert_request(7, insert_record(7))], TENANT)
             assert isinstance(page, bytes)
             assert struct.unpack_from("<II", page) == (END >> 32, END & 0xFFFFFFFF)
             assert page.endswith(b"excimer!")
@@ -85,7 +87,7 @@ def test_a_record_makes_a_page(version: int) -> None:
 def test_answers_come_in_the_order_of_requests() -> None:
     async def one(pool: RedoPool, first: int, count: int) -> None:
         numbers = range(first, first + count)
-        assert await pool.redo([plain_request(number) for number in numbers]) == [
+        assert await pool.redo([plain_request(number) for number in numbers], TENANT) == [
             plain_page(number) for number in numbers
         ]
 
@@ -94,7 +96,7 @@ def test_answers_come_in_the_order_of_requests() -> None:
             async with asyncio.TaskGroup() as group:
                 for index, count in enumerate((1, 3, 700, 16, 17, 1, 300, 40, 2, 1000, 5, 64)):
                     group.create_task(one(pool, index * 10_000, count), name=f"ask-{index}")
-            assert pool.crew.started <= 2
+            assert pool.supervisor.started <= 2
 
     asyncio.run(scenario())
 
@@ -128,7 +130,9 @@ def test_a_bad_record_is_an_error_that_names_it(record: bytes, reason: str) -> N
     async def scenario() -> None:
         async with open_pool() as pool:
             good = [plain_request(number) for number in range(20)]
-            results = await pool.redo([*good[:5], insert_request(7, insert_record(7), record), *good[5:]])
+            results = await pool.redo(
+                [*good[:5], insert_request(7, insert_record(7), record), *good[5:]], TENANT
+            )
             error = results.pop(5)
             assert results == [plain_page(number) for number in range(20)]
             assert isinstance(error, RedoError)
@@ -138,9 +142,9 @@ def test_a_bad_record_is_an_error_that_names_it(record: bytes, reason: str) -> N
             assert (error.lsn, error.record_lsn) == (END, START)
             assert "1663/5/16384 main 7" in str(error)
             assert "0/1000028" in str(error)
-            started = pool.crew.started
-            assert await pool.redo(good) == results
-            assert pool.crew.started <= started + 2  # the two batches of these 20
+            started = pool.supervisor.started
+            assert await pool.redo(good, TENANT) == results
+            assert pool.supervisor.started <= started + 2  # the two batches of these 20
 
     asyncio.run(scenario())
 
@@ -149,11 +153,11 @@ def test_a_bad_record_is_an_error_that_names_it(record: bytes, reason: str) -> N
 def test_a_chain_without_its_beginning_is_an_error_not_an_empty_page(version: int) -> None:
     async def scenario() -> None:
         async with open_pool(version) as pool:
-            (error,) = await pool.redo([insert_request(7, insert_record(7, init=False))])
+            (error,) = await pool.redo([insert_request(7, insert_record(7, init=False))], TENANT)
             assert isinstance(error, RedoError)
             assert "neither the base nor an earlier record has filled" in str(error)
             chain = insert_request(7, insert_record(7), insert_record(7, offset=2, init=False))
-            assert isinstance((await pool.redo([chain]))[0], bytes)
+            assert isinstance((await pool.redo([chain], TENANT))[0], bytes)
 
     asyncio.run(scenario())
 
@@ -162,7 +166,7 @@ def test_records_out_of_order_are_refused() -> None:
     async def scenario() -> None:
         async with open_pool() as pool:
             records = [(200, 300, insert_record(7)), (100, 200, insert_record(7))]
-            (error,) = await pool.redo([encode_redo_request(RELATION, 0, 7, None, records)])
+            (error,) = await pool.redo([encode_redo_request(RELATION, 0, 7, None, records)], TENANT)
             assert "out of order" in str(error)
 
     asyncio.run(scenario())
@@ -174,7 +178,7 @@ def test_killed_workers_cost_time_and_nothing_else(version: int) -> None:
         """Once in the middle of a turn: who is killed again and again in one batch gives up, by right."""
         await asyncio.sleep(0.001)
         if not redone.done():
-            for process_id in pool.crew.process_ids():
+            for process_id in pool.supervisor.process_ids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process_id, signal.SIGKILL)
 
@@ -184,10 +188,10 @@ def test_killed_workers_cost_time_and_nothing_else(version: int) -> None:
                 numbers = range(turn * 1000, turn * 1000 + 600)
                 async with asyncio.TaskGroup() as group:
                     requests = [plain_request(number) for number in numbers]
-                    redone = group.create_task(pool.redo(requests), name="redo")
+                    redone = group.create_task(pool.redo(requests, TENANT), name="redo")
                     group.create_task(killer(pool, redone), name="killer")
                 assert redone.result() == [plain_page(number) for number in numbers]
-            assert pool.crew.started > 4
+            assert pool.supervisor.started > 4
 
     asyncio.run(scenario())
 
@@ -195,10 +199,13 @@ def test_killed_workers_cost_time_and_nothing_else(version: int) -> None:
 def test_a_silent_worker_is_replaced() -> None:
     async def scenario() -> None:
         async with open_pool(workers=1, request_timeout_s=0.5) as pool:
-            await pool.redo([plain_request(1)])
-            os.kill(pool.crew.process_ids()[0], signal.SIGSTOP)
-            assert await pool.redo([plain_request(2), plain_request(3)]) == [plain_page(2), plain_page(3)]
-            assert pool.crew.started == 2
+            await pool.redo([plain_request(1)], TENANT)
+            os.kill(pool.supervisor.process_ids()[0], signal.SIGSTOP)
+            assert await pool.redo([plain_request(2), plain_request(3)], TENANT) == [
+                plain_page(2),
+                plain_page(3),
+            ]
+            assert pool.supervisor.started == 2
 
     asyncio.run(scenario())
 
@@ -258,7 +265,9 @@ def test_blocks_and_forks_far_away(version: int) -> None:
                 for fork in range(4)
                 for block in blocks
             ]
-            assert await pool.redo(requests) == [plain_page(block) for _ in range(4) for block in blocks]
+            assert await pool.redo(requests, TENANT) == [
+                plain_page(block) for _ in range(4) for block in blocks
+            ]
 
     asyncio.run(scenario())
 
@@ -272,7 +281,7 @@ def test_workers_are_locked_in() -> None:
             status = Path(f"/proc/{worker.process_id}/status").read_text()
             limits = Path(f"/proc/{worker.process_id}/limits").read_text()
             environment = Path(f"/proc/{worker.process_id}/environ").read_bytes().split(b"\0")
-            assert b"filtered=1" in worker.ask(STATISTICS_REQUEST)
+            assert worker.sandbox.is_filtered
         finally:
             worker.close()
     assert "NoNewPrivs:\t1" in status
@@ -286,9 +295,9 @@ def test_workers_are_locked_in() -> None:
 def test_a_closed_pool_says_so() -> None:
     async def scenario() -> None:
         async with open_pool() as pool:
-            await pool.redo([plain_request(1)])
+            await pool.redo([plain_request(1)], TENANT)
             await pool.close()
             with pytest.raises(RedoUnavailableError):
-                await pool.redo([plain_request(1)])
+                await pool.redo([plain_request(1)], TENANT)
 
     asyncio.run(scenario())

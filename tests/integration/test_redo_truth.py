@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from excimer.base.ids import TenantId
 from excimer.base.keys import Fork, Relation
 from excimer.pgformat.control_file import ControlFile
 from excimer.postgres import PostgresBuild, redo_extension, run_initdb
@@ -35,6 +36,7 @@ from tests.kit.redo_truth import (
 from tests.kit.redo_workload import BLOOM, END, RELATIONS, ROUND, SETUP
 from tests.kit.stock_server import stock_server
 
+TENANT = TenantId("0a" * 16)
 UNDEFINED_BEHAVIOUR_TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 """The library under test dies of whatever C leaves undefined; needs no run-time library."""
 ROUNDS = 3
@@ -137,7 +139,7 @@ async def rebuild(truth: Truth, scratch: Path, wal_log_hints: bool = False) -> l
     library = checked / LIBRARY_NAME
     pool = RedoPool(truth.build, scratch, 2, wal_log_hints=wal_log_hints, extension=library)
     try:
-        return await pool.redo([truth.request(page, chain) for page, chain, _ in truth.cases()])
+        return await pool.redo([truth.request(page, chain) for page, chain, _ in truth.cases()], TENANT)
     finally:
         await pool.close()
 
@@ -154,12 +156,12 @@ async def survive_damage(truth: Truth, scratch: Path, seed: int) -> None:
     good = [truth.request(page, chain) for page, chain in chance.sample(cases, 60)]
     pool = RedoPool(truth.build, scratch, 2, request_timeout_s=10)
     try:
-        right = await pool.redo(good)
+        right = await pool.redo(good, TENANT)
         errors = 0
         for _ in range(DAMAGE_ROUNDS):
             bad = [mutated_request(chance, *chance.choice(cases)) for _ in range(6)]
             mixed = interleave(good, bad, chance)
-            results = await pool.redo([request for request, _ in mixed])
+            results = await pool.redo([request for request, _ in mixed], TENANT)
             for (_, index), result in zip(mixed, results, strict=True):
                 assert index < 0 or result == right[index], f"seed {seed}: {result!r:.200}"
                 errors += isinstance(result, RedoError)

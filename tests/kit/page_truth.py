@@ -141,8 +141,10 @@ class OnePool:
     def __init__(self, pool: RedoPool) -> None:
         self._pool = pool
 
-    async def redo(self, requests: Sequence[bytes], pg_version: int) -> Sequence[bytes | Exception]:
-        return await self._pool.redo(requests)
+    async def redo(
+        self, requests: Sequence[bytes], pg_version: int, tenant: TenantId
+    ) -> Sequence[bytes | Exception]:
+        return await self._pool.redo(requests, tenant)
 
 
 @asynccontextmanager

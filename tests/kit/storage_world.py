@@ -62,7 +62,9 @@ class FakeRedo:
         self.requests = 0
         self.fail_next: Exception | None = None
 
-    async def redo(self, requests: Sequence[bytes], pg_version: int) -> list[bytes | Exception]:
+    async def redo(
+        self, requests: Sequence[bytes], pg_version: int, tenant: TenantId
+    ) -> list[bytes | Exception]:
         self.requests += len(requests)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None

@@ -70,6 +70,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Credentials, endpoint and the like, as far as they are not in the environment of `excimer start`."""
     local_disk_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """What the pageserver's copies of layers may take; 0: no bound; None: the pageserver's default."""
+    redo_confinement_required: bool = False
+    """Refuse to start the pageserver where redo workers cannot be confined: docs/architecture/redo.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,7 @@ class Installation:
             broker_url=self.broker_url(),
             auth_public_key_path=self.keys_dir / "public.pem",
             auth_private_key_path=self.keys_dir / "private.pem",
+            redo_confinement_required=self.config.redo_confinement_required,
         )
         if self.config.local_disk_max_mib is not None:
             settings = msgspec.structs.replace(settings, local_disk_max_mib=self.config.local_disk_max_mib)

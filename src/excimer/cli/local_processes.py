@@ -217,15 +217,18 @@ def _check_progress(
 ) -> None:
     """Raises when a part that is not well has ended, or has had its time."""
     if launched is None:
-        has_ended, log_start, code = _is_absent(installation, part), 0, ""
+        has_ended, log_start, how = _is_absent(installation, part), 0, ""
     else:
         has_ended, log_start = launched.process.poll() is not None, launched.log_start
-        code = f" (exit code {launched.process.returncode})"
+        from excimer.io.processes import describe_exit
+
+        code = launched.process.returncode
+        how = "" if code is None else f" ({describe_exit(code)})"
     if not has_ended and time.monotonic() <= deadline:
         return
     said = f"{last_error(log_path(installation, part.name), log_start)}; see `excimer logs {part.name}`"
     if has_ended:
-        raise ProcessFailedError(f"{part.name} did not start{code}: {said}")
+        raise ProcessFailedError(f"{part.name} did not start{how}: {said}")
     raise HealthTimeoutError(f"{part.name} runs but does not become ready: {said}")
 
 

@@ -40,6 +40,7 @@ from excimer.compute.postgres_settings import fixed_arguments, render_postgres_s
 from excimer.compute.proposer import PostgresAddress, Proposer
 from excimer.compute.settings_keeper import SettingsKeeper
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
+from excimer.io.processes import describe_exit
 from excimer.pgformat.auto_conf import render_auto_conf
 from excimer.pgformat.basebackup import Basebackup, origins_setting
 from excimer.pgformat.checkpoint import CheckPoint
@@ -150,7 +151,7 @@ class Attempt:
         self._keeper.started(process.pid)
         self._on_started()
         status = await process.wait_exit()
-        return Ended(time.monotonic(), f"postgres exited with status {status}")
+        return Ended(time.monotonic(), f"postgres {describe_exit(status)}")
 
     async def _wait_ready(self, process: PostgresProcess) -> None:
         """Raises `ConfigurationFaultError` when a setting is what keeps it from starting."""

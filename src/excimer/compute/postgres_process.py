@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from excimer.base.errors import RetryableError
-from excimer.io.processes import spawn_async
+from excimer.io.processes import describe_exit, spawn_async
 
 START_TIMEOUT_S = 60.0
 FAST_STOP_TIMEOUT_S = 3.0
@@ -75,7 +75,7 @@ class PostgresProcess:
         while not self._is_ready():
             if self._process.returncode is not None:
                 status = self._process.returncode
-                raise PostgresStartError(f"postgres exited with status {status} at start{self._fatal()}")
+                raise PostgresStartError(f"postgres {describe_exit(status)} at start{self._fatal()}")
             if asyncio.get_running_loop().time() > deadline:
                 raise PostgresStartError(f"postgres was not ready after {START_TIMEOUT_S:.0f} s")
             await asyncio.sleep(_READY_POLL_S)

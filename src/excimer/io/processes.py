@@ -20,6 +20,7 @@ import functools
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class ProgramFailedError(RefusedError):
 
     def __init__(self, program: str, code: int, output: str) -> None:
         tail = "\n".join(output.strip().splitlines()[-12:])
-        super().__init__(f"{program} failed with exit code {code}: {tail or 'it wrote nothing'}")
+        super().__init__(f"{program} {describe_exit(code)}: {tail or 'it wrote nothing'}")
         self.program = program
         self.code = code
         self.output = output
@@ -147,7 +148,8 @@ def program_environment(extra: Mapping[str, str] | None = None) -> dict[str, str
     return environment | dict(extra or {})
 
 
-def _drop_arguments() -> dict[str, Any]:
+def drop_arguments() -> dict[str, Any]:
+    """What makes `subprocess` change to the unprivileged user; nothing when we are not root."""
     user = unprivileged_user()
     if user is None:
         return {}
@@ -183,7 +185,7 @@ def spawn(
         pass_fds=pass_fds,
         start_new_session=new_session,
         process_group=None if new_session else 0,
-        **_drop_arguments(),
+        **drop_arguments(),
     )
 
 
@@ -213,7 +215,7 @@ async def spawn_async(
         pass_fds=pass_fds,
         start_new_session=new_session,
         preexec_fn=None if parent_death_signal is None else lambda: die_with_parent(parent_death_signal),
-        **_drop_arguments(),
+        **drop_arguments(),
     )
 
 
@@ -258,6 +260,22 @@ def run(
     if process.returncode != 0:
         raise ProgramFailedError(name, process.returncode, text + errors.decode(errors="replace"))
     return text
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended, from its exit code as `subprocess` has it: negative for a signal.
+
+    The kernel has more signals than Python has names: those of real time are numbers above SIGRTMIN.
+    """
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"died of {signal.Signals(-code).name}"
+    except ValueError:
+        pass
+    if signal.SIGRTMIN < -code < signal.SIGRTMAX:
+        return f"died of SIGRTMIN+{-code - signal.SIGRTMIN}"
+    return f"died of signal {-code}"
 
 
 def make_owned_dir(path: Path, mode: int = 0o700) -> Path:

@@ -123,6 +123,36 @@ class EngineMetrics(Collector):
         )
 
 
+class RedoMetrics:
+    """Of redo workers; read when somebody asks for it."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        process_count: Callable[[], int],
+        recycled_count: Callable[[], int],
+    ) -> None:
+        processes = Gauge(
+            "excimer_redo_processes",
+            "Redo workers that run; each serves one tenant.",
+            registry=registry,
+        )
+        processes.set_function(process_count)
+        registry.register(_Recycled(recycled_count))
+
+
+class _Recycled(Collector):
+    def __init__(self, count: Callable[[], int]) -> None:
+        self._count = count
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "excimer_redo_processes_recycled",
+            "Redo workers that one tenant has lost to another: if it grows fast, raise redo_processes_max.",
+            self._count(),
+        )
+
+
 class TimelineMetrics:
     """Per timeline; labels are removed when the timeline goes."""
 

@@ -27,7 +27,11 @@ class PageserverSettings(Settings, frozen=True):
     lsn_wait_timeout_s: float = 60.0
     """How long a request for pages may wait for WAL that has not arrived."""
     redo_workers: int = 2
-    """PostgreSQL processes that apply WAL to pages, per PostgreSQL version in use."""
+    """PostgreSQL processes that apply WAL to pages at the same time, per PostgreSQL version in use."""
+    redo_processes_max: int = 64
+    """Such processes in all, per version: each serves one tenant, and most wait for its next read."""
+    redo_confinement_required: bool = False
+    """Refuse to run where a redo worker could open files beyond its scratch directory."""
     flush_size_mib: int = 64
     """WAL values kept in memory per timeline before they become a layer."""
     flush_interval_s: float = 60.0

@@ -35,10 +35,10 @@ from excimer.pageserver.endpoints.inspection_api import make_inspection_router
 from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.endpoints.retention_api import make_lease_router, make_retention_router
 from excimer.pageserver.history_keeper import HistoryKeeper
-from excimer.pageserver.metrics import EngineMetrics, PageServiceMetrics, TimelineMetrics
+from excimer.pageserver.metrics import EngineMetrics, PageServiceMetrics, RedoMetrics, TimelineMetrics
 from excimer.pageserver.object_metrics import ObjectMetrics
 from excimer.pageserver.receiver_plan import Source
-from excimer.pageserver.redo_pools import RedoPools
+from excimer.pageserver.redo_pools import RedoPools, check_confinement
 from excimer.pageserver.settings import PageserverSettings
 from excimer.pageserver.tenant_records import TenantRecords
 from excimer.pageserver.tenants import Tenants
@@ -109,7 +109,14 @@ async def _parts(
         stack.callback(upload_threads.shutdown, wait=False, cancel_futures=True)
         ingest_threads = ThreadPoolExecutor(INGEST_THREADS_MAX, thread_name_prefix="ingest")
         stack.callback(ingest_threads.shutdown, wait=False, cancel_futures=True)
-        pools = RedoPools(settings.data_dir / "redo", settings.redo_workers)
+        await asyncio.to_thread(check_confinement, health, must_confine=settings.redo_confinement_required)
+        pools = RedoPools(
+            settings.data_dir / "redo",
+            settings.redo_workers,
+            processes_max=settings.redo_processes_max,
+            must_confine=settings.redo_confinement_required,
+        )
+        RedoMetrics(registry, pools.process_count, pools.recycled_count)
         stack.push_async_callback(pools.close)
         broker = await _broker(settings, stack)
         scope = await stack.enter_async_context(TaskScope())

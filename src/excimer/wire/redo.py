@@ -9,7 +9,8 @@
       'M'     u32 resource manager, u32 block, page         what PostgreSQL ignores when comparing (tests)
       'S'     nothing                                       statistics as text
     answer    u32 status, u32 length of what follows
-              status 0: page or text, 1: error text, 100: ready (once, at the start)
+              status 0: page or text, 1: error text, 100: ready (once, at the start; what of the sandbox
+              is in force, as text: "landlock=VERSION own_root=0|1 filtered=0|1")
 
 Integers are little-endian. Answers come in the order of the requests; any number may be under way, as long
 as the host reads while it writes. Without a base the first record must initialise the page.
@@ -120,6 +121,27 @@ def request_key(request: bytes) -> bytes:
 
 def encode_mask_request(resource_manager: int, block: int, page: bytes) -> bytes:
     return _MASK_REQUEST.pack(8 + len(page), ord("M"), resource_manager, block) + page
+
+
+class Sandbox(NamedTuple):
+    """What of its sandbox a worker says is in force."""
+
+    landlock_version: int
+    """0: Landlock is not in force."""
+    has_own_root: bool
+    """Its scratch directory is the root of all paths."""
+    is_filtered: bool
+    """System calls are filtered."""
+
+
+def parse_greeting(text: bytes) -> Sandbox:
+    """What a worker's first answer says; what it does not mention is not in force."""
+    said = dict(word.split(b"=", 1) for word in text.split() if b"=" in word)
+    landlock, own_root, filtered = (
+        int(said[name]) if said.get(name, b"").isdigit() else 0
+        for name in (b"landlock", b"own_root", b"filtered")
+    )
+    return Sandbox(landlock, own_root == 1, filtered == 1)
 
 
 STATISTICS_REQUEST = REQUEST_HEAD.pack(0, ord("S"))

@@ -160,7 +160,8 @@ def test_a_stubborn_process_is_killed(installation: Installation) -> None:
 
 def test_failures_show_what_the_service_said(installation: Installation) -> None:
     with pytest.raises(
-        ProcessFailedError, match=r"small did not start \(exit code 1\): .*port 5 of 127.0.0.1 is taken"
+        ProcessFailedError,
+        match=r"small did not start \(exited with code 1\): .*port 5 of 127.0.0.1 is taken",
     ):
         start_parts(installation, [part_of(installation, "refuse")], lambda *_: None)
     begun = installation.logs_dir / "waits.log"
@@ -250,6 +251,17 @@ def test_the_local_disk_is_bounded_by_the_configuration(
     path.write_text("local_disk_max_mib = -1\n" + path.read_text().removeprefix(line))
     with pytest.raises(StateDirectoryError, match="local_disk_max_mib"):
         load_installation(installation.directory)
+
+
+def test_unconfined_redo_can_be_refused_by_the_configuration(installation: Installation) -> None:
+    path = installation.directory / "config.toml"
+    for text, expected in [("false", False), ("true", True)]:
+        line = "redo_confinement_required = "
+        path.write_text(path.read_text().replace(f"{line}false", f"{line}{text}"))
+        parts = {part.name: part for part in load_installation(installation.directory).service_parts()}
+        settings = parts["pageserver"].settings
+        assert isinstance(settings, PageserverSettings)
+        assert settings.redo_confinement_required is expected
 
 
 def test_free_ports_are_distinct_and_avoid_the_known() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from excimer.io.processes import (
     NoUnprivilegedUserError,
     ProgramFailedError,
     UnreachableError,
+    describe_exit,
     make_owned_dir,
     program_environment,
     run,
@@ -84,7 +86,7 @@ def test_programs_see_no_settings_and_secrets(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_failure_carries_the_programs_last_words() -> None:
-    with pytest.raises(ProgramFailedError, match="exit code 3: it broke") as caught:
+    with pytest.raises(ProgramFailedError, match="exited with code 3: it broke") as caught:
         run([SHELL, "-c", "echo it broke >&2; exit 3"])
     assert (caught.value.program, caught.value.code) == ("sh", 3)
     with pytest.raises(ProgramFailedError, match="took more than"):
@@ -254,3 +256,26 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert cache._directory_name() == Path.home() / ".cache" / "excimer"
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert cache._directory_name() == Path("/var/cache/excimer")
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (0, "exited with code 0"),
+        (5, "exited with code 5"),
+        (-signal.SIGKILL, "died of SIGKILL"),
+        (-signal.SIGSYS, "died of SIGSYS"),
+        (-signal.SIGRTMIN, "died of SIGRTMIN"),
+        (-(signal.SIGRTMIN + 6), "died of SIGRTMIN+6"),
+        (-32, "died of signal 32"),
+        (-1000, "died of signal 1000"),
+    ],
+)
+def test_every_end_of_a_process_has_words(code: int, expected: str) -> None:
+    """Signals of real time, and those that the C library keeps to itself, have no name in Python."""
+    assert describe_exit(code) == expected
+
+
+def test_each_signal_of_the_kernel_has_words() -> None:
+    for number in range(1, 65):
+        assert describe_exit(-number).startswith("died of ")

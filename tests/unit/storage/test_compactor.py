@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from excimer.base.ids import TenantId
 from excimer.base.keys import MAX_KEY, MIN_KEY, Fork, Relation, relation_block_key, relation_size_key
 from excimer.base.lsn import MAX_LSN, Lsn
 from excimer.io.object_store import MemoryObjectStore
@@ -55,8 +56,10 @@ class BadPageRedo(FakeRedo):
         super().__init__()
         self.block = block
 
-    async def redo(self, requests: Sequence[bytes], pg_version: int) -> list[bytes | Exception]:
-        pages = await super().redo(requests, pg_version)
+    async def redo(
+        self, requests: Sequence[bytes], pg_version: int, tenant: TenantId
+    ) -> list[bytes | Exception]:
+        pages = await super().redo(requests, pg_version, tenant)
         error = ValueError("a record that cannot be applied")
         bad = [
             struct.unpack_from("<8I", request, 8)[2:5] == (TABLE.rel, 0, self.block) for request in requests

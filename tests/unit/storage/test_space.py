@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from excimer.base.ids import TimelineId
+from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES, Fork, Relation, relation_block_key, relation_size_key
 from excimer.base.lsn import Lsn
 from excimer.io.object_store import MemoryObjectStore
@@ -51,7 +51,9 @@ class NoisyRedo(FakeRedo):
         super().__init__()
         self._noise_bytes = int(BLOCK_SIZE_BYTES * noise_share)
 
-    async def redo(self, requests: Sequence[bytes], pg_version: int) -> list[bytes | Exception]:
+    async def redo(
+        self, requests: Sequence[bytes], pg_version: int, tenant: TenantId
+    ) -> list[bytes | Exception]:
         noise = (hashlib.shake_128(redo_one(request)).digest(self._noise_bytes) for request in requests)
         return [part.ljust(BLOCK_SIZE_BYTES, b"\0") for part in noise]
 

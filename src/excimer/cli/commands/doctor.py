@@ -47,7 +47,14 @@ def doctor(context: typer.Context) -> None:
 
 def examine(session: Session) -> Iterator[Finding]:
     yield Finding("Python", "ok", sys.version.split()[0])
-    for check in (_check_native, _check_nats, _check_compiler, _check_user, _check_open_files):
+    for check in (
+        _check_native,
+        _check_nats,
+        _check_compiler,
+        _check_user,
+        _check_confinement,
+        _check_open_files,
+    ):
         yield _guarded(check)
     yield from _check_builds()
     yield _check_space(session.directory)
@@ -102,6 +109,20 @@ def _check_user() -> Finding:
     user = unprivileged_user()
     detail = "we are not root" if user is None else f"PostgreSQL runs as {user.name}, because we are root"
     return Finding("user", "ok", detail)
+
+
+def _check_confinement() -> Finding:
+    from excimer.io.confinement import Confinement, probe_confinement
+
+    confinement = probe_confinement()
+    if confinement is Confinement.NONE:
+        return Finding(
+            "redo workers",
+            "warning",
+            "nothing keeps them from files that their user can read: the kernel offers neither Landlock "
+            "(5.13 or newer) nor user namespaces",
+        )
+    return Finding("redo workers", "ok", f"confined to their scratch directories by {confinement}")
 
 
 def _check_open_files() -> Finding:

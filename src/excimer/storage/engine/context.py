@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from excimer._native.block_cache import BlockCache
+from excimer.base.ids import TenantId
 from excimer.io.filesystem import Filesystem
 from excimer.io.object_store import ObjectStore
 from excimer.storage.engine.engine_counters import EngineCounters
@@ -25,8 +26,12 @@ BLOCK_CACHE_SIZE_BYTES = 128 * MIB
 class RedoExecutor(Protocol):
     """Turns redo requests into pages; the host's `redo_pool.RedoPool`s, one per version, are the real one."""
 
-    async def redo(self, requests: Sequence[bytes], pg_version: int, /) -> Sequence[bytes | Exception]:
-        """One page, or the error that says why not, per request, in the same order."""
+    async def redo(
+        self, requests: Sequence[bytes], pg_version: int, tenant: TenantId, /
+    ) -> Sequence[bytes | Exception]:
+        """One page, or the error that says why not, per request, in the same order. `tenant` is whose WAL
+        the requests hold: no process redoes two tenants' WAL.
+        """
 
 
 NativeApplier = Callable[[bytearray, bytes, int], None]

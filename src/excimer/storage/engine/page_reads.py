@@ -21,7 +21,7 @@ from excimer._native.cached_walk import collect_cached
 from excimer._native.memory_layer import MemoryLayer
 from excimer._native.page_chains import MalformedValueError, PageChains
 from excimer.base.errors import CorruptionError, RetryableError
-from excimer.base.ids import TimelineId
+from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import KeyKind, make_key, parse_key
 from excimer.base.lsn import format_lsn
 from excimer.storage.engine.context import StorageContext
@@ -54,6 +54,8 @@ class PageSource(ValueSource, Protocol):
     def pg_version(self) -> int: ...
     @property
     def walk_memory(self) -> WalkMemory: ...
+    @property
+    def tenant_id(self) -> TenantId: ...
     @property
     def timeline_id(self) -> TimelineId: ...
 
@@ -95,7 +97,7 @@ class PageRead:
             self._redo = await loop.run_in_executor(context.executor, self._collect_and_restore)
         slots, requests = self._redo
         while requests:
-            pages = await context.redo.redo(requests, self._source.pg_version)
+            pages = await context.redo.redo(requests, self._source.pg_version, self._source.tenant_id)
             slots, requests = self._place(slots, pages)
         return self._chains.take_pages()
 

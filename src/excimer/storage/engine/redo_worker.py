@@ -5,7 +5,7 @@ writes and reads at once, so that it cannot stop with both pipes full, and gives
 made no progress for a while. A worker that has failed in any way is not used again: PostgreSQL's redo may
 have corrupted its memory.
 
-Not here: which worker gets what, and what to do after a failure (`redo_pool`).
+Not here: which worker gets what, and what to do after a failure (`redo_supervisor`).
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import struct
 import subprocess
 import tempfile
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from excimer.base.errors import RefusedError, RetryableError
-from excimer.io.processes import spawn
+from excimer.io.confinement import Confinement
+from excimer.io.processes import describe_exit, spawn
 from excimer.postgres.build import PostgresBuild
 from excimer.postgres.redo_template import make_redo_directory
 from excimer.wire.redo import (
@@ -34,6 +34,8 @@ from excimer.wire.redo import (
     ANSWER_READY,
     PAGE_ANSWER_HEAD,
     PAGE_ANSWER_SIZE_BYTES,
+    Sandbox,
+    parse_greeting,
 )
 
 START_TIMEOUT_S = 30.0
@@ -111,31 +113,45 @@ class RedoWorker:
         parent: Path,
         *,
         wal_log_hints: bool = False,
+        without: Sequence[str] = (),
     ) -> None:
+        """`without`: layers of the sandbox (``landlock``, ``root``) to leave out, for tests of the others."""
         self._version = build.version
-        self._directory = Path(tempfile.mkdtemp(prefix="worker-", dir=parent))
+        self.directory = Path(tempfile.mkdtemp(prefix="worker-", dir=parent))
         self._sent = 0
         self._incoming = bytearray(READ_SIZE_BYTES)
         self._process: subprocess.Popen[bytes] | None = None
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
-            make_redo_directory(self._directory, build.version, control_file)
-            self._process = self._start(build, extension, wal_log_hints)
-            self._wait_ready()
+            make_redo_directory(self.directory, build.version, control_file)
+            self._process = self._start(build, extension, wal_log_hints, without)
+            self.sandbox = self._wait_ready()
+            """What of it is in force."""
             on_failure.pop_all()
 
-    def _start(self, build: PostgresBuild, extension: Path, wal_log_hints: bool) -> "subprocess.Popen[bytes]":
+    @property
+    def confinement(self) -> Confinement:
+        """What keeps the worker from files that are not its own."""
+        if self.sandbox.landlock_version > 0:
+            return Confinement.LANDLOCK
+        return Confinement.OWN_ROOT if self.sandbox.has_own_root else Confinement.NONE
+
+    def _start(
+        self, build: PostgresBuild, extension: Path, wal_log_hints: bool, without: Sequence[str]
+    ) -> "subprocess.Popen[bytes]":
         settings = dict(_SETTINGS)
         # Decides whether some records stamp pages with their LSN, so it must be the cluster's.
         settings["wal_log_hints"] = "on" if wal_log_hints else "off"
         if build.version >= 18:
             settings["io_method"] = "sync"
-        arguments: list[str | Path] = [build.postgres, "--single", "-D", self._directory]
+        arguments: list[str | Path] = [build.postgres, "--single", "-D", self.directory]
         for name, value in settings.items():
             arguments += ["-c", f"{name}={value}"]
         # An environment of its own: nothing of ours is a redo worker's business.
         environment = {"LC_ALL": "C", "TZ": "UTC", **build.environment(), "LD_PRELOAD": str(extension)}
-        with (self._directory / _LOG_FILE).open("wb") as log:
+        if without:
+            environment["EXCIMER_REDO_WITHOUT"] = ",".join(without)
+        with (self.directory / _LOG_FILE).open("wb") as log:
             process = spawn(
                 [*arguments, "postgres"],
                 environment=environment,
@@ -165,13 +181,14 @@ class RedoWorker:
         """Requests sent so far."""
         return self._sent
 
-    def _wait_ready(self) -> None:
+    def _wait_ready(self) -> Sandbox:
         answers = _Answers(self._incoming, 1)
         problem = self._converse(b"", answers, START_TIMEOUT_S)
         if answers.status != ANSWER_READY:
             raise RedoWorkerStartError(
                 f"the redo worker of PostgreSQL {self._version} did not start ({problem}): {self._read_log()}"
             )
+        return parse_greeting(answers.last)
 
     def exchange(self, requests: Sequence[bytes], timeout_s: float) -> Exchange:
         """Sends requests for pages and answers with the pages, in order.
@@ -249,19 +266,17 @@ class RedoWorker:
             code = self.process.wait(5)
         except subprocess.TimeoutExpired:
             return "the redo worker closed its output"
-        if code < 0:
-            return f"the redo worker died of {signal.Signals(-code).name}"
-        return f"the redo worker exited with code {code}"
+        return f"the redo worker {describe_exit(code)}"
 
     def _position(self) -> Position:
         try:
-            return Position._make(_POSITION.unpack((self._directory / _POSITION_FILE).read_bytes()))
+            return Position._make(_POSITION.unpack((self.directory / _POSITION_FILE).read_bytes()))
         except (OSError, struct.error):
             return Position(0, 0, 0, 0)
 
     def _read_log(self) -> str:
         try:
-            text = (self._directory / _LOG_FILE).read_bytes()[-2000:].decode(errors="replace")
+            text = (self.directory / _LOG_FILE).read_bytes()[-2000:].decode(errors="replace")
         except OSError:
             return "it left no log"
         return " ".join(text.split()) or "its log is empty"
@@ -276,7 +291,7 @@ class RedoWorker:
 
     def scratch_bytes(self) -> int:
         """Disk space that its directory takes; its files are sparse."""
-        return sum(path.lstat().st_blocks * 512 for path in self._directory.rglob("*") if not path.is_dir())
+        return sum(path.lstat().st_blocks * 512 for path in self.directory.rglob("*") if not path.is_dir())
 
     def close(self) -> None:
         """Kills the process and removes its directory. May be called more than once."""
@@ -287,7 +302,7 @@ class RedoWorker:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class _Answers:
