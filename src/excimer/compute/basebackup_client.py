@@ -8,7 +8,7 @@ import zstandard
 from excimer.base.errors import CorruptionError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn
-from excimer.pgformat.basebackup import FORMAT_VERSION, Basebackup, decode_basebackup
+from excimer.pgformat.basebackup import FORMAT_VERSION, Basebackup, BasebackupContentError, decode_basebackup
 from excimer.wire.page_service import (
     BasebackupAnswer,
     ErrorAnswer,
@@ -94,7 +94,7 @@ def _decode(compressed: bytes) -> Basebackup:
     try:
         decompressor = zstandard.ZstdDecompressor()
         backup = decode_basebackup(decompressor.decompress(compressed, _BASEBACKUP_SIZE_BYTES_MAX))
-    except (zstandard.ZstdError, msgspec.DecodeError) as error:
+    except (zstandard.ZstdError, msgspec.DecodeError, BasebackupContentError) as error:
         raise BasebackupError(f"the basebackup cannot be read: {error}") from error
     if backup.format_version != FORMAT_VERSION:
         raise BasebackupError(f"the basebackup has format {backup.format_version}, not {FORMAT_VERSION}")

@@ -21,6 +21,7 @@ from excimer.base.keys import (
 from excimer.io.processes import give_to_user
 from excimer.pgformat.auto_conf import AUTO_CONF_NAME
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
+from excimer.pgformat.cluster_paths import check_relative_path
 from excimer.pgformat.wal_prefix import WalPrefix, wal_segment_file_name
 
 FIXED_DIRECTORIES = (
@@ -125,13 +126,18 @@ def write_data_directory(root: Path, plan: DataDirectoryPlan, wal_segment_size: 
     """Makes `root` with everything but the lazy files and inline pages (the arena's business).
 
     All of it belongs to PostgreSQL's user. Nothing is synced: a directory that does not survive is
-    made anew (H2). Raises OSError, FileExistsError when `root` is there already.
+    made anew (H2). Raises OSError, FileExistsError when `root` is there already, and `UnsafePathError` before
+    anything is written when a path would lead out of it.
     """
+    paths = [*plan.directories, *(path for path, _ in plan.files)]
+    for path in [*paths, *(file.path for file in plan.lazy_files), *(run.path for run in plan.inline_runs)]:
+        check_relative_path(path)
     for directory in [root, *(root / name for name in plan.directories)]:
         directory.mkdir(mode=0o700)
         give_to_user(directory)
     for path, content in plan.files:
-        (root / path).write_bytes(content)
+        with (root / path).open("xb") as file:  # a new file, and no link
+            file.write(content)
         give_to_user(root / path)
     segments: dict[str, list[tuple[int, bytes]]] = defaultdict(list)
     for name, offset, data in plan.wal:

@@ -14,9 +14,11 @@ from pathlib import Path
 from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.export.ownership import Owner
 from excimer.export.sink import ZERO_PAGE, OutputRefusedError
+from excimer.pgformat.cluster_paths import check_relative_path
 
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class DirectorySink:
@@ -55,7 +57,7 @@ class DirectorySink:
             ) from error
 
     def add_directory(self, path: str) -> None:
-        place = self._root / path
+        place = self._root / check_relative_path(path)
         place.mkdir(mode=DIRECTORY_MODE)
         self._owner.take(place)
 
@@ -65,9 +67,7 @@ class DirectorySink:
         self.close_file()
 
     def open_file(self, path: str, size_bytes: int) -> None:
-        self._file = os.open(
-            self._root / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE
-        )
+        self._file = os.open(self._root / check_relative_path(path), _NEW_FILE, FILE_MODE)
         self._owner.take(self._file)
         os.ftruncate(self._file, size_bytes)
         self._position, self._size_bytes = 0, size_bytes

@@ -13,7 +13,8 @@ class OutputRefusedError(RefusedError):
 
 
 class ExportSink(Protocol):
-    """Takes a cluster piece by piece; one thread at a time. Calls block, and raise OSError.
+    """Takes a cluster piece by piece; one thread at a time. Calls block, and raise OSError. Paths are
+    relative, and one that would lead out of the place is an `UnsafePathError`.
 
     At the end comes either `finish`, after which all is durable and in its place, or `abandon`, which may be
     called at any time and leaves nothing behind of what this sink has written, and only of that.

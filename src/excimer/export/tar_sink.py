@@ -18,6 +18,7 @@ import zstandard
 from excimer.export.directory_sink import DIRECTORY_MODE, FILE_MODE
 from excimer.export.ownership import SUDO_UID_VARIABLE, Owner
 from excimer.export.sink import OutputRefusedError
+from excimer.pgformat.cluster_paths import check_relative_path
 
 PARTIAL_SUFFIX = ".partial"
 GZIP_LEVEL = 3
@@ -88,7 +89,7 @@ class TarSink:
         self._header("./", tarfile.DIRTYPE, 0, DIRECTORY_MODE)
 
     def add_directory(self, path: str) -> None:
-        self._header(f"./{path}/", tarfile.DIRTYPE, 0, DIRECTORY_MODE)
+        self._header(f"./{check_relative_path(path)}/", tarfile.DIRTYPE, 0, DIRECTORY_MODE)
 
     def add_file(self, path: str, content: bytes) -> None:
         self.open_file(path, len(content))
@@ -96,7 +97,7 @@ class TarSink:
         self.close_file()
 
     def open_file(self, path: str, size_bytes: int) -> None:
-        self._header(f"./{path}", tarfile.REGTYPE, size_bytes, FILE_MODE)
+        self._header(f"./{check_relative_path(path)}", tarfile.REGTYPE, size_bytes, FILE_MODE)
         self._size_bytes, self._position = size_bytes, 0
 
     def write(self, data: bytes) -> None:

@@ -35,13 +35,10 @@ from excimer.base.keys import (
     two_phase_key,
 )
 from excimer.pgformat.checkpoint_state import CheckpointState, ClusterSettings
-from excimer.pgformat.cluster_files import ClusterFile, ClusterFileError, FileKind
+from excimer.pgformat.cluster_files import WHOLE_FILE_SIZE_BYTES_MAX, ClusterFile, ClusterFileError, FileKind
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.replication_origins import parse_origins
 from excimer.wire.replication import POSTGRES_TIMELINE
-
-WHOLE_FILE_SIZE_BYTES_MAX = 16 << 20
-"""Of a file that becomes one value."""
 
 _ZERO_PAGE = bytes(BLOCK_SIZE_BYTES)
 _POSTGRES_EPOCH_S = 946_684_800
@@ -69,6 +66,7 @@ class ClusterImages:
         self._pg_version = pg_version
         self._add = add
         self._file: ClusterFile | None = None
+        self._seen: set[ClusterFile] = set()
         self._prefix = b""
         self._block = 0
         self._rest = b""
@@ -76,6 +74,10 @@ class ClusterImages:
         self._two_phase: dict[int, bytes] = {}
 
     def begin_file(self, file: ClusterFile) -> None:
+        """Raises `ClusterFileError` when it was there already: keys are added once."""
+        if file in self._seen:
+            raise ClusterFileError(f"a file of kind {file.kind.name.lower()} comes twice")
+        self._seen.add(file)
         self._file = file
         self._rest = b""
         if file.kind is FileKind.RELATION:

@@ -30,7 +30,12 @@ from excimer.pageserver.basebackup_plan import BUILT_IN_TABLESPACES
 from excimer.pageserver.cluster_images import ClusterImages, check_built_alike
 from excimer.pageserver.ingest import WalIngest
 from excimer.pageserver.special_records import UnsupportedRecordError
-from excimer.pgformat.cluster_files import ClusterFile, ClusterFileError, identify_file
+from excimer.pgformat.cluster_files import (
+    ClusterFile,
+    ClusterFileError,
+    file_size_bytes_max,
+    identify_file,
+)
 from excimer.pgformat.control_file import ControlFile, ControlFileError
 from excimer.pgformat.tar_stream import MemberData, MemberEnd, MemberStart, TarError, TarParser
 from excimer.pgformat.wal_segment import InvalidWalError
@@ -147,7 +152,7 @@ class ClusterImport:
         for event in self._tar.feed(data):
             match event:
                 case MemberStart():
-                    file = _wanted(event)
+                    file = wanted_file(event)
                     if file is not None:
                         images.begin_file(file)
                 case MemberData(part):
@@ -226,8 +231,19 @@ class ClusterImport:
             raise
 
 
-def _wanted(member: MemberStart) -> ClusterFile | None:
-    """What of the tar file is taken. Raises `TablespacesError`."""
+def wanted_file(member: MemberStart) -> ClusterFile | None:
+    """What of the tar file is taken. Raises `TablespacesError`; `ClusterFileError` for paths, links and sizes
+    that no cluster's files have.
+    """
     if member.path.startswith("pg_tblspc/") and member.path != "pg_tblspc/":
         raise TablespacesError("the cluster has tablespaces: Excimer's computes have only the built-in ones")
-    return identify_file(member.path) if member.type == b"0" else None
+    if member.type == b"5":
+        if member.path:  # the data directory itself has none
+            identify_file(member.path.removesuffix("/"))
+        return None
+    if member.type != b"0":
+        raise ClusterFileError(f"{member.path[:200]} is a link: only files and directories are taken")
+    file = identify_file(member.path)
+    if file is not None and member.size_bytes > file_size_bytes_max(file.kind):
+        raise ClusterFileError(f"{member.path} has {member.size_bytes} bytes, too many for what it is")
+    return file

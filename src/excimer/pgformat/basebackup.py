@@ -13,9 +13,29 @@ from typing import NamedTuple
 
 import msgspec
 
+from excimer.base.errors import CorruptionError
+from excimer.base.keys import (
+    BLOCK_SIZE_BYTES,
+    DEFAULT_TABLESPACE,
+    GLOBAL_TABLESPACE,
+    KEY_SIZE_BYTES,
+    SEGMENT_BLOCKS,
+    SLRU_DIRECTORIES,
+    SLRU_SEGMENT_BLOCKS,
+    KeyKind,
+    parse_key,
+)
+from excimer.pgformat.cluster_paths import UnsafePathError, check_carried_path
 from excimer.pgformat.replication_origins import ORIGINS_PATH, count_origins
+from excimer.pgformat.slru import SEGMENT_MAX
 
 FORMAT_VERSION = 1
+
+FILE_SIZE_BYTES_MAX = 64 << 20
+"""Of a small file; the largest are states of prepared transactions."""
+FILES_MAX = 1 << 20
+PAGE_FILES_MAX = 1 << 22
+"""Files of relations and SLRUs; each is an entry that the compute keeps in memory."""
 
 _RELATION_FORK = struct.Struct("<IIIB3xI")
 _SLRU_SEGMENT = struct.Struct("<B3xII")
@@ -93,6 +113,77 @@ def encode_basebackup(backup: Basebackup) -> bytes:
     return msgspec.msgpack.encode(backup)
 
 
+class BasebackupContentError(CorruptionError):
+    """A basebackup names what no cluster has, or what may not be written for it."""
+
+
 def decode_basebackup(data: bytes) -> Basebackup:
-    """Raises msgspec.ValidationError or msgspec.DecodeError on bytes that are not a basebackup."""
-    return msgspec.msgpack.decode(data, type=Basebackup)
+    """Checked: every path stays within a data directory, and nothing is of an absurd size or number.
+
+    Raises msgspec.ValidationError or msgspec.DecodeError on bytes that are not a basebackup, and
+    `BasebackupContentError`.
+    """
+    backup = msgspec.msgpack.decode(data, type=Basebackup)
+    if backup.format_version == FORMAT_VERSION:
+        check_basebackup(backup)
+    return backup
+
+
+def check_basebackup(backup: Basebackup) -> None:
+    """Raises `BasebackupContentError`."""
+    try:
+        _check_files(backup.files)
+        segments = _check_relation_forks(unpack_relation_forks(backup.relation_forks))
+        segments += _check_slru_segments(unpack_slru_segments(backup.slru_segments))
+        for page in backup.pages:
+            _check_page(page)
+    except (UnsafePathError, struct.error) as error:
+        raise BasebackupContentError(f"the basebackup is damaged: {error}") from error
+    if segments > PAGE_FILES_MAX:
+        raise BasebackupContentError(f"the basebackup names {segments} files of pages, too many")
+
+
+def _check_files(files: list[tuple[str, bytes]]) -> None:
+    if len(files) > FILES_MAX:
+        raise BasebackupContentError(f"the basebackup carries {len(files)} files, too many")
+    seen = set()
+    for path, content in files:
+        if check_carried_path(path) in seen:
+            raise BasebackupContentError(f"the basebackup carries {path} twice")
+        seen.add(path)
+        if len(content) > FILE_SIZE_BYTES_MAX:
+            raise BasebackupContentError(f"the basebackup's {path} has {len(content)} bytes, too many")
+
+
+def _check_relation_forks(forks: list[RelationFork]) -> int:
+    """How many files they have."""
+    segments = 0
+    for spc, db, rel, fork, blocks in forks:
+        is_global = spc == GLOBAL_TABLESPACE
+        if not (is_global or spc == DEFAULT_TABLESPACE) or is_global is not (db == 0) or not rel or fork > 3:
+            raise BasebackupContentError(f"the basebackup names a relation {spc}/{db}/{rel} fork {fork}")
+        segments += blocks // SEGMENT_BLOCKS + 1
+    if len(set(forks)) != len(forks):
+        raise BasebackupContentError("the basebackup names a relation twice")
+    return segments
+
+
+def _check_slru_segments(segments: list[SlruSegment]) -> int:
+    for slru, segment, blocks in segments:
+        if slru >= len(SLRU_DIRECTORIES) or segment > SEGMENT_MAX[slru] or blocks > SLRU_SEGMENT_BLOCKS:
+            raise BasebackupContentError(
+                f"the basebackup names segment {segment} of SLRU {slru} with {blocks} blocks"
+            )
+    return len(segments)
+
+
+def _check_page(page: InlinePage) -> None:
+    if len(page.key) != KEY_SIZE_BYTES or len(page.page) != BLOCK_SIZE_BYTES:
+        raise BasebackupContentError("the basebackup carries a page that is none")
+    kind, spc, db, rel, fork, block = parse_key(page.key)
+    if kind == KeyKind.RELATION_BLOCK:
+        _check_relation_forks([RelationFork(spc, db, rel, fork, block)])
+    elif kind == KeyKind.SLRU_BLOCK:
+        _check_slru_segments([SlruSegment(spc, rel, block)])
+    else:
+        raise BasebackupContentError(f"the basebackup carries a page of kind {kind}")

@@ -27,6 +27,8 @@ ENTRIES_PER_PAGE = {
     Slru.MULTIXACT_MEMBERS: MEMBERS_PER_PAGE,
     Slru.COMMIT_TS: COMMIT_TIMES_PER_PAGE,
 }
+SEGMENT_MAX = tuple(((1 << 32) - 1) // ENTRIES_PER_PAGE[slru] // SLRU_SEGMENT_BLOCKS for slru in Slru)
+"""The number of the last segment that ids of 32 bits reach, by SLRU."""
 _FIRST_ID = {Slru.XACT: 3, Slru.MULTIXACT_OFFSETS: 1, Slru.MULTIXACT_MEMBERS: 0, Slru.COMMIT_TS: 3}
 FIRST_NORMAL_XID = 3
 FIRST_MULTIXACT = 1

@@ -104,7 +104,7 @@ def _unpack_header(header: bytes) -> MemberStart:
     if _number(header[148:156]) != total:
         raise TarError("a tar header's checksum is wrong")
     kind = header[156:157].replace(b"\0", b"0")
-    if kind not in b"0125":
+    if kind not in b"025":
         raise TarError(f"a tar member of type {kind!r} is not PostgreSQL's")
     try:
         name, prefix = (_text(field).decode() for field in (header[:_NAME_SIZE_BYTES], header[345:500]))
@@ -117,10 +117,10 @@ def _unpack_header(header: bytes) -> MemberStart:
 def _number(field: bytes) -> int:
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError as error:
-        raise TarError(f"{field!r} is not a number of a tar header") from error
+    digits = field.strip(b" \0")
+    if digits.strip(b"01234567"):
+        raise TarError(f"{field!r} is not a number of a tar header")
+    return int(digits or b"0", 8)
 
 
 def _text(field: bytes) -> bytes:
