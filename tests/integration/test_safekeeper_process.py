@@ -1,6 +1,7 @@
 """One real safekeeper process: readers, restarts, kills, bad input on every port, a full disk."""
 
 import asyncio
+import math
 import os
 import shutil
 import socket
@@ -30,6 +31,7 @@ from excimer.wire.safekeeping import (
     AppendResponse,
     ErrorCode,
     ErrorResponse,
+    TokenRenewal,
 )
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.directories import reachable_directory
@@ -198,7 +200,15 @@ def test_wrong_tokens_and_names_are_refused_with_their_sqlstate(
     with RawProposer(member.proposer_address) as proposer:
         answer = proposer.greet(TENANT, elsewhere, elsewhere_token)
         assert isinstance(answer, ErrorResponse)
-        assert "does not keep timeline" in answer.text
+        assert (answer.code, "does not keep timeline" in answer.text) == (ErrorCode.NO_TIMELINE, True)
+    for right in (Right.READ_WAL, Right.READ_PAGES, Right.MANAGE):
+        with RawProposer(member.proposer_address) as proposer:
+            answer = proposer.greet(TENANT, TIMELINE, cluster.token_of(TIMELINE, right))
+            assert isinstance(answer, ErrorResponse)
+            assert (answer.code, "does not have the right write_wal" in answer.text) == (
+                ErrorCode.REFUSED,
+                True,
+            )
     path = f"/v1/tenant/{TENANT}/timeline/{TIMELINE}"
     assert member.request("GET", path).status_code == 401
     assert member.request("GET", path, headers={"Authorization": f"Bearer {forged}"}).status_code == 401
@@ -381,3 +391,43 @@ def test_a_full_disk_stops_acknowledging_and_recovers(small_disk: Path) -> None:
             proposer.commit(end_lsn)
             got = asyncio.run(read_wal(member, cluster.token, START, len(wal)))
             assert got == wal
+
+
+def test_a_connection_lives_as_long_as_its_token_which_a_proposer_may_renew(
+    cluster: SafekeeperCluster, member: SafekeeperProcess
+) -> None:
+    expires = math.ceil(time.time()) + 2
+
+    def token(right: Right, exp: int) -> str:
+        return make_token(cluster.keys, right, tenant_id=TENANT, timeline_id=TIMELINE, exp=exp)
+
+    async def read_until_the_end() -> ExcimerError:
+        client = await connect_reader(member, token(Right.READ_WAL, expires))
+        try:
+            stream = await stream_wal(client, START)
+            with pytest.raises(ExcimerError) as caught:
+                await asyncio.wait_for(stream.next_chunk(), 10)
+            return caught.value
+        finally:
+            client.close()
+
+    wal = bytes(build_wal(100_000).stream)
+    with RawProposer(member.proposer_address, 1) as idle, RawProposer(member.proposer_address, 2) as renewed:
+        for proposer in (idle, renewed):
+            greeted = proposer.greet(TENANT, TIMELINE, token(Right.WRITE_WAL, expires))
+            assert isinstance(greeted, AcceptorGreeting)
+        end_lsn = renewed.append_all(renewed.win(), wal[:8192])
+        renewed.send(TokenRenewal(token(Right.WRITE_WAL, expires + 60)))
+        end_lsn = renewed.append_all(end_lsn, wal[8192:50_000])
+        assert "expired" in str(asyncio.run(read_until_the_end()))
+        assert expires <= time.time() < expires + 3
+        assert idle.receive() is None
+        end_lsn = renewed.append_all(end_lsn, wal[50_000:])
+        renewed.send(TokenRenewal(token(Right.READ_WAL, expires + 60)))
+        answer = renewed.receive()
+        assert isinstance(answer, ErrorResponse)
+        assert (answer.code, renewed.receive()) == (ErrorCode.REFUSED, None)
+    with RawProposer(member.proposer_address) as late:
+        answer = late.greet(TENANT, TIMELINE, token(Right.WRITE_WAL, expires))
+        assert isinstance(answer, ErrorResponse)
+        assert (answer.code, "expired" in answer.text) == (ErrorCode.RETRYABLE, True)

@@ -18,6 +18,7 @@ from excimer.wire.safekeeping import (
     ProposerMessage,
     ProposerMessageParser,
     Term,
+    TokenRenewal,
     encode_acceptor_message,
     encode_proposer_message,
 )
@@ -84,7 +85,8 @@ class StreamDriver(Driver):
                 size = self.timeline.serve(self.connection, ours.fileno(), buffer, len(rest), send_lock)
             if size == 0:
                 return
-            messages = parser.feed(memoryview(buffer)[:size])
+            frames = parser.feed(memoryview(buffer)[:size])
+            messages = [frame for frame in frames if not isinstance(frame, TokenRenewal)]
             self.handled += messages
             if messages:
                 for _, answer in self.timeline.handle(self.connection, messages):

@@ -14,9 +14,9 @@ from excimer.wire.safekeeping import (
     CommitAnnounce,
     ElectedResponse,
     ProposerElected,
+    ProposerFrame,
     ProposerGreeting,
     ProposerId,
-    ProposerMessage,
     Term,
     TermStart,
     TimelineIdentity,
@@ -45,7 +45,7 @@ class RawProposer:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def send(self, *messages: ProposerMessage) -> None:
+    def send(self, *messages: ProposerFrame) -> None:
         self._socket.sendall(b"".join(encode_proposer_message(message) for message in messages))
 
     def receive(self) -> AcceptorMessage | None:

@@ -63,6 +63,7 @@ PROPOSER_MESSAGES = st.one_of(
     st.builds(wire.AppendRequest, TERM, LSN, LSN, LSN, WAL),
     st.builds(wire.CommitAnnounce, TERM, LSN, LSN),
     st.builds(wire.ReadWalRequest, TERM, LSN, LSN),
+    st.builds(wire.TokenRenewal, TOKEN),
 )
 ACCEPTOR_MESSAGES = st.one_of(
     ACCEPTOR_GREETING,
@@ -105,7 +106,7 @@ def feed_in_pieces(parser: Any, data: bytes, cuts: list[int]) -> list[Any]:
 
 @given(PROPOSER_GREETING, st.lists(PROPOSER_MESSAGES, max_size=4), st.lists(st.integers(0, 2000), max_size=6))
 def test_proposer_messages_round_trip(
-    greeting: wire.ProposerGreeting, messages: list[wire.ProposerMessage], cuts: list[int]
+    greeting: wire.ProposerGreeting, messages: list[wire.ProposerFrame], cuts: list[int]
 ) -> None:
     data = b"".join(map(wire.encode_proposer_message, [greeting, *messages]))
     assert feed_in_pieces(wire.ProposerMessageParser(), data, cuts) == [greeting, *messages]
@@ -136,7 +137,7 @@ def test_any_bytes_give_messages_or_one_error(parser_type: Any, data: bytes) -> 
         parser_type().feed(data)
 
 
-@given(st.sampled_from(sorted(b"GVEACR")), st.binary(max_size=120))
+@given(st.sampled_from(sorted(b"GVEACRT")), st.binary(max_size=120))
 def test_a_framed_body_of_any_bytes_gives_a_message_or_one_error(kind: int, body: bytes) -> None:
     parser = wire.ProposerMessageParser()
     parser.feed(GREETING)

@@ -30,7 +30,7 @@ from excimer.base.errors import ExcimerError, FencedError, RefusedError, Retryab
 from excimer.base.ids import ID_SIZE_BYTES, TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, Lsn
 from excimer.compute.postgres_settings import PROPOSER_NAME
-from excimer.compute.safekeeper_peer import SafekeeperPeer
+from excimer.compute.safekeeper_peer import SafekeeperLacksTimelineError, SafekeeperPeer
 from excimer.consensus import proposer as core
 from excimer.consensus.quorum import majority
 from excimer.consensus.wal_window import WalWindow
@@ -42,6 +42,7 @@ from excimer.wire.safekeeping import (
     ProposerId,
     Term,
     TimelineIdentity,
+    TokenRenewal,
     encode_proposer_message,
 )
 
@@ -69,6 +70,10 @@ class ElectionTimeoutError(RetryableError):
 
 class NewerProposerError(FencedError):
     """Another compute has taken over the timeline: this one must stop."""
+
+
+class TimelineGoneError(RefusedError):
+    """A majority of the safekeepers no longer keeps the timeline: nothing more can be committed."""
 
 
 class PostgresAddress(NamedTuple):
@@ -134,6 +139,13 @@ class Proposer:
     def connected_count(self) -> int:
         """Safekeepers that are connected now."""
         return sum(peer.is_connected for peer in self._peers)
+
+    def renew_token(self, token: str) -> None:
+        """For connections to come, and for those that are open."""
+        self._core.token = token
+        frame = encode_proposer_message(TokenRenewal(token))
+        for peer in self._peers:
+            peer.send_frame(frame)
 
     async def elect(self) -> Election:
         """Wins an election, and returns when a majority has everything below E.
@@ -361,12 +373,19 @@ class Proposer:
             self._changed.set()
 
     def _raise_failure(self) -> None:
-        """What ended this proposer; before the election also that a majority is impossible."""
+        """What ended this proposer, or makes a majority impossible. After the election only that the timeline
+        is gone does: other refusals may pass, and a compute that runs still answers reads.
+        """
         if self._failure is not None:
             raise self._failure
         refusals = [peer.failure for peer in self._peers if peer.is_hopeless and peer.failure is not None]
-        if self._election is None and len(self._peers) - len(refusals) < majority(len(self._peers)):
+        if self._election is not None:
+            refusals = [each for each in refusals if isinstance(each, SafekeeperLacksTimelineError)]
+        if len(self._peers) - len(refusals) >= majority(len(self._peers)):
+            return
+        if self._election is None:
             raise refusals[-1]
+        raise TimelineGoneError(f"the timeline was deleted: {refusals[-1]}")
 
     def _describe_failures(self) -> str:
         failures = [str(peer.failure) for peer in self._peers if peer.failure is not None]

@@ -36,6 +36,10 @@ class SafekeeperRefusedError(RefusedError):
     """A safekeeper will not have this proposer as it is: wrong token, unknown timeline, other PostgreSQL."""
 
 
+class SafekeeperLacksTimelineError(SafekeeperRefusedError):
+    """A safekeeper does not keep the timeline: it was deleted there, or has not come yet."""
+
+
 class SafekeeperFencedError(FencedError):
     """A safekeeper says that this proposer must stop."""
 
@@ -46,6 +50,7 @@ class SafekeeperDamagedError(CorruptionError):
 
 _FAILURES: dict[int, type[ExcimerError]] = {
     ErrorCode.REFUSED: SafekeeperRefusedError,
+    ErrorCode.NO_TIMELINE: SafekeeperLacksTimelineError,
     ErrorCode.FENCED: SafekeeperFencedError,
     ErrorCode.CORRUPTION: SafekeeperDamagedError,
 }

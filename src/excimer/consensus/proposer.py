@@ -176,7 +176,8 @@ class Proposer:
         self.term = BOOTSTRAP_TERM
         self.term_seen = BOOTSTRAP_TERM
         self._proposer_id = proposer_id
-        self._token = token
+        self.token = token
+        """Of the next greetings; the shell renews it."""
         self._limits = limits or ProposerLimits()
         self._peers = [_Peer(index) for index in range(member_count)]
         self._reign: _Reign | None = None
@@ -208,7 +209,7 @@ class Proposer:
         if self.phase is Phase.FENCED:
             return []
         self._forget_connection(self._peers[peer])
-        greeting = ProposerGreeting(identity=self.identity, proposer_id=self._proposer_id, token=self._token)
+        greeting = ProposerGreeting(identity=self.identity, proposer_id=self._proposer_id, token=self.token)
         return [Send(peer, greeting), *self._pump_all()]
 
     def peer_disconnected(self, peer: int) -> list[ProposerEffect]:

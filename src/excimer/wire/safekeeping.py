@@ -21,6 +21,7 @@ types, the acceptor (the consensus half of a safekeeper) answers in lower-case o
        |              flush LSN, commit LSN   a |
        |<---------------------------------------|
 
+    T       a newer token for a connection that outlives its first one, no answer
     R / w   reads WAL back from a donor, to bring up a safekeeper that lags
     C       announces a commit LSN, no answer
     j       an append that leaves a gap: "send from here"
@@ -84,6 +85,8 @@ class ErrorCode:
     REFUSED: Final = 2
     FENCED: Final = 3
     CORRUPTION: Final = 4
+    NO_TIMELINE: Final = 5
+    """Refused, because the safekeeper does not keep the timeline: it was deleted, or has not come yet."""
 
 
 class TimelineIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +194,12 @@ class ReadWalRequest(msgspec.Struct, frozen=True):
     end_lsn: Lsn
 
 
+class TokenRenewal(msgspec.Struct, frozen=True):
+    """From now on the connection is the token's, which must open what the greeting's did."""
+
+    token: str
+
+
 class WalChunk(msgspec.Struct, frozen=True):
     """Answer to `ReadWalRequest`, as much as was read; empty when the donor cannot serve it."""
 
@@ -208,6 +217,8 @@ class ErrorResponse(msgspec.Struct, frozen=True):
 ProposerMessage = (
     ProposerGreeting | VoteRequest | ProposerElected | AppendRequest | CommitAnnounce | ReadWalRequest
 )
+ProposerFrame = ProposerMessage | TokenRenewal
+"""All that a proposer sends: what the acceptor is told, and what only the connection is."""
 AcceptorMessage = (
     AcceptorGreeting
     | VoteResponse
@@ -276,10 +287,15 @@ def decode_history(data: bytes) -> tuple[TermStart, ...]:
     return entries
 
 
-def _pack_proposer_greeting(message: ProposerGreeting) -> bytes:
-    token = message.token.encode()
+def _token_bytes(text: str) -> bytes:
+    token = text.encode()
     if len(token) > TOKEN_SIZE_BYTES_MAX:
         raise RefusedError(f"the token has {len(token)} bytes; at most {TOKEN_SIZE_BYTES_MAX}")
+    return token
+
+
+def _pack_proposer_greeting(message: ProposerGreeting) -> bytes:
+    token = _token_bytes(message.token)
     identity = message.identity
     fixed = _PROPOSER_GREETING.pack(
         message.version,
@@ -389,6 +405,12 @@ def _unpack_append_request(body: memoryview) -> AppendRequest:
     return AppendRequest(Term(term), Lsn(begin), Lsn(commit), Lsn(horizon), wal)
 
 
+def _unpack_token_renewal(body: memoryview) -> TokenRenewal:
+    if len(body) > TOKEN_SIZE_BYTES_MAX:
+        raise MalformedFrameError(f"a token of {len(body)} bytes; at most {TOKEN_SIZE_BYTES_MAX}")
+    return TokenRenewal(bytes(body).decode("ascii"))
+
+
 def _unpack_wal_chunk(body: memoryview) -> WalChunk:
     wal = bytes(body[_TERM_LSN.size :])
     _check_wal_size(len(wal))
@@ -408,13 +430,14 @@ def _check_wal_size(size_bytes: int) -> None:
         )
 
 
-_PROPOSER_DECODERS: Final[dict[int, Callable[[memoryview], ProposerMessage]]] = {
+_PROPOSER_DECODERS: Final[dict[int, Callable[[memoryview], ProposerFrame]]] = {
     ord("G"): _unpack_proposer_greeting,
     ord("V"): lambda body: VoteRequest(*_VOTE_REQUEST.unpack(body)),
     ord("E"): _unpack_elected,
     ord("A"): _unpack_append_request,
     ord("C"): lambda body: CommitAnnounce(*_TERM_LSN_LSN.unpack(body)),
     ord("R"): lambda body: ReadWalRequest(*_TERM_LSN_LSN.unpack(body)),
+    ord("T"): _unpack_token_renewal,
 }
 _ACCEPTOR_DECODERS: Final[dict[int, Callable[[memoryview], AcceptorMessage]]] = {
     ord("g"): _unpack_acceptor_greeting,
@@ -427,7 +450,7 @@ _ACCEPTOR_DECODERS: Final[dict[int, Callable[[memoryview], AcceptorMessage]]] = 
 }
 
 
-def encode_proposer_message(message: ProposerMessage) -> bytes:
+def encode_proposer_message(message: ProposerFrame) -> bytes:
     """One frame. Raises a `RefusedError` for a message beyond the bounds above."""
     match message:
         case AppendRequest(term, begin_lsn, commit_lsn, horizon_lsn, wal):
@@ -444,6 +467,8 @@ def encode_proposer_message(message: ProposerMessage) -> bytes:
             return _frame(b"E", _TERM.pack(term) + encode_history(history))
         case ProposerGreeting():
             return _frame(b"G", _pack_proposer_greeting(message))
+        case TokenRenewal(token):
+            return _frame(b"T", _token_bytes(token))
 
 
 def encode_acceptor_message(message: AcceptorMessage) -> bytes:
@@ -542,7 +567,7 @@ class _FrameParser(Generic[_Message]):
         return message
 
 
-class ProposerMessageParser(_FrameParser[ProposerMessage]):
+class ProposerMessageParser(_FrameParser[ProposerFrame]):
     """A safekeeper's receiving side: bytes from a proposer in, messages out."""
 
     def __init__(self) -> None:

@@ -3,7 +3,8 @@
 Once a timeline is streamed, its `serve` receives too and answers appends; what it leaves is parsed here.
 
 A connection's first frame names its timeline and carries the token; until it is accepted the
-peer can hold neither memory nor a place for long (`GREETING_TIMEOUT_S`). Errors are answered with
+peer can hold neither memory nor a place for long (`GREETING_TIMEOUT_S`). A connection lives as long as its
+token; a proposer sends a newer one in time. Errors are answered with
 a frame that says which family they are of, then the connection closes; the safekeeper lives on.
 
 Not here: what the messages mean (`consensus.acceptor`, driven by `timeline`).
@@ -21,18 +22,22 @@ from excimer._native.append_lane import LaneLock
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.consensus.acceptor import ConnectionId
 from excimer.safekeeper.metrics import SafekeeperMetrics
-from excimer.safekeeper.timeline import Outgoing, SafekeeperTimeline
+from excimer.safekeeper.registry import TimelineNotFoundError
+from excimer.safekeeper.timeline import Outgoing, SafekeeperTimeline, TimelineDeletedError
 from excimer.safekeeper.timeline_door import TimelineDoor
 from excimer.service.logs import get_logger
-from excimer.service.tasks import failure_of
+from excimer.service.tasks import TaskScope, failure_of
 from excimer.wire.auth import Claims, Right, TokenExpiredError
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     ErrorCode,
     ErrorResponse,
+    ProposerFrame,
     ProposerGreeting,
     ProposerMessage,
     ProposerMessageParser,
+    TimelineIdentity,
+    TokenRenewal,
     encode_acceptor_message,
 )
 
@@ -40,6 +45,7 @@ GREETING_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 30.0
 IDLE_TIMEOUT_S = 60.0
 """A proposer sends a heartbeat each second; one that is silent this long is gone."""
+EXPIRY_CHECK_S = 1.0
 CONNECTIONS_MAX = 1000
 _RECEIVE_SIZE_BYTES = 1 << 18
 _CLOSE_TIMEOUT_S = 3.0
@@ -49,6 +55,8 @@ log = get_logger(__name__)
 _CODE_OF_FAMILY: tuple[tuple[type[ExcimerError], int], ...] = (
     (TokenExpiredError, ErrorCode.RETRYABLE),
     (FencedError, ErrorCode.FENCED),
+    (TimelineNotFoundError, ErrorCode.NO_TIMELINE),
+    (TimelineDeletedError, ErrorCode.NO_TIMELINE),
     (RefusedError, ErrorCode.REFUSED),
     (CorruptionError, ErrorCode.CORRUPTION),
     (RetryableError, ErrorCode.RETRYABLE),
@@ -78,6 +86,25 @@ class ProposerPort:
 
     async def serve(self) -> None:
         """Until cancelled."""
+        async with TaskScope() as scope:
+            scope.start("expired proposers", self._end_expired())
+            await self._accept()
+
+    async def _end_expired(self) -> None:
+        """A thread that receives natively does not look at its token, so this does."""
+        while True:
+            await asyncio.sleep(EXPIRY_CHECK_S)
+            with self._lock:
+                connections = list(self._connections.values())
+            for connection in connections:
+                try:
+                    if connection.claims is not None:
+                        self._door.check_current(connection.claims)
+                except TokenExpiredError as error:
+                    log.warning("proposer connection ends", connection=connection.id, error=error)
+                    connection.shut_down()
+
+    async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             accepted, _ = await loop.sock_accept(self._listening)
@@ -125,17 +152,29 @@ class ProposerPort:
         except OSError as error:
             log.info("proposer connection lost", connection=connection.id, error=error)
 
-    def _handle(self, connection: "_Connection", messages: Sequence[ProposerMessage]) -> None:
-        if connection.timeline is None:
-            greeting = messages[0]
+    def _handle(self, connection: "_Connection", frames: Sequence[ProposerFrame]) -> None:
+        timeline = connection.timeline
+        if timeline is None:
+            greeting = frames[0]
             if not isinstance(greeting, ProposerGreeting):
                 raise RefusedError("a proposer greets first")
-            identity = greeting.identity
-            connection.timeline, connection.claims = self._door.enter(
-                greeting.token, Right.WRITE_WAL, identity.tenant_id, identity.timeline_id
-            )
+            timeline = self._enter(connection, greeting.token, greeting.identity)
+            connection.timeline = timeline
             connection.greeted()
-        self._send(connection.timeline.handle(connection.id, messages))
+        messages: list[ProposerMessage] = []
+        for frame in frames:
+            if isinstance(frame, TokenRenewal):
+                self._enter(connection, frame.token, timeline.identity)
+            else:
+                messages.append(frame)
+        if messages:
+            self._send(timeline.handle(connection.id, messages))
+
+    def _enter(self, connection: "_Connection", token: str, identity: TimelineIdentity) -> SafekeeperTimeline:
+        timeline, connection.claims = self._door.enter(
+            token, Right.WRITE_WAL, identity.tenant_id, identity.timeline_id
+        )
+        return timeline
 
     def _send(self, outgoing: Sequence[Outgoing]) -> None:
         for connection_id, message in outgoing:
@@ -166,7 +205,7 @@ class _Connection:
         """The kernel's own timeout: Python's would cost a poll before each recv."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
 
-    def receive_all(self, handle: Callable[[Sequence[ProposerMessage]], None]) -> None:
+    def receive_all(self, handle: Callable[[Sequence[ProposerFrame]], None]) -> None:
         """Calls `handle` with the messages that each `recv` completed, until the peer closes.
 
         Raises OSError, `MalformedFrameError`, and what `handle` and the timeline's `serve` raise.

@@ -34,7 +34,7 @@ from excimer.safekeeper.timeline_door import TimelineDoor
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope, contained
 from excimer.wire import pg_messages as pg
-from excimer.wire.auth import AuthError, Claims, Right
+from excimer.wire.auth import AuthError, Claims, Right, TokenExpiredError
 from excimer.wire.pg_server import (
     CopyDataReceived,
     CopyDoneReceived,
@@ -180,7 +180,7 @@ class _Session:
             async with asyncio.timeout(LOGIN_TIMEOUT_S):
                 timeline = await self._login()
             if timeline is not None:
-                await self._serve_queries(timeline)
+                await self._serve_until_expiry(timeline)
         except TimeoutError:
             log.info("WAL reader did not log in in time")
         except ExcimerError as error:
@@ -236,6 +236,16 @@ class _Session:
         timeline, self._claims = self._door.enter(password, Right.READ_WAL, tenant_id, timeline_id)
         self._writer.write(pg.AUTHENTICATION_OK)
         return timeline
+
+    async def _serve_until_expiry(self, timeline: SafekeeperTimeline) -> None:
+        """A reader with a newer token connects again: PostgreSQL's protocol has no way to show it later."""
+        assert self._claims is not None
+        expires = self._claims.exp
+        try:
+            async with asyncio.timeout(None if expires is None else expires - self._clock.now()):
+                await self._serve_queries(timeline)
+        except TimeoutError as error:
+            raise TokenExpiredError from error
 
     async def _serve_queries(self, timeline: SafekeeperTimeline) -> None:
         while True:
