@@ -147,6 +147,7 @@ static inline void arena_read_settings(const struct arena_header *header, struct
 static inline void arena_publish_settings(struct arena_header *header, const struct arena_settings *settings)
 {
     uint64_t generation = header->settings_generation + 1;
+    __atomic_thread_fence(__ATOMIC_RELEASE); /* the last publication is seen before this one is written over it */
     memcpy(&header->settings[generation & 1], settings, sizeof *settings);
     __atomic_store_n(&header->settings_generation, generation, __ATOMIC_RELEASE);
 }

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import psycopg
 import pytest
 
@@ -24,6 +25,7 @@ from excimer.base.errors import RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.cli.installation import HOST, free_ports
 from excimer.wire.auth import Claims, Right, encode_token, generate_key_pair
+from excimer.wire.endpoint_tokens import EndpointTokens
 from excimer.wire.page_service import Hello, encode_client_message
 from tests.kit.builds import NEWEST_VERSION
 from tests.kit.page_client import connect_pages
@@ -207,7 +209,19 @@ def test_the_broker_wants_its_password(well: Stack) -> None:
 def test_a_second_compute_on_the_same_directory_is_refused(well: Stack) -> None:
     settings = well.directory / "run" / "endpoint-main.toml"
     command = [sys.executable, "-m", "excimer.compute", str(settings)]
-    second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    without_tokens = subprocess.run(
+        command, input="", capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (without_tokens.returncode, "no tokens came" in without_tokens.stderr) == (2, True)
+    tokens = EndpointTokens(read_pages="a.b.c", write_wal="a.b.c", renewal="a.b.c", valid_for_s=60)
+    second = subprocess.run(
+        command,
+        input=msgspec.json.encode(tokens).decode(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert second.returncode == 1
     assert f"is in use by process {well.pid('endpoint-main')}" in second.stderr
 

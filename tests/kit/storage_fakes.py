@@ -12,9 +12,9 @@ from excimer.base.errors import ConflictError, NotFoundError, RefusedError, Retr
 from excimer.base.ids import NodeId
 from excimer.base.lsn import format_lsn, parse_lsn
 from excimer.controller.model import Pageserver, Safekeeper
-from excimer.controller.remote import TokenMaker
 from excimer.controller.shell import Controller
 from excimer.controller.sqlite_store import SqliteStore
+from excimer.controller.tokens import TokenMaker
 from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app, serving_http
 from excimer.service.metrics import new_registry

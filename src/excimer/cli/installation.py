@@ -15,7 +15,7 @@ Not here: starting anything (`local_processes`).
 import re
 import secrets
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import SystemRandom
 from typing import Annotated, Any, Final
@@ -85,6 +85,8 @@ class Part:
     http_address: str
     lock_dir: Path
     """Where the process keeps its instance lock."""
+    standard_input: bytes = field(default=b"", repr=False)
+    """What it must know and no file may: its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,7 @@ class Installation:
 
         endpoint = spec["endpoint"]
         settings = ComputeSettings(
+            endpoint_name=endpoint["name"],
             endpoint_dir=self.endpoint_dir(endpoint["name"]),
             tenant_id=endpoint["tenant_id"],
             timeline_id=endpoint["timeline_id"],
@@ -230,14 +233,12 @@ class Installation:
             pageserver_http_address=spec["pageserver_http_address"],
             lease_holder=spec["lease_holder"],
             safekeepers=spec["safekeepers"],
-            token=spec["token"],
-            postgres_settings=endpoint["postgres_settings"],
-            endpoint_name=endpoint["name"],
             controller_address=self.controller_address,
-            controller_token=spec["controller_token"],
+            postgres_settings=endpoint["postgres_settings"],
         )
         name = endpoint_part_name(endpoint["name"])
-        return Part(name, "excimer.compute", settings, settings.http_listen, settings.endpoint_dir)
+        tokens = msgspec.json.encode(spec["tokens"])
+        return Part(name, "excimer.compute", settings, settings.http_listen, settings.endpoint_dir, tokens)
 
 
 def endpoint_part_name(endpoint: str) -> str:

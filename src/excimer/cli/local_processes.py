@@ -194,7 +194,7 @@ def _launch(installation: Installation, part: Part) -> LaunchedProcess:
         log_start = output.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", part.module, str(settings)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if part.standard_input else subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env=_environment(),
@@ -202,7 +202,15 @@ def _launch(installation: Installation, part: Part) -> LaunchedProcess:
             start_new_session=True,
         )
         _write_record(_record_path(installation, part.name), process.pid)
+        _hand_over(process, part.standard_input)
     return LaunchedProcess(process, log_start)
+
+
+def _hand_over(process: "subprocess.Popen[bytes]", content: bytes) -> None:
+    """Less than a pipe holds, so that this does not wait; whether it was read shows in its health."""
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(content)
 
 
 def _environment() -> dict[str, str]:

@@ -1,31 +1,48 @@
-"""`python -m excimer.compute SETTINGS.toml`: runs one endpoint until it is told to stop."""
+"""`python -m excimer.compute SETTINGS.toml < TOKENS`: runs one endpoint until it is told to stop."""
 
 import sys
+from functools import partial
 
 from excimer.base.errors import FencedError, RefusedError
 from excimer.compute.core import EXIT_CLEAN, EXIT_FENCED
+from excimer.compute.last_end import forget_end, record_end
 from excimer.compute.metrics import read_metrics
 from excimer.compute.settings import ComputeSettings
-from excimer.compute.shell import Manager, make_keeper, make_spec
+from excimer.compute.shell import Manager, make_spec
+from excimer.compute.token_renewal import take_tokens
+from excimer.io.processes import hide_memory
 from excimer.service.health import Health
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.light_http import serving_light_http
-from excimer.service.process_main import run_service
+from excimer.service.process_main import EXIT_USAGE, run_service
+from excimer.wire.endpoint_tokens import EndpointTokens
 
 
-async def serve(settings: ComputeSettings) -> None:
+async def serve(tokens: EndpointTokens, settings: ComputeSettings) -> None:
     """Raises `FencedError` or `RefusedError` when the endpoint is over for good."""
     with InstanceLock(settings.endpoint_dir, "compute"):
+        forget_end(settings.endpoint_dir)
         health = Health("compute")
-        spec = make_spec(settings)
-        manager = Manager(spec, health, make_keeper(settings, spec, health))
+        manager = Manager(make_spec(settings), settings, tokens, health)
         async with serving_light_http(settings.http_listen, health, lambda: read_metrics(manager)):
             end = await manager.run()
+        if end.code != EXIT_CLEAN:
+            record_end(settings.endpoint_dir, end.reason)
     if end.code == EXIT_FENCED:
         raise FencedError(end.reason)
     if end.code != EXIT_CLEAN:
         raise RefusedError(end.reason)
 
 
+def main() -> int:
+    hide_memory()
+    try:
+        tokens = take_tokens()
+    except RefusedError as error:
+        print(f"excimer compute: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return run_service("compute", ComputeSettings, partial(serve, tokens))
+
+
 if __name__ == "__main__":
-    sys.exit(run_service("compute", ComputeSettings, serve))
+    sys.exit(main())

@@ -51,6 +51,7 @@ from excimer.postgres.setting_rules import check_rules
 from excimer.service.listen import bind_listen
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope
+from excimer.wire.endpoint_tokens import EndpointTokens
 
 SUPERUSER = "postgres"
 BASEBACKUP_NOTICE_S = 5.0
@@ -71,15 +72,22 @@ class ComputeSpec(NamedTuple):
     pageserver_http_address: str
     lease_holder: str
     safekeepers: list[str]
-    token: str
     places: ComputePlaces
 
 
 class Attempt:
     """Run once: `run` returns how it ended; `stop` makes it end."""
 
-    def __init__(self, spec: ComputeSpec, keeper: SettingsKeeper, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        spec: ComputeSpec,
+        tokens: Callable[[], EndpointTokens],
+        keeper: SettingsKeeper,
+        on_started: Callable[[], None],
+    ) -> None:
+        """`tokens` gives the newest; `renew_tokens` tells of newer ones."""
         self._spec = spec
+        self._tokens = tokens
         self._keeper = keeper
         self._on_started = on_started
         self._options: list[str] = []
@@ -116,6 +124,13 @@ class Attempt:
         elif self._task is not None:
             self._task.cancel()
 
+    def renew_tokens(self, tokens: EndpointTokens) -> None:
+        """Into the arena goes what opens the branch's pages, to the proposer what writes its WAL."""
+        if self.arena is not None:
+            self.arena.set_token(tokens.read_pages)
+        if self.proposer is not None and tokens.write_wal is not None:
+            self.proposer.renew_token(tokens.write_wal)
+
     async def _run(self, scope: TaskScope) -> AttemptEnd:
         spec = self._spec
         clock = _StepClock()
@@ -124,11 +139,14 @@ class Attempt:
         bind_listen(f"{spec.host}:{spec.port}", "PostgreSQL").close()
         end_lsn = spec.static_lsn
         if end_lsn is None:
+            token = self._tokens().write_wal
+            if token is None:
+                raise RefusedError("a primary needs a token that writes WAL, and was given none")
             self.proposer = Proposer(
                 tenant_id=spec.tenant_id,
                 timeline_id=spec.timeline_id,
                 safekeepers=spec.safekeepers,
-                token=spec.token,
+                token=token,
             )
             election = await self.proposer.elect()
             end_lsn = election.start_lsn
@@ -138,6 +156,7 @@ class Attempt:
         backup = await self._fetch_basebackup(end_lsn)
         clock.step("basebackup")
         await asyncio.to_thread(self._lay_directory, backup)
+        self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
         self._process = process = await self._start_postgres()
         await self._wait_ready(process)
@@ -171,7 +190,7 @@ class Attempt:
                 spec.pageserver_http_address,
                 spec.tenant_id,
                 spec.timeline_id,
-                spec.token,
+                lambda: self._tokens().read_pages,
                 lsn,
                 spec.lease_holder,
             )
@@ -186,7 +205,7 @@ class Attempt:
         notice = loop.call_later(BASEBACKUP_NOTICE_S, _log_wait, lsn)
         try:
             return await fetch_basebackup(
-                spec.pageserver_address, spec.tenant_id, spec.timeline_id, spec.token, lsn
+                spec.pageserver_address, spec.tenant_id, spec.timeline_id, self._tokens().read_pages, lsn
             )
         finally:
             notice.cancel()
@@ -232,7 +251,7 @@ class Attempt:
                 pageserver_address=spec.pageserver_address,
                 tenant_id=spec.tenant_id,
                 timeline_id=spec.timeline_id,
-                token=spec.token,
+                token=self._tokens().read_pages,
                 lsn=MAX_LSN if spec.static_lsn is None else lsn,
                 not_modified_since=lsn,
             ),

@@ -7,6 +7,7 @@
        |  +--failed----------+--ended (crash)--> WAITING ---stop--+
        +-------------------------delay over------+                |
     any --fenced, refused-----------------------------------------+
+    any --revoked: as stop, and says why
 
 An *attempt* is one start of postgres on one data directory. It ends with exactly one of `Ended`,
 `StartFailed` and `Fenced`, after its postgres is dead and its directory is gone.
@@ -59,12 +60,18 @@ class StopRequested(NamedTuple):
     pass
 
 
+class Revoked(NamedTuple):
+    """The endpoint, or its branch, is no longer there."""
+
+    reason: str
+
+
 class Fenced(NamedTuple):
     reason: str
 
 
 AttemptEnd = Ended | StartFailed | Fenced
-Event = Started | AttemptEnd | DelayOver | StopRequested
+Event = Started | AttemptEnd | DelayOver | StopRequested | Revoked
 
 
 class Launch(NamedTuple):
@@ -95,6 +102,7 @@ class Endpoint:
         self.state = State.STARTING
         self._delay_s = RESTART_DELAY_S_MIN
         self._started_at_s = 0.0
+        self._end = Exit(EXIT_CLEAN, "stopped")
 
     def begin(self) -> list[Effect]:
         return [Launch()]
@@ -107,7 +115,9 @@ class Endpoint:
                 self.state = State.STOPPED
                 return [Exit(EXIT_FENCED, reason)]
             case StopRequested():
-                return self._stop()
+                return self._stop(Exit(EXIT_CLEAN, "stopped"))
+            case Revoked(reason):
+                return self._stop(Exit(EXIT_REFUSED, reason))
             case Started(at_s):
                 if self.state is State.STARTING:
                     self.state, self._started_at_s = State.RUNNING, at_s
@@ -124,24 +134,25 @@ class Endpoint:
                 self.state = State.STARTING
                 return [Launch()]
 
-    def _stop(self) -> list[Effect]:
+    def _stop(self, end: Exit) -> list[Effect]:
+        """The first reason to stop is the one that is told."""
         if self.state is State.WAITING:
             self.state = State.STOPPED
-            return [Exit(EXIT_CLEAN, "stopped")]
+            return [end]
         if self.state is State.STOPPING:
             return []
-        self.state = State.STOPPING
+        self.state, self._end = State.STOPPING, end
         return [StopAttempt()]
 
     def _failed(self, reason: str) -> list[Effect]:
         if self.state is State.STOPPING:
             self.state = State.STOPPED
-            return [Exit(EXIT_CLEAN, "stopped")]
+            return [self._end]
         self.state = State.WAITING
         delay_s, self._delay_s = self._delay_s, min(self._delay_s * 2, RESTART_DELAY_S_MAX)
         return [Wait(delay_s, reason)]
 
     def _refused(self, reason: str) -> list[Effect]:
-        stopping = self.state is State.STOPPING
+        is_stopping = self.state is State.STOPPING
         self.state = State.STOPPED
-        return [Exit(EXIT_CLEAN if stopping else EXIT_REFUSED, reason)]
+        return [self._end if is_stopping else Exit(EXIT_REFUSED, reason)]

@@ -11,6 +11,7 @@ Not here: what the pageserver keeps for a lease (`excimer.storage.plan.retention
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from excimer.base.errors import RefusedError, RetryableError
@@ -37,7 +38,8 @@ class LeasedMoment(NamedTuple):
     pageserver_http_address: str
     tenant_id: TenantId
     timeline_id: TimelineId
-    token: str
+    token: Callable[[], str]
+    """The newest: it is renewed."""
     lsn: Lsn
     holder: str
 
@@ -70,7 +72,7 @@ class LsnLease:
     async def _ask(self) -> None:
         moment = self._moment
         client = HttpClient(
-            "the pageserver", moment.pageserver_http_address, moment.token, timeout_s=CALL_TIMEOUT_S
+            "the pageserver", moment.pageserver_http_address, moment.token(), timeout_s=CALL_TIMEOUT_S
         )
         path = path_of("v1", "tenant", moment.tenant_id, "timeline", moment.timeline_id, "lsn_lease")
         try:

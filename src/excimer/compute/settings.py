@@ -1,4 +1,4 @@
-"""What an operator (in practice the controller) writes for one endpoint: a TOML file."""
+"""What an operator (in practice the command line) writes for one endpoint: a TOML file without secrets."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,6 +9,7 @@ from excimer.service.settings import Settings
 
 
 class ComputeSettings(Settings, frozen=True, kw_only=True):
+    endpoint_name: str
     endpoint_dir: Path
     """Where the endpoint keeps its lock and, while it runs, its data directory."""
     tenant_id: str
@@ -28,12 +29,7 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """In whose name: that of the endpoint, under which the controller gives the lease back."""
     safekeepers: list[str] = msgspec.field(default_factory=list)
     """Proposer addresses; empty only for a static endpoint."""
-    token: str
-    """Opens the branch's pages, and for a primary its WAL for writing."""
+    controller_address: str
+    """Where its settings are kept and its tokens renewed. The first ones come on the standard input."""
     postgres_settings: dict[str, str] = msgspec.field(default_factory=dict)
     """The endpoint's own list at the start of the manager; later ones come from the controller."""
-    endpoint_name: str = ""
-    controller_address: str = ""
-    """Where the list is kept; empty: nowhere, and ALTER SYSTEM is refused."""
-    controller_token: str = ""
-    """Says to the controller which endpoint this is, and opens nothing else."""

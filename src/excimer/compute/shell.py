@@ -1,8 +1,10 @@
 """The manager's shell: carries out what `core` decides, and answers /healthz and /metrics."""
 
 import asyncio
+import random
 import signal
 import time
+from collections.abc import Callable
 
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import parse_lsn
@@ -15,6 +17,7 @@ from excimer.compute.core import (
     Event,
     Exit,
     Launch,
+    Revoked,
     Started,
     State,
     StopAttempt,
@@ -24,11 +27,13 @@ from excimer.compute.core import (
 from excimer.compute.places import find_places, leave_places
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
+from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
 from excimer.postgres import find_build
 from excimer.postgres.setting_check import at_start_only
 from excimer.service.health import Health
 from excimer.service.logs import get_logger
-from excimer.service.tasks import TaskScope
+from excimer.service.tasks import SystemClock, TaskScope
+from excimer.wire.endpoint_tokens import EndpointTokens
 
 log = get_logger(__name__)
 
@@ -47,17 +52,15 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         pageserver_http_address=settings.pageserver_http_address,
         lease_holder=settings.lease_holder,
         safekeepers=list(settings.safekeepers),
-        token=settings.token,
         places=find_places(settings.endpoint_dir),
     )
 
 
-def make_keeper(settings: ComputeSettings, spec: ComputeSpec, health: Health) -> SettingsKeeper:
-    """Keeps the endpoint's list at the controller, where there is one, and shows it in `health`."""
-    door = None
-    if settings.controller_address:
-        name = settings.endpoint_name
-        door = ControllerDoor(settings.controller_address, name, lambda: settings.controller_token)
+def make_keeper(
+    settings: ComputeSettings, spec: ComputeSpec, health: Health, read_token: Callable[[], str]
+) -> SettingsKeeper:
+    """Keeps the endpoint's list at the controller, and shows it in `health`."""
+    door = ControllerDoor(settings.controller_address, settings.endpoint_name, read_token)
     return SettingsKeeper(
         door,
         spec.places.data_dir,
@@ -70,10 +73,21 @@ def make_keeper(settings: ComputeSettings, spec: ComputeSpec, health: Health) ->
 class Manager:
     """Runs one endpoint until it is stopped, refused or fenced."""
 
-    def __init__(self, spec: ComputeSpec, health: Health, keeper: SettingsKeeper) -> None:
+    def __init__(
+        self, spec: ComputeSpec, settings: ComputeSettings, tokens: EndpointTokens, health: Health
+    ) -> None:
         self._spec = spec
-        self._keeper = keeper
         self._health = health
+        self._renewal = TokenRenewal(
+            tokens,
+            controller_address=settings.controller_address,
+            endpoint_name=settings.endpoint_name,
+            clock=SystemClock(),
+            chance=random.SystemRandom(),
+            health=health,
+            on_renewed=self._renewed,
+        )
+        self._keeper = make_keeper(settings, spec, health, lambda: self._renewal.current.renewal)
         self._endpoint = Endpoint()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._attempt: Attempt | None = None
@@ -93,6 +107,7 @@ class Manager:
         loop = asyncio.get_running_loop()
         async with TaskScope() as scope, self._keeper.serving(self._spec.places.settings_socket):
             loop.add_signal_handler(signal.SIGHUP, lambda: scope.start("settings", self._keeper.refresh()))
+            scope.start("renew tokens", self._renew_tokens())
             try:
                 return await self._drive(scope, self._endpoint.begin())
             except asyncio.CancelledError:
@@ -117,7 +132,9 @@ class Manager:
     async def _carry_out(self, scope: TaskScope, effect: Launch | StopAttempt | Wait) -> None:
         match effect:
             case Launch():
-                self._attempt = Attempt(self._spec, self._keeper, self._started)
+                self._attempt = Attempt(
+                    self._spec, lambda: self._renewal.current, self._keeper, self._started
+                )
                 self.starts += 1
                 scope.start("attempt", self._report_end(self._attempt))
             case StopAttempt():
@@ -126,6 +143,16 @@ class Manager:
             case Wait(delay_s, reason):
                 log.warning("postgres will be started afresh", reason=reason, delay_s=delay_s)
                 scope.start("delay", self._report_delay(delay_s))
+
+    async def _renew_tokens(self) -> None:
+        try:
+            await self._renewal.run()
+        except EndpointGoneError as error:
+            self._events.put_nowait(Revoked(str(error)))
+
+    def _renewed(self, tokens: EndpointTokens) -> None:
+        if self._attempt is not None:
+            self._attempt.renew_tokens(tokens)
 
     def _started(self) -> None:
         self._events.put_nowait(Started(time.monotonic()))

@@ -28,6 +28,7 @@ from excimer.controller.model import (
     Timeline,
     UnknownNameError,
 )
+from excimer.wire.endpoint_tokens import EndpointTokens
 
 PG_VERSIONS: Final = range(14, 19)
 SUGGESTION_CUTOFF: Final = 0.6
@@ -295,9 +296,9 @@ def plan_endpoint(
     )
 
 
-def lease_holder(endpoint: Endpoint) -> str:
-    """In whose name a static endpoint leases its LSN, whichever process runs it: its tokens' holder."""
-    return f"endpoint:{endpoint.name}"
+def holder_of(endpoint_name: str) -> str:
+    """Of an endpoint's tokens; also in whose name a static one leases its LSN, whichever process runs it."""
+    return f"endpoint:{endpoint_name}"
 
 
 def build_spec(
@@ -306,8 +307,7 @@ def build_spec(
     pageserver: Pageserver,
     placements: Iterable[Placement],
     safekeepers: Iterable[Safekeeper],
-    token: str,
-    controller_token: str,
+    tokens: EndpointTokens,
 ) -> ComputeSpec:
     """What a compute manager needs. All placed safekeepers, ready or not: a late one is caught up."""
     placed: set[NodeId] = {placement.safekeeper_id for placement in placements}
@@ -316,12 +316,11 @@ def build_spec(
         branch_name=timeline.name,
         pageserver_address=pageserver.page_service_address,
         pageserver_http_address=pageserver.http_address,
-        lease_holder=lease_holder(endpoint),
+        lease_holder=holder_of(endpoint.name),
         safekeepers=tuple(s.proposer_address for s in safekeepers if s.id in placed),
         wal_segment_size=timeline.wal_segment_size,
         system_id=timeline.system_id,
-        token=token,
-        controller_token=controller_token,
+        tokens=tokens,
     )
 
 

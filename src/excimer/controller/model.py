@@ -7,6 +7,7 @@ import msgspec
 from excimer.base.errors import ConflictError, NotFoundError, RefusedError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
+from excimer.wire.endpoint_tokens import EndpointTokens
 
 State = Literal[
     "creating",
@@ -131,7 +132,5 @@ class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Proposer addresses of all the timeline's safekeepers."""
     wal_segment_size: int
     system_id: int
-    token: str
-    """Opens the branch's pages, and for a primary its WAL for writing."""
-    controller_token: str
-    """Says to the controller which endpoint this is, and opens nothing else."""
+    tokens: EndpointTokens
+    """The first ones; the manager renews them."""

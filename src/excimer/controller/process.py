@@ -6,12 +6,13 @@ from fastapi import Depends
 
 import excimer
 from excimer.base.errors import RefusedError
+from excimer.controller.endpoints.access_api import make_access_router
 from excimer.controller.endpoints.api import make_router
 from excimer.controller.endpoints.settings_api import make_settings_router
-from excimer.controller.remote import TokenMaker
 from excimer.controller.settings import ControllerSettings
 from excimer.controller.shell import Controller
 from excimer.controller.sqlite_store import SqliteStore
+from excimer.controller.tokens import TokenMaker
 from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app, serving_http
 from excimer.service.instance_lock import InstanceLock
@@ -29,7 +30,12 @@ async def serve_controller(settings: ControllerSettings) -> None:
     clock = SystemClock()
     health = Health("controller")
     verifier = TokenVerifier(_read_key(settings.auth_public_key_path))
-    tokens = TokenMaker(_read_key(settings.auth_private_key_path), clock)
+    tokens = TokenMaker(
+        _read_key(settings.auth_private_key_path),
+        clock,
+        settings.endpoint_token_life_s,
+        settings.wal_token_life_s,
+    )
     with InstanceLock(settings.data_dir, "controller"):
         store = SqliteStore(settings.data_dir)
         try:
@@ -45,6 +51,7 @@ async def serve_controller(settings: ControllerSettings) -> None:
                 make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Right.MANAGE))]
             )
             app.include_router(make_settings_router(controller, verifier, clock))
+            app.include_router(make_access_router(controller.access, bearer_auth(verifier, clock)))
             async with (
                 serving_http(app, settings.http_listen, "controller http_listen"),
                 TaskScope() as scope,

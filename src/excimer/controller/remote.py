@@ -5,25 +5,21 @@ Paths and bodies: docs/architecture/interfaces.md.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from excimer.base.clock import Clock
 from excimer.base.errors import ConflictError, NotFoundError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.controller.model import Pageserver, Safekeeper, Timeline
+from excimer.controller.tokens import TokenMaker
 from excimer.service.http_client import HttpClient, path_of
-from excimer.wire.auth import EVERYTHING, Claims, Resource, Right, encode_token
+from excimer.wire.auth import EVERYTHING, Resource
 
-CALL_TOKEN_LIFE_S: Final = 300
-"""Longer than any call takes."""
 CREATE_TIMEOUT_S: Final = 120.0
 """The first timeline of a PostgreSQL version runs initdb."""
 
-READING_TOKEN_LIFE_S: Final = 86_400
 WORK_TIMEOUT_S: Final = 170.0
 """Less than the command line waits; the work goes on all the same."""
 
@@ -61,40 +57,6 @@ class SafekeeperTimeline(NamedTuple):
     commit_lsn: Lsn
     writers: int
     """Computes that are connected to write."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenMaker:
-    """Signs what the controller shows to services, and what it gives to computes and readers."""
-
-    private_pem: bytes
-    clock: Clock
-
-    def managing(self, resource: Resource) -> str:
-        """For one call of a management API."""
-        return self._sign("controller", {Right.MANAGE}, resource, CALL_TOKEN_LIFE_S)
-
-    def for_reading(self, resource: Resource) -> str:
-        """For the command line, which copies a branch."""
-        return self._sign("cli", {Right.READ_PAGES}, resource, READING_TOKEN_LIFE_S)
-
-    def for_endpoint(self, name: str, resource: Resource, *, may_write: bool) -> str:
-        rights = {Right.READ_PAGES, Right.WRITE_WAL} if may_write else {Right.READ_PAGES}
-        return self._sign(f"endpoint:{name}", rights, resource, None)
-
-    def naming_endpoint(self, name: str) -> str:
-        """Without rights: it only tells the controller which endpoint asks."""
-        return self._sign(f"endpoint:{name}", set(), EVERYTHING, None)
-
-    def _sign(self, holder: str, rights: set[Right], resource: Resource, life_s: int | None) -> str:
-        claims = Claims(
-            holder=holder,
-            rights=frozenset(rights),
-            tenant_id=resource.tenant_id,
-            timeline_id=resource.timeline_id,
-            exp=None if life_s is None else int(self.clock.now()) + life_s,
-        )
-        return encode_token(self.private_pem, claims)
 
 
 class PageserverApi:

@@ -22,6 +22,7 @@ from excimer.base.errors import ExcimerError, RefusedError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.controller import core
+from excimer.controller.access import Access
 from excimer.controller.branch_points import BranchPoints, require_quorum
 from excimer.controller.endpoint_settings import BuildCheck, EndpointSettings, SettingsCheck
 from excimer.controller.history_operations import BranchHistory, BranchTools
@@ -40,8 +41,9 @@ from excimer.controller.model import (
     Tenant,
     Timeline,
 )
-from excimer.controller.remote import PageserverApi, PageserverTimeline, SafekeeperApi, TokenMaker
+from excimer.controller.remote import PageserverApi, PageserverTimeline, SafekeeperApi
 from excimer.controller.store import MetadataStore
+from excimer.controller.tokens import TokenMaker
 from excimer.service.logs import get_logger
 from excimer.wire.auth import Resource
 
@@ -69,6 +71,7 @@ class Controller:
         self._clock = clock
         self._locks: dict[TenantId, asyncio.Lock] = {}
         self._points = BranchPoints(clock, self._safekeeper_apis, self._pageserver_of)
+        self.access = Access(store, tokens)
         tools = BranchTools(
             lock=self._lock,
             find_tenant=self.find_tenant,
@@ -353,7 +356,7 @@ class Controller:
         tenants = {row.tenant_id: row for row in await self._db(self._store.list_tenants)}
         try:
             api = await self._pageserver_of(tenants[endpoint.tenant_id])
-            holder = core.lease_holder(endpoint)
+            holder = core.holder_of(endpoint.name)
             return await api.release_leases(endpoint.tenant_id, endpoint.timeline_id, holder)
         except (RefusedError, RetryableError) as error:
             log.warning("a lease is not given back and runs out", endpoint=name, error=error)
@@ -372,12 +375,7 @@ class Controller:
             pageservers[tenant.pageserver_id],
             await self._db(self._store.list_placements, timeline.timeline_id),
             await self._db(self._store.list_safekeepers),
-            self._tokens.for_endpoint(
-                endpoint.name,
-                Resource(tenant.tenant_id, timeline.timeline_id),
-                may_write=endpoint.mode == "primary",
-            ),
-            self._tokens.naming_endpoint(endpoint.name),
+            self.access.tokens_of(endpoint),
         )
 
     # What is in a branch

@@ -35,6 +35,7 @@ KNOWN_USERS = (OWN_USER, "postgres")
 LAST_RESORT = "nobody"
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Stream = int | IO[bytes] | None
@@ -225,6 +226,15 @@ def die_with_parent(number: int) -> None:
     Runs in the child, after it has changed its user: changing it clears the setting.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, number)
+
+
+def hide_memory() -> None:
+    """For a process whose memory holds what its own user must not read.
+
+    From now on only root may attach to it or read its memory and environment under /proc, and it leaves no
+    core dump. Programs that it starts are not concerned. Where the kernel lacks this, nothing happens.
+    """
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def run(

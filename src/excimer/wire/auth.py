@@ -108,6 +108,14 @@ def authorize(claims: Claims, right: Right, resource: Resource) -> None:
         )
 
 
+def is_holder(claims: Claims, holder: str) -> bool:
+    """Whether a token proves that its bearer is `holder`: only one without rights does.
+
+    One with rights is for its doors. It may be where others can read it, and must not become another.
+    """
+    return claims.holder == holder and not claims.rights
+
+
 def _or_all(row_id: str | None) -> str:
     return "all of them" if row_id is None else row_id
 

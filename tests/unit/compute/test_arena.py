@@ -1,10 +1,15 @@
 """The arena as the manager sees it: built, opened again, changed, refused."""
 
+import itertools
+import mmap
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+from excimer._native import arena_file
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import MAX_LSN, Lsn
 from excimer.compute.arena import (
@@ -95,6 +100,51 @@ def test_pages_are_placed_only_where_they_belong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="whole pages"):
         arena.place_pages([("base/5/1", 0, b"x" * 100)])
     arena.close()
+
+
+def _read_settings_for_a_while(path: Path, seen: "multiprocessing.Queue[str | int]") -> None:
+    """In a process of its own, as PostgreSQL's are: the token must be the one of its LSN, every time."""
+    memory = mmap.mmap(os.open(path, os.O_RDWR), 0)
+    distinct: set[int] = set()
+    seen.put("reading")
+    while len(distinct) < DISTINCT_TOKENS:
+        lsn, *_, token = arena_file.read_settings(memory)
+        if token != token_of(lsn):
+            seen.put(f"LSN {lsn} with the token {token[:20]!r}… of {len(token)} bytes")
+            return
+        distinct.add(lsn)
+    seen.put(len(distinct))
+
+
+DISTINCT_TOKENS = 1000
+
+
+def token_of(lsn: int) -> bytes:
+    return b"%d " % lsn * (1 + lsn % 500)
+
+
+def test_a_token_is_swapped_whole_under_readers(tmp_path: Path) -> None:
+    build(tmp_path, ArenaFile("base/5/1", 1)).close()
+    memory = mmap.mmap(os.open(tmp_path / "arena", os.O_RDWR), 0)
+
+    def publish(lsn: int) -> None:
+        arena_file.publish_settings(
+            memory, lsn, 7, 1, 1, 1, b"t" * 16, b"l" * 16, b"1.2.3.4:5", token_of(lsn)
+        )
+
+    publish(1)
+    spawning = multiprocessing.get_context("spawn")
+    seen: multiprocessing.Queue[str | int] = spawning.Queue()
+    reader = spawning.Process(target=_read_settings_for_a_while, args=(tmp_path / "arena", seen))
+    reader.start()
+    assert seen.get(timeout=60) == "reading"
+    deadline = time.monotonic() + 60
+    for lsn in itertools.count(2):
+        publish(lsn)
+        if lsn % 100 == 0 and (not seen.empty() or time.monotonic() > deadline):
+            break
+    assert seen.get(timeout=1) == DISTINCT_TOKENS
+    reader.join(timeout=60)
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"x" * 20_000])

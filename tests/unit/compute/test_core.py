@@ -18,6 +18,7 @@ from excimer.compute.core import (
     Exit,
     Fenced,
     Launch,
+    Revoked,
     Started,
     StartFailed,
     State,
@@ -83,8 +84,31 @@ def test_stop_while_waiting_ends_at_once() -> None:
     assert endpoint.step(StopRequested()) == [Exit(EXIT_CLEAN, "stopped")]
 
 
+def test_an_endpoint_whose_branch_is_gone_stops_and_says_so() -> None:
+    endpoint = Endpoint()
+    endpoint.step(Started(0.0))
+    assert endpoint.step(Revoked("deleted")) == [StopAttempt()]
+    assert endpoint.step(StopRequested()) == []
+    assert endpoint.step(crash(1.0)) == [Exit(EXIT_REFUSED, "deleted")]
+    waiting = Endpoint()
+    waiting.step(crash(1.0))
+    assert waiting.step(Revoked("deleted")) == [Exit(EXIT_REFUSED, "deleted")]
+    stopping = Endpoint()
+    stopping.step(StopRequested())
+    assert stopping.step(Revoked("deleted")) == []
+    assert stopping.step(crash(1.0)) == [Exit(EXIT_CLEAN, "stopped")]
+
+
 EVENTS = st.sampled_from(
-    [Started(1.0), crash(2.0), StartFailed("x", may_retry=True), DelayOver(), StopRequested(), Fenced("y")]
+    [
+        Started(1.0),
+        crash(2.0),
+        StartFailed("x", may_retry=True),
+        DelayOver(),
+        StopRequested(),
+        Revoked("z"),
+        Fenced("y"),
+    ]
 )
 
 

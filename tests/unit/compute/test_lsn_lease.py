@@ -32,7 +32,7 @@ class FakePageserver:
 
         @app.post(f"/v1/tenant/{TENANT}/timeline/{TIMELINE}/lsn_lease")
         async def lease(body: dict[str, Any]) -> dict[str, Any]:
-            assert body["holder"] == "endpoint-past"
+            assert body["holder"] == "endpoint:past"
             self.asked.put_nowait(body["lsn"])
             if self.error is not None:
                 raise self.error
@@ -49,7 +49,9 @@ class FakePageserver:
 async def pageserver() -> AsyncIterator[tuple[FakePageserver, LsnLease]]:
     fake = FakePageserver()
     async with serving_http(fake.app(), "127.0.0.1:0", "fake pageserver") as address:
-        moment = LeasedMoment(str(address), TENANT, TIMELINE, "token", Lsn(0x100000010), "endpoint-past")
+        moment = LeasedMoment(
+            str(address), TENANT, TIMELINE, lambda: "token", Lsn(0x100000010), "endpoint:past"
+        )
         yield fake, LsnLease(moment)
 
 

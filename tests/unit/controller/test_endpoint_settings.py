@@ -12,7 +12,7 @@ from excimer.base.errors import RefusedError
 from excimer.controller.endpoint_settings import EndpointSettings
 from excimer.controller.endpoints.settings_api import make_settings_router
 from excimer.controller.model import UnknownNameError
-from excimer.controller.remote import TokenMaker
+from excimer.controller.tokens import TokenMaker
 from excimer.service.health import Health
 from excimer.service.http import create_app
 from excimer.service.metrics import new_registry
@@ -133,7 +133,7 @@ def test_a_compute_changes_its_own_list_and_no_other(tmp_path: Path) -> None:
                 answer = await client.patch(f"/v1/endpoints/{name}/settings", json=body, headers=headers)
                 return answer.status_code
 
-            own = (await world.controller.read_spec("one")).controller_token
+            own = (await world.controller.read_spec("one")).tokens.renewal
             assert await ask("one", own, {"set": {"b": "2"}}) == 200
             admin = encode_token(KEYS.private_pem, Claims(holder="cli", rights=frozenset({Right.MANAGE})))
             assert await ask("two", admin, {"set": {"b": "2"}}) == 200
@@ -141,7 +141,7 @@ def test_a_compute_changes_its_own_list_and_no_other(tmp_path: Path) -> None:
             assert (
                 await ask(
                     "one",
-                    tokens.for_endpoint("one", Resource(TENANT, MAIN), may_write=True),
+                    tokens.for_endpoint("endpoint:one", Resource(TENANT, MAIN), may_write=True).read_pages,
                     {"set": {"b": "3"}},
                 )
                 == 403

@@ -14,8 +14,8 @@ from excimer.controller import branch_history as plan
 from excimer.controller.core import BranchArchivedError
 from excimer.controller.history_operations import BranchDamagedError, BranchInUseError
 from excimer.controller.model import BadRequestError, InUseError, NameTakenError, Timeline
-from excimer.controller.remote import TokenMaker
 from excimer.controller.shell import Controller
+from excimer.controller.tokens import TokenMaker
 from excimer.service.tasks import SystemClock
 from tests.kit.storage_fakes import KEYS, START_LSN, World, fake_world
 

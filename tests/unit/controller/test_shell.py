@@ -61,10 +61,17 @@ def test_the_whole_life(tmp_path: Path) -> None:
         )
         spec = await world.controller.read_spec("ep")
         assert spec.safekeepers == ("127.0.0.1:551", "127.0.0.1:552", "127.0.0.1:553")
-        claims = TokenVerifier(KEYS.public_pem).verify(spec.token, 0)
-        assert claims.rights == {Right.READ_PAGES, Right.WRITE_WAL}
-        assert (claims.holder, claims.tenant_id) == ("endpoint:ep", TENANT)
-        assert claims.timeline_id == spec.endpoint.timeline_id
+        assert spec.tokens.write_wal is not None
+        expected: list[tuple[str, list[Right]]] = [
+            (spec.tokens.read_pages, [Right.READ_PAGES]),
+            (spec.tokens.write_wal, [Right.WRITE_WAL]),
+            (spec.tokens.renewal, []),
+        ]
+        for token, rights in expected:
+            claims = TokenVerifier(KEYS.public_pem).verify(token, 0)
+            assert (claims.holder, sorted(claims.rights)) == ("endpoint:ep", rights)
+            assert (claims.tenant_id, claims.timeline_id) == (TENANT, spec.endpoint.timeline_id)
+            assert claims.exp is not None
         for wrong in (world.controller.delete_timeline("", "main"), world.controller.delete_tenant("")):
             with pytest.raises(RefusedError):
                 await wrong

@@ -217,28 +217,37 @@ def list_endpoints(context: typer.Context) -> None:
     session = session_of(context)
     installation = load_installation(session.directory)
     endpoints = ControllerClient(installation).get("endpoints")["endpoints"]
-    rows = [row | {"state": state_of(installation, row), "url": url_of(row)} for row in endpoints]
+    rows = []
+    for row in endpoints:
+        state = state_of(installation, row)
+        reason = end_of(installation, row) if state == "ended" else None
+        rows.append(row | {"state": state, "reason": reason, "url": url_of(row)})
     session.answer({"endpoints": rows}, lambda console: _show_endpoints(console, rows))
 
 
 def state_of(installation: Installation, endpoint: dict[str, Any]) -> str:
     process = _process_of(installation, endpoint["name"])
     if process is None:
-        return "stopped"
+        return "stopped" if end_of(installation, endpoint) is None else "ended"
     return "running" if probe(f"{HOST}:{endpoint['http_port']}", process.pid) == HTTP_OK else "starting"
 
 
+def end_of(installation: Installation, endpoint: dict[str, Any]) -> str | None:
+    """Why an endpoint that does not run ended by itself."""
+    from excimer.compute.last_end import read_end
+
+    return read_end(installation.endpoint_dir(endpoint["name"]))
+
+
 def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from excimer.cli.tables import plain_table
 
     if not rows:
         console.print("no endpoints yet: excimer endpoint create NAME")
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("endpoint", "branch", "state", "mode", "pg", "url"):
-        table.add_column(heading, overflow="fold")
+    table = plain_table("endpoint", "branch", "state", "mode", "pg", "url")
     for row in rows:
-        color = {"running": "green", "stopped": "dim"}.get(row["state"], "yellow")
+        color = {"running": "green", "stopped": "dim", "ended": "red"}.get(row["state"], "yellow")
         mode = row["mode"] + (f" @{row['lsn']}" if row["lsn"] else "")
         table.add_row(
             row["name"],
@@ -249,6 +258,9 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
             row["url"],
         )
     console.print(table)
+    for row in rows:
+        if row["reason"] is not None:
+            console.print(f"endpoint {row['name']} ended: {row['reason']}", markup=False)
 
 
 @app.command()

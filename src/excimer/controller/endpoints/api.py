@@ -187,7 +187,7 @@ def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:
 
     @router.get("/endpoints/{name}/spec", tags=["endpoints"])
     async def get_spec(name: str) -> SpecAnswer:
-        """All that a compute manager needs, with a token for the tenant's data."""
+        """All that a compute manager needs, with its first tokens."""
         return SpecAnswer.of(await controller.read_spec(name))
 
 

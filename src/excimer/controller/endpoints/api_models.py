@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from excimer.base.lsn import format_lsn
+from excimer.controller.endpoints.access_api import TokensAnswer
 from excimer.controller.model import ComputeSpec, Endpoint, Pageserver, Safekeeper, Tenant, Timeline
 
 HexId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -162,8 +163,7 @@ class SpecAnswer(BaseModel):
     safekeepers: list[str]
     wal_segment_size: int
     system_id: str
-    token: str
-    controller_token: str
+    tokens: TokensAnswer
 
     @classmethod
     def of(cls, spec: ComputeSpec) -> "SpecAnswer":
@@ -175,8 +175,7 @@ class SpecAnswer(BaseModel):
             safekeepers=list(spec.safekeepers),
             wal_segment_size=spec.wal_segment_size,
             system_id=str(spec.system_id),
-            token=spec.token,
-            controller_token=spec.controller_token,
+            tokens=TokensAnswer.of(spec.tokens),
         )
 
 

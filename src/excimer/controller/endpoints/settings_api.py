@@ -7,11 +7,12 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from excimer.base.clock import Clock
+from excimer.controller import core
 from excimer.controller.endpoint_settings import SettingsChange
 from excimer.controller.endpoints.api_models import Body
 from excimer.controller.shell import Controller
 from excimer.service.http import bearer_auth
-from excimer.wire.auth import EVERYTHING, Right, TokenVerifier, authorize
+from excimer.wire.auth import EVERYTHING, Right, TokenVerifier, authorize, is_holder
 
 
 class ChangeSettingsBody(Body):
@@ -51,10 +52,7 @@ def _owner_or_user(verifier: TokenVerifier, clock: Clock) -> Callable[[Request, 
 
     def check(request: Request, name: str) -> None:
         claims = authenticate(request)
-        is_own = claims.holder == f"endpoint:{name}" and not claims.rights
-        if (
-            not is_own
-        ):  # what SQL can read has the right to read pages, and so does not pass for the manager's
+        if not is_holder(claims, core.holder_of(name)):
             authorize(claims, Right.MANAGE, EVERYTHING)
 
     return check

@@ -1,0 +1,50 @@
+"""Who is given tokens: computes that run, and pageservers that read WAL. Each proves only who it is.
+
+A compute's manager shows its renewal token, a pageserver the token of its installation; neither has a right.
+What they get follows from the rows as they are now: an endpoint that was deleted, or was moved to another
+timeline, gets nothing more, and a pageserver gets WAL of the tenants that are placed on it.
+
+Not here: what the tokens open (`tokens`), routes (`endpoints.access_api`).
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from excimer.controller import core
+from excimer.controller.model import Endpoint, UnknownNameError
+from excimer.controller.store import MetadataStore
+from excimer.controller.tokens import TokenMaker
+from excimer.wire.auth import Claims, Resource, RightMissingError, is_holder
+from excimer.wire.endpoint_tokens import EndpointTokens
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Access:
+    def __init__(self, store: MetadataStore, tokens: TokenMaker) -> None:
+        self._store = store
+        self._tokens = tokens
+
+    def tokens_of(self, endpoint: Endpoint) -> EndpointTokens:
+        """For whoever starts the endpoint's compute."""
+        return self._tokens.for_endpoint(
+            core.holder_of(endpoint.name),
+            Resource(endpoint.tenant_id, endpoint.timeline_id),
+            may_write=endpoint.mode == "primary",
+        )
+
+    async def renew(self, name: str, claims: Claims) -> EndpointTokens:
+        """For the endpoint itself. Raises `RightMissingError` for a token that is not its own,
+        `UnknownNameError` when it is gone or serves another timeline now.
+        """
+        if not is_holder(claims, core.holder_of(name)):
+            raise RightMissingError(f"this token of {claims.holder} is not endpoint {name}'s own")
+        endpoint = core.find_endpoint(await self._db(self._store.list_endpoints), name)
+        if (claims.tenant_id, claims.timeline_id) != (endpoint.tenant_id, endpoint.timeline_id):
+            raise UnknownNameError(f"endpoint {name!r} serves another branch now: start it again")
+        return self.tokens_of(endpoint)
+
+    async def _db(self, call: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+        return await asyncio.to_thread(call, *arguments, **options)
