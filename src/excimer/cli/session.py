@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
@@ -44,11 +44,6 @@ def common_options_first(arguments: Sequence[str]) -> list[str]:
     return common + rest
 
 
-def is_styled(stream: TextIO) -> bool:
-    """Whether colours, bold and the like belong on a stream: on a terminal, unless ``NO_COLOR`` is set."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")
-
-
 @dataclass
 class Session:
     """One run of the command line."""
@@ -77,12 +72,7 @@ class Session:
         from rich.console import Console
 
         stream = sys.stderr if stderr else sys.stdout
-        return Console(
-            stderr=stderr,
-            soft_wrap=True,
-            width=None if stream.isatty() else PIPE_WIDTH,
-            color_system="auto" if is_styled(stream) else None,
-        )
+        return Console(stderr=stderr, soft_wrap=True, width=None if stream.isatty() else PIPE_WIDTH)
 
     def note(self, sentence: str) -> None:
         """A remark beside the result, on standard error; silent with --json."""
@@ -104,7 +94,7 @@ class Session:
         """A step that was timed elsewhere."""
         if self.as_json:
             return
-        green, dim, plain = ("\x1b[32m", "\x1b[2m", "\x1b[0m") if is_styled(sys.stdout) else ("", "", "")
+        green, dim, plain = ("\x1b[32m", "\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
         print(f"{green}✓{plain} {what:<44} {dim}{elapsed_s:6.2f} s{plain}", flush=True)
 
 

@@ -240,12 +240,14 @@ def end_of(installation: Installation, endpoint: dict[str, Any]) -> str | None:
 
 
 def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
-    from excimer.cli.tables import plain_table
+    from rich.table import Table
 
     if not rows:
         console.print("no endpoints yet: excimer endpoint create NAME")
         return
-    table = plain_table("endpoint", "branch", "state", "mode", "pg", "url")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("endpoint", "branch", "state", "mode", "pg", "url"):
+        table.add_column(heading, overflow="fold")
     for row in rows:
         color = {"running": "green", "stopped": "dim", "ended": "red"}.get(row["state"], "yellow")
         mode = row["mode"] + (f" @{row['lsn']}" if row["lsn"] else "")

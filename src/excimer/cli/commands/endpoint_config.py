@@ -158,13 +158,15 @@ def sentence_of(name: str, answer: dict[str, Any]) -> str:
 
 
 def _show(console: "Console", name: str, answer: dict[str, Any]) -> None:
-    from excimer.cli.tables import plain_table
+    from rich.table import Table
     from rich.text import Text
 
     if not answer["settings"] and not answer["restart_pending"]:
         console.print(f"endpoint {name} has no settings of its own", highlight=False)
         return
-    table = plain_table("setting", "value", "")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("setting", "value", ""):
+        table.add_column(heading, overflow="fold")
     for each in sorted({*answer["settings"], *answer["restart_pending"]}):
         value = answer["settings"].get(each)
         shown = Text("(default)", style="dim") if value is None else Text(value)

@@ -301,9 +301,11 @@ def _unknown_endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
 
 
 def _show_status(console: "Console", rows: list[dict[str, Any]]) -> None:
-    from excimer.cli.tables import plain_table
+    from rich.table import Table
 
-    table = plain_table("part", "state", "pid", "http", "")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("part", "state", "pid", "http", ""):
+        table.add_column(heading)
     colors = {"running": "green", "stopped": "dim"}
     for row in rows:
         color = colors.get(row["state"], "yellow")

@@ -38,9 +38,11 @@ def list_builds(context: typer.Context) -> None:
 
 
 def _show_builds(console: "Console", rows: list[dict[str, Any]]) -> None:
-    from excimer.cli.tables import plain_table
+    from rich.table import Table
 
-    table = plain_table("pg", "version", "origin", "lacks", "where")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("pg", "version", "origin", "lacks", "where"):
+        table.add_column(heading, overflow="fold")
     for row in rows:
         missing = row["missing_libraries"]
         lacks = f"[red]cannot run: needs {', '.join(missing)}[/red]" if missing else ", ".join(row["lacks"])

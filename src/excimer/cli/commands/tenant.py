@@ -59,12 +59,14 @@ def list_tenants(context: typer.Context) -> None:
 
 
 def _show_tenants(console: "Console", tenants: list[dict[str, Any]]) -> None:
-    from excimer.cli.tables import plain_table
+    from rich.table import Table
 
     if not tenants:
         console.print("no tenants yet: excimer tenant create")
         return
-    table = plain_table("", "tenant", "id", "state", "made")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "tenant", "id", "state", "made"):
+        table.add_column(heading)
     for tenant in tenants:
         table.add_row(
             "*" if tenant["is_default"] else "",
@@ -91,13 +93,14 @@ def size(
 
 
 def _show_sizes(console: "Console", answer: dict[str, Any]) -> None:
-    from excimer.cli.tables import plain_table
+    from rich.table import Table
 
     console.print(f"synthetic size {size_text(answer['synthetic_size_bytes'])}", highlight=False)
     if answer["archived_size_bytes"]:
         console.print(f"archived {size_text(answer['archived_size_bytes'])}", highlight=False)
-    sizes = ("logical", "on disk", "in object storage")
-    table = plain_table("branch", *sizes, right=sizes)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("branch", "logical", "on disk", "in object storage"):
+        table.add_column(heading, justify="left" if heading == "branch" else "right")
     for row in answer["branches"]:
         kinds = (row[f"{kind}_size_bytes"] for kind in ("logical", "resident", "remote"))
         table.add_row(row["name"], *("archived" if size is None else size_text(size) for size in kinds))
@@ -199,9 +202,9 @@ def _number(text: str) -> int | float:
 
 
 def _show_config(console: "Console", answer: dict[str, Any]) -> None:
-    from excimer.cli.tables import plain_table
+    from rich.table import Table
 
-    table = plain_table("setting", "value", "")
+    table = Table("setting", "value", "", box=None)
     for name, value in answer["effective"].items():
         table.add_row(
             name,

@@ -13,7 +13,7 @@ from excimer.cli.commands import timeline_history
 from excimer.cli.commands.tenant import read_sizes, size_text, tenant_name
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
-from excimer.cli.session import PIPE_WIDTH, Session, session_of
+from excimer.cli.session import Session, session_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,7 +110,7 @@ def _show_tree(
             parent = nodes.get(row["ancestor_timeline_id"], tree)
             nodes[row["timeline_id"]] = parent.add(_branch_label(row, endpoints), highlight=False)
             waiting.remove(row)
-    console.print(tree, highlight=False, width=PIPE_WIDTH)  # the terminal wraps what is longer
+    console.print(tree, highlight=False)
     for row in branches:
         if row["damage"]:
             console.print(
