@@ -17,8 +17,10 @@ from excimer.consensus.proposer import ProposerLimits
 from excimer.io.processes import give_to_user, make_owned_dir, run
 from excimer.service.tasks import running
 from excimer.wire.replication import format_options
+from excimer.wire.safekeeping import Term, VoteRequest
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.plain_postgres import PROPOSER_CONFIGURATION, PlainPostgres
+from tests.kit.raw_proposer import RawProposer
 from tests.kit.safekeepers import (
     TENANT,
     TIMELINE,
@@ -55,22 +57,27 @@ def safekeepers(tmp_path: Path) -> Iterator[SafekeeperCluster]:
         yield cluster
 
 
-def new_proposer(safekeepers: SafekeeperCluster, token: str | None = None) -> Proposer:
+def new_proposer(
+    safekeepers: SafekeeperCluster, token: str | None = None, limits: ProposerLimits | None = None
+) -> Proposer:
     return Proposer(
         tenant_id=TENANT,
         timeline_id=TIMELINE,
         safekeepers=safekeepers.addresses,
         token=token or safekeepers.token,
+        limits=limits,
     )
 
 
 @contextlib.asynccontextmanager
-async def streaming(postgres: PlainPostgres, safekeepers: SafekeeperCluster) -> AsyncIterator[Proposer]:
+async def streaming(
+    postgres: PlainPostgres, safekeepers: SafekeeperCluster, limits: ProposerLimits | None = None
+) -> AsyncIterator[Proposer]:
     """PostgreSQL runs, its timeline exists, and a proposer carries its WAL."""
     async with postgres.running():
         start_lsn = await postgres.flush_lsn()
         safekeepers.create_timeline(start_lsn, NEWEST_VERSION, await postgres.system_id())
-        proposer = new_proposer(safekeepers)
+        proposer = new_proposer(safekeepers, limits=limits)
         try:
             election = await proposer.elect()
             assert election.start_lsn == start_lsn
@@ -246,6 +253,65 @@ def test_a_safekeeper_away_for_long_is_repaired_by_another_one(
             for member in safekeepers.members
         ]
         assert contents[0] == contents[1] == contents[2]
+
+    asyncio.run(scenario())
+
+
+def test_a_record_longer_than_the_window_outlives_restarts_of_all_safekeepers(
+    postgres: PlainPostgres, safekeepers: SafekeeperCluster
+) -> None:
+    """Each keeps whole records only, so that nobody but PostgreSQL has its beginning."""
+    size_bytes = 24 << 20
+    limits = ProposerLimits(window_size_bytes_max=4 << 20)
+
+    async def scenario() -> None:
+        async with streaming(postgres, safekeepers, limits) as proposer, asyncio.TaskGroup() as group:
+            await execute(postgres, "create table t(i int)")
+            first, *others = safekeepers.members
+            start = first.flush_lsn()
+            message = f"select pg_logical_emit_message(true, 'long', repeat('x', {size_bytes}))"
+            writing = group.create_task(execute(postgres, message))
+            await wait_until(lambda: first.flush_lsn() > start + (8 << 20), "a part of the record is stored")
+            for member in (first, *others):
+                member.kill()
+            for member in (first, *others):
+                member.start()
+            await asyncio.wait_for(writing, 2 * SOON_S)
+            await execute(postgres, "insert into t values (1)")
+            end = await postgres.flush_lsn()
+            assert proposer.commit_lsn >= end > start + size_bytes
+            members = safekeepers.members
+            await wait_until(lambda: all(each.commit_lsn() >= end for each in members), "all catch up")
+
+    asyncio.run(scenario())
+
+
+def test_a_forgotten_candidates_promise_does_not_stop_a_healthy_primary(
+    postgres: PlainPostgres, safekeepers: SafekeeperCluster
+) -> None:
+    async def scenario() -> None:
+        away, *_ = safekeepers.members
+        async with postgres.running():
+            start_lsn = await postgres.flush_lsn()
+            safekeepers.create_timeline(start_lsn, NEWEST_VERSION, await postgres.system_id())
+            away.kill()
+            proposer = new_proposer(safekeepers)
+            try:
+                assert (await proposer.elect()).term == 1
+                async with running("proposer", proposer.stream(postgres.address)):
+                    await execute(postgres, "create table t(i int)")
+                    away.start()
+                    with RawProposer(away.proposer_address) as candidate:
+                        candidate.greet(TENANT, TIMELINE, safekeepers.token)
+                        candidate.send(VoteRequest(Term(7), candidate.id))
+                        assert candidate.receive() is not None
+                    await execute(postgres, "insert into t values (1)")
+                    end = await postgres.flush_lsn()
+                    await wait_until(lambda: away.commit_lsn() >= end, "it is won back")
+                    assert {member.timeline()["term"] for member in safekeepers.members} == {8}
+                    await execute(postgres, "insert into t values (2)")
+            finally:
+                proposer.close()
 
     asyncio.run(scenario())
 

@@ -121,3 +121,39 @@ def test_zeros_end_the_wal() -> None:
     with pytest.raises(InvalidWalError, match="record length 0"):
         scanner.feed(bytes(wal.stream) + bytes(64))
     assert scanner.last_record_end == wal.ends[0]
+
+
+@pytest.mark.parametrize("keep_records", [False, True])
+@pytest.mark.parametrize(("rmgr", "info"), [(21, 0x00), (1, 0x60), (8, 0x20), (10, 0x30)])
+def test_a_long_record_that_changes_no_page_is_not_held(rmgr: int, info: int, keep_records: bool) -> None:
+    wal = WalBuilder(SEGMENT, 18, SEGMENT)
+    wal.add(10, 0, bytes(100), xid=3)
+    wal.add(rmgr, info, bytes(range(256)) * 12_000, xid=3)
+    wal.add(10, 0, bytes(100), xid=3)
+    scanner = WalScanner(SEGMENT, 18, SEGMENT, keep_records=keep_records)
+    for at in range(0, len(wal.stream), 100_000):
+        scanner.feed(bytes(wal.stream[at : at + 100_000]))
+        assert scanner.held_size_bytes <= 2 * 8192
+    assert scanner.last_record_end == wal.ends[-1]
+    assert scanner.record_count == 3
+
+
+def test_a_flipped_bit_in_a_record_that_is_not_held_is_found() -> None:
+    wal = WalBuilder(SEGMENT, 18, SEGMENT)
+    wal.add(21, 0, bytes(3 << 20), xid=3)
+    wal.stream[(2 << 20) + 100] ^= 0x01
+    scanner = WalScanner(SEGMENT, 18, SEGMENT)
+    scanner.feed(bytes(wal.stream[: 1 << 20]))
+    with pytest.raises(InvalidWalError, match="checksum is wrong"):
+        scanner.feed(bytes(wal.stream[1 << 20 :]))
+
+
+def test_memory_of_a_long_record_that_had_to_be_held_is_given_back() -> None:
+    wal = WalBuilder(SEGMENT, 18, SEGMENT)
+    wal.add(1, 0x00, bytes(3 << 20), xid=3)
+    wal.add(10, 0, bytes(100), xid=3)
+    scanner = WalScanner(SEGMENT, 18, SEGMENT, keep_records=True)
+    scanner.feed(bytes(wal.stream[: 2 << 20]))
+    assert 2 << 20 <= scanner.held_size_bytes <= 4 << 20
+    scanner.feed(bytes(wal.stream[2 << 20 :]))
+    assert scanner.held_size_bytes <= 2 * 8192

@@ -11,7 +11,7 @@ A story is a text file of blocks: a command, ``----``, what happened. Commands:
 ``deliver p 2``            only what is between p and safekeeper 2 (either may be left out: ``deliver p``)
 ``step q 1``               only the first of them
 ``drop p 2``               those messages are lost instead
-``write p 60 50``          p's PostgreSQL writes 60 bytes of WAL; the first 50 end a record
+``write p 60 50``          p's PostgreSQL writes 60 bytes of WAL; the first 50 end a record (0: none ends)
 ``tick p``                 heartbeats
 ``slow 2``, ``sync 2``     safekeeper 2's disk stops syncing by itself; syncs now
 ``crash 2``, ``start 2``   safekeeper 2 dies (losing what is not synced), comes back
@@ -119,8 +119,10 @@ class Stage:
 
     def do_write(self, name: str, size: str, record_size: str) -> None:
         compute = self.computes[name]
-        record_end_lsn = Lsn(compute.window.end_lsn + int(record_size))
-        self.record_ends.add(record_end_lsn)
+        record_end_lsn = self.record_end(compute.window.end_lsn)
+        if int(record_size):
+            record_end_lsn = Lsn(compute.window.end_lsn + int(record_size))
+            self.record_ends.add(record_end_lsn)
         compute.window.append(bytes(int(size)))
         self.run_compute(compute, compute.core.wal_appended(compute.window.end_lsn, record_end_lsn))
 
@@ -242,6 +244,11 @@ class Stage:
                         f"  {compute.name} is elected for term {term}, continues at {start_lsn}, "
                         f"from the log of {donor + 1}"
                     )
+                case proposers.Renewed(term, start_lsn):
+                    self.lines.append(f"  {compute.name} leads on in term {term}, from {start_lsn}")
+                case proposers.RestartWindow(start_lsn):
+                    compute.window = WalWindow(start_lsn)
+                    self.lines.append(f"  {compute.name} reads its PostgreSQL's WAL again from {start_lsn}")
                 case proposers.CommitAdvanced(commit_lsn):
                     self.lines.append(f"  {compute.name} commits {commit_lsn}")
                 case proposers.Fenced(term_seen):

@@ -5,6 +5,7 @@
 * **C1** no WAL of a term below a spoken promise is written;
 * **C2** a spoken promise is in the control file;
 * **C3** what an acceptor lets readers see is a prefix of what was committed, and record-aligned;
+* a leader is fenced only when another has won a higher term, or a majority has promised one;
 * committed prefixes agree between all proposers; commits never go back; one winner per term.
 """
 
@@ -64,6 +65,17 @@ class Checker:
         require(
             log[:needed] == self.committed[:needed],
             f"D1: the log of term {term} (to {len(log)}) lacks or changes WAL committed up to {needed}",
+        )
+
+    def fenced(self, proposer: int, led_term: int, asked_term: int) -> None:
+        """A leader that has a majority to lead is not to be stopped by promises to those who never won."""
+        if self.outcomes_only:
+            return
+        outranking = sum(disk.control.promised_term > asked_term for disk in self.disks)
+        succeeded = any(term > led_term and winner != proposer for term, winner in self.winners.items())
+        require(
+            succeeded or outranking >= majority(len(self.disks)),
+            f"proposer {proposer}, leader of term {led_term}, is fenced, and nobody has succeeded it",
         )
 
     def proposer_committed(self, term: int, log: bytearray, before: int, lsn: int) -> None:

@@ -15,7 +15,8 @@ from excimer.consensus.acceptor import (
     TruncateWal,
     WriteWal,
 )
-from excimer.consensus.proposer import CommitAdvanced, Proposer, ProposerEffect
+from excimer.consensus.leader_state import LeaderState, Member
+from excimer.consensus.proposer import CommitAdvanced, Proposer, ProposerEffect, RestartWindow
 from excimer.consensus.quorum import quorum_lsn
 from excimer.consensus.term_history import TermHistory
 from excimer.wire.safekeeping import (
@@ -24,8 +25,19 @@ from excimer.wire.safekeeping import (
     ProposerElected,
     ProposerMessage,
     Term,
+    TermStart,
     VoteRequest,
     VoteResponse,
+)
+
+NO_LOG = VoteResponse(
+    term=Term(0),
+    granted=True,
+    flush_lsn=Lsn(0),
+    last_record_end_lsn=Lsn(0),
+    wal_start_lsn=Lsn(0),
+    commit_lsn=Lsn(0),
+    history=(TermStart(Term(0), Lsn(0)),),
 )
 
 
@@ -206,12 +218,68 @@ class IgnoresHigherTerms(Proposer):
         return super()._append_answered(peer, own)  # type: ignore[arg-type]
 
 
+class CountsOnItsWindow(Proposer):
+    """Never asks PostgreSQL again for what members have lost of a record longer than the window."""
+
+    def _may_restart_window(self, leader: LeaderState, missing_lsn: Lsn) -> bool:
+        return False
+
+
+class RestartsWindowWhereWalLacks(Proposer):
+    """Asks PostgreSQL for just what is missing, so that record ends are not seen any more."""
+
+    def _pump_all(self) -> list[ProposerEffect]:
+        effects = super()._pump_all()
+        for index, effect in enumerate(effects):
+            if isinstance(effect, RestartWindow) and self._leader is not None:
+                lsn = Lsn(effect.start_lsn + 4)
+                self._leader.window_start_lsn = self._leader.window_end_lsn = lsn
+                effects[index] = RestartWindow(lsn)
+        return effects
+
+
+class LeadsOnWithoutLooking(Proposer):
+    """Renews its term although a voter holds WAL of one who has succeeded it."""
+
+    def _is_succession(self, leader: LeaderState, term: Term) -> bool:
+        return False
+
+
+class RenewsByItself(Proposer):
+    """Takes a higher term without asking anybody."""
+
+    def _renew(self) -> list[ProposerEffect]:
+        effects = super()._renew()
+        return effects + self._lead_on(self._leading(), [(self._peers[0], NO_LOG)])
+
+
+class RenewsInsideRecords(Proposer):
+    """Lets the new term's WAL begin where its window ends: a restart then takes it from its holders."""
+
+    def _lead_on(self, leader: LeaderState, votes: list[tuple[Member, VoteResponse]]) -> list[ProposerEffect]:
+        end_lsn = max(leader.window_end_lsn, leader.newest_boundary_lsn)
+        known, leader.boundaries = leader.boundaries, [end_lsn]
+        effects = super()._lead_on(leader, votes)
+        leader.boundaries = known
+        return effects
+
+
+class CommitsBeforeTheTermBegins(Proposer):
+    """Counts WAL of its former term before a majority holds it under the new one (Raft's figure 8)."""
+
+    def _advance_commit(self) -> list[ProposerEffect]:
+        leader = self._leading()
+        if leader.commit_lsn:
+            leader.start_lsn = Lsn(0)
+        return super()._advance_commit()
+
+
 @dataclass(frozen=True)
 class Mutant:
     acceptor_type: type[Acceptor] = Acceptor
     proposer_type: type[Proposer] = Proposer
     first_seed: int = 0
-    """Where the search begins (it wraps around): rare accidents are found late otherwise."""
+    """Where the search begins: rare accidents are found late otherwise."""
 
     @property
     def name(self) -> str:
@@ -227,8 +295,8 @@ MUTANTS = (
     Mutant(CutsBelowCommit),
     Mutant(CutsAgainWhenRepeated),
     Mutant(NeverCuts),
-    Mutant(AdoptsBeforeCutting, first_seed=1150),
-    Mutant(KeepsLeftovers),
+    Mutant(AdoptsBeforeCutting, first_seed=750),
+    Mutant(KeepsLeftovers, first_seed=550),
     Mutant(AcknowledgesUnflushed),
     Mutant(BelievesStaleFlushes),
     Mutant(ShowsUncommittedWal),
@@ -240,6 +308,12 @@ MUTANTS = (
     Mutant(proposer_type=PrefersNewestPromise),
     Mutant(proposer_type=TrustsAnyVoter),
     Mutant(proposer_type=IgnoresHigherTerms),
+    Mutant(proposer_type=CountsOnItsWindow),
+    Mutant(proposer_type=RestartsWindowWhereWalLacks),
+    Mutant(proposer_type=LeadsOnWithoutLooking),
+    Mutant(proposer_type=RenewsByItself),
+    Mutant(proposer_type=RenewsInsideRecords),
+    Mutant(proposer_type=CommitsBeforeTheTermBegins, first_seed=4100),
 )
 
 NOTICED = (AssertionError, CorruptionError)

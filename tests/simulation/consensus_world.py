@@ -35,7 +35,7 @@ from excimer.wire.safekeeping import (
 )
 from tests.simulation.consensus_checker import Checker, ViolationError, require
 from tests.simulation.consensus_disk import SimulatedDisk
-from tests.simulation.toy_wal import MIXED_SIZES, UNIFORM_SIZES, make_record, scan
+from tests.simulation.toy_wal import LONG_SIZES, MIXED_SIZES, UNIFORM_SIZES, make_record, scan
 
 START_LSN = Lsn(64)
 STEPS = 1500
@@ -53,7 +53,12 @@ LIMITS = ProposerLimits(
     in_flight_size_bytes_max=160,
     window_size_bytes_max=256,
     trim_size_bytes=64,
+    renewal_tick_count=1,
 )
+DELIVERY_SIZE_BYTES_MAX = 120
+"""Most WAL that PostgreSQL's walsender delivers at once."""
+WINDOW_SIZE_BYTES_BOUND = LIMITS.window_size_bytes_max + 2 * DELIVERY_SIZE_BYTES_MAX
+"""One delivery may come when there is little room, and a window keeps whole deliveries."""
 
 Message = ProposerMessage | AcceptorMessage
 
@@ -83,9 +88,15 @@ class Candidate:
         self.log = bytearray()
         """All WAL from LSN 0 that the proposer has inherited or written."""
         self.unsent = b""
-        """End of the last record, which the walsender has not delivered yet."""
+        """What PostgreSQL has written and the walsender has not delivered yet."""
         self.record_end_lsn = START_LSN
         self.commit_lsn = Lsn(0)
+        self.led_term = 0
+        """Of the last election won."""
+
+    def pending_wal(self) -> bytes:
+        """What the walsender delivers next: from the window's end on, which may have been set back."""
+        return bytes(self.log[self.window.end_lsn :]) + self.unsent
 
 
 class World:
@@ -115,7 +126,7 @@ class World:
         self.drop_probability = choice((0.0, 0.01, 0.05))
         self.duplicate_probability = choice((0.0, 0.05, 0.2))
         self.reorder_probability = choice((0.0, 0.1, 0.5))
-        self.body_sizes = choice((UNIFORM_SIZES, MIXED_SIZES))
+        self.body_sizes = choice((UNIFORM_SIZES, MIXED_SIZES, LONG_SIZES))
         self.actions = (
             (self._deliver, choice((40, 60, 80))),
             (self._flush_some, choice((3, 10, 20))),
@@ -354,16 +365,23 @@ class World:
         core = candidate.core
         if not candidate.alive or candidate.commit_lsn == 0 or core.writable_size_bytes == 0:
             return
-        wal = candidate.unsent
-        for _ in range(self.chance.randrange(1, 4)):
-            wal += make_record(self.chance, candidate.window.end_lsn + len(wal), self.body_sizes)
-        cut = self.chance.randrange(len(wal) // 2, len(wal) + 1)
-        candidate.unsent = wal[cut:]
-        candidate.log += wal[:cut]
-        candidate.window.append(wal[:cut])
-        candidate.record_end_lsn = Lsn(scan(candidate.log, candidate.record_end_lsn))
-        self.trace.append(("write", candidate.index, len(candidate.log), candidate.record_end_lsn))
-        self._run_candidate(candidate, core.wal_appended(candidate.window.end_lsn, candidate.record_end_lsn))
+        if len(candidate.unsent) < DELIVERY_SIZE_BYTES_MAX:
+            for _ in range(self.chance.randrange(1, 4)):
+                lsn = len(candidate.log) + len(candidate.unsent)
+                candidate.unsent += make_record(self.chance, lsn, self.body_sizes)
+        pending = candidate.pending_wal()[:DELIVERY_SIZE_BYTES_MAX]
+        self._deliver_wal(candidate, pending[: self.chance.randrange(len(pending) // 2, len(pending)) + 1])
+
+    def _deliver_wal(self, candidate: Candidate, wal: bytes) -> None:
+        end_lsn = candidate.window.append(wal)
+        held = end_lsn - candidate.window.start_lsn
+        require(held <= WINDOW_SIZE_BYTES_BOUND, f"a window of {held} bytes")
+        new_size_bytes = max(0, end_lsn - len(candidate.log))
+        candidate.log += candidate.unsent[:new_size_bytes]
+        candidate.unsent = candidate.unsent[new_size_bytes:]
+        candidate.record_end_lsn = Lsn(scan(candidate.log[:end_lsn], candidate.record_end_lsn))
+        self.trace.append(("write", candidate.index, end_lsn, candidate.record_end_lsn))
+        self._run_candidate(candidate, candidate.core.wal_appended(end_lsn, candidate.record_end_lsn))
 
     def _run_candidate(self, candidate: Candidate, effects: Sequence[proposers.ProposerEffect]) -> None:
         for effect in [*effects, *candidate.core.announce()]:
@@ -382,22 +400,32 @@ class World:
                     candidate.window.trim(lsn)
                 case proposers.Elected(term, start_lsn, donor):
                     self.trace.append(("elected", candidate.index, term, start_lsn))
+                    candidate.led_term = term
                     candidate.log = bytearray(self.votes[donor, candidate.index, term][:start_lsn])
                     candidate.window = WalWindow(start_lsn)
                     candidate.record_end_lsn = start_lsn
                     self.checker.elected(candidate.index, term, candidate.log)
+                case proposers.Renewed(term, start_lsn):
+                    self.trace.append(("renewed", candidate.index, term, start_lsn))
+                    candidate.led_term = term
+                    self.checker.elected(candidate.index, term, candidate.log[:start_lsn])
+                case proposers.RestartWindow(start_lsn):
+                    self.trace.append(("window restarted", candidate.index, start_lsn))
+                    candidate.window = WalWindow(start_lsn)
+                    candidate.record_end_lsn = start_lsn
                 case proposers.Fenced(term_seen):
                     self.trace.append(("fenced", candidate.index, term_seen))
+                    self.checker.fenced(candidate.index, candidate.led_term, candidate.core.term)
                 case proposers.ElectionLost() | proposers.PeerStranded():
                     pass
 
     # The end
 
     def _heal(self) -> None:
-        """Liveness: with all faults gone, a new proposer must win, repair everyone and commit new WAL.
+        """Liveness: with all faults gone, and nobody who competes, every record must be committed everywhere.
 
-        One that was elected without a node whose promise was to a candidate that never won is fenced
-        when that node speaks, and is started again; each time with a higher term, so not for ever.
+        First by the newest leader, if it still lives, unless it has been succeeded, which the checker
+        verifies; then by a new proposer, which nothing may fence: whatever its members have promised.
         """
         self.trace.append(("heal",))
         self.crash_probability = self.drop_probability = 0.0
@@ -406,34 +434,62 @@ class World:
         for node in alive:
             if node.acceptor is None:
                 self._start_node(node)
-        for candidate in self.candidates:
-            candidate.alive = False
+        leader = self._newest_leader()
+        if leader is not None:
+            self._leave_alone(leader)
+            for node in self.nodes:
+                self._reconnect(leader, node)
+            self._carry_through(leader, alive)
+        self._leave_alone(None)
         last = self._start_candidate()
-        restarts = max(int(node.disk.control.promised_term) for node in alive)
-        wrote = False
+        require(self._carry_through(last, alive), f"proposer {last.index} is fenced by nobody")
+        self.checker.survived(last.log, [node.index for node in alive])
+
+    def _newest_leader(self) -> Candidate | None:
+        leading = [
+            candidate
+            for candidate in self.candidates
+            if candidate.alive
+            and candidate.commit_lsn
+            and candidate.core.phase in (Phase.LEADING, Phase.RENEWING)
+        ]
+        return max(leading, key=lambda candidate: candidate.led_term, default=None)
+
+    def _leave_alone(self, kept: Candidate | None) -> None:
+        """All other computes die, and their connections with them."""
+        for candidate in self.candidates:
+            candidate.alive = candidate is kept
+        self.messages = [each for each in self.messages if self.candidates[each[0]].alive]
+
+    def _carry_through(self, candidate: Candidate, alive: Sequence[Node]) -> bool:
+        """Whether all WAL of the candidate, and a new record, got to all nodes; False when it was fenced."""
+        has_written = False
         for step in range(HEALED_STEPS_MAX):
             self._deliver()
             for node in alive:
                 self._flush(node)
             if step % 64 == 63:
                 self._tick()
-            if last.core.phase is Phase.FENCED and restarts:
-                restarts -= 1
-                last.alive = wrote = False
-                last = self._start_candidate()
-            if last.commit_lsn and not wrote:
-                self._write_wal()
-                wrote = True
-            if wrote and all(self._caught_up(node, last) for node in alive):
-                self.checker.survived(last.log, [node.index for node in alive])
-                return
-        raise ViolationError(f"stuck after healing: {last.core.phase} of term {last.core.term}")
+            if candidate.core.phase is Phase.FENCED:
+                return False
+            if candidate.commit_lsn and not has_written:
+                has_written = True
+                lsn = len(candidate.log) + len(candidate.unsent)
+                candidate.unsent += make_record(self.chance, lsn, self.body_sizes)
+            pending = candidate.pending_wal() if has_written and candidate.core.writable_size_bytes else b""
+            if pending:
+                self._deliver_wal(candidate, pending[:DELIVERY_SIZE_BYTES_MAX])
+            if has_written and all(self._caught_up(node, candidate) for node in alive):
+                return True
+        core = candidate.core
+        raise ViolationError(f"stuck after healing: {core.phase} of term {core.term}")
 
-    def _caught_up(self, node: Node, last: Candidate) -> bool:
+    def _caught_up(self, node: Node, candidate: Candidate) -> bool:
         return (
             node.acceptor is not None
-            and node.acceptor.flush_lsn == len(last.log)
-            and node.acceptor.state.commit_lsn == last.record_end_lsn
+            and not candidate.unsent
+            and node.acceptor.flush_lsn == len(candidate.log)
+            and node.acceptor.state.commit_lsn == len(candidate.log)
         )
 
 

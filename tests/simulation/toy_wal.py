@@ -2,10 +2,10 @@
 
 ::
 
-    +--------+-----------------------------+---------+
-    | length | crc32 of LSN, length, body  |  body   |
-    |   4    |             4               | 8 to 24 |
-    +--------+-----------------------------+---------+
+    +--------+-----------------------------+-----------+
+    | length | crc32 of LSN, length, body  |   body    |
+    |   4    |             4               | 8 or more |
+    +--------+-----------------------------+-----------+
 
 As in PostgreSQL a record vouches for its place (the LSN is in the checksum) but not for its term, so
 a stale record left behind at the right place looks good. Lengths repeat often, to make that happen.
@@ -18,6 +18,8 @@ import zlib
 _HEAD = struct.Struct("<II")
 UNIFORM_SIZES = (8,)
 MIXED_SIZES = (8, 8, 8, 16, 24)
+LONG_SIZES = (8, 8, 8, 8, 24, 800)
+"""The last is longer than any window in the simulation."""
 
 
 def make_record(chance: random.Random, lsn: int, body_sizes: tuple[int, ...] = MIXED_SIZES) -> bytes:

@@ -134,7 +134,9 @@ cdef class WalDecoder:
         *,
         uint64_t previous_lsn=0,
     ):
-        self.scanner = WalScanner(start_lsn, pg_version, segment_size_bytes, previous_lsn=previous_lsn)
+        self.scanner = WalScanner(
+            start_lsn, pg_version, segment_size_bytes, previous_lsn=previous_lsn, keep_records=True
+        )
         self.changes = ChangeSet()
         self.changes.load_checkpoint_state(checkpoint_state)
         self.pg_version = pg_version
@@ -208,6 +210,9 @@ cdef class WalDecoder:
         return STOP_FAILED
 
     cdef void begin_record(self) noexcept nogil:
+        if not self.view.is_whole:
+            self.begin_skimmed()
+            return
         if split_record(self.view.data, self.view.size, self.pg_version, &self.parts) < 0:
             self.failure = "record's length is not the sum of its parts"
             return
@@ -217,6 +222,18 @@ cdef class WalDecoder:
         self.changes.advance_xid(self.parts.xid)
         if not self.is_special():
             self.collect()
+
+    cdef void begin_skimmed(self) noexcept nogil:
+        """A long record of which only the header was kept: it changes no page."""
+        memset(&self.parts, 0, sizeof(self.parts))
+        self.parts.xid = u32(self.view.data + 4)
+        self.parts.info = self.view.data[16]
+        self.parts.rmgr = self.view.data[17]
+        self.xact.xid = 0
+        self.has_record = True
+        self.clear_count = 0
+        self.changes.begin(self.view.end_lsn)
+        self.changes.advance_xid(self.parts.xid)
 
     cdef void finish_record(self) noexcept nogil:
         self.changes.put_state()

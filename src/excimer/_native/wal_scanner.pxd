@@ -4,8 +4,9 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef struct RecordView:
-    const uint8_t* data  # whole record; valid until the next call
+    const uint8_t* data  # the record, or its header alone; valid until the next call
     uint32_t size
+    bint is_whole  # all of it is there, not just the header
     uint64_t start_lsn
     uint64_t end_lsn
 
@@ -19,6 +20,7 @@ cdef class WalScanner:
     cdef uint64_t segment_size
     cdef uint16_t magic
     cdef bint checks_crc
+    cdef bint keeps_records
 
     cdef const uint8_t* chunk
     cdef size_t chunk_size
@@ -27,9 +29,11 @@ cdef class WalScanner:
     cdef uint8_t[40] header
     cdef uint32_t header_fill
 
-    cdef uint8_t* record  # the part of a record that no single page of the chunk holds
+    cdef uint8_t* record  # what has come of a record that no single page of the chunk holds
     cdef size_t record_capacity
     cdef uint32_t record_fill
+    cdef bint is_skimmed  # only the header is kept
+    cdef uint32_t record_crc  # of what was not kept
     cdef uint64_t skip_to  # end of the segment that a switch record closes, 0 without one
 
     cdef int error
@@ -42,6 +46,9 @@ cdef class WalScanner:
     cdef void begin(self, const uint8_t* chunk, size_t size) noexcept nogil
     cdef int next_record(self, RecordView* view) noexcept nogil
     cdef int fail(self, int error, uint64_t lsn, uint64_t found, uint64_t wanted) noexcept nogil
+    cdef uint32_t wanted_size(self) noexcept nogil
+    cdef int take_part(self, const uint8_t* part, uint32_t size) noexcept nogil
+    cdef bint is_long_for_nothing(self) noexcept nogil
     cdef int reserve(self, size_t size) noexcept nogil
     cdef int page_header(self) noexcept nogil
     cdef int check_page_header(self) noexcept nogil

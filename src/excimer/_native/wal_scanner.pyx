@@ -1,7 +1,9 @@
 """Finds record boundaries in a stream of WAL bytes, without the GIL.
 
 The definition is `excimer.pgformat.wal_reader.WalReader`; here only the speed is different. A
-record that lies within one page of one chunk is looked at in place; only others are copied.
+record that lies within one page of one chunk is looked at in place; of others only the header is copied,
+unless somebody wants to look at the record: its checksum is computed as its bytes pass. So a record may be
+as long as PostgreSQL allows, one gigabyte, and memory stays at two pages.
 
 Not here: what records mean (`wal_decoder` does that, on top of this module).
 """
@@ -29,11 +31,20 @@ cdef enum:
     LONG_HEADER_SIZE = 40
     RECORD_HEADER_SIZE = 24
     RECORD_SIZE_MAX = 0x3FFFFFFF
+    LONG_RECORD_SIZE = 1 << 20
+    CAPACITY_KEPT = 1 << 20
     CONTINUES_RECORD = 0x0001
     LONG_HEADER = 0x0002
     OVERWRITES_RECORD = 0x0008
     ALL_FLAGS = 0x000F
     XLOG_SWITCH = 0x40
+
+cdef enum:  # resource managers of records that may be long and change no page
+    RM_XACT = 1
+    RM_STANDBY = 8
+    RM_HEAP2 = 9
+    RM_HEAP = 10
+    RM_LOGICALMSG = 21
 
 cdef enum:
     NEED_MORE = 0
@@ -59,7 +70,8 @@ cdef class WalScanner:
 
     `previous_lsn` is the start of the record that ends there, 0 when unknown. `last_record_end`
     and `last_record_start` stand for the last complete, valid record seen. `check_crc=False` is
-    for bytes that were checked before.
+    for bytes that were checked before. `keep_records` is for native callers that look at records; those
+    that change no page are skimmed all the same when they are long.
     """
 
     def __cinit__(
@@ -70,6 +82,7 @@ cdef class WalScanner:
         *,
         uint64_t previous_lsn=0,
         bint check_crc=True,
+        bint keep_records=False,
     ):
         if start_lsn % 8:
             raise ValueError(f"{format_lsn(start_lsn)} is not a record boundary")
@@ -79,6 +92,7 @@ cdef class WalScanner:
         self.segment_size = segment_size_bytes
         self.magic = WAL_PAGE_MAGICS[pg_version]
         self.checks_crc = check_crc
+        self.keeps_records = keep_records
 
     def __dealloc__(self):
         free(self.record)
@@ -87,6 +101,11 @@ cdef class WalScanner:
     def position(self):
         """LSN of the next byte to feed."""
         return self.lsn
+
+    @property
+    def held_size_bytes(self):
+        """Memory for a record that has come in part."""
+        return self.record_capacity
 
     def feed(self, bytes chunk):
         """Takes the next bytes. Raises `InvalidWalError`, again at every later call."""
@@ -122,6 +141,10 @@ cdef class WalScanner:
         cdef const uint8_t* here
         if self.error:
             return FAILED
+        if self.record_capacity > CAPACITY_KEPT and self.record_fill == 0:
+            free(self.record)
+            self.record = NULL
+            self.record_capacity = 0
         while True:
             available = self.chunk_size - self.chunk_position
             if available == 0:
@@ -157,22 +180,20 @@ cdef class WalScanner:
                         if self.skip_to:
                             continue
                         return self.finish(here, total, view)
-            wanted = 4 if self.record_fill < 4 else (u32(self.record) + 7) & ~7
+            wanted = self.wanted_size()
             part = wanted - self.record_fill
             if part > room:
                 part = room
-            if self.reserve(self.record_fill + part) == FAILED:
+            if self.take_part(here, part) == FAILED:
                 return FAILED
-            memcpy(self.record + self.record_fill, here, part)
-            self.record_fill += part
             self.lsn += part
             self.chunk_position += part
             if self.record_fill < wanted:
                 continue
             total = u32(self.record)
-            if wanted == 4:
-                if total < RECORD_HEADER_SIZE or total > RECORD_SIZE_MAX:
-                    return self.fail(BAD_LENGTH, self.record_start, total, 0)
+            if wanted == 4 and (total < RECORD_HEADER_SIZE or total > RECORD_SIZE_MAX):
+                return self.fail(BAD_LENGTH, self.record_start, total, 0)
+            if self.wanted_size() != wanted:
                 continue
             if self.check_record(self.record, total) == FAILED:
                 return FAILED
@@ -187,12 +208,55 @@ cdef class WalScanner:
         self.error_wanted = wanted
         return FAILED
 
+    cdef uint32_t wanted_size(self) noexcept nogil:
+        """How much of the record at hand is to be there before more can be said of it."""
+        if self.record_fill < 4:
+            return 4
+        if self.record_fill < RECORD_HEADER_SIZE:
+            return RECORD_HEADER_SIZE
+        return (u32(self.record) + 7) & ~7
+
+    cdef int take_part(self, const uint8_t* part, uint32_t size) noexcept nogil:
+        """The next bytes of a record that does not lie in one piece."""
+        cdef uint32_t total
+        if self.record_fill == 0:
+            self.is_skimmed = False
+            self.record_crc = 0
+        if self.record_fill == RECORD_HEADER_SIZE:
+            self.is_skimmed = not self.keeps_records or self.is_long_for_nothing()
+        if self.is_skimmed:
+            total = u32(self.record)  # behind it is padding
+            if self.checks_crc and self.record_fill < total:
+                self.record_crc = crc32c(self.record_crc, part, min(size, total - self.record_fill))
+        else:
+            if self.reserve(self.record_fill + size) == FAILED:
+                return FAILED
+            memcpy(self.record + self.record_fill, part, size)
+        self.record_fill += size
+        return NEED_MORE
+
+    cdef bint is_long_for_nothing(self) noexcept nogil:
+        """Whether the record changes no page whatever it says: a message, invalidations, locks, mappings."""
+        cdef uint8_t operation = self.record[16] & 0x70
+        cdef uint8_t rmgr = self.record[17]
+        if u32(self.record) < LONG_RECORD_SIZE:
+            return False
+        if rmgr == RM_XACT:
+            return operation in (0x50, 0x60)  # assignment, invalidations
+        if rmgr == RM_HEAP:
+            return operation == 0x30  # truncate
+        if rmgr == RM_HEAP2:
+            return operation in (0x00, 0x70)  # rewrite, new command id
+        return rmgr == RM_STANDBY or rmgr == RM_LOGICALMSG
+
     cdef int reserve(self, size_t size) noexcept nogil:
         """Grows with the bytes that arrived, not with what a record claims to be."""
         cdef uint8_t* grown
         if size <= self.record_capacity:
             return NEED_MORE
         size = size * 2 if size > PAGE_SIZE else 2 * PAGE_SIZE
+        if self.record_fill >= 4 and size > u32(self.record) + 2 * PAGE_SIZE:
+            size = u32(self.record) + 2 * PAGE_SIZE
         grown = <uint8_t*> realloc(self.record, size)
         if grown == NULL:
             return self.fail(NO_MEMORY, self.record_start, size, 0)
@@ -253,7 +317,10 @@ cdef class WalScanner:
         if previous != self.last_record_start if self.last_record_start else previous >= self.record_start:
             return self.fail(BAD_PREVIOUS, self.record_start, previous, self.last_record_start)
         if self.checks_crc:
-            crc = crc32c(0, data + RECORD_HEADER_SIZE, total - RECORD_HEADER_SIZE)
+            if data == self.record and self.is_skimmed:
+                crc = self.record_crc
+            else:
+                crc = crc32c(0, data + RECORD_HEADER_SIZE, total - RECORD_HEADER_SIZE)
             if crc32c(crc, data, 20) != u32(data + 20):
                 return self.fail(BAD_CRC, self.record_start, 0, 0)
         if data[17] == 0 and data[16] & 0xF0 == XLOG_SWITCH and self.lsn % self.segment_size:
@@ -262,12 +329,14 @@ cdef class WalScanner:
                     return FAILED
                 memcpy(self.record, data, total)
                 self.record_fill = total
+                self.is_skimmed = False
             self.skip_to = self.lsn + self.segment_size - self.lsn % self.segment_size
         return NEED_MORE
 
     cdef int finish(self, const uint8_t* data, uint32_t total, RecordView* view) noexcept nogil:
         view.data = data
         view.size = total
+        view.is_whole = data != self.record or not self.is_skimmed
         view.start_lsn = self.record_start
         view.end_lsn = self.lsn
         self.last_record_start = self.record_start

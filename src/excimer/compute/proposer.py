@@ -12,7 +12,7 @@ waits for runs in socket callbacks: WAL in, frames out, acknowledgements in, sta
 
 A safekeeper that is slow or away delays nobody: at most `ProposerLimits.in_flight_size_bytes_max` is
 under way to it; it catches up from the window or, below that, from what another safekeeper has.
-When uncommitted WAL fills the window, postgres is read no further until commits go on.
+When WAL that no majority has fills the window, postgres is read no further until safekeepers go on.
 
 Not here: starting postgres; slowing writers for the pageserver's sake.
 """
@@ -66,6 +66,10 @@ log = get_logger(__name__)
 
 class ElectionTimeoutError(RetryableError):
     """No majority of safekeepers could be won in time."""
+
+
+class WindowRestartedError(RetryableError):
+    """The stream from postgres begins anew, further back."""
 
 
 class NewerProposerError(FencedError):
@@ -155,8 +159,7 @@ class Proposer:
         """
         try:
             async with asyncio.timeout(ELECTION_TIMEOUT_S), TaskScope() as scope:
-                for peer in self._peers:
-                    scope.start(f"dial safekeeper {peer.address}", peer.maintain())
+                self._start_talking(scope)
                 while self._election is None or self._core.commit_lsn < self._election.start_lsn:
                     self._raise_failure()
                     await self._wait_change()
@@ -171,12 +174,15 @@ class Proposer:
             raise ValueError("elect before streaming")
         try:
             async with TaskScope() as scope:
-                for peer in self._peers:
-                    scope.start(f"dial safekeeper {peer.address}", peer.maintain())
-                scope.start("heartbeat", self._beat())
+                self._start_talking(scope)
                 await self._read_postgres(postgres)
         finally:
             self.close()
+
+    def _start_talking(self, scope: TaskScope) -> None:
+        for peer in self._peers:
+            scope.start(f"dial safekeeper {peer.address}", peer.maintain())
+        scope.start("heartbeat", self._beat())
 
     def close(self) -> None:
         """Closes all connections; may be called at any time, also twice."""
@@ -297,6 +303,10 @@ class Proposer:
                     self._window.trim(lsn)
                 case core.Elected(term, start_lsn, _):
                     self._won(term, start_lsn)
+                case core.Renewed(term, renewed_lsn):
+                    log.info("elected again", term=term, start_lsn=renewed_lsn)
+                case core.RestartWindow(restart_lsn):
+                    self._restart_window(restart_lsn)
                 case core.ElectionLost():
                     delay_s = self._chance.random() * CAMPAIGN_DELAY_S_MAX
                     asyncio.get_running_loop().call_later(delay_s, self._campaign)
@@ -337,7 +347,8 @@ class Proposer:
         if self._frame is not None:
             previous, frame = self._frame
             if (
-                previous.begin_lsn == effect.begin_lsn
+                previous.term == effect.term
+                and previous.begin_lsn == effect.begin_lsn
                 and previous.end_lsn == effect.end_lsn
                 and previous.commit_lsn == effect.commit_lsn
                 and previous.horizon_lsn == effect.horizon_lsn
@@ -349,10 +360,21 @@ class Proposer:
         return frame
 
     def _won(self, term: Term, start_lsn: Lsn) -> None:
-        identity = self._core.identity
         self._election = Election(term, start_lsn)
+        self._open_window(start_lsn)
+        self._changed.set()
+
+    def _open_window(self, start_lsn: Lsn) -> None:
+        identity = self._core.identity
         self._window = WalWindow(start_lsn)
         self._scanner = WalScanner(start_lsn, identity.pg_version, identity.wal_segment_size_bytes)
+
+    def _restart_window(self, start_lsn: Lsn) -> None:
+        """Postgres keeps what is not committed for its slot: it is asked for it again."""
+        log.warning("safekeepers have lost part of a record: postgres sends it again", start_lsn=start_lsn)
+        self._open_window(start_lsn)
+        self._close_source()
+        self._source_error = WindowRestartedError("WAL is read again")
         self._changed.set()
 
     def _campaign(self) -> None:

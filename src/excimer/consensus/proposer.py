@@ -4,8 +4,8 @@
 
     GREETING --majority greeted--> CAMPAIGNING --majority voted--> LEADING
                                       |    ^                          |
-                       refused: LOST -+    +- campaign() (back off    +--> FENCED, for ever
-                                              first: the shell's)
+                       refused: LOST -+    +- campaign() (back off    +--> RENEWING --> LEADING
+                                              first: the shell's)     +--> FENCED, for ever
 
 **Election.** The term is one above the highest promise heard. Of the voters' logs the best is the one of the
 highest last term, then the longest: it holds everything that was ever committed (leader
@@ -29,20 +29,21 @@ The first `CommitAdvanced`, to E, says that the repair has reached a majority.
 **Group commit.** While an append is under way to a member, further WAL gathers until its answer unless it
 fills a chunk: one append and one fdatasync for many commits. A heartbeat brings an answer that was lost.
 
-**Fencing.** Any answer of a higher term ends a leader: `Fenced` once, then silence.
+**Fencing.** A majority of higher promises, or WAL of a newer leader at any member, ends a leader: `Fenced`
+once, then silence. A minority of promises that nobody follows up is won back by an election in which this
+leader keeps its log (**renewal**; the argument is in `excimer.consensus`).
 
 Not here: sockets, retries and their delays, the WAL bytes (a shell keeps a `WalWindow`), PostgreSQL.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import assert_never
 
 from excimer.base.errors import CorruptionError, FencedError, RefusedError
-from excimer.base.ids import NodeId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
+from excimer.consensus.leader_state import LeaderState, Member, Phase
+from excimer.consensus.members import DuplicateMemberError, check_member
 from excimer.consensus.proposer_effects import (
     CommitAdvanced,
     Elected,
@@ -51,6 +52,8 @@ from excimer.consensus.proposer_effects import (
     PeerStranded,
     ProposerEffect,
     ProposerLimits,
+    Renewed,
+    RestartWindow,
     Send,
     SendWal,
     TrimWindow,
@@ -58,7 +61,6 @@ from excimer.consensus.proposer_effects import (
 from excimer.consensus.quorum import check_member_count, majority, quorum_lsn
 from excimer.consensus.term_history import BOOTSTRAP_TERM, TermHistory
 from excimer.wire.safekeeping import (
-    PROTOCOL_VERSION,
     AcceptorGreeting,
     AcceptorMessage,
     AppendRejected,
@@ -89,6 +91,8 @@ __all__ = [
     "Proposer",
     "ProposerEffect",
     "ProposerLimits",
+    "Renewed",
+    "RestartWindow",
     "SafetyViolationError",
     "Send",
     "SendWal",
@@ -98,60 +102,6 @@ __all__ = [
 
 class SafetyViolationError(CorruptionError):
     """Members report what a sound quorum cannot: stop, write nothing, call a human."""
-
-
-class DuplicateMemberError(RefusedError):
-    """Two addresses lead to one safekeeper, which would then count twice."""
-
-
-class Phase(Enum):
-    GREETING = auto()
-    CAMPAIGNING = auto()
-    LOST = auto()
-    LEADING = auto()
-    FENCED = auto()
-
-
-@dataclass(slots=True)
-class _Peer:
-    """What the proposer knows of one member. Facts about its disk outlive a connection."""
-
-    index: int
-    node_id: NodeId | None = None
-    connected: bool = False
-    """Greeted on the present connection."""
-    promised_term: Term = BOOTSTRAP_TERM
-    vote: VoteResponse | None = None
-    """Granted in the present term."""
-    refused: bool = False
-    adopted: bool = False
-    """It has this term's history on disk: its flush LSN counts."""
-    flush_lsn: Lsn = INVALID_LSN
-    """Highest that it has acknowledged in this term; within a term that never becomes untrue."""
-    commit_lsn: Lsn = INVALID_LSN
-    wal_start_lsn: Lsn = INVALID_LSN
-    sent_lsn: Lsn | None = None
-    """End of what was sent on this connection; None until it has said where to begin."""
-    announced_commit_lsn: Lsn = INVALID_LSN
-    reading_lsn: Lsn | None = None
-    """Start of the chunk being read from a donor for it."""
-    reading_from: int | None = None
-    stranded: bool = False
-
-
-@dataclass(slots=True)
-class _Reign:
-    """State of a leader."""
-
-    start_lsn: Lsn
-    history: TermHistory
-    window_start_lsn: Lsn
-    window_end_lsn: Lsn
-    commit_lsn: Lsn = INVALID_LSN
-    """INVALID until E itself is at a majority; then a record boundary that never falls."""
-    horizon_lsn: Lsn = INVALID_LSN
-    boundaries: list[Lsn] = field(default_factory=list)
-    """Record ends that may be committed next, rising, all above `commit_lsn`."""
 
 
 class Proposer:
@@ -179,30 +129,29 @@ class Proposer:
         self.token = token
         """Of the next greetings; the shell renews it."""
         self._limits = limits or ProposerLimits()
-        self._peers = [_Peer(index) for index in range(member_count)]
-        self._reign: _Reign | None = None
+        self._peers = [Member(index) for index in range(member_count)]
+        self._leader: LeaderState | None = None
 
     @property
     def commit_lsn(self) -> Lsn:
         """0 until the repair after the election has reached a majority."""
-        return self._reign.commit_lsn if self._reign else INVALID_LSN
+        return self._leader.commit_lsn if self._leader else INVALID_LSN
 
     @property
     def start_lsn(self) -> Lsn:
         """E of the election; 0 before it."""
-        return self._reign.start_lsn if self._reign else INVALID_LSN
+        return self._leader.start_lsn if self._leader else INVALID_LSN
 
     @property
     def horizon_lsn(self) -> Lsn:
-        return self._reign.horizon_lsn if self._reign else INVALID_LSN
+        return self._leader.horizon_lsn if self._leader else INVALID_LSN
 
     @property
     def writable_size_bytes(self) -> int:
         """How much more WAL to read from PostgreSQL now; 0 means wait for commits (backpressure)."""
-        if self._reign is None or self.phase is not Phase.LEADING:
+        if self._leader is None or self.phase is not Phase.LEADING:
             return 0
-        held = self._reign.window_end_lsn - self._reign.window_start_lsn
-        return max(0, self._limits.window_size_bytes_max - held)
+        return max(0, self._limits.window_size_bytes_max - self._leader.window_size_bytes)
 
     def peer_connected(self, peer: int) -> list[ProposerEffect]:
         """A connection is open: greet. Also restarts a peer whose old connection was not seen to end."""
@@ -251,25 +200,29 @@ class Proposer:
 
         Raises `FencedError` when this proposer is no longer the leader.
         """
-        reign = self._reign
-        if reign is None or self.phase is not Phase.LEADING:
+        leader = self._leader
+        if leader is None or self.phase not in (Phase.LEADING, Phase.RENEWING):
             raise FencedError(f"the proposer of term {self.term} does not lead: write no WAL")
-        if not reign.window_end_lsn <= end_lsn or last_record_end_lsn > end_lsn:
-            raise ValueError(f"WAL to {format_lsn(end_lsn)} after {format_lsn(reign.window_end_lsn)}")
-        reign.window_end_lsn = end_lsn
-        newest = reign.boundaries[-1] if reign.boundaries else reign.commit_lsn
-        if last_record_end_lsn > newest:
-            reign.boundaries.append(last_record_end_lsn)
+        if not leader.window_end_lsn <= end_lsn or last_record_end_lsn > end_lsn:
+            raise ValueError(f"WAL to {format_lsn(end_lsn)} after {format_lsn(leader.window_end_lsn)}")
+        leader.window_end_lsn = end_lsn
+        if last_record_end_lsn > leader.newest_boundary_lsn:
+            leader.boundaries.append(last_record_end_lsn)
         return self._pump_all()
 
     def tick(self) -> list[ProposerEffect]:
         """A heartbeat to every member: finds lost appends, spreads commit LSN and horizon, retries reads."""
-        reign = self._reign
-        if reign is None or self.phase is not Phase.LEADING:
+        leader = self._leader
+        if leader is None or self.phase not in (Phase.LEADING, Phase.RENEWING):
             return []
+        if self._renewal_is_due(leader):
+            return self._renew()
+        if self.phase is Phase.RENEWING:
+            return self._ask_for_votes()
         heartbeats: list[ProposerEffect] = [
             Send(
-                peer.index, AppendRequest(self.term, peer.sent_lsn, reign.commit_lsn, reign.horizon_lsn, b"")
+                peer.index,
+                AppendRequest(self.term, peer.sent_lsn, leader.commit_lsn, leader.horizon_lsn, b""),
             )
             for peer in self._peers
             if peer.connected and peer.adopted and peer.sent_lsn is not None
@@ -281,99 +234,103 @@ class Proposer:
 
         To be called some time after a `CommitAdvanced`: while WAL goes on, appends tell it for nothing.
         """
-        reign = self._reign
-        if reign is None or self.phase is not Phase.LEADING:
+        leader = self._leader
+        if leader is None or self.phase is not Phase.LEADING:
             return []
         effects: list[ProposerEffect] = []
         for peer in self._peers:
             is_streamed = peer.connected and peer.adopted and peer.sent_lsn is not None
-            if is_streamed and peer.announced_commit_lsn < reign.commit_lsn:
-                peer.announced_commit_lsn = reign.commit_lsn
-                message = CommitAnnounce(self.term, reign.commit_lsn, reign.horizon_lsn)
+            if is_streamed and peer.announced_commit_lsn < leader.commit_lsn:
+                peer.announced_commit_lsn = leader.commit_lsn
+                message = CommitAnnounce(self.term, leader.commit_lsn, leader.horizon_lsn)
                 effects.append(Send(peer.index, message))
         return effects
 
-    def _forget_connection(self, peer: _Peer) -> None:
+    def _forget_connection(self, peer: Member) -> None:
         peer.connected = False
-        peer.sent_lsn = None
-        peer.reading_lsn = peer.reading_from = None
+        peer.probed_term = BOOTSTRAP_TERM
         peer.announced_commit_lsn = INVALID_LSN
         peer.stranded = False
+        self._forget_stream(peer)
+
+    def _forget_stream(self, peer: Member) -> None:
+        peer.forget_stream()
         for other in self._peers:
             if other.reading_from == peer.index:
                 other.reading_lsn = other.reading_from = None
 
-    def _fenced_by(self, term: Term) -> list[ProposerEffect]:
-        """Called with every answer's term. A candidate loses; a leader is fenced for good."""
+    def _outranked_by(self, peer: Member, term: Term) -> list[ProposerEffect]:
+        """Called with every answer's term, which its sender has promised. A candidate loses to a higher one.
+
+        A leader loses that member, and goes on while the others may still be a majority of its own. A vote
+        request, which such a member refuses, asks for its history: whether somebody does lead.
+        """
         self.term_seen = max(self.term_seen, term)
+        peer.promised_term = max(peer.promised_term, term)
         if term <= self.term:
             return []
-        if self.phase is Phase.LEADING:
-            self.phase = Phase.FENCED
-            return [Fenced(term)]
         if self.phase is Phase.CAMPAIGNING:
             self.phase = Phase.LOST
             return [ElectionLost(self.term_seen)]
-        return []
+        if self.phase not in (Phase.LEADING, Phase.RENEWING):
+            return []
+        peer.adopted = False
+        self._forget_stream(peer)
+        outranking = sum(other.promised_term > self.term for other in self._peers)
+        if outranking >= majority(len(self._peers)):
+            return self._fence(term)
+        if not peer.connected or peer.probed_term >= peer.promised_term:
+            return []
+        peer.probed_term = peer.promised_term
+        return [Send(peer.index, VoteRequest(self.term, self._proposer_id))]
+
+    def _fence(self, term: Term) -> list[ProposerEffect]:
+        self.phase = Phase.FENCED
+        return [Fenced(term)]
 
     # Election
 
-    def _greeted(self, peer: _Peer, greeting: AcceptorGreeting) -> list[ProposerEffect]:
-        self._check_member(peer, greeting)
-        peer.connected = True
-        peer.promised_term = greeting.term
-        effects = self._fenced_by(greeting.term)
-        if effects:
-            return effects
-        if self._reign is not None:
-            return [Send(peer.index, ProposerElected(self.term, self._reign.history.entries))]
-        if self.phase is Phase.CAMPAIGNING and peer.vote is None:
-            return [Send(peer.index, VoteRequest(self.term, self._proposer_id))]
-        return self._try_campaign()
-
-    def _check_member(self, peer: _Peer, greeting: AcceptorGreeting) -> None:
-        if greeting.version != PROTOCOL_VERSION:
-            raise RefusedError(f"safekeeper {greeting.node_id} speaks protocol version {greeting.version}")
-        known = {other.node_id: other for other in self._peers if other.node_id is not None}
-        if known.get(greeting.node_id, peer) is not peer:
-            raise DuplicateMemberError(f"two safekeeper addresses lead to safekeeper {greeting.node_id}")
-        if peer.node_id not in (None, greeting.node_id):
-            raise DuplicateMemberError(
-                f"the address of safekeeper {peer.node_id} now leads to safekeeper {greeting.node_id}"
-            )
-        mine, theirs = self.identity, greeting.identity
-        filled = TimelineIdentity(
-            tenant_id=mine.tenant_id,
-            timeline_id=mine.timeline_id,
-            pg_version=mine.pg_version or theirs.pg_version,
-            system_id=mine.system_id or theirs.system_id,
-            wal_segment_size_bytes=mine.wal_segment_size_bytes or theirs.wal_segment_size_bytes,
-        )
-        if (filled.pg_version, filled.system_id, filled.wal_segment_size_bytes) != (
-            theirs.pg_version,
-            theirs.system_id,
-            theirs.wal_segment_size_bytes,
-        ):
-            raise RefusedError(f"safekeeper {greeting.node_id} holds another PostgreSQL's timeline: {theirs}")
-        self.identity = filled
+    def _greeted(self, peer: Member, greeting: AcceptorGreeting) -> list[ProposerEffect]:
+        self.identity = check_member(self._peers, peer, greeting, self.identity)
         peer.node_id = greeting.node_id
+        peer.connected = True
+        effects = self._outranked_by(peer, greeting.term)
+        if effects or (self._leader is not None and greeting.term > self.term):
+            return effects
+        if self.phase in (Phase.CAMPAIGNING, Phase.RENEWING) and peer.vote is None:
+            return [Send(peer.index, VoteRequest(self.term, self._proposer_id))]
+        if self._leader is not None and self.phase is Phase.LEADING:
+            return [Send(peer.index, ProposerElected(self.term, self._leader.history.entries))]
+        return self._try_campaign()
 
     def _try_campaign(self) -> list[ProposerEffect]:
         """Begins an election once a majority is there to decide it."""
         connected = [peer for peer in self._peers if peer.connected]
         if self.phase is not Phase.GREETING or len(connected) < majority(len(self._peers)):
             return []
-        highest = max(self.term_seen, self.term, *(peer.promised_term for peer in self._peers))
         self.phase = Phase.CAMPAIGNING
-        self.term = Term(highest + 1)
+        return self._begin_election()
+
+    def _begin_election(self) -> list[ProposerEffect]:
+        """In a term above every one seen."""
+        self.term = Term(max(self.term_seen, self.term) + 1)
         for peer in self._peers:
             peer.vote = None
             peer.refused = False
-        return [Send(peer.index, VoteRequest(self.term, self._proposer_id)) for peer in connected]
+        return self._ask_for_votes()
 
-    def _voted(self, peer: _Peer, vote: VoteResponse) -> list[ProposerEffect]:
-        effects = self._fenced_by(vote.term)
-        if effects or self.phase is not Phase.CAMPAIGNING or vote.term != self.term:
+    def _ask_for_votes(self) -> list[ProposerEffect]:
+        request = VoteRequest(self.term, self._proposer_id)
+        asked = (peer for peer in self._peers if peer.connected and peer.vote is None and not peer.refused)
+        return [Send(peer.index, request) for peer in asked]
+
+    def _voted(self, peer: Member, vote: VoteResponse) -> list[ProposerEffect]:
+        effects = self._outranked_by(peer, vote.term)
+        newest_term = TermHistory(vote.history).last.term
+        if self._leader is not None and self._is_succession(self._leader, newest_term):
+            return self._fence(newest_term)
+        is_asking = self.phase in (Phase.CAMPAIGNING, Phase.RENEWING)
+        if effects or not is_asking or vote.term != self.term:
             return effects
         if not vote.granted:
             peer.refused = True
@@ -382,7 +339,7 @@ class Proposer:
         votes = [(other, other.vote) for other in self._peers if other.vote is not None]
         if len(votes) < majority(len(self._peers)):
             return []
-        return self._win(votes)
+        return self._win(votes) if self._leader is None else self._lead_on(self._leader, votes)
 
     def _check_lost(self) -> list[ProposerEffect]:
         """Another candidate of this term has a vote, and those that could still answer are too few to win.
@@ -402,7 +359,7 @@ class Proposer:
         self.phase = Phase.LOST
         return [ElectionLost(self.term_seen)]
 
-    def _win(self, votes: list[tuple[_Peer, VoteResponse]]) -> list[ProposerEffect]:
+    def _win(self, votes: list[tuple[Member, VoteResponse]]) -> list[ProposerEffect]:
         donor, best = max(votes, key=lambda pair: self._log_rank(pair[1]))
         start_lsn = best.last_record_end_lsn
         committed = max(vote.commit_lsn for _, vote in votes)
@@ -413,54 +370,96 @@ class Proposer:
             )
         history = TermHistory(best.history).extended(self.term, start_lsn)
         self.phase = Phase.LEADING
-        self._reign = _Reign(
+        self._leader = LeaderState(
             start_lsn=start_lsn,
             history=history,
             window_start_lsn=start_lsn,
             window_end_lsn=start_lsn,
             boundaries=[start_lsn],
         )
+        return [Elected(self.term, start_lsn, donor.index), *self._tell_elected(history)]
+
+    def _tell_elected(self, history: TermHistory) -> Iterator[ProposerEffect]:
         message = ProposerElected(self.term, history.entries)
-        return [
-            Elected(self.term, start_lsn, donor.index),
-            *(Send(peer.index, message) for peer in self._peers if peer.connected),
-        ]
+        return (Send(peer.index, message) for peer in self._peers if peer.connected)
 
     def _log_rank(self, vote: VoteResponse) -> tuple[Term, Lsn]:
         """Highest last term, then longest: such a log contains every committed record."""
         return TermHistory(vote.history).term_at(vote.flush_lsn), vote.flush_lsn
 
+    # Renewal
+
+    def _renewal_is_due(self, leader: LeaderState) -> bool:
+        """Whether members at hand have long shown promises to others, who do not come forward as leaders."""
+        connected = [peer for peer in self._peers if peer.connected]
+        is_renewing = self.phase is Phase.RENEWING
+        if not any(peer.promised_term > self.term or (is_renewing and peer.refused) for peer in connected):
+            leader.renewal_tick_count = 0
+            return False
+        leader.renewal_tick_count += 1
+        return leader.renewal_tick_count >= self._limits.renewal_tick_count and len(connected) >= majority(
+            len(self._peers)
+        )
+
+    def _is_succession(self, leader: LeaderState, term: Term) -> bool:
+        """Whether a member that has WAL of `term` has it from a newer leader."""
+        return term > leader.history.last.term
+
+    def _renew(self) -> list[ProposerEffect]:
+        """Asks for votes in a higher term. Nothing is committed until it is won."""
+        leader = self._leading()
+        leader.renewal_tick_count = 0
+        self.phase = Phase.RENEWING
+        for peer in self._peers:
+            peer.adopted = False
+            self._forget_stream(peer)
+        return self._begin_election()
+
+    def _lead_on(self, leader: LeaderState, votes: list[tuple[Member, VoteResponse]]) -> list[ProposerEffect]:
+        """No voter has WAL of a newer leader, so this one's own log holds everything that was committed."""
+        start_lsn = leader.newest_boundary_lsn
+        committed = max(vote.commit_lsn for _, vote in votes)
+        if committed > start_lsn:
+            raise SafetyViolationError(
+                f"{format_lsn(committed)} is committed, but this leader's WAL ends at {format_lsn(start_lsn)}"
+            )
+        leader.history = leader.history.extended(self.term, start_lsn)
+        leader.start_lsn = start_lsn
+        self.phase = Phase.LEADING
+        return [Renewed(self.term, start_lsn), *self._tell_elected(leader.history)]
+
     # Repair and replication
 
-    def _elected_answered(self, peer: _Peer, answer: ElectedResponse) -> list[ProposerEffect]:
-        effects = self._fenced_by(answer.term)
-        if effects or self._reign is None or answer.term != self.term:
+    def _elected_answered(self, peer: Member, answer: ElectedResponse) -> list[ProposerEffect]:
+        effects = self._outranked_by(peer, answer.term)
+        if effects or self._leader is None or answer.term != self.term:
             return effects
         peer.adopted = True
         peer.wal_start_lsn = answer.wal_start_lsn
-        peer.sent_lsn = answer.flush_lsn
+        peer.flush_lsn = peer.sent_lsn = answer.flush_lsn  # a restart may have cut a part of a record
         return self._acknowledged(peer, answer.flush_lsn, answer.commit_lsn)
 
-    def _append_answered(self, peer: _Peer, answer: AppendResponse) -> list[ProposerEffect]:
+    def _append_answered(self, peer: Member, answer: AppendResponse) -> list[ProposerEffect]:
         if answer.term != self.term or not peer.adopted:
-            return self._fenced_by(answer.term)
+            return self._outranked_by(peer, answer.term)
         if peer.sent_lsn is not None and peer.sent_lsn < answer.flush_lsn:
             # A late rejection had set it back, perhaps below all that the window and donors still have.
             peer.sent_lsn = answer.flush_lsn
         return self._acknowledged(peer, answer.flush_lsn, answer.commit_lsn)
 
-    def _append_rejected(self, peer: _Peer, answer: AppendRejected) -> list[ProposerEffect]:
-        effects = self._fenced_by(answer.term)
-        if effects or self._reign is None:
+    def _append_rejected(self, peer: Member, answer: AppendRejected) -> list[ProposerEffect]:
+        effects = self._outranked_by(peer, answer.term)
+        if effects or self._leader is None or self.phase is not Phase.LEADING or answer.term > self.term:
             return effects
         if answer.expected_lsn == INVALID_LSN:
-            return [Send(peer.index, ProposerElected(self.term, self._reign.history.entries))]
+            return [Send(peer.index, ProposerElected(self.term, self._leader.history.entries))]
         if answer.term == self.term and peer.sent_lsn is not None:
             peer.sent_lsn = answer.expected_lsn
+            peer.flush_lsn = min(peer.flush_lsn, answer.expected_lsn)
             peer.reading_lsn = peer.reading_from = None
         return self._pump_all()
 
-    def _acknowledged(self, peer: _Peer, flush_lsn: Lsn, commit_lsn: Lsn) -> list[ProposerEffect]:
+    def _acknowledged(self, peer: Member, flush_lsn: Lsn, commit_lsn: Lsn) -> list[ProposerEffect]:
         peer.flush_lsn = max(peer.flush_lsn, flush_lsn)
         peer.commit_lsn = max(peer.commit_lsn, commit_lsn)
         return [*self._advance_commit(), *self._pump_all(), *self._trim(self._limits.trim_size_bytes)]
@@ -470,72 +469,76 @@ class Proposer:
         return [peer.flush_lsn for peer in self._peers if peer.adopted]
 
     def _advance_commit(self) -> list[ProposerEffect]:
-        reign = self._leading()
-        if not reign.boundaries:
+        leader = self._leading()
+        if not leader.boundaries:
             return []
         flushed_lsn = quorum_lsn(self._counted_flush_lsns(), len(self._peers))
-        reached = bisect_right(reign.boundaries, flushed_lsn)
-        if reached == 0:
+        reached = bisect_right(leader.boundaries, flushed_lsn)
+        if reached == 0 or flushed_lsn < leader.start_lsn:
             return []
-        reign.commit_lsn = reign.boundaries[reached - 1]
-        del reign.boundaries[:reached]
-        return [CommitAdvanced(reign.commit_lsn)]
+        leader.commit_lsn = leader.boundaries[reached - 1]
+        del leader.boundaries[:reached]
+        return [CommitAdvanced(leader.commit_lsn)]
 
-    def _leading(self) -> _Reign:
-        if self._reign is None:
+    def _leading(self) -> LeaderState:
+        if self._leader is None:
             raise FencedError(f"the proposer of term {self.term} does not lead")
-        return self._reign
+        return self._leader
 
     def _trim(self, held_size_bytes_min: int) -> list[ProposerEffect]:
         """Raises the horizon; drops window WAL that all have, or that a majority has and room is short.
 
+        When room is short it does not matter whether WAL is committed: a record may be longer than the
+        window. Otherwise uncommitted WAL stays, for a member that restarts loses a record's beginning.
         Not while the window holds less: neither is urgent, and this is in the way of every commit.
         """
-        reign = self._leading()
-        if reign.window_end_lsn - reign.window_start_lsn < held_size_bytes_min:
+        leader = self._leading()
+        if leader.window_size_bytes < held_size_bytes_min:
             return []
         adopted = [peer for peer in self._peers if peer.adopted]
         if not adopted:
             return []
-        if len(adopted) == len(self._peers):
-            reign.horizon_lsn = max(reign.horizon_lsn, min([peer.commit_lsn for peer in adopted]))
         flushed_lsn = min([peer.flush_lsn for peer in adopted])
-        half_full_lsn = reign.window_end_lsn - self._limits.window_size_bytes_max // 2
-        trim_lsn = Lsn(min(reign.commit_lsn, max(flushed_lsn, half_full_lsn)))
-        if trim_lsn <= reign.window_start_lsn:
+        if len(adopted) == len(self._peers):
+            leader.horizon_lsn = max(leader.horizon_lsn, min([peer.commit_lsn for peer in adopted]))
+        half_full_lsn = leader.window_end_lsn - self._limits.window_size_bytes_max // 2
+        durable_lsn = quorum_lsn(self._counted_flush_lsns(), len(self._peers))
+        committed_trim_lsn = min(leader.commit_lsn, max(flushed_lsn, half_full_lsn))
+        trim_lsn = Lsn(min(max(committed_trim_lsn, min(durable_lsn, half_full_lsn)), leader.window_end_lsn))
+        if trim_lsn <= leader.window_start_lsn:
             return []
-        reign.window_start_lsn = trim_lsn
+        leader.window_start_lsn = trim_lsn
         return [TrimWindow(trim_lsn)]
 
     def _pump_all(self) -> list[ProposerEffect]:
         """Sends every member what it lacks, within the limits."""
-        reign = self._reign
-        if reign is None or self.phase is not Phase.LEADING:
+        leader = self._leader
+        if leader is None or self.phase is not Phase.LEADING:
             return []
         effects: list[ProposerEffect] = []
         for peer in self._peers:
             sent_lsn = peer.sent_lsn
             if sent_lsn is None or not peer.connected or not peer.adopted:
                 continue
-            if sent_lsn != reign.window_end_lsn:
-                effects += self._pump(reign, peer, sent_lsn)
+            if sent_lsn != leader.window_end_lsn:
+                effects += self._pump(leader, peer, sent_lsn)
         return effects
 
-    def _pump(self, reign: _Reign, peer: _Peer, sent_lsn: Lsn) -> Iterator[ProposerEffect]:
+    def _pump(self, leader: LeaderState, peer: Member, sent_lsn: Lsn) -> Iterator[ProposerEffect]:
         room_end_lsn = peer.flush_lsn + self._limits.in_flight_size_bytes_max
-        if sent_lsn < reign.window_start_lsn:
+        if sent_lsn < leader.window_start_lsn:
             if peer.reading_lsn is None and sent_lsn < room_end_lsn:
-                yield from self._read_for(reign, peer, sent_lsn)
+                yield from self._read_for(leader, peer, sent_lsn)
             return
-        while sent_lsn < min(reign.window_end_lsn, room_end_lsn):
-            end_lsn = Lsn(min(sent_lsn + self._limits.chunk_size_bytes, reign.window_end_lsn))
+        while sent_lsn < min(leader.window_end_lsn, room_end_lsn):
+            end_lsn = Lsn(min(sent_lsn + self._limits.chunk_size_bytes, leader.window_end_lsn))
             if sent_lsn > peer.flush_lsn and end_lsn - sent_lsn < self._limits.chunk_size_bytes:
                 break  # group commit: little WAL waits for the answer to what is under way
-            yield SendWal(peer.index, self.term, sent_lsn, end_lsn, reign.commit_lsn, reign.horizon_lsn)
-            peer.announced_commit_lsn = reign.commit_lsn
+            yield SendWal(peer.index, self.term, sent_lsn, end_lsn, leader.commit_lsn, leader.horizon_lsn)
+            peer.announced_commit_lsn = leader.commit_lsn
             peer.sent_lsn = sent_lsn = end_lsn
 
-    def _read_for(self, reign: _Reign, peer: _Peer, start_lsn: Lsn) -> Iterator[ProposerEffect]:
+    def _read_for(self, leader: LeaderState, peer: Member, start_lsn: Lsn) -> Iterator[ProposerEffect]:
         """Asks the member with the most WAL, of those that hold what `peer` lacks."""
         holders = [
             other
@@ -546,29 +549,38 @@ class Proposer:
         if donors:
             donor = max(donors, key=lambda other: other.flush_lsn)
             limit = start_lsn + self._limits.repair_chunk_size_bytes
-            end_lsn = Lsn(min(limit, reign.window_start_lsn, donor.flush_lsn))
+            end_lsn = Lsn(min(limit, leader.window_start_lsn, donor.flush_lsn))
             peer.reading_lsn = start_lsn
             peer.reading_from = donor.index
             yield Send(donor.index, ReadWalRequest(self.term, start_lsn, end_lsn))
+        elif self._may_restart_window(leader, start_lsn):
+            leader.window_start_lsn = leader.window_end_lsn = leader.commit_lsn
+            yield RestartWindow(leader.commit_lsn)
         elif not holders and not peer.stranded and all(other.adopted for other in self._peers):
             peer.stranded = True
             yield PeerStranded(peer.index, start_lsn)
 
-    def _chunk_read(self, donor: _Peer, chunk: WalChunk) -> list[ProposerEffect]:
-        effects = self._fenced_by(chunk.term)
-        if effects or self._reign is None or chunk.term != self.term:
+    def _may_restart_window(self, leader: LeaderState, missing_lsn: Lsn) -> bool:
+        """Whether PostgreSQL has the WAL that a majority at hand does not have, or has lost in part."""
+        at_hand = sum(peer.connected and peer.adopted for peer in self._peers)
+        return INVALID_LSN < leader.commit_lsn <= missing_lsn and at_hand >= majority(len(self._peers))
+
+    def _chunk_read(self, donor: Member, chunk: WalChunk) -> list[ProposerEffect]:
+        effects = self._outranked_by(donor, chunk.term)
+        if effects or self._leader is None or chunk.term != self.term:
             return effects
         for peer in self._peers:
             if peer.reading_from != donor.index or peer.reading_lsn != chunk.start_lsn:
                 continue
             peer.reading_lsn = peer.reading_from = None
             if chunk.wal and peer.sent_lsn == chunk.start_lsn:
-                effects.append(Send(peer.index, self._append(chunk)))
+                effects.append(Send(peer.index, self._append(chunk.start_lsn, chunk.wal)))
                 peer.sent_lsn = Lsn(chunk.start_lsn + len(chunk.wal))
         if not chunk.wal:
+            donor.flush_lsn = min(donor.flush_lsn, chunk.start_lsn)  # or its next answer says more
             return effects
         return [*effects, *self._pump_all()]
 
-    def _append(self, chunk: WalChunk) -> AppendRequest:
-        reign = self._leading()
-        return AppendRequest(self.term, chunk.start_lsn, reign.commit_lsn, reign.horizon_lsn, chunk.wal)
+    def _append(self, begin_lsn: Lsn, wal: bytes) -> AppendRequest:
+        leader = self._leading()
+        return AppendRequest(self.term, begin_lsn, leader.commit_lsn, leader.horizon_lsn, wal)

@@ -19,9 +19,11 @@ class ProposerLimits:
     in_flight_size_bytes_max: int = 8 << 20
     """WAL sent to one member and not yet flushed by it."""
     window_size_bytes_max: int = 32 << 20
-    """Recent WAL in memory. Committed WAL leaves from half of it on; uncommitted WAL may fill it all."""
+    """Recent WAL in memory. What a majority has leaves from half of it on; other WAL may fill it all."""
     trim_size_bytes: int = 256 << 10
     """WAL that all have stays until the window holds this much, or for a heartbeat."""
+    renewal_tick_count: int = 3
+    """Heartbeats for which a higher promise may be a live candidate's, who needs far less time to win."""
 
 
 class Send(msgspec.Struct, frozen=True):
@@ -73,6 +75,23 @@ class TrimWindow(msgspec.Struct, frozen=True):
     lsn: Lsn
 
 
+class RestartWindow(msgspec.Struct, frozen=True):
+    """Open the `WalWindow` anew at `start_lsn`, a record boundary, and read WAL from there once more.
+
+    No member at hand has what another lacks; PostgreSQL keeps all that is not committed.
+    """
+
+    start_lsn: Lsn
+
+
+class Renewed(msgspec.Struct, frozen=True):
+    """This leader goes on in a higher term. Nothing to do: its WAL and what it has committed stay."""
+
+    term: Term
+    start_lsn: Lsn
+    """Where WAL of the new term begins."""
+
+
 class Fenced(msgspec.Struct, frozen=True):
     """A newer proposer has `term_seen`: stop PostgreSQL, write nothing more."""
 
@@ -86,4 +105,15 @@ class PeerStranded(msgspec.Struct, frozen=True):
     missing_from_lsn: Lsn
 
 
-ProposerEffect = Send | SendWal | Elected | ElectionLost | CommitAdvanced | TrimWindow | Fenced | PeerStranded
+ProposerEffect = (
+    Send
+    | SendWal
+    | Elected
+    | ElectionLost
+    | Renewed
+    | CommitAdvanced
+    | TrimWindow
+    | RestartWindow
+    | Fenced
+    | PeerStranded
+)

@@ -32,11 +32,11 @@ def new_proposer(member_count: int = 3) -> proposers.Proposer:
     )
 
 
-def greeting(node: int, **changes: Any) -> wire.AcceptorGreeting:
+def greeting(node: int, term: int = 0, **changes: Any) -> wire.AcceptorGreeting:
     return wire.AcceptorGreeting(
         node_id=NodeId(node),
         identity=msgspec.structs.replace(IDENTITY, **changes),
-        term=wire.Term(0),
+        term=wire.Term(term),
         timeline_start_lsn=Lsn(100),
         flush_lsn=Lsn(100),
         commit_lsn=Lsn(100),
@@ -125,8 +125,10 @@ def test_wal_is_refused_before_the_election_and_after_fencing() -> None:
         new_proposer().wal_appended(Lsn(100), Lsn(100))
     proposer = leader()
     adopt(proposer, 0, 100)
-    assert acknowledge(proposer, 0, 100, term=9) == [proposers.Fenced(wire.Term(9))]
-    assert acknowledge(proposer, 1, 100, term=9) == []
+    probe = proposers.Send(0, wire.VoteRequest(wire.Term(1), wire.ProposerId(b"p" * 16)))
+    assert acknowledge(proposer, 0, 100, term=9) == [probe]
+    assert acknowledge(proposer, 1, 100, term=9) == [proposers.Fenced(wire.Term(9))]
+    assert acknowledge(proposer, 2, 100, term=9) == []
     with pytest.raises(FencedError, match="does not lead"):
         proposer.wal_appended(Lsn(150), Lsn(150))
 
@@ -196,14 +198,14 @@ def test_a_member_below_all_wal_that_is_left_is_stranded() -> None:
     assert not any(isinstance(effect, proposers.PeerStranded) for effect in proposer.tick())
 
 
-def test_an_empty_chunk_is_asked_for_again_at_the_next_tick() -> None:
+def test_what_one_donor_cannot_serve_is_asked_of_another_at_the_next_tick() -> None:
     proposer = leader(flush=300)
     adopt(proposer, 0, 300)
     adopt(proposer, 1, 300)
     read = proposers.Send(0, wire.ReadWalRequest(wire.Term(1), Lsn(100), Lsn(140)))
     assert read in adopt(proposer, 2, 100)
     assert proposer.receive(0, wire.WalChunk(wire.Term(1), Lsn(100), b"")) == []
-    assert read in proposer.tick()
+    assert msgspec.structs.replace(read, peer=1) in proposer.tick()
 
 
 def test_a_donor_that_disconnects_is_replaced() -> None:
@@ -213,3 +215,80 @@ def test_a_donor_that_disconnects_is_replaced() -> None:
     adopt(proposer, 2, 100)
     read = wire.ReadWalRequest(wire.Term(1), Lsn(100), Lsn(140))
     assert proposers.Send(1, read) in proposer.peer_disconnected(0)
+
+
+def test_the_beginning_of_a_long_record_leaves_the_window_once_a_majority_has_it() -> None:
+    proposer = leader()
+    for peer in range(3):
+        adopt(proposer, peer, 100)
+    end_lsn = 100
+    for _ in range(50):  # a record ten times as long as the window
+        assert proposer.writable_size_bytes >= 100
+        end_lsn += 100
+        proposer.wal_appended(Lsn(end_lsn), Lsn(100))
+        acknowledge(proposer, 0, end_lsn)
+        acknowledge(proposer, 1, end_lsn)
+    assert proposer.commit_lsn == 100
+    proposer.wal_appended(Lsn(end_lsn + 8), Lsn(end_lsn + 8))
+    acknowledge(proposer, 0, end_lsn + 8)
+    assert proposers.CommitAdvanced(Lsn(end_lsn + 8)) in acknowledge(proposer, 1, end_lsn + 8)
+
+
+def test_what_a_minority_has_flushed_stays_in_the_window() -> None:
+    proposer = leader()
+    for peer in range(3):
+        adopt(proposer, peer, 100)
+    proposer.wal_appended(Lsn(500), Lsn(100))
+    acknowledge(proposer, 0, 500)
+    assert proposer.writable_size_bytes == 0
+    acknowledge(proposer, 1, 300)
+    assert proposer.writable_size_bytes == 200
+
+
+def test_wal_is_asked_of_postgres_again_only_when_a_majority_lacks_it() -> None:
+    proposer = leader()
+    for peer in range(3):
+        adopt(proposer, peer, 100)
+    proposer.wal_appended(Lsn(500), Lsn(100))
+    for peer in range(3):
+        acknowledge(proposer, peer, 500)
+    proposer.wal_appended(Lsn(900), Lsn(100))
+    for peer in range(3):  # all restart, and keep whole records only
+        proposer.peer_disconnected(peer)
+    assert proposer.peer_connected(0)
+    proposer.receive(0, greeting(1, term=1))
+    assert not any(isinstance(effect, proposers.RestartWindow) for effect in adopt(proposer, 0, 100))
+    proposer.peer_connected(1)
+    proposer.receive(1, greeting(2, term=1))
+    assert proposers.RestartWindow(Lsn(100)) in adopt(proposer, 1, 100)
+    assert proposer.writable_size_bytes == 400
+
+
+def test_a_voter_with_a_newer_leaders_wal_fences_at_once() -> None:
+    proposer = leader()
+    adopt(proposer, 0, 100)
+    acknowledge(proposer, 0, 100, term=9)
+    history = (wire.TermStart(wire.Term(0), Lsn(100)), wire.TermStart(wire.Term(8), Lsn(100)))
+    refusal = vote(term=wire.Term(9), granted=False, history=history)
+    assert proposer.receive(0, refusal) == [proposers.Fenced(wire.Term(8))]
+
+
+def test_a_promise_that_came_to_nothing_is_won_back_after_some_heartbeats() -> None:
+    proposer = leader()
+    for peer in range(2):
+        adopt(proposer, peer, 100)
+    assert proposer.receive(2, greeting(3)) != []
+    acknowledge(proposer, 2, 100, term=9)
+    for _ in range(LIMITS.renewal_tick_count - 1):
+        proposer.tick()
+        assert proposer.phase is proposers.Phase.LEADING
+    requests = proposer.tick()
+    assert [effect.message for effect in requests if isinstance(effect, proposers.Send)] == [
+        wire.VoteRequest(wire.Term(10), wire.ProposerId(b"p" * 16))
+    ] * 3
+    assert proposer.writable_size_bytes == 0
+    proposer.wal_appended(Lsn(150), Lsn(150))  # had been under way
+    assert proposer.receive(0, vote(term=wire.Term(10))) == []
+    renewed = proposer.receive(2, vote(term=wire.Term(10)))
+    assert renewed[0] == proposers.Renewed(wire.Term(10), Lsn(150))
+    assert proposer.phase is proposers.Phase.LEADING

@@ -1,0 +1,84 @@
+"""What a proposer remembers: its phase, each member, and, while it leads, how far its WAL is committed.
+
+Values only, with the rules that follow from them alone. Not here: what moves them
+(`excimer.consensus.proposer`).
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from excimer.base.ids import NodeId
+from excimer.base.lsn import INVALID_LSN, Lsn
+from excimer.consensus.term_history import BOOTSTRAP_TERM, TermHistory
+from excimer.wire.safekeeping import Term, VoteResponse
+
+
+class Phase(Enum):
+    GREETING = auto()
+    CAMPAIGNING = auto()
+    LOST = auto()
+    LEADING = auto()
+    RENEWING = auto()
+    """A leader that asks for votes in a higher term, to win back a member that has promised one."""
+    FENCED = auto()
+
+
+@dataclass(slots=True)
+class Member:
+    """What the proposer knows of one member. Facts about its disk outlive a connection."""
+
+    index: int
+    node_id: NodeId | None = None
+    connected: bool = False
+    """Greeted on the present connection."""
+    promised_term: Term = BOOTSTRAP_TERM
+    probed_term: Term = BOOTSTRAP_TERM
+    """The promise, above this leader's term, about which it was asked whose WAL it holds."""
+    vote: VoteResponse | None = None
+    """Granted in the present term."""
+    refused: bool = False
+    adopted: bool = False
+    """It has this term's history on disk: its flush LSN counts."""
+    flush_lsn: Lsn = INVALID_LSN
+    """Highest that it has acknowledged in this term. A restart takes back at most a part of a record."""
+    commit_lsn: Lsn = INVALID_LSN
+    wal_start_lsn: Lsn = INVALID_LSN
+    sent_lsn: Lsn | None = None
+    """End of what was sent on this connection; None until it has said where to begin."""
+    announced_commit_lsn: Lsn = INVALID_LSN
+    reading_lsn: Lsn | None = None
+    """Start of the chunk being read from a donor for it."""
+    reading_from: int | None = None
+    stranded: bool = False
+
+    def forget_stream(self) -> None:
+        """Nothing is under way to it any more."""
+        self.sent_lsn = None
+        self.reading_lsn = self.reading_from = None
+
+
+@dataclass(slots=True)
+class LeaderState:
+    """State of a leader."""
+
+    start_lsn: Lsn
+    """Where WAL of this term begins, a record boundary. Nothing is committed before a majority holds it."""
+    history: TermHistory
+    window_start_lsn: Lsn
+    window_end_lsn: Lsn
+    commit_lsn: Lsn = INVALID_LSN
+    """INVALID until E itself is at a majority; then a record boundary that never falls."""
+    horizon_lsn: Lsn = INVALID_LSN
+    boundaries: list[Lsn] = field(default_factory=list)
+    """Record ends that may be committed next, rising, all above `commit_lsn`."""
+    renewal_tick_count: int = 0
+    """Heartbeats since a connected member showed a higher promise."""
+
+    @property
+    def newest_boundary_lsn(self) -> Lsn:
+        """End of the last complete record known."""
+        return self.boundaries[-1] if self.boundaries else self.commit_lsn
+
+    @property
+    def window_size_bytes(self) -> int:
+        return self.window_end_lsn - self.window_start_lsn
