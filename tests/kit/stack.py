@@ -41,13 +41,18 @@ class CommandFailedError(AssertionError):
 class Stack:
     """One state directory and the commands on it."""
 
-    def __init__(self, root: Path, pg_version: int) -> None:
+    def __init__(self, root: Path, pg_version: int, open_files: int | None = None) -> None:
+        """`open_files` bounds what each process of the installation may open."""
         self.directory = root / "state"
         self.pg_version = pg_version
+        self._open_files = open_files
         self._endpoints: dict[str, Any] = {}
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "excimer.cli", "--dir", str(self.directory), *arguments]
+        command = [sys.executable, "-m", "excimer.cli", "--dir", str(self.directory), *arguments]
+        if self._open_files is None:
+            return command
+        return ["sh", "-c", f'ulimit -n {self._open_files}; exec "$@"', "sh", *command]
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Runs `excimer` and returns whatever happened."""
@@ -182,12 +187,13 @@ def running_stack(
     broker_url: str | None = None,
     options: Sequence[str] = (),
     starts: bool = True,
+    open_files: int | None = None,
 ) -> Iterator[Stack]:
     """An initialised installation without tenants, started if it `starts`; stopped and removed at the end."""
     root = Path(tempfile.mkdtemp(prefix="excimer-stack-"))
     root.chmod(0o755)
     build_of(pg_version)
-    stack = Stack(root, pg_version)
+    stack = Stack(root, pg_version, open_files)
     try:
         stack.init(safekeepers=safekeepers, broker_url=broker_url, options=options)
         if starts:

@@ -219,8 +219,9 @@ def safekeeper_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
 
 
 def new_app(public_pem: bytes) -> FastAPI:
-    app = create_app("fake", "1", Health("fake", ready=True), new_registry("fake", "1"))
     verifier = TokenVerifier(public_pem)
+    health = Health("fake", ready=True)
+    app = create_app("fake", "1", health, new_registry("fake", "1"), verifier=verifier)
     app.router.dependencies.append(Depends(bearer_auth(verifier, SystemClock(), Right.MANAGE)))
     return app
 

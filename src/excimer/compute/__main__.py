@@ -14,7 +14,7 @@ from excimer.io.processes import hide_memory
 from excimer.service.health import Health
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.light_http import serving_light_http
-from excimer.service.process_main import EXIT_USAGE, run_service
+from excimer.service.process_main import EXIT_USAGE, rotating_logs, run_service
 from excimer.wire.endpoint_tokens import EndpointTokens
 
 
@@ -23,9 +23,11 @@ async def serve(tokens: EndpointTokens, settings: ComputeSettings) -> None:
     with InstanceLock(settings.endpoint_dir, "compute"):
         forget_end(settings.endpoint_dir)
         health = Health("compute")
-        manager = Manager(make_spec(settings), settings, tokens, health)
-        async with serving_light_http(settings.http_listen, health, lambda: read_metrics(manager)):
-            end = await manager.run()
+        spec = make_spec(settings)
+        manager = Manager(spec, settings, tokens, health)
+        with rotating_logs([spec.places.postgres_log]):
+            async with serving_light_http(settings.http_listen, health, lambda: read_metrics(manager)):
+                end = await manager.run()
         if end.code != EXIT_CLEAN:
             record_end(settings.endpoint_dir, end.reason)
     if end.code == EXIT_FENCED:

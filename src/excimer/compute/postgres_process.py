@@ -14,6 +14,7 @@ from pathlib import Path
 
 from excimer.base.errors import RetryableError
 from excimer.io.processes import describe_exit, spawn_async
+from excimer.service.log_files import open_log
 
 START_TIMEOUT_S = 60.0
 FAST_STOP_TIMEOUT_S = 3.0
@@ -57,7 +58,7 @@ class PostgresProcess:
         options: Sequence[str] = (),
     ) -> "PostgresProcess":
         """Launches postgres as the unprivileged user; `wait_ready` says when it serves."""
-        with log_path.open("ab") as log:
+        with os.fdopen(open_log(log_path), "ab") as log:
             log_start_bytes = log.tell()
             process = await spawn_async(
                 [postgres, "-D", data_dir, *options],

@@ -46,6 +46,7 @@ async def serve_controller(settings: ControllerSettings) -> None:
                 excimer.__version__,
                 health,
                 new_registry("controller", excimer.__version__),
+                verifier=verifier,
             )
             app.include_router(
                 make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Right.MANAGE))]

@@ -31,6 +31,7 @@ from excimer.io.obstore_object_store import ObstoreObjectStore
 from excimer.pageserver.active_timeline import TimelineWorld
 from excimer.pageserver.endpoints.history_api import make_history_router
 from excimer.pageserver.endpoints.http_api import make_router
+from excimer.pageserver.endpoints.import_api import is_import
 from excimer.pageserver.endpoints.inspection_api import make_inspection_router
 from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.endpoints.retention_api import make_lease_router, make_retention_router
@@ -52,7 +53,7 @@ from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
 from excimer.service.metrics import new_registry
 from excimer.service.replication_client import ReplicationClient, connect_replication
-from excimer.service.tasks import SystemClock, TaskScope, contained
+from excimer.service.tasks import SystemClock, TaskScope, contained, running
 from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
 from excimer.storage.engine.local_disk import LocalDisk
 from excimer.storage.engine.timeline import Timeline
@@ -83,16 +84,22 @@ async def serve(settings: PageserverSettings) -> None:
         health = Health("pageserver")
         registry = new_registry("pageserver", __version__)
         tenants, keeper, service = await stack.enter_async_context(_parts(settings, health, registry))
-        app = create_app("Excimer pageserver", __version__, health, registry)
+        app = create_app(
+            "Excimer pageserver",
+            __version__,
+            health,
+            registry,
+            verifier=service.verifier,
+            is_stream=is_import,
+        )
         auth = bearer_auth(service.verifier, SystemClock(), Right.MANAGE)
         routers = make_router(tenants), make_history_router(tenants), make_inspection_router(tenants)
         for router in (*routers, make_retention_router(keeper)):
             app.include_router(router, dependencies=[Depends(auth)])
         app.include_router(make_lease_router(keeper, bearer_auth(service.verifier, SystemClock())))
         http = await stack.enter_async_context(serving_http(app, settings.http_listen, "pageserver API"))
-        server = await asyncio.get_running_loop().create_server(service.connection, sock=listening)
         stack.callback(service.close_all)
-        stack.callback(server.close)
+        await stack.enter_async_context(running("page service", service.serve(listening)))
         health.ready = True
         log.info("pageserver serves", page_service=str(bound_address(listening)), http=str(http))
         await asyncio.Event().wait()

@@ -70,7 +70,7 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
         closing.callback(proposers.close)
         readers = ReplicationPort(reader_socket, door, clock, metrics)
         health = Health("safekeeper")
-        app = create_app("Excimer safekeeper", __version__, health, metrics_registry)
+        app = create_app("Excimer safekeeper", __version__, health, metrics_registry, verifier=verifier)
         app.include_router(management_router(timelines, verifier, clock))
         async with (
             BrokerClient(settings.broker_url, f"safekeeper-{settings.id}", clock) as broker,

@@ -2,7 +2,8 @@
 
 An app of `create_app` has `/healthz`, `/metrics`, `/openapi.json`, `/docs`, request metrics and
 log context, and turns the error families into answers by `STATUS_OF_FAMILY`, the only such table.
-The body of an error is ``{"error": family, "kind": class, "message": sentence}``.
+The body of an error is ``{"error": family, "kind": class, "message": sentence}``. Before all of it stands
+`http_guard`. uvicorn speaks HTTP; connections come from `accept`, as at every port.
 
 Importing this module takes over half a second; processes in a user's wake-up path use
 `light_http`.
@@ -25,6 +26,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette import types as asgi
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from excimer.base.address import Address
 from excimer.base.clock import Clock
@@ -39,18 +41,24 @@ from excimer.base.errors import (
 )
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.service import metrics
+from excimer.service.accept import accept_connections
+from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.health import Health
+from excimer.service.http_guard import (
+    ADMISSION,
+    CLAIMS,
+    KEEP_ALIVE_S,
+    RequestGuard,
+    RequestLimits,
+    UnauthorizedError,
+    verify_bearer,
+)
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger, log_context
-from excimer.service.tasks import TaskScope
+from excimer.service.tasks import SystemClock, TaskScope, contained
 from excimer.wire.auth import AuthError, Claims, Resource, Right, TokenVerifier, authorize
 
 HTTP_UNAUTHORIZED: Final = 401
-
-
-class UnauthorizedError(RefusedError):
-    """No valid bearer token came with the request."""
-
 
 STATUS_OF_FAMILY: Final[tuple[tuple[type[ExcimerError], int, str], ...]] = (
     (UnauthorizedError, HTTP_UNAUTHORIZED, "unauthorized"),
@@ -66,7 +74,6 @@ STATUS_OF_FAMILY: Final[tuple[tuple[type[ExcimerError], int, str], ...]] = (
 """First match counts. 503 carries Retry-After."""
 
 STOP_LIMIT_S: Final = 2
-KEEP_ALIVE_S: Final = 30
 
 log = get_logger(__name__)
 
@@ -87,13 +94,9 @@ def bearer_auth(
     """
 
     def authenticate(request: Request) -> Claims:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not token:
-            raise UnauthorizedError("this needs a token: send the header 'Authorization: Bearer …'")
-        try:
-            claims = verifier.verify(token.strip(), clock.now())
-        except AuthError as error:
-            raise UnauthorizedError(str(error)) from error
+        claims: Claims | None = getattr(request.state, CLAIMS, None)
+        if claims is None:
+            claims = verify_bearer(request.headers.get("authorization", ""), verifier, clock.now())
         if right is not None:
             authorize(claims, right, path_resource(request))
         return claims
@@ -113,14 +116,38 @@ def path_resource(request: Request) -> Resource:
     )
 
 
-def create_app(title: str, version: str, health: Health, registry: CollectorRegistry) -> FastAPI:
-    """An app with the shared endpoints and error answers; the service adds its routers."""
+def no_stream(_method: str, _path: str) -> bool:
+    return False
+
+
+def create_app(
+    title: str,
+    version: str,
+    health: Health,
+    registry: CollectorRegistry,
+    *,
+    verifier: TokenVerifier | None,
+    is_stream: Callable[[str, str], bool] = no_stream,
+    limits: RequestLimits | None = None,
+) -> FastAPI:
+    """An app with the shared endpoints and error answers; the service adds its routers.
+
+    Whatever is not a shared endpoint needs a token that `verifier` accepts, before its body is read; None is
+    for an app that nobody else can reach. `is_stream(method, path)` names requests whose body has no bound.
+    """
     app = FastAPI(title=title, version=version, redoc_url=None)
     app.add_exception_handler(ExcimerError, _answer_error)
     app.add_exception_handler(OSError, _answer_os_error)
     app.add_exception_handler(Exception, _answer_unexpected)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_middleware(
+        RequestGuard,
+        verifier=verifier,
+        clock=SystemClock(),
+        limits=limits or RequestLimits(),
+        is_stream=is_stream,
+    )
     app.add_middleware(_RequestObserver, registry=registry)
 
     @app.get("/healthz", tags=["process"], summary="Whether the service is up and well")
@@ -136,7 +163,9 @@ def create_app(title: str, version: str, health: Health, registry: CollectorRegi
 
 
 @contextlib.asynccontextmanager
-async def serving_http(app: FastAPI, listen: str, what: str) -> AsyncIterator[Address]:
+async def serving_http(
+    app: FastAPI, listen: str, what: str, limits: ConnectionLimits | None = None
+) -> AsyncIterator[Address]:
     """Serves `app` while the block runs; yields the address once requests are answered.
 
     Raises `ListenError` before anything else happens if the port is taken. Leaving the block lets
@@ -145,13 +174,15 @@ async def serving_http(app: FastAPI, listen: str, what: str) -> AsyncIterator[Ad
     bound = bind_listen(listen, what)
     config = uvicorn.Config(
         app,
+        http="h11",
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=STOP_LIMIT_S,
     )
-    server = _Server(config)
+    server = _Server(config, ConnectionGate(what, process_limits(limits)))
     async with TaskScope() as scope:
         task = scope.start(f"http {what}", server.serve(sockets=[bound]))
         await server.serving.wait()
@@ -163,19 +194,63 @@ async def serving_http(app: FastAPI, listen: str, what: str) -> AsyncIterator[Ad
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process belongs to `process_main`."""
+    """uvicorn without its signal handlers, for the process belongs to `process_main`, and without its way to
+    accept connections: descriptors that run out, and strangers in thousands, are `accept`'s business.
+    """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, gate: ConnectionGate) -> None:
         super().__init__(config)
         self.serving = asyncio.Event()
+        self._gate = gate
+        self._scope = TaskScope()
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with self._scope:
+            await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await self.lifespan.startup()
+        self.servers = []
+        self._accepting = [
+            self._scope.start("accept", accept_connections(listening, self._gate, self._accepted))
+            for listening in sockets or []
+        ]
+        self.started = True
         self.serving.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.wait(self._accepting)
+        await super().shutdown(sockets)
+
+    def _accepted(self, admission: Admission) -> None:
+        self._scope.start("http connection", contained("http connection", self._connect(admission)))
+
+    async def _connect(self, admission: Admission) -> None:
+        protocol = _HttpConnection(self.config, self.server_state, admission)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, admission.socket)
+        except OSError as error:
+            log.debug("http connection lost", error=error)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class _HttpConnection(H11Protocol):
+    """uvicorn's connection, which knows its place at the port and lets its requests know it."""
+
+    def __init__(
+        self, config: uvicorn.Config, server_state: uvicorn.server.ServerState, admission: Admission
+    ) -> None:
+        super().__init__(config=config, server_state=server_state, app_state={ADMISSION: admission})
+        self._admission = admission
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._admission.release()
+        super().connection_lost(exc)
 
 
 class _RequestObserver:

@@ -1,7 +1,7 @@
 """`/healthz` and `/metrics` on h11 alone, for processes that must start fast (no FastAPI, no uvicorn).
 
 One request per connection; a request must arrive within `REQUEST_LIMIT_S` and be small, and at
-most `CONNECTIONS_MAX` are open, so that nobody can occupy a compute through its health port.
+most `CONNECTIONS_MAX` are open, the newest ones, so that nobody can occupy a compute through its health port.
 """
 
 import asyncio
@@ -11,57 +11,61 @@ from collections.abc import AsyncIterator, Callable
 import h11
 
 from excimer.base.address import Address
+from excimer.service.accept import accept_connections, open_streams
+from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.health import HTTP_OK, Health
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
 from excimer.service.plain_metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
+from excimer.service.tasks import TaskScope, contained
 
 REQUEST_LIMIT_S = 5.0
 REQUEST_SIZE_MAX = 16 * 1024
 READ_SIZE_BYTES = 4096
 CONNECTIONS_MAX = 32
+LIMITS = ConnectionLimits(waiting_max=CONNECTIONS_MAX, handshake_s=REQUEST_LIMIT_S)
 
 log = get_logger(__name__)
 
 
 @contextlib.asynccontextmanager
 async def serving_light_http(
-    listen: str, health: Health, read_metrics: Callable[[], bytes]
+    listen: str, health: Health, read_metrics: Callable[[], bytes], limits: ConnectionLimits = LIMITS
 ) -> AsyncIterator[Address]:
     """Serves while the block runs; yields the address. Raises `ListenError` if the port is taken."""
-    bound = bind_listen(listen, f"{health.service} http_listen")
-    server = _LightServer(health, read_metrics)
-    listener = await asyncio.start_server(server.connected, sock=bound)
+    what = f"{health.service} http_listen"
+    bound = bind_listen(listen, what)
+    gate = ConnectionGate(what, process_limits(limits))
     try:
-        yield bound_address(bound)
+        async with TaskScope() as scope:
+            server = _LightServer(health, read_metrics, scope)
+            scope.start("accept", accept_connections(bound, gate, server.accepted))
+            yield bound_address(bound)
     finally:
-        listener.close()
-        server.close()
+        bound.close()
 
 
 class _LightServer:
-    def __init__(self, health: Health, read_metrics: Callable[[], bytes]) -> None:
+    def __init__(self, health: Health, read_metrics: Callable[[], bytes], scope: TaskScope) -> None:
         self._health = health
         self._read_metrics = read_metrics
-        self._open: set[asyncio.StreamWriter] = set()
+        self._scope = scope
 
-    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._open) >= CONNECTIONS_MAX:
-            writer.close()
-            return
-        self._open.add(writer)
+    def accepted(self, admission: Admission) -> None:
+        self._scope.start("http request", contained("http request", self._serve(admission)))
+
+    async def _serve(self, admission: Admission) -> None:
+        """One request; the admission's deadline ends it."""
+        writer = None
         try:
-            async with asyncio.timeout(REQUEST_LIMIT_S):
-                await self._serve_one(reader, writer)
-        except (OSError, TimeoutError, h11.ProtocolError) as error:
+            reader, writer = await open_streams(admission)
+            await self._serve_one(reader, writer)
+        except (OSError, h11.ProtocolError) as error:
             log.debug("http connection failed", error=error)
         finally:
-            self._open.discard(writer)
-            writer.close()
-
-    def close(self) -> None:
-        for writer in self._open:
-            writer.close()
+            admission.release()
+            if writer is not None:
+                writer.close()
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=REQUEST_SIZE_MAX)

@@ -10,16 +10,23 @@ fields: ``log.info("timeline opened", commit_lsn=lsn)``. Integer fields whose na
 are written as PostgreSQL writes LSNs. Fields of the surrounding request or timeline come from
 `log_context`, which follows tasks and threads as context variables do.
 
-Our own forty lines rather than structlog: importing that costs 60 ms (it loads rich), which a
+An event that comes too often is counted rather than written (`log_limit`); then ``repeated`` says how often.
+Lines of level "debug" are never withheld: who asks for them wants them all.
+
+Our own lines rather than structlog: importing that costs 60 ms (it loads rich), which a
 compute manager would pay within its user's wake-up. The call style is the same.
 
-Not here: where lines go; whoever starts a process redirects its standard error.
+Not here: where lines go (whoever starts a process redirects its standard error), and how long those files
+become (`log_files`).
 """
 
+import atexit
 import contextlib
 import contextvars
 import logging
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -28,6 +35,7 @@ from typing import Any, Final, TextIO
 import msgspec
 
 from excimer.base.lsn import format_lsn
+from excimer.service.log_limit import LogLimit
 
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -43,12 +51,57 @@ class _Sink:
     stream: TextIO | None = None
     encode = msgspec.json.Encoder(enc_hook=str).encode
 
-    def write(self, level: str, event: str, fields: Mapping[str, object]) -> None:
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._limit = LogLimit()
+        self._timer: threading.Timer | None = None
+
+    def set_limit(self, limit: LogLimit) -> None:
+        with self._lock:
+            self._limit = limit
+
+    def write(self, level: str, event: str, fields: Mapping[str, object], kind: str | None = None) -> None:
+        """`kind` stands for the event where that is not one of a few texts."""
+        with self._lock:
+            now = time.monotonic()
+            self._tell_withheld(now)
+            if level == "debug" or self._limit.admits(
+                (level, str(fields.get("logger", "")), kind or event), now
+            ):
+                self._put(level, event, fields)
+            else:
+                self._tell_later(now)
+
+    def tell_withheld(self, *, at_end: bool = False) -> None:
+        """Writes the counts that are due; all of them `at_end`."""
+        with self._lock:
+            now = time.monotonic()
+            self._timer = None
+            self._tell_withheld(float("inf") if at_end else now)
+            if not at_end:
+                self._tell_later(now)
+
+    def _tell_withheld(self, now: float) -> None:
+        for withheld in self._limit.take_due(now):
+            level, logger, event = withheld.event
+            self._put(level, event, {"logger": logger, "repeated": withheld.count})
+
+    def _tell_later(self, now: float) -> None:
+        due = self._limit.next_due()
+        if due is None or self._timer is not None:
+            return
+        timer = threading.Timer(max(due - now, 0.0), self.tell_withheld)
+        timer.daemon = True
+        with contextlib.suppress(RuntimeError):  # no more threads: the next line tells it
+            timer.start()
+            self._timer = timer
+
+    def _put(self, level: str, event: str, fields: Mapping[str, object]) -> None:
         values = {key: _readable(key, value) for key, value in fields.items()}
         now = datetime.now(UTC)
         if self.as_json:
-            time = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            head = {"time": time, "level": level, "service": self.service, "event": event}
+            time_text = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            head = {"time": time_text, "level": level, "service": self.service, "event": event}
             line = self.encode({**head, **values, **head}).decode()
         else:
             line = f"{now:%H:%M:%S} {level:<7} {event}" + "".join(f" {k}={v}" for k, v in values.items())
@@ -59,6 +112,7 @@ class _Sink:
 
 
 _sink = _Sink()
+atexit.register(_sink.tell_withheld, at_end=True)
 
 
 def _readable(key: str, value: object) -> object:
@@ -124,11 +178,16 @@ class _FromLibraries(logging.Handler):
         if record.exc_info:
             fields["traceback"] = "".join(traceback.format_exception(*record.exc_info))
         level = next((name for name, number in LEVELS.items() if record.levelno <= number), "error")
-        _sink.write(level, record.getMessage(), fields)
+        _sink.write(level, record.getMessage(), fields, kind="(any)")
 
 
 def configure_logging(
-    service: str, level: str = "info", *, as_json: bool = True, stream: TextIO | None = None
+    service: str,
+    level: str = "info",
+    *,
+    as_json: bool = True,
+    stream: TextIO | None = None,
+    limit: LogLimit | None = None,
 ) -> None:
     """Sets the process's log once, at its start. `stream` None is standard error as it is at each line.
 
@@ -138,6 +197,7 @@ def configure_logging(
     _sink.level = LEVELS[level]
     _sink.as_json = as_json
     _sink.stream = stream
+    _sink.set_limit(limit or LogLimit())
     root = logging.getLogger()
     root.handlers[:] = [_FromLibraries()]
     root.setLevel(max(LEVELS[level], logging.WARNING))

@@ -13,15 +13,18 @@ settings, 70 unexpected crash (with a traceback in the log).
 """
 
 import asyncio
+import contextlib
 import os
+import resource
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from excimer.base.errors import ExcimerError
+from excimer.service.log_files import LogRotation
 from excimer.service.logs import configure_logging, get_logger
 from excimer.service.settings import Settings, SettingsError, load_settings
 from excimer.service.tasks import failure_of
@@ -58,11 +61,35 @@ def run_service(
         return EXIT_USAGE
     node_id = getattr(settings, "id", None)
     configure_logging(service if node_id is None else f"{service}-{node_id}", settings.log_level)
-    failure = failure_of(lambda: asyncio.run(_until_signal(service, serve(settings), stop_limit_s)))
+    open_files_as_allowed()
+    with rotating_logs([settings.log_path] if settings.log_path else []):
+        failure = failure_of(lambda: asyncio.run(_until_signal(service, serve(settings), stop_limit_s)))
     if failure is None:
         return EXIT_CLEAN
     log.error(f"{service} failed: {failure}", kind=type(failure).__name__)
     return EXIT_FAILED if isinstance(failure, ExcimerError) else EXIT_CRASHED
+
+
+def open_files_as_allowed() -> None:
+    """Raises the soft limit of open files to the hard one: the soft one is for users of select(2)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def rotating_logs(paths: Sequence[Path]) -> Iterator[None]:
+    """Keeps log files that this process and its children write short, while the block runs."""
+    if not paths:
+        yield
+        return
+    rotation = LogRotation(
+        paths, failed=lambda path, error: log.warning("log not rotated", path=str(path), error=error)
+    )
+    try:
+        yield
+    finally:
+        rotation.stop()
 
 
 async def _until_signal(service: str, serving: Awaitable[None], stop_limit_s: float) -> None:

@@ -30,6 +30,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Base of all settings. Unknown fields are errors, so that a misspelt one is not silently ignored."""
 
     log_level: LogLevel = "info"
+    log_path: Path | None = None
+    """The file that standard output and error go to, which the process then keeps short; None: that is the
+    business of whoever starts it."""
 
 
 T = TypeVar("T", bound=msgspec.Struct)

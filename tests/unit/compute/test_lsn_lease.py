@@ -28,7 +28,7 @@ class FakePageserver:
         self.valid_for_s = 0.0
 
     def app(self) -> FastAPI:
-        app = create_app("fake", "1", Health("fake", ready=True), new_registry("fake", "1"))
+        app = create_app("fake", "1", Health("fake", ready=True), new_registry("fake", "1"), verifier=None)
 
         @app.post(f"/v1/tenant/{TENANT}/timeline/{TIMELINE}/lsn_lease")
         async def lease(body: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def play(tmp_path: Path, story: Callable[[Ask], Awaitable[None]]) -> None:
     async def main() -> None:
         async with fake_world(tmp_path) as world:
             await make_tenant(world)
-            app = create_app("test", "1", Health("test"), new_registry("test", "1"))
+            app = create_app("test", "1", Health("test"), new_registry("test", "1"), verifier=None)
             app.include_router(make_router(world.controller))
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://controller") as client:

@@ -266,8 +266,9 @@ def token(*rights: Right, tenant_id: TenantId | None = None, holder: str = "test
 async def test_the_routes(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         await here.main.commit(START + 0x100, NOW)
-        app = create_app("pageserver", "1", Health("pageserver"), new_registry("pageserver", "1"))
         verifier = TokenVerifier(KEYS.public_pem)
+        registry = new_registry("pageserver", "1")
+        app = create_app("pageserver", "1", Health("pageserver"), registry, verifier=verifier)
         auth = bearer_auth(verifier, SystemClock(), Right.MANAGE)
         app.include_router(make_retention_router(here.keeper), dependencies=[Depends(auth)])
         app.include_router(make_lease_router(here.keeper, bearer_auth(verifier, SystemClock())))

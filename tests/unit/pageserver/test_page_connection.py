@@ -19,8 +19,9 @@ from excimer.base.lsn import Lsn
 from excimer.pageserver.endpoints import page_connection
 from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.metrics import PageServiceMetrics
+from excimer.service.connections import ConnectionLimits
 from excimer.service.listen import bind_listen, bound_address
-from excimer.service.tasks import TaskScope, contained
+from excimer.service.tasks import TaskScope, contained, running
 from excimer.wire.auth import AuthError, Right, TokenVerifier, generate_key_pair
 from excimer.wire.page_service import (
     BLOCKS_MAX,
@@ -76,7 +77,9 @@ def page(block: int, lsn: int) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def world(lsn_wait_timeout_s: float = 0.2) -> AsyncIterator[World]:
+async def world(
+    lsn_wait_timeout_s: float = 0.2, limits: ConnectionLimits | None = None
+) -> AsyncIterator[World]:
     timeline = Served(TENANT, TIMELINE)
     timeline.put(relation_size_key(RELATION, 0), 0x100, BLOCKS.to_bytes(4, "little"))
     for block in range(BLOCKS):
@@ -89,30 +92,28 @@ async def world(lsn_wait_timeout_s: float = 0.2) -> AsyncIterator[World]:
             raise NotFoundError(f"no timeline {timeline_id} here")
         return timeline
 
-    bound = bind_listen("127.0.0.1:0", "test")
     async with TaskScope() as scope:
+        bound = bind_listen("127.0.0.1:0", "test")
         service = PageService(
             find_timeline=find,
             verifier=TokenVerifier(KEYS.public_pem),
             spawn=lambda name, coroutine: scope.start(name, contained(name, coroutine)),
             metrics=PageServiceMetrics(CollectorRegistry()),
             lsn_wait_timeout_s=lsn_wait_timeout_s,
+            limits=limits,
         )
-        server = await asyncio.get_running_loop().create_server(service.connection, sock=bound)
-        try:
-            yield World(timeline, bound_address(bound))
-        finally:
-            server.close()
-            service.close_all()
-            await server.wait_closed()
+        with bound:
+            async with running("page service", service.serve(bound)):
+                yield World(timeline, bound_address(bound))
+        service.close_all()
 
 
 Story = Callable[[World], Awaitable[None]]
 
 
-def play(story: Story, lsn_wait_timeout_s: float = 0.2) -> None:
+def play(story: Story, lsn_wait_timeout_s: float = 0.2, limits: ConnectionLimits | None = None) -> None:
     async def run() -> None:
-        async with asyncio.timeout(30), world(lsn_wait_timeout_s) as made:
+        async with asyncio.timeout(30), world(lsn_wait_timeout_s, limits) as made:
             await story(made)
 
     asyncio.run(run())
@@ -252,10 +253,10 @@ def test_a_token_that_runs_out_under_a_connection_ends_it_at_its_next_request() 
             expires = math.ceil(time.time()) + 1
             token = make_token(KEYS, Right.READ_PAGES, tenant_id=TENANT, timeline_id=TIMELINE, exp=expires)
             await client.hello(TENANT, TIMELINE, token)
-            client.send(GetPages(1, 0x200, 0, 0, 0, 1663, 5, 100, 0, 1))
+            client.send(GetPages(1, 0x200, 0, 0, 0, *RELATION, 0, 1))
             assert isinstance(await client.receive(), Pages)
             await asyncio.sleep(expires - time.time() + 0.01)
-            client.send(GetPages(2, 0x200, 0, 0, 0, 1663, 5, 100, 0, 1))
+            client.send(GetPages(2, 0x200, 0, 0, 0, *RELATION, 0, 1))
             answer = await client.receive()
             assert isinstance(answer, ErrorAnswer)
             assert (answer.request_id, answer.code) == (0, ErrorCode.RETRYABLE)
@@ -461,15 +462,33 @@ def test_a_defect_in_a_read_drops_the_connection_and_not_the_service() -> None:
     play(story)
 
 
-def test_unauthenticated_connections_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_connection, "HELLO_TIMEOUT_S", 0.05)
-
+def test_unauthenticated_connections_do_not_stay() -> None:
     async def story(world: World) -> None:
         async with connect_pages(world.address) as client:
             with pytest.raises((EOFError, ConnectionError)):
                 await client.receive()
 
-    play(story)
+    play(story, limits=ConnectionLimits(handshake_s=0.05))
+
+
+def test_connections_are_bounded_and_strangers_leave_computes_alone() -> None:
+    async def story(world: World) -> None:
+        async with world.client() as first, world.client() as second:
+            strangers = [await asyncio.open_connection(*world.address) for _ in range(20)]
+            assert await first.get_pages(KEY, 1)
+            with pytest.raises(RetryableError, match="page_service_listen has 2 connections"):
+                async with world.client():
+                    raise AssertionError("a third connection was accepted")
+            assert await second.get_pages(KEY, 1)
+            for _, writer in strangers:
+                writer.close()
+        while True:  # until the server has seen that the two have gone
+            with contextlib.suppress(RetryableError, EOFError):
+                async with world.client() as third:
+                    assert await third.get_pages(KEY, 1)
+                    return
+
+    play(story, limits=ConnectionLimits(authenticated_max=2, waiting_max=4))
 
 
 def test_auth_error_is_a_refusal() -> None:

@@ -39,6 +39,7 @@ from tests.kit.tokens import make_token
 
 TENANT = TenantId("ab" * 16)
 KEYS = generate_key_pair()
+TOKEN = make_token(KEYS, Right.MANAGE)
 ERRORS: dict[str, ExcimerError] = {
     "refused": RefusedError("no such option"),
     "missing": NotFoundError("no tenant x"),
@@ -51,8 +52,9 @@ ERRORS: dict[str, ExcimerError] = {
 
 @asynccontextmanager
 async def full_server(health: Health) -> AsyncIterator[Address]:
-    app = create_app("test", "1", health, new_registry("test", "1"))
-    admin = Depends(bearer_auth(TokenVerifier(KEYS.public_pem), SystemClock(), Right.MANAGE))
+    verifier = TokenVerifier(KEYS.public_pem)
+    app = create_app("test", "1", health, new_registry("test", "1"), verifier=verifier)
+    admin = Depends(bearer_auth(verifier, SystemClock(), Right.MANAGE))
 
     @app.get("/v1/fail/{how}")
     async def fail(how: str) -> None:
@@ -90,7 +92,7 @@ def test_error_families_cross_the_wire() -> None:
 
     async def main() -> None:
         async with full_server(Health("test")) as address:
-            client = HttpClient("pageserver 1", str(address))
+            client = HttpClient("pageserver 1", str(address), TOKEN)
             for how, kind in expected.items():
                 with pytest.raises(kind, match=f"pageserver 1: {ERRORS[how]}"):
                     await client.get(f"/v1/fail/{how}")

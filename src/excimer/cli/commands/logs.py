@@ -12,6 +12,7 @@ from excimer.cli.errors import NotRunningError
 from excimer.cli.installation import endpoint_part_name, load_installation
 from excimer.cli.log_lines import pretty, tail
 from excimer.cli.session import session_of
+from excimer.service.log_files import numbered
 
 app = typer.Typer()
 
@@ -54,11 +55,13 @@ def _find_log(logs_dir: Path, part: str) -> Path:
 
 
 def _follow(path: Path, position: int, *, as_json: bool) -> None:
-    """Until Ctrl-C. A file that was replaced is read from its beginning."""
+    """Until Ctrl-C. A file that was cut is read anew, after the end of what was copied aside."""
     rest = ""
     while True:
         size = path.stat().st_size if path.exists() else position
         if size < position:
+            for line in _rest_of_rotated(path, position, rest):
+                print(line if as_json else pretty(line), flush=True)
             position, rest = 0, ""
         if size > position:
             with open(path, errors="replace") as file:
@@ -69,3 +72,15 @@ def _follow(path: Path, position: int, *, as_json: bool) -> None:
             for line in whole:
                 print(line if as_json else pretty(line), flush=True)
         time.sleep(POLL_S)
+
+
+def _rest_of_rotated(path: Path, position: int, rest: str) -> list[str]:
+    """What was in the file behind `position` when it was cut; nothing if it was longer than what is kept."""
+    try:
+        with open(numbered(path, 1), errors="replace") as file:
+            if file.seek(0, 2) < position:
+                return []
+            file.seek(position)
+            return (rest + file.read()).splitlines()
+    except OSError:
+        return []

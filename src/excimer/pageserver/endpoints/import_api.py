@@ -43,6 +43,11 @@ class ImportAnswer(BaseModel):
     received_bytes: int
 
 
+def is_import(method: str, path: str) -> bool:
+    """Whether a request's body is an import stream, which may have any length."""
+    return method == "POST" and "/import/" in path
+
+
 def add_import_routes(
     router: APIRouter, operations: ImportOperations, answer: Callable[[TimelineDetail], Answer]
 ) -> None:

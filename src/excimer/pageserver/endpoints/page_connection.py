@@ -16,6 +16,7 @@ Not here: finding timelines and reading pages (`tenants`, the store), frames (`w
 """
 
 import asyncio
+import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -27,6 +28,8 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.base.lsn import Lsn
 from excimer.pageserver.metrics import PageServiceMetrics
+from excimer.service.accept import accept_connections
+from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
 from excimer.wire.auth import Claims, Resource, Right, TokenExpiredError, TokenVerifier, authorize
 from excimer.wire.page_service import (
@@ -67,7 +70,6 @@ read, is 256 KiB.
 """
 FIRST_LSN: Final = 8
 """Any timeline that can be read at all has got further."""
-HELLO_TIMEOUT_S: Final = 10.0
 STALL_TIMEOUT_S: Final = 120.0
 """A peer that takes none of its answers for so long is disconnected."""
 
@@ -107,17 +109,29 @@ class PageService:
         spawn: Spawn,
         metrics: PageServiceMetrics,
         lsn_wait_timeout_s: float,
+        limits: ConnectionLimits | None = None,
     ) -> None:
         self.find_timeline = find_timeline
         self.verifier = verifier
         self.spawn = spawn
         self.metrics = metrics
         self.lsn_wait_timeout_s = lsn_wait_timeout_s
+        self._gate = ConnectionGate("page_service_listen", process_limits(limits))
         self._connections: set[PageConnection] = set()
 
-    def connection(self) -> "PageConnection":
-        """A protocol factory for `loop.create_server`."""
-        return PageConnection(self)
+    async def serve(self, listening: socket.socket) -> None:
+        """Until cancelled; connections go on until `close_all`."""
+        await accept_connections(listening, self._gate, self._accepted)
+
+    def _accepted(self, admission: Admission) -> None:
+        self.spawn("page connection", self._connect(admission))
+
+    async def _connect(self, admission: Admission) -> None:
+        connection = PageConnection(self, admission)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, admission.socket)
+        except OSError as error:
+            log.debug("page connection lost", error=error)
 
     def opened(self, connection: "PageConnection") -> None:
         self._connections.add(connection)
@@ -134,8 +148,9 @@ class PageService:
 
 
 class PageConnection(asyncio.BufferedProtocol):
-    def __init__(self, service: PageService) -> None:
+    def __init__(self, service: PageService, admission: Admission) -> None:
         self._service = service
+        self._admission = admission
         self._parser = ClientMessageParser()
         self._received = memoryview(bytearray(RECEIVE_BUFFER_BYTES))
         self._transport: asyncio.Transport | None = None
@@ -158,7 +173,6 @@ class PageConnection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
         self._service.opened(self)
-        self._set_timer(HELLO_TIMEOUT_S, "no Hello came in time")
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._received
@@ -174,6 +188,7 @@ class PageConnection(asyncio.BufferedProtocol):
         self._start_requests()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._admission.release()
         self._set_timer(None, "")
         self._waiting.clear()
         self._outgoing.clear()
@@ -215,8 +230,8 @@ class PageConnection(asyncio.BufferedProtocol):
         claims = self._service.verifier.verify(hello.token, time.time())
         authorize(claims, Right.READ_PAGES, Resource(hello.tenant_id, hello.timeline_id))
         self._service.find_timeline(hello.tenant_id, hello.timeline_id)
+        self._admission.authenticated()
         self._peer, self._claims = (hello.tenant_id, hello.timeline_id), claims
-        self._set_timer(None, "")
         self._write(encode_server_message(HelloOk(BLOCKS_MAX)))
 
     def _refuse(self, error: ExcimerError) -> None:

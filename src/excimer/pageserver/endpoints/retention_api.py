@@ -138,7 +138,7 @@ def make_lease_router(
             valid_for_s=lease.valid_for_s,
         )
 
-    @router.delete(TIMELINE + "/lsn_lease/{holder}", tags=["timeline"], summary="Give leases back")
+    @router.delete(TIMELINE + "/lsn_lease/{holder:path}", tags=["timeline"], summary="Give leases back")
     async def release_lsn_leases(
         tenant_id: TenantPath,
         timeline_id: TimelinePath,

@@ -3,7 +3,7 @@
 Once a timeline is streamed, its `serve` receives too and answers appends; what it leaves is parsed here.
 
 A connection's first frame names its timeline and carries the token; until it is accepted the
-peer can hold neither memory nor a place for long (`GREETING_TIMEOUT_S`). A connection lives as long as its
+peer can hold neither memory nor a place for long (`service.connections`). A connection lives as long as its
 token; a proposer sends a newer one in time. Errors are answered with
 a frame that says which family they are of, then the connection closes; the safekeeper lives on.
 
@@ -25,6 +25,8 @@ from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.registry import TimelineNotFoundError
 from excimer.safekeeper.timeline import Outgoing, SafekeeperTimeline, TimelineDeletedError
 from excimer.safekeeper.timeline_door import TimelineDoor
+from excimer.service.accept import accept_connections
+from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope, failure_of
 from excimer.wire.auth import Claims, Right, TokenExpiredError
@@ -41,12 +43,10 @@ from excimer.wire.safekeeping import (
     encode_acceptor_message,
 )
 
-GREETING_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 30.0
 IDLE_TIMEOUT_S = 60.0
 """A proposer sends a heartbeat each second; one that is silent this long is gone."""
 EXPIRY_CHECK_S = 1.0
-CONNECTIONS_MAX = 1000
 _RECEIVE_SIZE_BYTES = 1 << 18
 _CLOSE_TIMEOUT_S = 3.0
 
@@ -76,10 +76,12 @@ class ProposerPort:
         listening: socket.socket,
         door: TimelineDoor,
         metrics: SafekeeperMetrics,
+        limits: ConnectionLimits | None = None,
     ) -> None:
         self._listening = listening
         self._door = door
         self._metrics = metrics
+        self._gate = ConnectionGate("proposer_listen", process_limits(limits))
         self._ids = itertools.count(1)
         self._connections: dict[ConnectionId, _Connection] = {}
         self._lock = threading.Lock()
@@ -88,7 +90,7 @@ class ProposerPort:
         """Until cancelled."""
         async with TaskScope() as scope:
             scope.start("expired proposers", self._end_expired())
-            await self._accept()
+            await accept_connections(self._listening, self._gate, self._accepted)
 
     async def _end_expired(self) -> None:
         """A thread that receives natively does not look at its token, so this does."""
@@ -104,22 +106,19 @@ class ProposerPort:
                     log.warning("proposer connection ends", connection=connection.id, error=error)
                     connection.shut_down()
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            accepted, _ = await loop.sock_accept(self._listening)
-            accepted.setblocking(True)
-            with self._lock:
-                if len(self._connections) >= CONNECTIONS_MAX:
-                    log.warning("too many proposer connections", limit=CONNECTIONS_MAX)
-                    accepted.close()
-                    continue
-                connection = _Connection(ConnectionId(next(self._ids)), accepted)
-                self._connections[connection.id] = connection
-            connection.thread = threading.Thread(
-                target=self._run, args=(connection,), name=f"proposer-{connection.id}", daemon=True
-            )
+    def _accepted(self, admission: Admission) -> None:
+        connection = _Connection(ConnectionId(next(self._ids)), admission)
+        with self._lock:
+            self._connections[connection.id] = connection
+        connection.thread = threading.Thread(
+            target=self._run, args=(connection,), name=f"proposer-{connection.id}", daemon=True
+        )
+        try:
             connection.thread.start()
+        except RuntimeError as error:  # the system gives no more threads
+            log.error("a proposer cannot be served", error=error)
+            connection.thread = None
+            self._forget(connection)
 
     def close(self) -> None:
         """Ends all connections and waits for their threads. Blocks."""
@@ -137,11 +136,14 @@ class ProposerPort:
             failure_of(lambda: self._serve_connection(connection))
         finally:
             self._metrics.proposers.dec()
-            with self._lock:
-                self._connections.pop(connection.id, None)
             if connection.timeline is not None:
                 connection.timeline.disconnected(connection.id)
-            connection.close()
+            self._forget(connection)
+
+    def _forget(self, connection: "_Connection") -> None:
+        with self._lock:
+            self._connections.pop(connection.id, None)
+        connection.close()
 
     def _serve_connection(self, connection: "_Connection") -> None:
         try:
@@ -159,8 +161,8 @@ class ProposerPort:
             if not isinstance(greeting, ProposerGreeting):
                 raise RefusedError("a proposer greets first")
             timeline = self._enter(connection, greeting.token, greeting.identity)
-            connection.timeline = timeline
             connection.greeted()
+            connection.timeline = timeline
         messages: list[ProposerMessage] = []
         for frame in frames:
             if isinstance(frame, TokenRenewal):
@@ -187,23 +189,23 @@ class ProposerPort:
 class _Connection:
     """One socket. Received by its own thread; other threads may send."""
 
-    def __init__(self, connection_id: ConnectionId, opened: socket.socket) -> None:
+    def __init__(self, connection_id: ConnectionId, admission: Admission) -> None:
         self.id = connection_id
         self.timeline: SafekeeperTimeline | None = None
         self.claims: Claims | None = None
         self.thread: threading.Thread | None = None
-        self._socket = opened
+        self._admission = admission
+        self._socket = admission.socket
         self._send_lock = LaneLock()
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
-        self._set_receive_timeout(GREETING_TIMEOUT_S)
+        self._socket.setblocking(True)
+        # The kernel's own timeouts: Python's would cost a poll before each call.
+        with contextlib.suppress(OSError):  # gone already: receiving will say so
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(IDLE_TIMEOUT_S))
 
     def greeted(self) -> None:
-        self._set_receive_timeout(IDLE_TIMEOUT_S)
-
-    def _set_receive_timeout(self, timeout_s: float) -> None:
-        """The kernel's own timeout: Python's would cost a poll before each recv."""
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
+        """Raises `TooManyConnectionsError`."""
+        self._admission.authenticated()
 
     def receive_all(self, handle: Callable[[Sequence[ProposerFrame]], None]) -> None:
         """Calls `handle` with the messages that each `recv` completed, until the peer closes.
@@ -241,6 +243,7 @@ class _Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self._admission.release()
         self._socket.close()
 
 

@@ -31,6 +31,8 @@ from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn, format_lsn
 from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.timeline import SafekeeperTimeline
 from excimer.safekeeper.timeline_door import TimelineDoor
+from excimer.service.accept import accept_connections, open_streams
+from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope, contained
 from excimer.wire import pg_messages as pg
@@ -63,8 +65,6 @@ from excimer.wire.replication import (
     wal_data_head,
 )
 
-CONNECTIONS_MAX = 1000
-LOGIN_TIMEOUT_S = 10.0
 KEEPALIVE_INTERVAL_S = 1.0
 CHUNK_SIZE_BYTES = 128 << 10
 """As PostgreSQL's own walsender (MAX_SEND_SIZE)."""
@@ -118,40 +118,37 @@ class ReplicationPort:
         door: TimelineDoor,
         clock: Clock,
         metrics: SafekeeperMetrics,
+        limits: ConnectionLimits | None = None,
     ) -> None:
         self._listening = listening
         self._door = door
         self._clock = clock
         self._metrics = metrics
-        self._connection_count = 0
+        self._gate = ConnectionGate("replication_listen", process_limits(limits))
 
     async def serve(self) -> None:
         """Until cancelled; then all connections end."""
-        loop = asyncio.get_running_loop()
         async with TaskScope() as scope:
-            while True:
-                accepted, _ = await loop.sock_accept(self._listening)
-                if self._connection_count >= CONNECTIONS_MAX:
-                    log.warning("too many WAL readers", limit=CONNECTIONS_MAX)
-                    accepted.close()
-                    continue
-                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                scope.start("wal reader", contained("wal reader", self._serve_connection(accepted)))
 
-    async def _serve_connection(self, accepted: socket.socket) -> None:
-        self._connection_count += 1
+            def accepted(admission: Admission) -> None:
+                scope.start("wal reader", contained("wal reader", self._serve_connection(admission)))
+
+            await accept_connections(self._listening, self._gate, accepted)
+
+    async def _serve_connection(self, admission: Admission) -> None:
         self._metrics.readers.inc()
+        writer = None
         try:
-            reader, writer = await asyncio.open_connection(sock=accepted)
-            try:
-                await _Session(reader, writer, self._door, self._clock, self._metrics).run()
-            finally:
-                writer.close()
+            reader, writer = await open_streams(admission)
+            session = _Session(reader, writer, admission, self._door, self._clock, self._metrics)
+            await session.run()
         except OSError as error:
             log.info("WAL reader lost", error=error)
         finally:
-            self._connection_count -= 1
+            admission.release()
             self._metrics.readers.dec()
+            if writer is not None:
+                writer.close()
 
 
 class _Session:
@@ -161,12 +158,14 @@ class _Session:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        admission: Admission,
         door: TimelineDoor,
         clock: Clock,
         metrics: SafekeeperMetrics,
     ) -> None:
         self._reader = reader
         self._writer = writer
+        self._admission = admission
         self._door = door
         self._clock = clock
         self._metrics = metrics
@@ -177,12 +176,9 @@ class _Session:
     async def run(self) -> None:
         """Answers errors as FATAL and returns. Raises OSError when the connection is lost."""
         try:
-            async with asyncio.timeout(LOGIN_TIMEOUT_S):
-                timeline = await self._login()
+            timeline = await self._login()
             if timeline is not None:
                 await self._serve_until_expiry(timeline)
-        except TimeoutError:
-            log.info("WAL reader did not log in in time")
         except ExcimerError as error:
             log.warning("WAL reader refused", error=error)
             self._writer.write(pg.encode_error(str(error), sqlstate_of(error), severity="FATAL"))
@@ -234,6 +230,7 @@ class _Session:
         tenant_id = parse_tenant_id(options[_OPTION_TENANT])
         timeline_id = parse_timeline_id(options[_OPTION_TIMELINE])
         timeline, self._claims = self._door.enter(password, Right.READ_WAL, tenant_id, timeline_id)
+        self._admission.authenticated()
         self._writer.write(pg.AUTHENTICATION_OK)
         return timeline
 
