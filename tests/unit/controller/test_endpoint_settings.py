@@ -122,7 +122,7 @@ def test_a_compute_changes_its_own_list_and_no_other(tmp_path: Path) -> None:
     tokens = TokenMaker(KEYS.private_pem, SystemClock())
 
     async def story(world: World) -> None:
-        app = create_app("test", "1", Health("test"), new_registry("test", "1"))
+        app = create_app("test", "1", Health("test"), new_registry("test", "1"), verifier=None)
         verifier = TokenVerifier(KEYS.public_pem)
         app.include_router(make_settings_router(world.controller, verifier, SystemClock()))
         transport = httpx.ASGITransport(app)
