@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import psycopg
 import pytest
 
 from excimer.base.address import Address, parse_address
+from excimer.io.processes import unprivileged_user
 from excimer.service.settings import load_settings
 from tests.kit.builds import NEWEST_VERSION
 from tests.kit.stack import Stack, running_stack
@@ -30,6 +32,43 @@ def stack() -> Iterator[Stack]:
     with running_stack(NEWEST_VERSION, safekeepers=1, open_files=OPEN_FILES) as stack:
         stack.create_main()
         yield stack
+
+
+def test_nobody_else_can_read_anything_of_a_running_installation(stack: Stack) -> None:
+    """Every file and directory; as root, PostgreSQL's user may pass through those above its own."""
+    stack.query("create table looked_at (i int)")
+    user = unprivileged_user()
+    passable = {
+        stack.directory,
+        stack.directory / "endpoints",
+        stack.directory / "endpoints" / "main",
+    }
+    found: dict[str, int] = {}
+    for path in (stack.directory, *stack.directory.rglob("*")):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # it is a running installation
+        mode = stat.S_IMODE(status.st_mode)
+        found[str(path.relative_to(stack.directory))] = mode
+        if user is not None and path in passable:
+            assert (mode, status.st_gid) == (0o710, user.gid), path
+        elif stat.S_ISDIR(status.st_mode):
+            assert mode == 0o700, f"{path} has mode {mode:o}"
+        elif not stat.S_ISLNK(status.st_mode):
+            assert mode & 0o077 == 0, f"{path} has mode {mode:o}"
+    for name in ("config.toml", "keys/private.pem", "run/pageserver.toml", "broker/nats.conf"):
+        assert found[name] == 0o600
+    assert found["controller/metadata.sqlite"] == 0o600
+    assert found["endpoints/main/run/arena"] == 0o600
+
+
+def test_what_was_open_is_closed_at_the_next_start(stack: Stack) -> None:
+    opened = [stack.directory / name for name in ("config.toml", "keys/private.pem", "keys", "logs")]
+    for path in opened:
+        path.chmod(0o755)
+    stack.text("start")
+    assert [path.stat().st_mode & 0o077 for path in opened] == [0] * len(opened)
 
 
 def ports(stack: Stack) -> list[Address]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from excimer.base.errors import RetryableError
 from excimer.broker.nats_config import find_nats_server, metrics_of, nats_config, parse_log_line
 from excimer.broker.settings import BrokerSettings
+from excimer.io.private_files import write_private
 from excimer.io.processes import die_with_parent
 from excimer.service.health import Health
 from excimer.service.http_client import HttpClient
@@ -111,10 +112,7 @@ class NatsServer:
             await _stop(process)
 
     def _write_config(self, monitor_port: int) -> None:
-        self._config_path.unlink(missing_ok=True)
-        fd = os.open(self._config_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(fd, "w") as file:
-            file.write(nats_config(self._settings, monitor_port))
+        write_private(self._config_path, nats_config(self._settings, monitor_port).encode())
 
     async def _watch(self, monitor_port: int) -> None:
         """Keeps health and figures current."""

@@ -24,6 +24,7 @@ import msgspec
 
 from excimer.base.ids import NodeId
 from excimer.cli.errors import StateDirectoryError
+from excimer.io.private_files import make_private_dir, touch_private, write_private
 from excimer.service.settings import SettingsError, load_settings, save_settings
 
 CONFIG_VERSION: Final = 1
@@ -301,11 +302,7 @@ def create_installation(directory: Path, config: Config) -> Installation:
     from excimer.wire.auth import Claims, Right, encode_token, generate_key_pair
 
     installation = Installation(directory, config)
-    directory.mkdir(parents=True, exist_ok=True)
-    for made in (installation.run_dir, installation.logs_dir, installation.keys_dir):
-        made.mkdir(exist_ok=True)
-    installation.keys_dir.chmod(0o700)
-    installation.run_dir.chmod(0o700)
+    make_directories(installation)
     pair = generate_key_pair()
     token = encode_token(pair.private_pem, Claims(holder="cli", rights=frozenset({Right.MANAGE})))
     for name, content in (
@@ -313,16 +310,24 @@ def create_installation(directory: Path, config: Config) -> Installation:
         ("public.pem", pair.public_pem),
         ("admin.token", token.encode()),
     ):
-        path = installation.keys_dir / name
-        path.touch(mode=0o600)
-        path.write_bytes(content)
+        write_private(installation.keys_dir / name, content)
     save_settings(
         directory / CONFIG_NAME,
         config,
         "Written by excimer init. Ports may be changed while everything is stopped.",
     )
-    (directory / CONFIG_NAME).chmod(0o600)
     return installation
+
+
+def make_directories(installation: Installation) -> None:
+    """Those that all parts share, closed to everybody else, and secrets that were left open."""
+    make_private_dir(installation.directory, passable=True)
+    make_private_dir(installation.directory / "endpoints", passable=True)
+    for made in (installation.run_dir, installation.logs_dir, installation.keys_dir):
+        make_private_dir(made)
+    for secret in (installation.directory / CONFIG_NAME, *installation.keys_dir.iterdir()):
+        if secret.is_file():
+            touch_private(secret)
 
 
 def free_ports(count: int, taken: frozenset[int] = frozenset()) -> list[int]:

@@ -25,8 +25,9 @@ import msgspec
 import excimer
 from excimer.base.errors import RetryableError
 from excimer.cli.errors import BusyError, ProcessFailedError
-from excimer.cli.installation import Installation, Part
+from excimer.cli.installation import Installation, Part, make_directories
 from excimer.cli.log_lines import last_error
+from excimer.io.private_files import touch_private, write_private
 from excimer.service.health import HTTP_OK
 from excimer.service.instance_lock import LOCK_FILE_NAME
 from excimer.service.log_files import open_log, rotate
@@ -89,8 +90,10 @@ class ProcessRecord(msgspec.Struct, frozen=True):
 @contextlib.contextmanager
 def exclusive(installation: Installation, note: Callable[[str], None]) -> Iterator[None]:
     """One command at a time starts and stops processes. Raises `BusyError` after `BUSY_LIMIT_S`."""
-    installation.run_dir.mkdir(parents=True, exist_ok=True)
-    with open(installation.run_dir / "cli.lock", "a") as file:
+    make_directories(installation)
+    lock = installation.run_dir / "cli.lock"
+    touch_private(lock)
+    with open(lock, "a") as file:
         deadline = time.monotonic() + BUSY_LIMIT_S
         is_noted = False
         while True:
@@ -139,7 +142,7 @@ def start_parts(
 
 def launch_parts(installation: Installation, parts: Sequence[Part]) -> Launched:
     """Starts those that do not run, all at once; to be called in `exclusive`. Answers them by name."""
-    installation.logs_dir.mkdir(parents=True, exist_ok=True)
+    make_directories(installation)
     return {part.name: _launch(installation, part) for part in parts if _is_absent(installation, part)}
 
 
@@ -340,9 +343,7 @@ def _write_record(path: Path, pid: int) -> None:
     ticks = _start_ticks(pid)
     if ticks is not None:
         record = ProcessRecord(pid, ticks, _boot_id())
-        temporary = path.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(record))
-        temporary.replace(path)
+        write_private(path, msgspec.json.encode(record))
 
 
 def _read_record(path: Path) -> ProcessRecord | None:

@@ -20,7 +20,7 @@ from excimer.wire.endpoint_tokens import EndpointTokens
 
 async def serve(tokens: EndpointTokens, settings: ComputeSettings) -> None:
     """Raises `FencedError` or `RefusedError` when the endpoint is over for good."""
-    with InstanceLock(settings.endpoint_dir, "compute"):
+    with InstanceLock(settings.endpoint_dir, "compute", passable=True):
         forget_end(settings.endpoint_dir)
         health = Health("compute")
         spec = make_spec(settings)

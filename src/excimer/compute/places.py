@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from excimer.io.cache import cache_directory
-from excimer.io.processes import is_reachable, make_owned_dir, unprivileged_user
+from excimer.io.processes import is_passable, make_owned_dir, unprivileged_user
 
 
 class ComputePlaces(NamedTuple):
@@ -32,7 +32,7 @@ def find_places(endpoint_dir: Path) -> ComputePlaces:
     """
     endpoint_dir = endpoint_dir.resolve()
     name = hashlib.sha256(bytes(endpoint_dir)).hexdigest()[:16]
-    if unprivileged_user() is None or is_reachable(endpoint_dir):
+    if unprivileged_user() is None or is_passable(endpoint_dir):
         run_dir = endpoint_dir / "run"
     else:
         run_dir = cache_directory() / "computes" / name

@@ -29,6 +29,7 @@ from excimer.controller.model import (
     Tenant,
     Timeline,
 )
+from excimer.io.private_files import touch_private
 
 DATABASE_FILE_NAME: Final = "metadata.sqlite"
 BUSY_TIMEOUT_S: Final = 5.0
@@ -99,6 +100,8 @@ class SqliteStore:
         """Opens or makes the database, checks it, migrates it."""
         self._path = data_dir / DATABASE_FILE_NAME
         self._lock = threading.Lock()
+        with contextlib.suppress(OSError):  # SQLite says what is wrong; its other files get this one's mode
+            touch_private(self._path)
         with self._errors():
             self._connection = sqlite3.connect(
                 self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False

@@ -337,6 +337,15 @@ def is_reachable(path: Path, user: User | None = None) -> bool:
     return _blocked_at(path.resolve(), user) is None
 
 
+def is_passable(directory: Path) -> bool:
+    """Whether the unprivileged user can get to what lies in `directory`, by its name."""
+    user = unprivileged_user()
+    if user is None:
+        return os.access(directory, os.X_OK)
+    resolved = directory.resolve()
+    return all(_allows(each, user, 0o1) for each in (*resolved.parents, resolved))
+
+
 def require_reachable(path: Path) -> None:
     """Raises `UnreachableError` that names the directory at fault."""
     user = unprivileged_user()

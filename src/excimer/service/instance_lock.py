@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from excimer.base.errors import RefusedError
+from excimer.io.private_files import PRIVATE_FILE, make_private_dir
 
 LOCK_FILE_NAME = "LOCK"
 
@@ -21,11 +22,14 @@ class AlreadyRunningError(RefusedError):
 class InstanceLock:
     """Held from construction until `release` or the end of the process. Usable as a context."""
 
-    def __init__(self, data_dir: Path, what: str) -> None:
-        """Makes `data_dir` if needed. Raises `AlreadyRunningError` at once, without waiting."""
-        data_dir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, data_dir: Path, what: str, *, passable: bool = False) -> None:
+        """Makes `data_dir` if needed, and closes it to others; `passable` as in `make_private_dir`.
+
+        Raises `AlreadyRunningError` at once, without waiting.
+        """
+        make_private_dir(data_dir, passable=passable)
         path = data_dir / LOCK_FILE_NAME
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from excimer.base.errors import ExcimerError
+from excimer.io.private_files import PRIVATE_UMASK
 from excimer.service.log_files import LogRotation
 from excimer.service.logs import configure_logging, get_logger
 from excimer.service.settings import Settings, SettingsError, load_settings
@@ -61,6 +62,7 @@ def run_service(
         return EXIT_USAGE
     node_id = getattr(settings, "id", None)
     configure_logging(service if node_id is None else f"{service}-{node_id}", settings.log_level)
+    os.umask(PRIVATE_UMASK)
     open_files_as_allowed()
     with rotating_logs([settings.log_path] if settings.log_path else []):
         failure = failure_of(lambda: asyncio.run(_until_signal(service, serve(settings), stop_limit_s)))

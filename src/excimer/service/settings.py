@@ -9,7 +9,6 @@ A service declares what an operator may write as a subclass of `Settings`, and n
 Not here: defaults that depend on the machine, and components, which are passed in, never configured.
 """
 
-import os
 import re
 import tomllib
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from excimer.base.errors import RefusedError
+from excimer.io.private_files import write_private
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -58,11 +58,9 @@ def load_settings(path: Path, kind: type[T]) -> T:
 
 
 def save_settings(path: Path, settings: msgspec.Struct, comment: str = "") -> None:
-    """Writes `settings` as TOML; the old file stays until the new one is whole."""
+    """Writes `settings` as TOML that only we may read; the old file stays until the new one is whole."""
     text = "".join(f"# {line}\n" for line in comment.splitlines()) + format_settings(settings)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_private(path, text.encode())
 
 
 def format_settings(settings: msgspec.Struct) -> str:

@@ -29,6 +29,7 @@ from excimer.cli.local_processes import (
     wait_for_parts,
 )
 from excimer.cli.session import Session, session_of
+from excimer.io.private_files import make_private_dir
 from excimer.service.health import HTTP_OK
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def start_endpoint(session: Session, installation: Installation, name: str) -> t
         if endpoint["mode"] == "primary":
             _refuse_second_primary(installation, client, endpoint)
         part = installation.endpoint_part(spec)
-        part.lock_dir.mkdir(parents=True, exist_ok=True)
+        make_private_dir(part.lock_dir, passable=True)
         launched = launch_parts(installation, [part])
     wait_for_parts(installation, [part], launched, session.done)
     return endpoint, bool(launched)
