@@ -68,7 +68,9 @@ class ObjectStore(Protocol):
         """The whole object. Raises `ObjectMissingError`, `ObjectStoreError`."""
 
     def get_range(self, name: str, start: int, end: int) -> bytes:
-        """Bytes [start, end), all of which must exist. Raises `ObjectMissingError`, `ObjectStoreError`."""
+        """Bytes [start, end), all of which must exist; of an empty range nothing is asked. Raises
+        `ObjectMissingError`, `ObjectStoreError`.
+        """
 
     def size_bytes(self, name: str) -> int | None:
         """The object's size, None if there is none. Raises `ObjectStoreError`."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import obstore
 from obstore.exceptions import (
@@ -31,7 +31,7 @@ from obstore.exceptions import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
-from obstore.store import LocalStore, MemoryStore, from_url
+from obstore.store import HTTPStore, LocalStore, MemoryStore, from_url
 
 from excimer.base.errors import RefusedError
 from excimer.io.object_store import (
@@ -41,6 +41,13 @@ from excimer.io.object_store import (
     ObjectStoreDeniedError,
     ObjectStoreError,
 )
+from excimer.io.object_store_options import (
+    OptionError,
+    check_endpoint,
+    check_options,
+    culprit,
+    panics_are,
+)
 
 if TYPE_CHECKING:
     from obstore.store import S3Config
@@ -49,6 +56,7 @@ PART_SIZE_BYTES: Final = 8 * 1024 * 1024
 PARTS_IN_FLIGHT_MAX: Final = 3
 """Of one upload: memory is bounded by this many parts."""
 DELETE_BATCH_MAX: Final = 1000
+RANGE_END_MAX: Final = 1 << 63
 
 ENDPOINT_VARIABLES: Final = (
     *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
@@ -91,13 +99,21 @@ class ObstoreObjectStore:
         self, url: str, options: Mapping[str, str] | None = None, limits: CallLimits | None = None
     ) -> None:
         """Connects to nothing yet. Raises RefusedError for what is no URL of a store, or no option of it."""
-        parts = urlsplit(url)
         self.url = url
-        self._directory = Path(unquote(parts.path)) if parts.scheme == "file" else None
+        given, limits = dict(options or {}), limits or CallLimits()
         try:
-            self._store = self._open(parts.scheme, dict(options or {}), limits or CallLimits())
+            parts = urlsplit(url)
+            self._directory = _directory(parts) if parts.scheme == "file" else None
+            check_options(given)
+            for name in ENDPOINT_VARIABLES:
+                if os.environ.get(name):
+                    check_endpoint(f"the environment variable {name}", os.environ[name])
+            with panics_are(OptionError):
+                self._store = self._open(parts.scheme, given, limits)
         except (BaseError, OSError, ValueError) as error:
-            raise RefusedError(f"the object store {url} cannot be opened: {_reason(error)}") from error
+            named = isinstance(error, OptionError) and str(error).startswith("the option")
+            which = "" if named else culprit(given, lambda fewer: self._open(parts.scheme, fewer, limits))
+            raise RefusedError(f"the object store {url} cannot be opened: {which}{_reason(error)}") from error
 
     def put(self, name: str, data: bytes) -> None:
         def act() -> None:
@@ -133,9 +149,20 @@ class ObstoreObjectStore:
         self._read(source, act)
 
     def get(self, name: str) -> bytes:
-        return self._read(name, lambda: bytes(obstore.get(self._store, name).bytes()))
+        def act() -> tuple[bytes, int]:
+            answer = obstore.get(self._store, name)
+            return bytes(answer.bytes()), answer.meta["size"]
+
+        data, size = self._read(name, act)
+        if len(data) != size:
+            raise ObjectStoreError(f"{self.url} answered {len(data)} bytes of {name}, which has {size}")
+        return data
 
     def get_range(self, name: str, start: int, end: int) -> bytes:
+        if not 0 <= start <= end < RANGE_END_MAX:
+            raise ValueError(f"bytes {start} to {end} are no range of an object")
+        if start == end:  # a request that HTTP cannot express
+            return b""
         data = self._read(name, lambda: bytes(obstore.get_range(self._store, name, start=start, end=end)))
         if len(data) != end - start:
             raise ObjectStoreError(f"{self.url} answered {len(data)} bytes of {name} for {end - start}")
@@ -150,8 +177,9 @@ class ObstoreObjectStore:
     def list(self, prefix: str) -> list[ObjectInfo]:
         what = f"{prefix or 'everything'} could not be listed in"
         try:
-            pages = obstore.list(self._store, prefix=prefix or None)
-            found = [ObjectInfo(meta["path"], meta["size"]) for page in pages for meta in page]
+            with panics_are(ObjectStoreError):
+                pages = obstore.list(self._store, prefix=prefix or None)
+                found = [ObjectInfo(meta["path"], meta["size"]) for page in pages for meta in page]
         except FileNotFoundError as error:
             if self._directory is None:
                 self._fail(error, what)
@@ -162,10 +190,13 @@ class ObstoreObjectStore:
 
     def delete(self, name: str) -> None:
         try:
-            obstore.delete(self._store, name)
+            with panics_are(ObjectStoreError):
+                obstore.delete(self._store, name)
         except FileNotFoundError:
             return
-        except (BaseError, OSError) as error:
+        except TypeError as error:  # what obstore says to a list with a name that cannot be
+            raise RefusedError(f"{name!r} cannot be the name of an object") from error
+        except (BaseError, OSError, ValueError) as error:
             self._fail(error, f"{name} could not be deleted from")
 
     def delete_many(self, names: Sequence[str]) -> None:
@@ -176,7 +207,8 @@ class ObstoreObjectStore:
         for start in range(0, len(names), DELETE_BATCH_MAX):
             batch = list(names[start : start + DELETE_BATCH_MAX])
             try:
-                obstore.delete(self._store, batch)
+                with panics_are(ObjectStoreError):
+                    obstore.delete(self._store, batch)
             except FileNotFoundError:  # some stores mind, and then have not done the rest
                 for name in batch:
                     self.delete(name)
@@ -191,7 +223,7 @@ class ObstoreObjectStore:
             return LocalStore(self._directory)
         if scheme == "memory":
             return MemoryStore()
-        return from_url(
+        store = from_url(
             self.url,
             config=cast("S3Config", options),  # or the like of another store: it is checked there
             client_options={
@@ -209,27 +241,34 @@ class ObstoreObjectStore:
                 },
             },
         )
+        if isinstance(store, HTTPStore):
+            raise ValueError("a web server cannot create an object only if it is absent")
+        return store
 
     def _change(self, name: str, what: str, act: Callable[[], None]) -> None:
         try:
-            act()
+            with panics_are(ObjectStoreError):
+                act()
         except AlreadyExistsError:
             raise
-        except (BaseError, OSError) as error:
+        except (BaseError, OSError, ValueError) as error:
             self._fail(error, f"{name} could not be {what}")
 
     def _read(self, name: str, act: Callable[[], _Result]) -> _Result:
         try:
-            return act()
+            with panics_are(ObjectStoreError):
+                return act()
         except FileNotFoundError as error:
             raise ObjectMissingError(f"{name} is not in {self.url}") from error
-        except (BaseError, OSError) as error:
+        except (BaseError, OSError, ValueError) as error:
             self._fail(error, f"{name} could not be read from")
 
     def _fail(self, error: Exception, what: str) -> NoReturn:
         """Raises `ObjectStoreError` of the right kind. Where a name may be new, not found means no bucket."""
         reason = _reason(error)
         message = f"{what} {self.url}: {reason}"
+        if isinstance(error, ValueError):  # before anything was asked: "//", "..", a line break
+            raise RefusedError(message) from error
         if METADATA_ADDRESS in reason:
             raise ObjectStoreDeniedError(f"{message}; there are no credentials in the environment") from error
         is_bucket = isinstance(error, FileNotFoundError) and self._directory is None
@@ -250,6 +289,14 @@ class ObstoreObjectStore:
                 os.close(descriptor)
             if place == self._directory:
                 return
+
+
+def _directory(parts: SplitResult) -> Path:
+    """Raises ValueError for a relative one, which would depend on where the process stands."""
+    path = unquote(parts.path)
+    if parts.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path:
+        raise ValueError("a directory is written file:///absolute/path")
+    return Path(path)
 
 
 def _is_plain_http(options: Mapping[str, str]) -> bool:

@@ -1,8 +1,10 @@
 """Object stores: every body keeps the same promises."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import obstore
 import pytest
 
 from excimer.base.errors import RefusedError
@@ -15,6 +17,7 @@ from excimer.io.object_store import (
     ObjectStore,
     ObjectStoreError,
 )
+from excimer.io.object_store_options import panics_are
 from excimer.io.obstore_object_store import PART_SIZE_BYTES, ObstoreObjectStore
 
 
@@ -135,3 +138,121 @@ def test_a_stale_listing_shows_what_was_there() -> None:
     assert store.get("a/new") == b""
     store.stale_listings = False
     assert [info.name for info in store.list("a")] == ["a/new", "a/old"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"region": 5}, "region is a number"),
+        ({"region": None}, "region is nothing"),
+        ({"endpoint": ["http://a"]}, "endpoint is a list"),
+        ({3: "x"}, "option 3 is not a text"),
+        ({"endpoint": "not a url"}, "endpoint is 'not a url'"),
+        ({"endpoint": "http://"}, "endpoint is 'http://'"),
+        ({"endpoint": "ftp://host"}, "endpoint is"),
+        ({"endpoint": "http://[::1"}, "endpoint is"),
+        ({"endpoint": "http://host:99999"}, "endpoint is"),
+        ({"access_key_id": "a\nb", "secret_access_key": "x"}, "access_key_id has a line break"),
+        ({"region": "r", "timeout": "ten"}, "timeout: "),
+        ({"region": "r", "skip_signature": "perhaps"}, "skip_signature: "),
+        ({"nope": "1"}, "nope"),
+    ],
+    ids=str,
+)
+def test_an_option_of_the_wrong_kind_is_one_line_that_names_it(options: object, named: str) -> None:
+    """Some of these are panics of the library, which are no `Exception`."""
+    with pytest.raises(RefusedError) as caught:
+        ObstoreObjectStore("s3://bucket/prefix", options)  # type: ignore[arg-type]
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://", "gs://", "az://", "http://host", "file://relative", "file:relative", "x", "s3://[/x"]
+)
+def test_a_url_of_no_store_is_refused_in_one_line(url: str, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="cannot be opened") as caught:
+        ObstoreObjectStore(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_endpoint_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "not a url")
+    with pytest.raises(RefusedError, match="environment variable AWS_ENDPOINT_URL"):
+        ObstoreObjectStore("s3://bucket/prefix")
+
+
+class PanicException(BaseException):
+    """As a library in Rust raises it."""
+
+
+def test_a_panic_in_any_call_is_an_error_of_the_store(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """None is known to be left; should there be one, it is handled like any failure of the store."""
+    store = ObstoreObjectStore(f"file://{tmp_path}")
+    store.put("there", b"x")
+    (tmp_path / "source").write_bytes(b"x")
+
+    def panics(*_: object, **__: object) -> None:
+        raise PanicException("request valid: InvalidUri\nmore")
+
+    for name in ("put", "copy", "get", "get_range", "head", "list", "delete"):
+        monkeypatch.setattr(obstore, name, panics)
+    calls: list[Callable[[], object]] = [
+        lambda: store.put("a", b"x"),
+        lambda: store.put_file("a", tmp_path / "source"),
+        lambda: store.copy("there", "a"),
+        lambda: store.get("there"),
+        lambda: store.get_range("there", 0, 1),
+        lambda: store.size_bytes("there"),
+        lambda: store.list(""),
+        lambda: store.delete("there"),
+        lambda: store.delete_many(["there"]),
+    ]
+    for call in calls:
+        with pytest.raises(ObjectStoreError, match=r"failed inside: request valid: InvalidUri\Z"):
+            call()
+
+
+def test_what_is_no_panic_passes() -> None:
+    with pytest.raises(KeyboardInterrupt), panics_are(ObjectStoreError):
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="other"), panics_are(ObjectStoreError):
+        raise ValueError("other")
+
+
+def test_ranges_that_http_cannot_express_are_not_asked_for(tmp_path: Path) -> None:
+    real = ObstoreObjectStore(f"file://{tmp_path}")
+    real.put("name", b"content")
+    assert real.get_range("name", 3, 3) == b""
+    for start, end in [(5, 2), (-1, 3), (0, 1 << 70)]:
+        with pytest.raises(ValueError, match="no range"):
+            real.get_range("name", start, end)
+
+
+@pytest.mark.parametrize("name", ["a//b", "a/../b", "a\nb"])
+def test_a_name_that_no_store_takes_is_refused(tmp_path: Path, name: str) -> None:
+    store = ObstoreObjectStore(f"file://{tmp_path}")
+    for call in (lambda: store.get(name), lambda: store.put(name, b"x"), lambda: store.delete(name)):
+        with pytest.raises(RefusedError):
+            call()
+
+
+def test_an_answer_of_another_length_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    store = ObstoreObjectStore(f"file://{tmp_path}")
+    store.put("name", b"content")
+    whole = obstore.get(store._store, "name")
+
+    class Short:
+        meta = whole.meta
+
+        def bytes(self) -> bytes:
+            return b"cont"
+
+    monkeypatch.setattr(obstore, "get", lambda *_: Short())
+    monkeypatch.setattr(obstore, "get_range", lambda *_, **__: b"co")
+    with pytest.raises(ObjectStoreError, match="4 bytes of name, which has 7"):
+        store.get("name")
+    with pytest.raises(ObjectStoreError, match="2 bytes of name for 3"):
+        store.get_range("name", 0, 3)
