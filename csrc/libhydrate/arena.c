@@ -10,21 +10,6 @@ struct arena arena = {.fd = -1};
 
 static const char *const TRACKED_PREFIXES[] = {"base/", "global/", "pg_xact/", "pg_multixact/", "pg_commit_ts/"};
 
-/* Checked as bytes from disk: a wrong arena must stop PostgreSQL, not corrupt it. */
-static const char *header_fault(const struct arena_header *header, uint64_t size)
-{
-    if (size < ARENA_FILES_OFFSET || header->magic != ARENA_MAGIC)
-        return "it is not an arena";
-    if (header->version != ARENA_VERSION)
-        return "it is of another version";
-    if (header->total_size != size || header->map_offset > size || header->misses_offset > header->map_offset ||
-        header->buckets_offset > header->misses_offset ||
-        header->buckets_offset < ARENA_FILES_OFFSET + (uint64_t)header->file_count * sizeof(struct arena_file) ||
-        header->bucket_count <= header->file_count || (header->bucket_count & (header->bucket_count - 1)) != 0)
-        return "its sizes disagree";
-    return NULL;
-}
-
 const char *arena_open(const char *path)
 {
     struct stat status;
@@ -38,7 +23,7 @@ const char *arena_open(const char *path)
     if (start == MAP_FAILED)
         return strerror(errno);
     struct arena_header *header = start;
-    const char *fault = header_fault(header, (uint64_t)status.st_size);
+    const char *fault = arena_fault(header, (uint64_t)status.st_size);
     if (fault != NULL)
         return fault;
     arena.fd = fd; /* never opened twice: closing any descriptor of it would drop this process's locks */

@@ -120,6 +120,51 @@ struct arena_header {
 _Static_assert(sizeof(struct arena_file) == 128, "an entry is two cache lines");
 _Static_assert(sizeof(struct arena_header) <= ARENA_FILES_OFFSET, "the header fits its space");
 _Static_assert(sizeof(struct arena_miss) == 16, "a miss is 16 bytes");
+_Static_assert(sizeof(struct arena_settings) % sizeof(uint64_t) == 0, "settings are whole words");
+
+/* Whether `count` items from `offset` on, which is aligned for them, end at or before `end`. */
+static inline int arena_has_room(uint64_t offset, uint64_t count, uint64_t item_size, uint64_t end)
+{
+    return offset % sizeof(uint64_t) == 0 && offset <= end && count <= (end - offset) / item_size;
+}
+
+/* Every file lies within the map, and every bucket names a file; one at least is empty, or a search for a
+ * path that is not there would not end. */
+static inline const char *arena_contents_fault(const struct arena_header *header)
+{
+    const char *start = (const char *)header;
+    const struct arena_file *files = (const struct arena_file *)(start + ARENA_FILES_OFFSET);
+    const uint32_t *buckets = (const uint32_t *)(start + header->buckets_offset);
+    uint64_t map_size = header->total_size - header->map_offset;
+    uint32_t used = 0;
+    for (uint32_t index = 0; index < header->file_count; index++)
+        if (files[index].map_offset > map_size || files[index].blocks > map_size - files[index].map_offset ||
+            memchr(files[index].path, 0, sizeof files[index].path) == NULL)
+            return "one of its files is damaged";
+    for (uint32_t index = 0; index < header->bucket_count; index++) {
+        if (buckets[index] > header->file_count)
+            return "its table of paths is damaged";
+        used += buckets[index] != 0;
+    }
+    return used < header->bucket_count ? NULL : "its table of paths is full";
+}
+
+/* NULL, or what is wrong. Checked as bytes from disk: a wrong arena must stop PostgreSQL, not corrupt it. */
+static inline const char *arena_fault(const struct arena_header *header, uint64_t size)
+{
+    if (size < ARENA_FILES_OFFSET || header->magic != ARENA_MAGIC)
+        return "it is not an arena";
+    if (header->version != ARENA_VERSION)
+        return "it is of another version";
+    if (header->total_size != size || header->bucket_count <= header->file_count ||
+        (header->bucket_count & (header->bucket_count - 1)) != 0 ||
+        !arena_has_room(ARENA_FILES_OFFSET, header->file_count, sizeof(struct arena_file), header->buckets_offset) ||
+        !arena_has_room(header->buckets_offset, header->bucket_count, sizeof(uint32_t), header->misses_offset) ||
+        !arena_has_room(header->misses_offset, header->miss_capacity, sizeof(struct arena_miss), header->map_offset) ||
+        header->map_offset > size || memchr(header->data_dir, 0, sizeof header->data_dir) == NULL)
+        return "its sizes disagree";
+    return arena_contents_fault(header);
+}
 
 /* FNV-1a. */
 static inline uint32_t arena_hash(const char *path, size_t size)
@@ -130,13 +175,22 @@ static inline uint32_t arena_hash(const char *path, size_t size)
     return hash;
 }
 
+/* Copies word by word, so that a copy that a writer overtakes is a mixture and not undefined. */
+static inline void arena_copy_settings(struct arena_settings *target, const struct arena_settings *source)
+{
+    const uint64_t *from = (const uint64_t *)source;
+    uint64_t *to = (uint64_t *)target;
+    for (size_t word = 0; word < sizeof *source / sizeof *from; word++)
+        __atomic_store_n(&to[word], __atomic_load_n(&from[word], __ATOMIC_RELAXED), __ATOMIC_RELAXED);
+}
+
 /* Copies the current settings. Two copies that alternate, instead of a lock: a manager that dies
  * while it writes leaves the old ones in force. */
 static inline void arena_read_settings(const struct arena_header *header, struct arena_settings *settings)
 {
     for (;;) {
         uint64_t generation = __atomic_load_n(&header->settings_generation, __ATOMIC_ACQUIRE);
-        memcpy(settings, &header->settings[generation & 1], sizeof *settings);
+        arena_copy_settings(settings, &header->settings[generation & 1]);
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         if (__atomic_load_n(&header->settings_generation, __ATOMIC_RELAXED) == generation)
             return;
@@ -146,9 +200,11 @@ static inline void arena_read_settings(const struct arena_header *header, struct
 /* Makes `settings` the current ones. One writer: the manager. */
 static inline void arena_publish_settings(struct arena_header *header, const struct arena_settings *settings)
 {
-    uint64_t generation = header->settings_generation + 1;
-    __atomic_thread_fence(__ATOMIC_RELEASE); /* the last publication is seen before this one is written over it */
-    memcpy(&header->settings[generation & 1], settings, sizeof *settings);
+    uint64_t generation = __atomic_load_n(&header->settings_generation, __ATOMIC_RELAXED) + 1;
+    /* Whoever reads a word of what follows, in the copy that was current before the last one, also finds
+     * that the generation has changed since. The store of it below orders what is before it only. */
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    arena_copy_settings(&header->settings[generation & 1], settings);
     __atomic_store_n(&header->settings_generation, generation, __ATOMIC_RELEASE);
 }
 

@@ -87,6 +87,7 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
         char data_dir[1024]
         arena_statistics statistics
 
+    const char *arena_fault(const arena_header *header, uint64_t size)
     uint32_t arena_hash(const char *path, size_t size)
     void arena_read_settings(const arena_header *header, arena_settings *settings)
     void arena_publish_settings(arena_header *header, const arena_settings *settings)
@@ -276,13 +277,9 @@ def build(unsigned char[::1] arena, list files, uint32_t miss_capacity, bytes da
 
 def check(unsigned char[::1] arena) -> None:
     """Raises ValueError when the bytes are not an arena of this version."""
-    cdef arena_header *header = header_of(arena)
-    if header.magic != ARENA_MAGIC:
-        raise ValueError("not an arena")
-    if header.version != ARENA_VERSION:
-        raise ValueError(f"arena version {header.version}, expected {ARENA_VERSION}")
-    if header.total_size != <uint64_t>arena.shape[0]:
-        raise ValueError("the arena's size is not what its header says")
+    cdef const char *fault = arena_fault(header_of(arena), <uint64_t>arena.shape[0])
+    if fault != NULL:
+        raise ValueError(fault.decode())
 
 
 def find(unsigned char[::1] arena, str path) -> int:

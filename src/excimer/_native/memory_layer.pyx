@@ -334,17 +334,20 @@ cdef class MemoryLayer:
         """Adds to `found` the newest (LSN, kind, payload) with low_lsn < LSN <= high_lsn of each key in
         [start, end) that is not yet in it. Fast when the range holds no block keys.
         """
-        cdef const unsigned char* start_key = <const unsigned char*> PyBytes_AS_STRING(start)
-        cdef const unsigned char* end_key = <const unsigned char*> PyBytes_AS_STRING(end)
-        cdef bint all_keys = start_key[0] in (RELATION_BLOCK, SLRU_BLOCK) or (
-            start_key[0] < SLRU_BLOCK and memcmp(end_key, slru_blocks, KEY_SIZE) > 0
-        )
+        cdef const unsigned char* start_key
+        cdef const unsigned char* end_key
+        cdef bint all_keys
         cdef list hits = []
         cdef KeyHead* head
         cdef Node* node
         cdef int number, at, total
         if len(start) != KEY_SIZE or len(end) != KEY_SIZE:
             raise ValueError("keys have 18 bytes")
+        start_key = <const unsigned char*> PyBytes_AS_STRING(start)
+        end_key = <const unsigned char*> PyBytes_AS_STRING(end)
+        all_keys = start_key[0] in (RELATION_BLOCK, SLRU_BLOCK) or (
+            start_key[0] < SLRU_BLOCK and memcmp(end_key, slru_blocks, KEY_SIZE) > 0
+        )
         with nogil:
             pthread_mutex_lock(&self.mutex)
         try:

@@ -4,6 +4,7 @@ import itertools
 import mmap
 import multiprocessing
 import os
+import struct
 import time
 from pathlib import Path
 
@@ -198,3 +199,70 @@ def test_ten_thousand_files_are_listed_and_not_made(tmp_path: Path) -> None:
         str(path.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("*")
     } == directories
     assert (tmp_path / "arena").stat().st_size > len(files) * 32
+
+
+HEADER_FIELDS = {
+    "version": (8, "<I"),
+    "file_count": (12, "<I"),
+    "bucket_count": (16, "<I"),
+    "miss_capacity": (20, "<I"),
+    "buckets_offset": (24, "<Q"),
+    "misses_offset": (32, "<Q"),
+    "map_offset": (40, "<Q"),
+    "total_size": (48, "<Q"),
+}
+FILES_OFFSET = 16384
+
+
+def damaged_arena(tmp_path: Path, offset: int, bytes_: bytes) -> Path:
+    build(tmp_path, ArenaFile("base/5/1", 100), ArenaFile("base/5/2", 7)).close()
+    path = tmp_path / "arena"
+    content = bytearray(path.read_bytes())
+    assert content[offset : offset + len(bytes_)] != bytes_
+    content[offset : offset + len(bytes_)] = bytes_
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("field", HEADER_FIELDS)
+@pytest.mark.parametrize("value", [0, 3, 1 << 20, (1 << 32) - 1, (1 << 64) - 8])
+def test_an_offset_or_count_that_leads_out_of_the_arena_is_refused(
+    tmp_path: Path, field: str, value: int
+) -> None:
+    """Each of them, too small or too large, also where a sum would overflow."""
+    offset, kind = HEADER_FIELDS[field]
+    value = min(value, (1 << 8 * struct.calcsize(kind)) - 1)
+    path = damaged_arena(tmp_path, offset, struct.pack(kind, value))
+    if field == "miss_capacity" and value in (0, 3):  # fewer misses than there is room for harm nobody
+        Arena.open(path).close()
+        return
+    with pytest.raises(BadArenaError):
+        Arena.open(path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "bytes_", "fault"),
+    [
+        (FILES_OFFSET + 48, struct.pack("<I", 1 << 30), "files is damaged"),  # its blocks
+        (FILES_OFFSET + 72, struct.pack("<Q", 1 << 40), "files is damaged"),  # where they are in the map
+        (FILES_OFFSET + 72, struct.pack("<Q", (1 << 64) - 1), "files is damaged"),
+        (FILES_OFFSET, b"x" * 48, "files is damaged"),  # a path without an end
+        (FILES_OFFSET + 2 * 128, struct.pack("<I", 3), "table of paths is damaged"),
+    ],
+)
+def test_a_file_or_path_that_leads_out_of_the_arena_is_refused(
+    tmp_path: Path, offset: int, bytes_: bytes, fault: str
+) -> None:
+    with pytest.raises(BadArenaError, match=fault):
+        Arena.open(damaged_arena(tmp_path, offset, bytes_))
+
+
+def test_a_table_without_an_empty_bucket_is_refused(tmp_path: Path) -> None:
+    """A search for a path that is not in it would not end."""
+    build(tmp_path, ArenaFile("base/5/1", 100)).close()
+    content = bytearray((tmp_path / "arena").read_bytes())
+    (buckets,) = struct.unpack_from("<I", content, 16)
+    content[FILES_OFFSET + 128 : FILES_OFFSET + 128 + 4 * buckets] = struct.pack("<I", 1) * buckets
+    (tmp_path / "arena").write_bytes(content)
+    with pytest.raises(BadArenaError, match="full"):
+        Arena.open(tmp_path / "arena")
