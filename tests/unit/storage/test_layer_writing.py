@@ -1,5 +1,8 @@
 """A layer is written in turns with whoever waits for the core."""
 
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,35 @@ async def test_others_have_their_turn_between_the_blocks_of_a_layer(
         assert len(turns) >= 5
 
 
-def test_giving_way_comes_back_when_nobody_waits() -> None:
+def test_giving_way_lets_go_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread gets on although it would not be its turn for minutes; nothing else here lets it."""
+    begun, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        begun.set()
+        for _ in range(100):
+            give_way()
+        done.set()
+
+    usual_s = sys.getswitchinterval()
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert begun.wait(10)
+    sys.setswitchinterval(600)
+    try:
+        for _ in range(1_000_000):
+            if done.is_set():
+                break
+            give_way()
+        assert done.is_set()
+    finally:
+        sys.setswitchinterval(usual_s)
+        thread.join()
+
+
+def test_giving_way_comes_back_at_once_when_nobody_waits() -> None:
+    """It may not cost a layer more than what it is for: a thousand times within a time slice or so each."""
+    started_s = time.thread_time()
     for _ in range(1000):
         give_way()
+    assert time.thread_time() - started_s < 0.1

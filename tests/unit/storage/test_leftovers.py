@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from excimer.base.lsn import Lsn
@@ -192,16 +191,27 @@ async def test_readers_of_an_older_map_are_waited_for(tmp_path: Path) -> None:
 
 @in_event_loop
 async def test_an_import_under_way_is_waited_for(tmp_path: Path) -> None:
-    def importing(timeline: Timeline) -> Callable[[], object]:
-        timeline.manifest = msgspec.structs.replace(timeline.manifest, importing_generation=1)
-
-        def end() -> None:
-            timeline.manifest = msgspec.structs.replace(timeline.manifest, importing_generation=0)
-
-        return end
-
-    async with storage_context(tmp_path, store=MemoryObjectStore()) as context:
-        await hindered(context, importing)
+    """Its layers lie in object storage before a manifest names them; they are not leftovers."""
+    objects = MemoryObjectStore()
+    async with storage_context(tmp_path, store=objects) as context:
+        tenant = await attach(context)
+        made = await tenant.begin_import(new_main())
+        timeline = made.timeline
+        for key, data in IMPORTED:
+            made.add_image(key, data)
+        await made.finish_images()
+        layer = await flushed(timeline, START + 8, 1)
+        left = layer.name.replace(f"{START + 8:016x}", f"{START + 16:016x}")
+        objects.put(LAYERS + left, b"of a piece that failed")
+        timeline.leftovers.suspect()
+        assert not await timeline.leftovers.sweep()
+        assert timeline.leftovers.is_suspected
+        assert layer_names(objects) == named(timeline) | {left}
+        timeline = await tenant.finish_import(made, Lsn(START + 8))
+        timeline.leftovers.suspect()
+        assert await timeline.leftovers.sweep()
+        assert layer_names(objects) == named(timeline)
+        assert timeline.get_value(SIZE, Lsn(START + 8)) == b"\1\0\0\0"
 
 
 @in_event_loop
