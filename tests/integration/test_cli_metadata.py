@@ -109,7 +109,7 @@ def test_a_tenant_with_branches_and_endpoints(line: CommandLine) -> None:
     assert tenant["is_default"]
     branch = line.json("timeline", "branch", "--branch-name", "feature/x")
     assert branch["ancestor_lsn"] == "0/1500060"
-    line.json("timeline", "branch", "--branch-name", "deep", "--ancestor", "feature/x", "--at", "0/1500070")
+    line.json("timeline", "branch", "--branch-name", "deep", "--ancestor", "feature/x", "--at", "0/1500060")
     line.json("timeline", "create", "--branch-name", "fresh", "--pg-version", "17")
     names = [row["name"] for row in line.json("timeline", "list")["branches"]]
     assert names == ["main", "feature/x", "deep", "fresh"]
@@ -120,10 +120,10 @@ def test_a_tenant_with_branches_and_endpoints(line: CommandLine) -> None:
 
     made = line.json("endpoint", "create", "ep", "--branch-name", "deep")
     assert made["url"] == f"postgres://postgres@127.0.0.1:{made['postgres_port']}/postgres"
-    line.json("endpoint", "create", "past", "--branch-name", "main", "--lsn", "0/1500100")
+    line.json("endpoint", "create", "past", "--branch-name", "main", "--lsn", "0/1500060")
     shown = {row["name"]: row for row in line.json("endpoint", "list")["endpoints"]}
     assert [shown["ep"]["state"], shown["ep"]["mode"]] == ["stopped", "primary"]
-    assert [shown["past"]["mode"], shown["past"]["lsn"]] == ["static", "0/1500100"]
+    assert [shown["past"]["mode"], shown["past"]["lsn"]] == ["static", "0/1500060"]
 
     assert line.refused("timeline", "delete", "feature/x") == (
         1,
@@ -138,6 +138,58 @@ def test_a_tenant_with_branches_and_endpoints(line: CommandLine) -> None:
     assert line.json("tenant", "delete", "shop") == {"state": "deleted"}
     assert line.pageserver.timelines == {}
     assert line.json("tenant", "list") == {"tenants": []}
+
+
+def test_the_shell_completes_names(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    line.json("tenant", "create", "shop", "--set-default")
+    line.json("tenant", "create", "other")
+    for name in ("feature/a b".replace(" ", "#"), "feature/ä", "fix"):
+        line.json("branch", "branch", "--branch-name", name)
+    line.json("endpoint", "create", "ep", "--branch-name", "fix")
+
+    def complete(*words: str) -> list[str]:
+        words = ("excimer", "--dir", str(line.installation.directory), *words)
+        monkeypatch.setenv("_EXCIMER_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", " ".join(words))
+        monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+        done = line.run()
+        monkeypatch.delenv("_EXCIMER_COMPLETE")
+        return [row for row in done.stdout.splitlines() if row]
+
+    assert complete("timeline", "delete", "f") == ["feature/a#b", "feature/ä", "fix"]
+    assert complete("branch", "archive", "fi") == ["fix"]
+    assert complete("timeline", "list", "--tenant", "") == ["other", "shop"]
+    assert complete("timeline", "delete", "--tenant", "other", "m") == ["main"]
+    assert complete("endpoint", "start", "") == ["ep"]
+    assert "controller" in complete("logs", "")
+    assert complete("tenant", "delete", "zz") == []
+    for name in ("feature/a#b", "feature/ä"):
+        assert line.json("timeline", "delete", name) == {"state": "deleted"}
+    line.json("endpoint", "delete", "ep")
+    for tenant in ("shop", "other"):
+        line.json("tenant", "delete", tenant)
+
+
+def test_lists_show_the_tenant(line: CommandLine) -> None:
+    for tenant in ("red", "blue"):
+        line.json("tenant", "create", tenant)
+        line.json("endpoint", "create", f"in-{tenant}", "--tenant", tenant)
+    rows = line.run("endpoint", "list").stdout.splitlines()
+    assert [row.split()[:4] for row in rows[1:3]] == [
+        ["in-red", "red", "main", "stopped"],
+        ["in-blue", "blue", "main", "stopped"],
+    ]
+    shown = line.json("endpoint", "show", "in-blue")
+    assert (shown["tenant"], shown["state"], shown["restart_pending"]) == ("blue", "stopped", [])
+    assert "tenant      blue" in line.run("endpoint", "show", "in-blue").stdout
+    assert line.refused("endpoint", "logs", "in-blue") == (
+        4,
+        "excimer: endpoint in-blue has not run yet: excimer endpoint start in-blue",
+    )
+    assert line.refused("endpoint", "create", "e", "--lsn", "0/1", "--at", "0/1")[0] == 2
+    for tenant in ("red", "blue"):
+        line.json("endpoint", "delete", f"in-{tenant}")
+        line.json("tenant", "delete", tenant)
 
 
 def test_names_that_do_not_exist_get_suggestions(line: CommandLine) -> None:

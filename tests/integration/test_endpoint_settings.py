@@ -1,16 +1,19 @@
 """Settings of endpoints on the whole stack: by ALTER SYSTEM and the command line, live, kept, and refused."""
 
+import contextlib
 import os
 import signal
 import sqlite3
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
 
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
+from excimer.compute.places import locate_places
 from tests.kit.builds import build_of
 from tests.kit.stack import Stack, running_stack
 
@@ -171,8 +174,41 @@ def test_a_setting_that_stops_postgres_is_named_at_once_and_does_not_loop(stack:
         result = stack.run("endpoint", "start", "main")
         assert (result.returncode, said in result.stderr) == (1, True), result.stderr
         assert time.monotonic() - begun < 10
+        [row] = [row for row in stack.json("endpoint", "list")["endpoints"] if row["name"] == "main"]
+        assert (row["state"], said in row["reason"]) == ("ended", True)
     assert stack.run("endpoint", "config", "main", "unset", "--all").returncode == 0
     stack.text("endpoint", "start", "main")
+
+
+def test_a_halted_manager_is_stopped_in_seconds_and_leaves_nothing(stack: Stack) -> None:
+    postgres, sockets = stack.postmaster_pid(), stack.data_dir().parent / "settings.sock"
+    places = locate_places(stack.directory / "endpoints" / "main")
+    assert sockets.exists()
+    assert places.socket_dir.exists()
+    os.kill(stack.pid("endpoint-main"), signal.SIGSTOP)
+    begun = time.monotonic()
+    stack.text("endpoint", "stop", "main")
+    assert time.monotonic() - begun < 10
+    with contextlib.suppress(FileNotFoundError):  # nobody may have waited for it yet
+        assert Path(f"/proc/{postgres}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    for left in (places.socket_dir, places.data_dir, places.arena, sockets):
+        assert not left.exists()
+    begun_at = stack.json("endpoint", "restart", "main")
+    assert (begun_at["was_running"], stack.query("select 1")) == (False, [(1,)])
+
+
+def test_an_endpoint_of_a_moment_ago_and_of_a_program(stack: Stack) -> None:
+    stack.query("create table moments as select 1")
+    time.sleep(1.5)
+    stack.query("drop table moments")
+    stack.json("endpoint", "create", "ago", "--at", "-1s")
+    assert stack.json("endpoint", "restart", "ago")["mode"] == "static"
+    assert stack.query("select count(*) from moments", "ago") == [(1,)]
+    assert "database system is ready" in stack.text("endpoint", "logs", "ago", "--postgres")
+    assert "ready" in stack.text("endpoint", "logs", "ago", "--json")
+    stack.text("endpoint", "stop", "ago", "--immediate", "--destroy")
+    assert stack.text("pg", "exec", "14", "pg_dump", "--version").startswith("pg_dump (PostgreSQL) 14")
+    assert stack.text("pg", "exec", "psql", "-V").startswith("psql (PostgreSQL) 18")
 
 
 def _store(stack: Stack, settings: str) -> None:

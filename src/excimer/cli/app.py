@@ -6,7 +6,7 @@ table below is all that `excimer --help` needs.
 
 import difflib
 import importlib
-import os
+import json
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import excimer
-from excimer.cli.session import DEFAULT_DIRECTORY, DIRECTORY_VARIABLE, Session
+from excimer.cli.session import DEFAULT_DIRECTORY, DIRECTORY_VARIABLE, Session, find_directory
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "up": ("up", "Make an installation if there is none, start everything, print a postgres:// URL."),
@@ -27,6 +27,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
         "timeline",
         "Branches: create, branch, list, restore, reset, archive, detach-ancestor, delete…",
     ),
+    "branch": ("timeline", "The same as timeline."),
     "import": ("import_cluster", "Bring in an existing cluster: a data directory, or a running server."),
     "endpoint": ("endpoint", "Endpoints: create, start, stop, list, delete."),
     "export": ("export", "Write a branch as a data directory or tar for plain PostgreSQL."),
@@ -39,6 +40,13 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "doctor": ("doctor", "Check this machine and the installation."),
 }
 """Name -> module of `excimer.cli.commands` (group of the same name, or holder of the command), help."""
+
+
+NEAR: Final = 0.7
+"""How alike a wrong command and one that is suggested are: `tenantt` and `tenant`, not `bogus` and `logs`."""
+
+GROUPS: Final = ("tenant", "timeline", "branch", "endpoint", "pg")
+"""Those that are groups of commands; the others are one command of their module."""
 
 
 class LazyGroup(TyperGroup):
@@ -61,7 +69,7 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1, cutoff=NEAR)
             ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
         return super().resolve_command(ctx, args)
 
@@ -72,15 +80,16 @@ class LazyGroup(TyperGroup):
 
 def _load(name: str, module_name: str, help_text: str) -> Any:
     group = typer.main.get_group(importlib.import_module(f"excimer.cli.commands.{module_name}").app)
-    command: Any = group.commands.get(name, group) if name != module_name or name in group.commands else group
+    command: Any = group if name in GROUPS else group.commands[name]
     command.name = name
-    command.help = command.help or help_text
+    command.help = help_text if name == "branch" else command.help or help_text
     return command
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(context: typer.Context, wanted: bool) -> None:
     if wanted:
-        print(f"excimer {excimer.__version__}")
+        as_json = context.params.get("as_json")
+        print(json.dumps({"version": excimer.__version__}) if as_json else f"excimer {excimer.__version__}")
         raise typer.Exit
 
 
@@ -102,14 +111,13 @@ def root(
         Path | None,
         typer.Option(
             "--dir",
-            help=f"State directory; default: ${DIRECTORY_VARIABLE}, else {DEFAULT_DIRECTORY}.",
+            help=f"State directory; default: ${DIRECTORY_VARIABLE}, else {DEFAULT_DIRECTORY} here or above.",
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write results as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", is_eager=True, help="Write results as JSON.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    chosen = directory or Path(os.environ.get(DIRECTORY_VARIABLE) or DEFAULT_DIRECTORY)
-    context.obj = Session(chosen.absolute(), as_json)
+    context.obj = Session(directory.absolute() if directory else find_directory(), as_json)

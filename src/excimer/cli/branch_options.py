@@ -2,13 +2,27 @@
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
+from excimer.cli.completion import complete_branch, complete_endpoint, complete_tenant
 from excimer.cli.errors import UsageError
+from excimer.cli.moments import EXAMPLES, MomentError, parse_moment
 
-TenantOption = Annotated[str | None, typer.Option("--tenant", help="Tenant; default: the default one.")]
+POINT_HELP: Final = "LSN (0/16B3748) or time (2026-01-31T12:00:00Z, -5m, yesterday 14:00; zone: local)"
+
+TenantOption = Annotated[
+    str | None,
+    typer.Option("--tenant", help="Tenant; default: the default one.", autocompletion=complete_tenant),
+]
+TenantArgument = Annotated[str, typer.Argument(help="Name or id.", autocompletion=complete_tenant)]
+BranchArgument = Annotated[
+    str, typer.Argument(help="Name or id of the branch.", autocompletion=complete_branch)
+]
+EndpointArgument = Annotated[
+    str, typer.Argument(help="Name of the endpoint.", autocompletion=complete_endpoint)
+]
 
 _LSN = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}\Z")
 
@@ -20,9 +34,7 @@ def branch_point(at: str | None) -> dict[str, str]:
     if _LSN.match(at):
         return {"at_lsn": at}
     try:
-        moment = datetime.fromisoformat(at).astimezone(UTC)
-    except (ValueError, OverflowError) as error:  # the latter: in UTC the year is 0 or 10000
-        raise UsageError(
-            f"{at!r} is neither an LSN like 0/16B3748 nor a time like 2026-01-31T12:00:00Z"
-        ) from error
+        moment = parse_moment(at, datetime.now(UTC).astimezone())
+    except MomentError as error:
+        raise UsageError(f"{at!r} is neither an LSN like 0/16B3748 nor a time like {EXAMPLES}") from error
     return {"at_timestamp": moment.isoformat()}

@@ -19,6 +19,8 @@ _WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
 def run(arguments: list[str]) -> int:
     """The exit code of a command whose arguments these are; what it says is written."""
     arguments = common_options_first(arguments)
+    if os.environ.get("NO_COLOR"):  # Typer's help leaves its bold letters otherwise
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
     as_json = "--json" in arguments
     try:
         code = app(arguments, prog_name="excimer", standalone_mode=False)

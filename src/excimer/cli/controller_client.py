@@ -21,9 +21,10 @@ class ControllerBusyError(RetryableError):
 
 
 class ControllerClient:
-    def __init__(self, installation: Installation) -> None:
+    def __init__(self, installation: Installation, limit_s: float = CALL_TIMEOUT_S) -> None:
         self._address = installation.controller_address
         self._token = installation.admin_token()
+        self._limit_s = limit_s
 
     def get(self, *parts: str, query: dict[str, str] | None = None) -> Any:
         return self._call("GET", parts, None, query)
@@ -43,7 +44,7 @@ class ControllerClient:
     def _call(
         self, method: str, parts: tuple[str, ...], body: object, query: dict[str, str] | None = None
     ) -> Any:
-        connection = http.client.HTTPConnection(self._address, timeout=CALL_TIMEOUT_S)
+        connection = http.client.HTTPConnection(self._address, timeout=self._limit_s)
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
         path = "/v1" + "".join("/" + quote(part, safe="/") for part in parts)
         if query:
@@ -53,7 +54,7 @@ class ControllerClient:
             answer = connection.getresponse()
             status, content = answer.status, answer.read()
         except TimeoutError as error:
-            raise ControllerBusyError(f"the controller did not answer within {CALL_TIMEOUT_S:g} s") from error
+            raise ControllerBusyError(f"the controller did not answer within {self._limit_s:g} s") from error
         except (OSError, http.client.HTTPException) as error:
             raise NotRunningError("the controller does not run: start it with `excimer start`") from error
         finally:

@@ -24,11 +24,11 @@ import msgspec
 
 from excimer.base.ids import NodeId
 from excimer.cli.errors import StateDirectoryError
+from excimer.cli.session import CONFIG_NAME as CONFIG_NAME
 from excimer.io.private_files import make_private_dir, touch_private, write_private
 from excimer.service.settings import SettingsError, load_settings, save_settings
 
 CONFIG_VERSION: Final = 1
-CONFIG_NAME: Final = "config.toml"
 OWN_ENTRIES: Final = (
     *(CONFIG_NAME, "keys", "broker", "controller", "pageserver", "object_store"),
     *("safekeepers", "endpoints", "run", "logs"),

@@ -35,7 +35,11 @@ from excimer.service.settings import save_settings
 
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 10.0
-ENDPOINT_STOP_LIMIT_S: Final = 60.0
+ENDPOINT_STOP_LIMIT_S: Final = 8.0
+"""A manager ends by itself, hard if need be, after 5 s."""
+
+HALTED_LIMIT_S: Final = 1.0
+"""How long a process that somebody has stopped (SIGSTOP) is waited for: it cannot end by itself."""
 KILL_LIMIT_S: Final = 10.0
 POLL_S: Final = 0.02
 BUSY_LIMIT_S: Final = 90.0
@@ -62,6 +66,7 @@ class HealthAnswer(msgspec.Struct, frozen=True):
     """What of `/healthz` is used here."""
 
     pid: int
+    problems: dict[str, str] = {}
     warnings: dict[str, str] = {}
     settings: str = ""
     restart_pending: str = ""
@@ -71,7 +76,7 @@ class Probed(NamedTuple):
     status: int
     """0 when nobody, or another process, answers."""
     warnings: list[str]
-    """What to look at although the part does its work."""
+    """What is to be looked at: why a part is not well, and what is wrong although it does its work."""
     facts: dict[str, str]
     """What a compute says of its settings, see `excimer.compute.settings_keeper`."""
 
@@ -288,11 +293,20 @@ def _signal(record: ProcessRecord, number: signal.Signals) -> None:
 
 
 def _wait_gone(record: ProcessRecord, deadline: float) -> bool:
+    halted_until = time.monotonic() + HALTED_LIMIT_S
     while record.is_alive():
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline or (now > halted_until and _is_halted(record.pid)):
             return False
         time.sleep(POLL_S)
     return True
+
+
+def _is_halted(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):
+        return False
 
 
 def probe(http_address: str, pid: int | None) -> int:
@@ -317,7 +331,8 @@ def probe_health(http_address: str, pid: int | None) -> Probed:
         return Probed(0, [], {})
     return Probed(
         answer.status,
-        [f"{about} is {warning}" for about, warning in sorted(body.warnings.items())],
+        [f"{about}: {problem}" for about, problem in sorted(body.problems.items())]
+        + [f"{about} is {warning}" for about, warning in sorted(body.warnings.items())],
         {"settings": body.settings, "restart_pending": body.restart_pending},
     )
 

@@ -56,6 +56,20 @@ def parse(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and "event" in value else None
 
 
+def as_json_line(line: str) -> str:
+    """A line of ours as it is; another one as the event of an object."""
+    return line if parse(line) is not None else json.dumps({"event": line})
+
+
+def failure(path: Path) -> str | None:
+    """Why the part of a log is over, if an error was its last word; None after a clean stop."""
+    spoken = [line for line in tail(path, 20) if line.strip()]
+    fields = parse(spoken[-1]) if spoken else None
+    if fields is None or fields.get("level") != "error":
+        return None
+    return _sentence(fields)
+
+
 def pretty(line: str) -> str:
     """``12:00:00 info    timeline opened timeline_id=…``; other lines as they are."""
     fields = parse(line)

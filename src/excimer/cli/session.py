@@ -4,15 +4,18 @@ Options that every command understands (`--json`, `--dir`) may stand anywhere on
 `common_options_first` moves them before the command, where they are declared.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import typer
+
+from excimer.cli.moments import is_dashed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,18 +26,26 @@ DIRECTORY_VARIABLE: Final = "EXCIMER_DIR"
 PIPE_WIDTH: Final = 250
 """Columns when nobody looks: a table in a pipe or file is not cut to a terminal's width."""
 
+CONFIG_NAME: Final = "config.toml"
+"""The file that makes a directory an installation."""
+
 FLAGS: Final = ("--json",)
 VALUED: Final = ("--dir",)
+FOREIGN: Final = ["pg", "exec"]
 
 
 def common_options_first(arguments: Sequence[str]) -> list[str]:
-    """``start --json`` -> ``--json start``. What follows ``--`` belongs to another program and stays."""
+    """``start --json`` -> ``--json start``. What follows ``--`` or ``pg exec`` belongs to another program and
+    stays. A moment that looks like options is told apart from them: ``-5m`` -> ``now-5m``.
+    """
     common: list[str] = []
     rest: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
-        if argument == "--":
+        if argument == "--" or rest[:2] == FOREIGN:
             rest += [argument, *waiting]
+        elif is_dashed(argument):
+            rest.append(f"now{argument}")
         elif argument in FLAGS or argument.startswith(tuple(f"{name}=" for name in VALUED)):
             common.append(argument)
         elif argument in VALUED:
@@ -42,6 +53,28 @@ def common_options_first(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     return common + rest
+
+
+def find_directory() -> Path:
+    """The installation that is meant when none is named: ``$EXCIMER_DIR``; else ``.excimer`` here or in the
+    nearest directory above that has one and is ours; else, to be made, ``.excimer`` here.
+    """
+    named = os.environ.get(DIRECTORY_VARIABLE)
+    if named:
+        return Path(named).absolute()
+    here = Path.cwd()
+    for place in (here, *here.parents):
+        found = place / DEFAULT_DIRECTORY
+        with suppress(OSError):
+            # Somebody else's, in /tmp say, would run with that person's choice of everything.
+            if (found / CONFIG_NAME).stat().st_uid == os.geteuid():
+                return found
+    return here / DEFAULT_DIRECTORY
+
+
+def is_styled(stream: TextIO) -> bool:
+    """Whether colours, bold and the like belong on a stream: on a terminal, unless ``NO_COLOR`` is set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 @dataclass
@@ -72,7 +105,12 @@ class Session:
         from rich.console import Console
 
         stream = sys.stderr if stderr else sys.stdout
-        return Console(stderr=stderr, soft_wrap=True, width=None if stream.isatty() else PIPE_WIDTH)
+        return Console(
+            stderr=stderr,
+            soft_wrap=True,
+            width=None if stream.isatty() else PIPE_WIDTH,
+            color_system="auto" if is_styled(stream) else None,
+        )
 
     def note(self, sentence: str) -> None:
         """A remark beside the result, on standard error; silent with --json."""
@@ -94,7 +132,7 @@ class Session:
         """A step that was timed elsewhere."""
         if self.as_json:
             return
-        green, dim, plain = ("\x1b[32m", "\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
+        green, dim, plain = ("\x1b[32m", "\x1b[2m", "\x1b[0m") if is_styled(sys.stdout) else ("", "", "")
         print(f"{green}✓{plain} {what:<44} {dim}{elapsed_s:6.2f} s{plain}", flush=True)
 
 

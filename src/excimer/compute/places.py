@@ -30,14 +30,21 @@ def find_places(endpoint_dir: Path) -> ComputePlaces:
 
     Makes the directories around them, not the data directory itself.
     """
+    places = locate_places(endpoint_dir)
+    make_owned_dir(places.data_dir.parent)
+    make_owned_dir(places.socket_dir)
+    return places
+
+
+def locate_places(endpoint_dir: Path) -> ComputePlaces:
+    """The same without making anything."""
     endpoint_dir = endpoint_dir.resolve()
     name = hashlib.sha256(bytes(endpoint_dir)).hexdigest()[:16]
     if unprivileged_user() is None or is_passable(endpoint_dir):
         run_dir = endpoint_dir / "run"
     else:
         run_dir = cache_directory() / "computes" / name
-    make_owned_dir(run_dir)
-    socket_dir = make_owned_dir(Path(tempfile.gettempdir()) / f"excimer-{name}")
+    socket_dir = Path(tempfile.gettempdir()) / f"excimer-{name}"
     return ComputePlaces(
         data_dir=run_dir / "pgdata",
         arena=run_dir / "arena",

@@ -128,6 +128,8 @@ class Manager:
             event = await self._events.get()
             effects = self._endpoint.step(event)
             self._health.ready = self._endpoint.state is State.RUNNING
+            if self._health.ready:
+                self._health.report("postgres", None)
 
     async def _carry_out(self, scope: TaskScope, effect: Launch | StopAttempt | Wait) -> None:
         match effect:
@@ -142,6 +144,7 @@ class Manager:
                     await self._attempt.stop()
             case Wait(delay_s, reason):
                 log.warning("postgres will be started afresh", reason=reason, delay_s=delay_s)
+                self._health.report("postgres", reason)
                 scope.start("delay", self._report_delay(delay_s))
 
     async def _renew_tokens(self) -> None:

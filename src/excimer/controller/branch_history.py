@@ -17,7 +17,7 @@ import msgspec
 
 from excimer.base.ids import TimelineId
 from excimer.base.lsn import Lsn
-from excimer.controller.core import ARCHIVE_STATES, IncompleteError, check_in_service, check_name
+from excimer.controller.core import ARCHIVE_STATES, IncompleteError, check_branch_name, check_in_service
 from excimer.controller.model import (
     BadRequestError,
     Endpoint,
@@ -79,7 +79,7 @@ def plan_replacement(
     that goes, if nothing needs it.
     """
     if kept_as is not None:
-        check_name(kept_as, "branch", slash=True)
+        check_branch_name(kept_as)
         if any(timeline.name == kept_as and timeline.state != "deleting" for timeline in timelines):
             raise NameTakenError(f"there is already a branch {kept_as!r}")
     return msgspec.structs.replace(

@@ -6,9 +6,11 @@ the user sees.
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from excimer.base.branch_names import branch_name_fault
 from excimer.base.errors import ConflictError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn
@@ -34,7 +36,7 @@ PG_VERSIONS: Final = range(14, 19)
 SUGGESTION_CUTOFF: Final = 0.6
 ID_PREFIX_LENGTH_MIN: Final = 4
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}\Z")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _ID_LIKE = re.compile(r"[0-9a-f]{32}\Z")
 
 
@@ -56,12 +58,18 @@ SHOWN_SIZE_MAX = 80
 """How much of a wrong name is repeated."""
 
 
-def check_name(name: str, what: str, *, slash: bool = False) -> None:
-    """Raises `BadRequestError` unless `name` can be the name of a `what`; branches may have slashes."""
+def check_branch_name(name: str) -> None:
+    """Raises `BadRequestError` that says why `name` cannot be a branch's."""
+    fault = branch_name_fault(name)
+    if fault is not None:
+        raise BadRequestError(f"{name[:SHOWN_SIZE_MAX]!r} cannot be a branch name: it {fault}")
+
+
+def check_name(name: str, what: str) -> None:
+    """Raises `BadRequestError` unless `name` can be the name of a `what`."""
     said = f"{name[:SHOWN_SIZE_MAX]!r} cannot be {'an' if what[0] in 'aeiou' else 'a'} {what} name"
-    if _NAME.match(name) is None or ("/" in name and not slash) or name.endswith("/") or "//" in name:
-        allowed = "letters, digits, '.', '_', '-'" + (", '/'" if slash else "")
-        raise BadRequestError(f"{said}: use 1-63 of {allowed}, a letter or digit first")
+    if _NAME.match(name) is None:
+        raise BadRequestError(f"{said}: use 1-63 of letters, digits, '.', '_', '-', a letter or digit first")
     if _ID_LIKE.match(name):
         raise BadRequestError(f"{said}: it looks like an id")
 
@@ -164,7 +172,7 @@ def plan_timeline(
     now: float,
 ) -> Timeline:
     """A new timeline among the tenant's: with an ancestor a branch of it, without one a fresh cluster."""
-    check_name(name, "branch", slash=True)
+    check_branch_name(name)
     check_pg_version(pg_version)
     if any(timeline.name == name and timeline.state != "deleting" for timeline in timelines):
         raise NameTakenError(f"there is already a branch {name!r} in tenant {tenant.name!r}")
@@ -190,7 +198,7 @@ def check_in_service(timeline: Timeline) -> None:
     if timeline.state in ARCHIVE_STATES:
         raise BranchArchivedError(
             f"branch {timeline.name!r} is archived: unarchive it first "
-            f"(excimer timeline unarchive {timeline.name})"
+            f"(excimer timeline unarchive {shlex.quote(timeline.name)})"
         )
     if timeline.state not in ("active", "detaching"):
         raise IncompleteError(f"branch {timeline.name!r} is still being created: try again")

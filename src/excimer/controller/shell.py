@@ -313,17 +313,17 @@ class Controller:
         branch: str,
         *,
         mode: EndpointMode,
-        lsn: Lsn | None,
+        at: Lsn | str | None,
         pg_version: int | None,
         ports: tuple[int, int],
         postgres_settings: dict[str, str],
     ) -> Endpoint:
+        """`at`: the LSN or the time (RFC 3339) that a static endpoint shows; None for a primary."""
         tenant = await self.find_tenant(tenant_reference)
         async with self._lock(tenant.tenant_id):
             timeline = await self.find_branch(tenant.tenant_id, branch)
             core.check_in_service(timeline)
-            if lsn is not None:
-                lsn = await self._points.find(tenant, timeline, lsn)
+            lsn = None if at is None else await self._points.find(tenant, timeline, at)
             settings = await self.settings.check(timeline.pg_version, postgres_settings)
             endpoint = core.plan_endpoint(
                 await self._db(self._store.list_endpoints),

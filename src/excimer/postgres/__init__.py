@@ -9,6 +9,7 @@ Not here: running a server (`excimer.compute`) and the redo workers (`excimer.st
 """
 
 from excimer.postgres.build import (
+    DEFAULT_VERSION,
     SUPPORTED_VERSIONS,
     BuildFeatures,
     BuildUnusableError,
@@ -21,6 +22,7 @@ from excimer.postgres.installation import install_build
 from excimer.postgres.redo_extension import redo_extension
 
 __all__ = [
+    "DEFAULT_VERSION",
     "SUPPORTED_VERSIONS",
     "BuildFeatures",
     "BuildUnusableError",

@@ -20,6 +20,7 @@ from excimer.cli.commands.tenant import parse_settings
 from excimer.cli.errors import UsageError, exit_code_of
 from excimer.cli.session import common_options_first
 from excimer.export.ownership import Owner
+from excimer.storage.format.tenant_settings import TenantSettingsError
 
 
 def excimer(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -41,6 +42,13 @@ def excimer(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[st
         (["start", "--dir=/x"], ["--dir=/x", "start"]),
         (["psql", "main", "--", "--json", "--dir", "y"], ["psql", "main", "--", "--json", "--dir", "y"]),
         (["start", "--dir"], ["--dir", "start"]),
+        (["timeline", "lsn-at", "main", "-1h", "--json"], ["--json", "timeline", "lsn-at", "main", "now-1h"]),
+        (["timeline", "branch", "--at", "-90s"], ["timeline", "branch", "--at", "now-90s"]),
+        (["psql", "--", "-5m"], ["psql", "--", "-5m"]),
+        (
+            ["--json", "pg", "exec", "18", "x", "--json", "-5m"],
+            ["--json", "pg", "exec", "18", "x", "--json", "-5m"],
+        ),
         ([], []),
     ],
 )
@@ -155,10 +163,17 @@ def test_what_no_export_can_be_is_refused(out: str) -> None:
 
 
 def test_settings_are_finite_numbers() -> None:
-    assert parse_settings(["a=1", "b=1.5", "c="]) == {"a": 1, "b": 1.5, "c": None}
+    given = ["compaction_threshold=1", "gc_period_s=1.5", "pitr_interval_s="]
+    assert parse_settings(given) == {"compaction_threshold": 1, "gc_period_s": 1.5, "pitr_interval_s": None}
     for text in ("nan", "inf", "-inf", "1e999", "x", "--1"):
-        with pytest.raises(UsageError, match="is not a number"):
-            parse_settings([f"a={text}"])
+        with pytest.raises(TenantSettingsError, match="gc_period_s is a number, not"):
+            parse_settings([f"gc_period_s={text}"])
+    for text in ("a=b", "a=1"):
+        with pytest.raises(TenantSettingsError, match="there is no tenant setting 'a'"):
+            parse_settings([text])
+    for text in ("a", "=1"):
+        with pytest.raises(UsageError, match="write NAME=VALUE"):
+            parse_settings([text])
 
 
 def test_branch_points(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +183,10 @@ def test_branch_points(monkeypatch: pytest.MonkeyPatch) -> None:
     assert branch_point("0/16B3748") == {"at_lsn": "0/16B3748"}
     assert branch_point("2026-01-31T12:00:00Z") == {"at_timestamp": "2026-01-31T12:00:00+00:00"}
     assert branch_point("2026-01-31 12:00") == {"at_timestamp": "2026-01-31T10:00:00+00:00"}
+    for text in ("-5m", "now-5m", "yesterday 14:00"):
+        assert list(branch_point(text)) == ["at_timestamp"]
     edges = ("0001-01-01", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00")
-    for text in ("yesterday", "16B3748", "0/", "2026-13-01", *edges):
+    for text in ("yesteryear", "16B3748", "0/", "2026-13-01", *edges):
         with pytest.raises(UsageError, match="neither an LSN"):
             branch_point(text)
     monkeypatch.undo()

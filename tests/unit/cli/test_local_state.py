@@ -14,6 +14,7 @@ import pytest
 from excimer.base.errors import ExcimerError
 from excimer.cli import local_processes
 from excimer.cli.commands.installation import make_installation
+from excimer.cli.endpoint_remains import remove_remains
 from excimer.cli.errors import BusyError, ProcessFailedError, StateDirectoryError, StillRunningError
 from excimer.cli.installation import (
     PORTS,
@@ -34,8 +35,10 @@ from excimer.cli.local_processes import (
 )
 from excimer.cli.log_lines import last_error, pretty, tail
 from excimer.cli.session import Session
+from excimer.compute.places import find_places
 from excimer.pageserver.settings import PageserverSettings
 from excimer.service.settings import Settings
+from tests.kit.directories import reachable_directory
 
 SERVICE = """
 import asyncio, sys
@@ -307,3 +310,31 @@ def test_children_find_this_excimer() -> None:
     import excimer
 
     assert shown.stdout.strip() == excimer.__file__
+
+
+def test_a_process_that_somebody_has_halted_is_not_waited_for(installation: Installation) -> None:
+    part = part_of(installation)
+    start_parts(installation, [part], lambda *_: None)
+    process = find_process(installation, "small", part.lock_dir)
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    assert stop(installation, part, limit_s=60) == ["small"]
+    assert time.monotonic() - begun < 10
+    assert not process.is_alive()
+
+
+def test_what_a_killed_compute_left_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with reachable_directory() as endpoint, reachable_directory() as temporary:
+        monkeypatch.setattr("tempfile.tempdir", str(temporary))
+        remove_remains(endpoint)
+        assert not list(endpoint.iterdir()), "nothing is made where nothing was"
+        places = find_places(endpoint)
+        places.data_dir.mkdir()
+        (places.data_dir / "base").touch()
+        places.arena.touch()
+        left = subprocess.Popen(["sleep", "100"], cwd=places.data_dir)
+        remove_remains(endpoint)
+        assert left.wait(10) == -signal.SIGKILL
+        assert not list(temporary.iterdir())
+        assert not list(places.data_dir.parent.iterdir())

@@ -78,7 +78,7 @@ async def controller(directory: Path) -> AsyncIterator[Controller]:
                 "shop",
                 "main",
                 mode="primary",
-                lsn=None,
+                at=None,
                 pg_version=None,
                 ports=(5000 + number, 6000 + number),
                 postgres_settings={},

@@ -134,7 +134,7 @@ def test_every_operation_refuses_the_future_in_the_same_way(tmp_path: Path) -> N
                 "",
                 "main",
                 mode="static",
-                lsn=future,
+                at=future,
                 pg_version=None,
                 ports=(5000, 5001),
                 postgres_settings={},

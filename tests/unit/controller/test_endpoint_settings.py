@@ -55,7 +55,7 @@ async def create(world: World, name: str, number: int, settings: dict[str, str])
         "shop",
         "main",
         mode="primary",
-        lsn=None,
+        at=None,
         pg_version=None,
         ports=(5000 + number, 6000 + number),
         postgres_settings=settings,

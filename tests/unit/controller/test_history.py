@@ -54,7 +54,7 @@ async def endpoint(world: World, name: str, branch: str, port: int, lsn: int | N
         "",
         branch,
         mode="primary" if lsn is None else "static",
-        lsn=None if lsn is None else Lsn(START_LSN + lsn),
+        at=None if lsn is None else Lsn(START_LSN + lsn),
         pg_version=None,
         ports=(port, port + 1),
         postgres_settings={},

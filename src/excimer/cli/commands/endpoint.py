@@ -1,4 +1,4 @@
-"""`excimer endpoint create | start | stop | list | delete`: computes on branches."""
+"""`excimer endpoint create | start | stop | restart | list | show | logs | delete`: computes on branches."""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -7,9 +7,13 @@ import typer
 
 from excimer.base.errors import ConflictError
 from excimer.base.lsn import InvalidLsnError, parse_lsn
+from excimer.cli.branch_options import POINT_HELP, EndpointArgument, branch_point
 from excimer.cli.commands.endpoint_config import config, parse_assignments
+from excimer.cli.commands.logs import FollowOption, LinesOption, show_log
+from excimer.cli.completion import complete_branch, complete_tenant
 from excimer.cli.controller_client import ControllerClient
-from excimer.cli.errors import StillRunningError, UsageError
+from excimer.cli.endpoint_remains import remove_remains
+from excimer.cli.errors import NotRunningError, StillRunningError, UsageError
 from excimer.cli.installation import (
     HOST,
     Installation,
@@ -24,7 +28,8 @@ from excimer.cli.local_processes import (
     exclusive,
     find_process,
     launch_parts,
-    probe,
+    log_path,
+    probe_health,
     stop_parts,
     wait_for_parts,
 )
@@ -41,8 +46,7 @@ app.command()(config)
 SUPERUSER: Final = "postgres"
 DATABASE: Final = "postgres"
 PORT_ATTEMPTS: Final = 5
-
-NameArgument = Annotated[str, typer.Argument(help="Name of the endpoint.")]
+POSTGRES_LOG_NAME: Final = "postgres.log"
 
 
 def url_of(endpoint: dict[str, Any]) -> str:
@@ -52,18 +56,29 @@ def url_of(endpoint: dict[str, Any]) -> str:
 @app.command()
 def create(
     context: typer.Context,
-    name: NameArgument,
-    branch_name: Annotated[str, typer.Option("--branch-name", help="Branch it serves.")] = "main",
+    name: EndpointArgument,
+    branch_name: Annotated[
+        str, typer.Option("--branch-name", help="Branch it serves.", autocompletion=complete_branch)
+    ] = "main",
     pg_version: Annotated[
         int | None, typer.Option(help="Must be the branch's; a check, not a choice.", show_default=False)
     ] = None,
     lsn: Annotated[
         str | None, typer.Option(help="Read-only, showing the branch at this LSN.", show_default=False)
     ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", help=f"Read-only, showing the branch then: {POINT_HELP}.", show_default=False),
+    ] = None,
     pg_port: Annotated[
         int | None, typer.Option(help="PostgreSQL's port; default: a free one.", show_default=False)
     ] = None,
-    tenant: Annotated[str, typer.Option(help="Tenant; default: the default one.", show_default=False)] = "",
+    tenant: Annotated[
+        str,
+        typer.Option(
+            help="Tenant; default: the default one.", show_default=False, autocompletion=complete_tenant
+        ),
+    ] = "",
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,12 +90,16 @@ def create(
     session = session_of(context)
     if lsn is not None:
         check_lsn(lsn)
+    point = branch_point(at) if lsn is None else {"at_lsn": lsn}
+    if lsn is not None and at is not None:
+        raise UsageError("--lsn and --at exclude each other")
     body = {
         "name": name,
         "tenant": tenant,
         "branch": branch_name,
-        "mode": "primary" if lsn is None else "static",
-        "lsn": lsn,
+        "mode": "static" if point else "primary",
+        "lsn": point.get("at_lsn"),
+        "at_timestamp": point.get("at_timestamp"),
         "pg_version": pg_version,
         "postgres_settings": parse_assignments(settings or [], "--set"),
     }
@@ -119,7 +138,7 @@ def create_endpoint(installation: Installation, body: dict[str, Any], pg_port: i
 
 
 @app.command()
-def start(context: typer.Context, name: NameArgument) -> None:
+def start(context: typer.Context, name: EndpointArgument) -> None:
     """Start an endpoint and wait until PostgreSQL answers."""
     session = session_of(context)
     begun = time.monotonic()
@@ -170,7 +189,7 @@ def _process_of(installation: Installation, name: str) -> ProcessRecord | None:
 @app.command()
 def stop(
     context: typer.Context,
-    name: NameArgument,
+    name: EndpointArgument,
     destroy: Annotated[
         bool, typer.Option("--destroy", help="Also delete the endpoint; the branch stays.")
     ] = False,
@@ -200,7 +219,9 @@ def stop_endpoint(session: Session, installation: Installation, name: str, *, im
     """Whether it ran."""
     part = Running(endpoint_part_name(name), installation.endpoint_dir(name), ENDPOINT_STOP_LIMIT_S)
     with exclusive(installation, session.note):
-        return bool(stop_parts(installation, [part], session.done, immediate=immediate))
+        was_running = bool(stop_parts(installation, [part], session.done, immediate=immediate))
+        remove_remains(installation.endpoint_dir(name))
+    return was_running
 
 
 def delete_endpoint(installation: Installation, client: ControllerClient, name: str) -> None:
@@ -217,20 +238,32 @@ def list_endpoints(context: typer.Context) -> None:
     """List endpoints with their states and URLs."""
     session = session_of(context)
     installation = load_installation(session.directory)
-    endpoints = ControllerClient(installation).get("endpoints")["endpoints"]
-    rows = []
-    for row in endpoints:
-        state = state_of(installation, row)
-        reason = end_of(installation, row) if state == "ended" else None
-        rows.append(row | {"state": state, "reason": reason, "url": url_of(row)})
+    client = ControllerClient(installation)
+    tenants = tenant_names(client)
+    rows = [
+        row
+        | state_of(installation, row)
+        | {"url": url_of(row), "tenant": tenants.get(row["tenant_id"], row["tenant_id"])}
+        for row in client.get("endpoints")["endpoints"]
+    ]
     session.answer({"endpoints": rows}, lambda console: _show_endpoints(console, rows))
 
 
-def state_of(installation: Installation, endpoint: dict[str, Any]) -> str:
+def state_of(installation: Installation, endpoint: dict[str, Any]) -> dict[str, Any]:
+    """``state``: running, starting, stopped, ended (by itself, for `reason`); and what `problems` it has."""
     process = _process_of(installation, endpoint["name"])
     if process is None:
-        return "stopped" if end_of(installation, endpoint) is None else "ended"
-    return "running" if probe(f"{HOST}:{endpoint['http_port']}", process.pid) == HTTP_OK else "starting"
+        reason = end_of(installation, endpoint)
+        state = "stopped" if reason is None else "ended"
+        return {"state": state, "pid": None, "reason": reason, "problems": [], "restart_pending": []}
+    probed = probe_health(f"{HOST}:{endpoint['http_port']}", process.pid)
+    return {
+        "state": "running" if probed.status == HTTP_OK else "starting",
+        "pid": process.pid,
+        "reason": None,
+        "problems": probed.warnings,
+        "restart_pending": [name for name in probed.facts.get("restart_pending", "").split(",") if name],
+    }
 
 
 def end_of(installation: Installation, endpoint: dict[str, Any]) -> str | None:
@@ -241,19 +274,18 @@ def end_of(installation: Installation, endpoint: dict[str, Any]) -> str | None:
 
 
 def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from excimer.cli.tables import plain_table
 
     if not rows:
         console.print("no endpoints yet: excimer endpoint create NAME")
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("endpoint", "branch", "state", "mode", "pg", "url"):
-        table.add_column(heading, overflow="fold")
+    table = plain_table("endpoint", "tenant", "branch", "state", "mode", "pg", "url")
     for row in rows:
         color = {"running": "green", "stopped": "dim", "ended": "red"}.get(row["state"], "yellow")
         mode = row["mode"] + (f" @{row['lsn']}" if row["lsn"] else "")
         table.add_row(
             row["name"],
+            row["tenant"],
             row["branch"],
             f"[{color}]{row['state']}[/{color}]",
             mode,
@@ -266,8 +298,104 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
             console.print(f"endpoint {row['name']} ended: {row['reason']}", markup=False)
 
 
+def tenant_names(client: ControllerClient) -> dict[str, str]:
+    """By id."""
+    return {row["tenant_id"]: row["name"] for row in client.get("tenants")["tenants"]}
+
+
 @app.command()
-def delete(context: typer.Context, name: NameArgument) -> None:
+def show(context: typer.Context, name: EndpointArgument) -> None:
+    """Show all of an endpoint: where it is, how it is, its settings."""
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    client = ControllerClient(installation)
+    endpoint = client.get("endpoints", name)
+    value = (
+        endpoint
+        | state_of(installation, endpoint)
+        | {
+            "tenant": tenant_names(client).get(endpoint["tenant_id"], endpoint["tenant_id"]),
+            "url": url_of(endpoint),
+            "postgres_log": str(installation.endpoint_dir(name) / POSTGRES_LOG_NAME),
+        }
+    )
+    session.answer(value, lambda console: _show_endpoint(console, value))
+
+
+def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    from excimer.cli.tables import plain_table
+
+    pending = value["restart_pending"]
+    rows = [
+        ("endpoint", value["name"]),
+        ("state", ": ".join([value["state"], *filter(None, [value["reason"]]), *value["problems"]])),
+        ("url", value["url"]),
+        ("tenant", value["tenant"]),
+        ("branch", value["branch"]),
+        ("mode", value["mode"] + (f" at {value['lsn']}" if value["lsn"] else "")),
+        ("PostgreSQL", str(value["pg_version"])),
+        ("process", str(value["pid"] or "")),
+        ("made", value["created_at"][:19].replace("T", " ") + " UTC"),
+        ("log", value["postgres_log"]),
+        *(
+            (
+                each,
+                value["postgres_settings"].get(each, "(default)") + (" (after restart)" * (each in pending)),
+            )
+            for each in sorted({*value["postgres_settings"], *pending})
+        ),
+    ]
+    table = plain_table("", "")
+    table.show_header = False
+    for heading, said in rows:
+        table.add_row(Text(heading), Text(said))
+    console.print(table)
+
+
+@app.command()
+def restart(
+    context: typer.Context,
+    name: EndpointArgument,
+    immediate: Annotated[bool, typer.Option("--immediate", help="Kill at once; no commit is lost.")] = False,
+) -> None:
+    """Stop an endpoint if it runs, and start it: settings that wait for a new start are then in force."""
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    begun = time.monotonic()
+    ControllerClient(installation).get("endpoints", name, "spec")  # what cannot start is not stopped
+    was_running = stop_endpoint(session, installation, name, immediate=immediate)
+    endpoint, _ = start_endpoint(session, installation, name)
+    url = url_of(endpoint)
+    elapsed_s = round(time.monotonic() - begun, 3)
+    session.say(url, endpoint | {"url": url, "was_running": was_running, "elapsed_s": elapsed_s})
+
+
+@app.command("logs")
+def show_logs(
+    context: typer.Context,
+    name: EndpointArgument,
+    postgres: Annotated[
+        bool, typer.Option("--postgres", help="PostgreSQL's own log instead of its manager's.")
+    ] = False,
+    follow: FollowOption = False,
+    lines: LinesOption = 100,
+) -> None:
+    """Show the last lines of an endpoint's log: its manager's, or PostgreSQL's own."""
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    path = log_path(installation, endpoint_part_name(name))
+    if postgres:
+        path = installation.endpoint_dir(name) / POSTGRES_LOG_NAME
+    if not path.exists():
+        ControllerClient(installation).get("endpoints", name)
+        raise NotRunningError(f"endpoint {name} has not run yet: excimer endpoint start {name}")
+    show_log(session, path, lines, follow=follow)
+
+
+@app.command()
+def delete(context: typer.Context, name: EndpointArgument) -> None:
     """Delete an endpoint that does not run; the branch stays."""
     session = session_of(context)
     installation = load_installation(session.directory)

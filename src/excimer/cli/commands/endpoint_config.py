@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from excimer.cli.branch_options import EndpointArgument
+from excimer.cli.completion import complete_setting
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
 from excimer.cli.installation import HOST, Installation, endpoint_part_name, load_installation
@@ -35,7 +37,7 @@ class Action(StrEnum):
 
 def config(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Name of the endpoint.")],
+    name: EndpointArgument,
     action: Annotated[Action, typer.Argument(help="What to do with its settings.")] = Action.LIST,
     arguments: Annotated[
         list[str] | None,
@@ -43,6 +45,7 @@ def config(
             metavar="[NAME=VALUE]... | [NAME]...",
             help="To set: work_mem=64MB; to unset: work_mem.",
             show_default=False,
+            autocompletion=complete_setting,
         ),
     ] = None,
     unset_all: Annotated[bool, typer.Option("--all", help="Unset all of them.")] = False,
@@ -158,15 +161,14 @@ def sentence_of(name: str, answer: dict[str, Any]) -> str:
 
 
 def _show(console: "Console", name: str, answer: dict[str, Any]) -> None:
-    from rich.table import Table
     from rich.text import Text
+
+    from excimer.cli.tables import plain_table
 
     if not answer["settings"] and not answer["restart_pending"]:
         console.print(f"endpoint {name} has no settings of its own", highlight=False)
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("setting", "value", ""):
-        table.add_column(heading, overflow="fold")
+    table = plain_table("setting", "value", "")
     for each in sorted({*answer["settings"], *answer["restart_pending"]}):
         value = answer["settings"].get(each)
         shown = Text("(default)", style="dim") if value is None else Text(value)

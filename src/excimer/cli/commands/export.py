@@ -10,7 +10,7 @@ import typer
 
 from excimer.base.errors import RefusedError
 from excimer.base.lsn import format_lsn, parse_lsn
-from excimer.cli.branch_options import TenantOption, branch_point
+from excimer.cli.branch_options import POINT_HELP, BranchArgument, TenantOption, branch_point
 from excimer.cli.commands.tenant import tenant_name
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
@@ -36,7 +36,7 @@ class ExportFailedError(RefusedError):
 @app.command()
 def export(
     context: typer.Context,
-    branch: Annotated[str, typer.Argument(help="Name or id of the branch.", show_default=False)],
+    branch: BranchArgument,
     out: Annotated[
         str,
         typer.Argument(
@@ -49,7 +49,7 @@ def export(
         str | None,
         typer.Option(
             "--at",
-            help="LSN (0/16B3748) or time (2026-01-31T12:00:00Z; without zone: local); default: now.",
+            help=POINT_HELP + "; default: now.",
             show_default=False,
         ),
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 import typer
 
 from excimer.cli.controller_client import ControllerClient
+from excimer.cli.endpoint_remains import remove_remains
 from excimer.cli.errors import (
     EXIT_UNAVAILABLE,
     NotRunningError,
@@ -33,11 +34,14 @@ from excimer.cli.local_processes import (
     exclusive,
     find_process,
     launch_parts,
+    log_path,
     probe_health,
     stop_parts,
     wait_for_parts,
 )
+from excimer.cli.log_lines import failure
 from excimer.cli.session import Session, session_of
+from excimer.compute.last_end import read_end
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -220,6 +224,9 @@ def stop_everything(session: Session, installation: Installation, *, immediate: 
     with exclusive(installation, session.note):
         for stage in _stop_stages(installation):
             stopped += stop_parts(installation, stage, session.done, immediate=immediate)
+            for each in stage:
+                if each.lock_dir.parent == installation.directory / "endpoints":
+                    remove_remains(each.lock_dir)
     return stopped
 
 
@@ -256,7 +263,11 @@ def _status_row(installation: Installation, part: str, lock_dir: Path, http_addr
     process = find_process(installation, part, lock_dir)
     state = "stopped"
     warnings: list[str] = []
-    if process is not None:
+    if process is None:
+        reason = read_end(lock_dir) or failure(log_path(installation, part))
+        if reason is not None:
+            state, warnings = "ended", [reason]
+    else:
         status, warnings, _ = probe_health(http_address, process.pid)
         state = {200: "running", 0: "starting"}.get(status, "unwell")
     return {
@@ -301,11 +312,9 @@ def _unknown_endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
 
 
 def _show_status(console: "Console", rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from excimer.cli.tables import plain_table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("part", "state", "pid", "http", ""):
-        table.add_column(heading)
+    table = plain_table("part", "state", "pid", "http", "")
     colors = {"running": "green", "stopped": "dim"}
     for row in rows:
         color = colors.get(row["state"], "yellow")

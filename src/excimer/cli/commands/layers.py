@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from excimer.base.errors import RefusedError
-from excimer.cli.branch_options import TenantOption
+from excimer.cli.branch_options import BranchArgument, TenantOption
 from excimer.cli.commands.tenant import tenant_name
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
@@ -26,7 +26,7 @@ class PictureNotWrittenError(RefusedError):
 @app.command()
 def layers(
     context: typer.Context,
-    branch: Annotated[str, typer.Argument(help="Name or id of the branch.")] = "main",
+    branch: BranchArgument = "main",
     svg: Annotated[
         Path | None, typer.Option("--svg", help="Write the picture to this file as SVG.", show_default=False)
     ] = None,

@@ -2,41 +2,55 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from excimer.base.errors import NotFoundError
+from excimer.cli.completion import complete_part
 from excimer.cli.errors import NotRunningError
 from excimer.cli.installation import endpoint_part_name, load_installation
-from excimer.cli.log_lines import pretty, tail
-from excimer.cli.session import session_of
+from excimer.cli.log_lines import as_json_line, pretty, tail
+from excimer.cli.session import Session, session_of
 from excimer.service.log_files import numbered
 
 app = typer.Typer()
 
 POLL_S = 0.2
 
+FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are written.")]
+LinesOption = Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last lines.")]
+
 
 @app.command()
 def logs(
     context: typer.Context,
     part: Annotated[
-        str, typer.Argument(help="broker, controller, pageserver, safekeeper-1, or an endpoint's name.")
+        str,
+        typer.Argument(
+            help="broker, controller, pageserver, safekeeper-1, or an endpoint's name.",
+            autocompletion=complete_part,
+        ),
     ],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are written.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last lines.")] = 100,
+    follow: FollowOption = False,
+    lines: LinesOption = 100,
 ) -> None:
-    """Show the last lines of a part's log; with --json as they are in the file."""
+    """Show the last lines of a part's log; with --json one object a line, as in the file."""
     session = session_of(context)
-    path = _find_log(load_installation(session.directory).logs_dir, part)
+    show_log(session, _find_log(load_installation(session.directory).logs_dir, part), lines, follow=follow)
+
+
+def show_log(session: Session, path: Path, lines: int, *, follow: bool) -> None:
+    """The last lines of a log, and those that come. Raises OSError."""
+    shown = as_json_line if session.as_json else pretty
     size = path.stat().st_size
     for line in tail(path, lines):
-        print(line if session.as_json else pretty(line), flush=True)
+        print(shown(line), flush=True)
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
-            _follow(path, size, as_json=session.as_json)
+            _follow(path, size, shown)
 
 
 def _find_log(logs_dir: Path, part: str) -> Path:
@@ -54,14 +68,14 @@ def _find_log(logs_dir: Path, part: str) -> Path:
     raise NotFoundError(f"no part {part!r}; {hint}")
 
 
-def _follow(path: Path, position: int, *, as_json: bool) -> None:
-    """Until Ctrl-C. A file that was cut is read anew, after the end of what was copied aside."""
+def _follow(path: Path, position: int, shown: Callable[[str], str]) -> None:
+    """Until Ctrl-C. A file that was replaced is read from its beginning."""
     rest = ""
     while True:
         size = path.stat().st_size if path.exists() else position
         if size < position:
             for line in _rest_of_rotated(path, position, rest):
-                print(line if as_json else pretty(line), flush=True)
+                print(shown(line), flush=True)
             position, rest = 0, ""
         if size > position:
             with open(path, errors="replace") as file:
@@ -70,7 +84,7 @@ def _follow(path: Path, position: int, *, as_json: bool) -> None:
                 position = file.tell()
             *whole, rest = text.split("\n")
             for line in whole:
-                print(line if as_json else pretty(line), flush=True)
+                print(shown(line), flush=True)
         time.sleep(POLL_S)
 
 

@@ -7,9 +7,10 @@ import typer
 
 from excimer.base.errors import NotFoundError
 from excimer.base.keys import DEFAULT_TABLESPACE, GLOBAL_TABLESPACE, SLRU_DIRECTORIES
-from excimer.cli.branch_options import TenantOption, branch_point
+from excimer.cli.branch_options import POINT_HELP, TenantOption, branch_point
 from excimer.cli.commands.endpoint import is_running, url_of
 from excimer.cli.commands.tenant import tenant_name
+from excimer.cli.completion import complete_branch
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import NotRunningError, UsageError
 from excimer.cli.installation import Installation, load_installation
@@ -38,9 +39,11 @@ def page(
             metavar="[FORK] BLOCK", help="Fork: main (default), fsm, vm or init.", show_default=False
         ),
     ],
-    branch: Annotated[str, typer.Option("--branch", "-b", help="Name or id of the branch.")] = "main",
+    branch: Annotated[
+        str, typer.Option("--branch", "-b", help="Name or id of the branch.", autocompletion=complete_branch)
+    ] = "main",
     at: Annotated[
-        str | None, typer.Option("--at", help="LSN or time; default: now.", show_default=False)
+        str | None, typer.Option("--at", help=POINT_HELP + "; default: now.", show_default=False)
     ] = None,
     database: Annotated[
         str, typer.Option("--database", "-d", help="Where a name is looked up.")

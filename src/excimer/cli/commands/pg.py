@@ -1,11 +1,13 @@
-"""`excimer pg list | install | add`: PostgreSQL builds on this machine."""
+"""`excimer pg list | install | add | exec`: PostgreSQL builds on this machine, and their programs."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from excimer.cli.session import session_of
+from excimer.cli.errors import UsageError
+from excimer.cli.session import CONFIG_NAME, session_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,11 +40,9 @@ def list_builds(context: typer.Context) -> None:
 
 
 def _show_builds(console: "Console", rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from excimer.cli.tables import plain_table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("pg", "version", "origin", "lacks", "where"):
-        table.add_column(heading, overflow="fold")
+    table = plain_table("pg", "version", "origin", "lacks", "where")
     for row in rows:
         missing = row["missing_libraries"]
         lacks = f"[red]cannot run: needs {', '.join(missing)}[/red]" if missing else ", ".join(row["lacks"])
@@ -65,6 +65,42 @@ def install(
     with session.step("redo extension"):
         redo_extension(build)
     session.say(f"PostgreSQL {build.full_version} is in {build.bin_dir}", _row(build))
+
+
+@app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def execute(
+    context: typer.Context,
+    program: Annotated[
+        str,
+        typer.Argument(
+            metavar="[VERSION] PROGRAM",
+            help="pg_dump, pg_basebackup, pgbench … of VERSION; default: the installation's.",
+            show_default=False,
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="For the program, as they are.", show_default=False)
+    ] = None,
+) -> None:
+    """Run one of PostgreSQL's programs with its own libraries: excimer pg exec 16 pg_dump URL."""
+    from excimer.cli.installation import load_installation
+    from excimer.postgres import DEFAULT_VERSION, find_build
+
+    rest = list(arguments or [])
+    directory = session_of(context).directory
+    if program.isdecimal():
+        if not rest:
+            raise UsageError(f"name a program of PostgreSQL {program}: excimer pg exec {program} pg_dump …")
+        version, program = int(program), rest.pop(0)
+    elif (directory / CONFIG_NAME).exists():
+        version = load_installation(directory).config.pg_version
+    else:
+        version = DEFAULT_VERSION
+    if "/" in program:
+        raise UsageError(f"{program!r} is a path: name one of PostgreSQL's programs, like pg_dump")
+    build = find_build(version)
+    path = str(build.program(program))
+    os.execve(path, [path, *rest], {**os.environ, **build.environment()})
 
 
 @app.command()

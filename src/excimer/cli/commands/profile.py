@@ -6,6 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from excimer.base.errors import NotFoundError
+from excimer.cli.completion import complete_part
 from excimer.cli.errors import NotRunningError
 from excimer.cli.installation import Installation, endpoint_part_name, load_installation
 from excimer.cli.local_processes import find_process
@@ -24,6 +25,7 @@ def profile(
         typer.Argument(
             help="controller, pageserver, safekeeper-1, broker, or an endpoint's name (its manager).",
             show_default=False,
+            autocompletion=complete_part,
         ),
     ],
     seconds: Annotated[int, typer.Option("--seconds", "-s", min=1, max=SECONDS_MAX, help="How long.")] = 10,

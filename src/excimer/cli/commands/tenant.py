@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from excimer.base.errors import NotFoundError, RetryableError
+from excimer.cli.branch_options import TenantArgument
+from excimer.cli.completion import complete_tenant
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
 from excimer.cli.installation import load_installation
@@ -59,14 +61,12 @@ def list_tenants(context: typer.Context) -> None:
 
 
 def _show_tenants(console: "Console", tenants: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from excimer.cli.tables import plain_table
 
     if not tenants:
         console.print("no tenants yet: excimer tenant create")
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "tenant", "id", "state", "made"):
-        table.add_column(heading)
+    table = plain_table("", "tenant", "id", "state", "made")
     for tenant in tenants:
         table.add_row(
             "*" if tenant["is_default"] else "",
@@ -82,7 +82,10 @@ def _show_tenants(console: "Console", tenants: list[dict[str, Any]]) -> None:
 def size(
     context: typer.Context,
     tenant: Annotated[
-        str, typer.Argument(help="Name or id; none: the default one.", show_default=False)
+        str,
+        typer.Argument(
+            help="Name or id; none: the default one.", show_default=False, autocompletion=complete_tenant
+        ),
     ] = "",
 ) -> None:
     """Show a tenant's synthetic size, and the sizes of its branches."""
@@ -93,14 +96,13 @@ def size(
 
 
 def _show_sizes(console: "Console", answer: dict[str, Any]) -> None:
-    from rich.table import Table
+    from excimer.cli.tables import plain_table
 
     console.print(f"synthetic size {size_text(answer['synthetic_size_bytes'])}", highlight=False)
     if answer["archived_size_bytes"]:
         console.print(f"archived {size_text(answer['archived_size_bytes'])}", highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("branch", "logical", "on disk", "in object storage"):
-        table.add_column(heading, justify="left" if heading == "branch" else "right")
+    sizes = ("logical", "on disk", "in object storage")
+    table = plain_table("branch", *sizes, right=sizes)
     for row in answer["branches"]:
         kinds = (row[f"{kind}_size_bytes"] for kind in ("logical", "resident", "remote"))
         table.add_row(row["name"], *("archived" if size is None else size_text(size) for size in kinds))
@@ -128,7 +130,7 @@ def size_text(size_bytes: int) -> str:
 @app.command()
 def delete(
     context: typer.Context,
-    tenant: Annotated[str, typer.Argument(help="Name or id.")],
+    tenant: TenantArgument,
 ) -> None:
     """Delete a tenant without endpoints, with all its branches."""
     session = session_of(context)
@@ -141,7 +143,7 @@ def delete(
 @app.command("set-default")
 def set_default_tenant(
     context: typer.Context,
-    tenant: Annotated[str, typer.Argument(help="Name or id.")],
+    tenant: TenantArgument,
 ) -> None:
     """Make a tenant the one that commands mean."""
     session = session_of(context)
@@ -154,7 +156,10 @@ def set_default_tenant(
 def config(
     context: typer.Context,
     tenant: Annotated[
-        str, typer.Argument(help="Name or id; default: the default one.", show_default=False)
+        str,
+        typer.Argument(
+            help="Name or id; default: the default one.", show_default=False, autocompletion=complete_tenant
+        ),
     ] = "",
     changes: Annotated[
         list[str] | None,
@@ -180,16 +185,19 @@ def config(
 
 
 def parse_settings(changes: list[str]) -> dict[str, int | float | None]:
-    """``NAME=VALUE`` each. Raises `UsageError`."""
+    """``NAME=VALUE`` each. Raises `UsageError`; `TenantSettingsError` for what is no setting or no number."""
+    from excimer.storage.format.tenant_settings import TenantSettings, TenantSettingsError, check_overrides
+
     wanted: dict[str, int | float | None] = {}
     for text in changes:
         name, separator, value = text.partition("=")
         if not separator or not name:
             raise UsageError(f"--set {text!r}: write NAME=VALUE, like pitr_interval_s=86400")
+        check_overrides({name: getattr(TenantSettings(), name, None)})
         try:
             wanted[name] = None if not value else _number(value)
         except ValueError as error:
-            raise UsageError(f"--set {name}: {value!r} is not a number") from error
+            raise TenantSettingsError(f"{name} is a number, not {value!r}") from error
     return wanted
 
 
@@ -202,9 +210,9 @@ def _number(text: str) -> int | float:
 
 
 def _show_config(console: "Console", answer: dict[str, Any]) -> None:
-    from rich.table import Table
+    from excimer.cli.tables import plain_table
 
-    table = Table("setting", "value", "", box=None)
+    table = plain_table("setting", "value", "")
     for name, value in answer["effective"].items():
         table.add_row(
             name,

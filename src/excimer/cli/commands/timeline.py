@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from excimer.cli.branch_options import TenantOption, branch_point
+from excimer.cli.branch_options import POINT_HELP, BranchArgument, TenantOption, branch_point
 from excimer.cli.commands import timeline_history
 from excimer.cli.commands.tenant import read_sizes, size_text, tenant_name
+from excimer.cli.completion import complete_branch
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
-from excimer.cli.session import Session, session_of
+from excimer.cli.session import PIPE_WIDTH, Session, session_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,15 +48,20 @@ def branch(
     context: typer.Context,
     branch_name: Annotated[str, typer.Option("--branch-name", help="Name of the new branch.")],
     ancestor: Annotated[
-        str, typer.Option("--ancestor", "--ancestor-branch-name", help="Branch to start from.")
+        str,
+        typer.Option(
+            "--ancestor",
+            "--ancestor-branch-name",
+            help="Branch to start from.",
+            autocompletion=complete_branch,
+        ),
     ] = "main",
     at: Annotated[
         str | None,
         typer.Option(
             "--at",
             "--ancestor-start-lsn",
-            help="LSN (0/16B3748) or time (2026-01-31T12:00:00Z; without zone: local) of the ancestor; "
-            "default: now.",
+            help=POINT_HELP + " of the ancestor; default: now.",
             show_default=False,
         ),
     ] = None,
@@ -97,9 +103,10 @@ def list_branches(context: typer.Context, tenant: TenantOption = None) -> None:
 def _show_tree(
     console: "Console", tenant: str, branches: list[dict[str, Any]], endpoints: list[dict[str, Any]]
 ) -> None:
+    from rich.markup import escape
     from rich.tree import Tree
 
-    tree = Tree(f"tenant [bold]{tenant}[/bold]", guide_style="dim")
+    tree = Tree(f"tenant [bold]{escape(tenant)}[/bold]", guide_style="dim")
     nodes: dict[str | None, Tree] = {None: tree}
     waiting = list(branches)
     while waiting:
@@ -110,6 +117,7 @@ def _show_tree(
             parent = nodes.get(row["ancestor_timeline_id"], tree)
             nodes[row["timeline_id"]] = parent.add(_branch_label(row, endpoints), highlight=False)
             waiting.remove(row)
+    console.width = PIPE_WIDTH  # the terminal wraps what is longer
     console.print(tree, highlight=False)
     for row in branches:
         if row["damage"]:
@@ -122,6 +130,8 @@ def _show_tree(
 
 
 def _branch_label(row: dict[str, Any], endpoints: list[dict[str, Any]]) -> str:
+    from rich.markup import escape
+
     where = f" [dim]@{row['ancestor_lsn']}[/dim]" if row["ancestor_lsn"] else ""
     names = [endpoint["name"] for endpoint in endpoints if endpoint["timeline_id"] == row["timeline_id"]]
     used = f"  [cyan]{', '.join(names)}[/cyan]" if names else ""
@@ -130,13 +140,13 @@ def _branch_label(row: dict[str, Any], endpoints: list[dict[str, Any]]) -> str:
     identity = f"[dim]{row['timeline_id']} pg{row['pg_version']}[/dim]"
     size = row["logical_size_bytes"]
     shown = "" if size is None else f" {size_text(size)}"
-    return f"[bold]{row['name']}[/bold]{where} {identity}{shown}{state}{used}"
+    return f"[bold]{escape(row['name'])}[/bold]{where} {identity}{shown}{state}{used}"
 
 
 @app.command()
 def delete(
     context: typer.Context,
-    branch_name: Annotated[str, typer.Argument(help="Name or id.")],
+    branch_name: BranchArgument,
     tenant: TenantOption = None,
 ) -> None:
     """Delete a branch that has neither branches of its own nor endpoints."""
@@ -151,7 +161,7 @@ def delete(
 @app.command()
 def gc(
     context: typer.Context,
-    branch_name: Annotated[str, typer.Argument(help="Name or id.")] = "main",
+    branch_name: BranchArgument = "main",
     tenant: TenantOption = None,
 ) -> None:
     """Remove history that no window, branch or lease retains, now. It also happens by itself."""
@@ -168,7 +178,7 @@ def gc(
 @app.command()
 def compact(
     context: typer.Context,
-    branch_name: Annotated[str, typer.Argument(help="Name or id.")] = "main",
+    branch_name: BranchArgument = "main",
     tenant: TenantOption = None,
 ) -> None:
     """Merge layers and make images as far as they are due, now. It also happens by itself."""

@@ -4,21 +4,21 @@ Not here: branches themselves (`timeline`).
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final
 
 import typer
 
-from excimer.cli.branch_options import TenantOption, branch_point
+from excimer.cli.branch_options import POINT_HELP, BranchArgument, TenantOption, branch_point
 from excimer.cli.commands.endpoint import is_running, stop_endpoint
 from excimer.cli.commands.tenant import tenant_name
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import StillRunningError, UsageError
 from excimer.cli.installation import Installation, load_installation
 from excimer.cli.local_processes import exclusive
+from excimer.cli.moments import EXAMPLES
 from excimer.cli.session import Session, session_of
 
-BranchArgument = Annotated[str, typer.Argument(help="Name or id of the branch.")]
 KeepOption = Annotated[
     str | None,
     typer.Option("--preserve-under-name", help="Name for what the branch was.", show_default=False),
@@ -26,13 +26,12 @@ KeepOption = Annotated[
 StopOption = Annotated[
     bool, typer.Option("--stop-endpoints", help="Stop the branch's endpoints that run; else it is refused.")
 ]
-TIME_HELP = "LSN (0/16B3748) or time (2026-01-31T12:00:00Z; without zone: local)"
 
 
 def restore(
     context: typer.Context,
     branch_name: BranchArgument,
-    to: Annotated[str, typer.Option("--to", help=TIME_HELP + " of the branch's history.")],
+    to: Annotated[str, typer.Option("--to", help=POINT_HELP + " of the branch's history.")],
     preserve_under_name: KeepOption = None,
     stop_endpoints: StopOption = False,
     tenant: TenantOption = None,
@@ -105,13 +104,13 @@ def detach_ancestor(context: typer.Context, branch_name: BranchArgument, tenant:
 def lsn_at(
     context: typer.Context,
     branch_name: BranchArgument,
-    time: Annotated[str, typer.Argument(help="2026-01-31T12:00:00Z; without zone: local.")],
+    time: Annotated[str, typer.Argument(help="2026-01-31T12:00:00Z, -5m, yesterday 14:00; zone: local.")],
     tenant: TenantOption = None,
 ) -> None:
     """Show the LSN of a branch at a moment: the newest before any later commit."""
     point = branch_point(time)
     if "at_timestamp" not in point:
-        raise UsageError(f"{time!r} is not a time like 2026-01-31T12:00:00Z")
+        raise UsageError(f"{time!r} is not a time like {EXAMPLES}")
     query = {"branch": branch_name, "timestamp": point["at_timestamp"]}
     found = _ask(context, tenant, "lsn_at_timestamp", query)
     session_of(context).say(found["lsn"], found)
@@ -170,10 +169,14 @@ def _running(installation: Installation, client: ControllerClient, place: tuple[
 
 def _refuse_running(session: Session, running: list[str], branch_name: str) -> None:
     if running:
-        raise StillRunningError(
-            f"{', '.join(running)} runs on branch {branch_name}: excimer endpoint stop {running[0]}, "
-            "or --stop-endpoints"
-        )
+        raise StillRunningError(running_sentence(running, branch_name))
+
+
+def running_sentence(running: Sequence[str], branch_name: str) -> str:
+    """What is in the way of a change to a branch, and all that is to be stopped."""
+    verb = "runs" if len(running) == 1 else "run"
+    stops = ", ".join(f"excimer endpoint stop {name}" for name in running)
+    return f"{', '.join(running)} {verb} on branch {branch_name}: {stops}, or pass --stop-endpoints"
 
 
 COMMANDS: Final[dict[str, Callable[..., None]]] = {

@@ -5,7 +5,7 @@ from random import SystemRandom
 from fastapi import APIRouter
 
 from excimer.base.ids import TenantId, TimelineId, new_tenant_id, new_timeline_id
-from excimer.base.lsn import Lsn, parse_lsn
+from excimer.base.lsn import Lsn
 from excimer.controller.endpoints.api_models import (
     BeginImportBody,
     BranchAnswer,
@@ -163,7 +163,7 @@ def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:
             body.tenant,
             body.branch,
             mode=body.mode,
-            lsn=parse_lsn(body.lsn) if body.lsn else None,
+            at=point_in_history(body.lsn, body.at_timestamp),
             pg_version=body.pg_version,
             ports=(body.postgres_port, body.http_port),
             postgres_settings=body.postgres_settings,

@@ -53,6 +53,7 @@ class CreateEndpointBody(Body):
     branch: str = "main"
     mode: Literal["primary", "static"] = "primary"
     lsn: LsnText | None = Field(None, description="The moment a static endpoint shows.")
+    at_timestamp: datetime | None = Field(None, description="The same as a time.")
     pg_version: int | None = None
     postgres_port: Port
     http_port: Port

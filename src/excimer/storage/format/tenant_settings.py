@@ -86,8 +86,14 @@ def check_overrides(overrides: Overrides) -> dict[str, Any]:
     try:
         checked = msgspec.convert(dict(overrides), TenantSettings)
     except msgspec.ValidationError as error:
-        raise TenantSettingsError(f"a tenant setting is wrong: {error}") from error
+        raise TenantSettingsError(_sentence(str(error))) from error
     return {name: getattr(checked, name) for name in known if name in overrides}
+
+
+def _sentence(fault: str) -> str:
+    """``Expected `int` >= 1 - at `$.gc_period_s``` as a sentence."""
+    wanted, _, place = fault.partition(" - at `$.")
+    return f"{place.rstrip('`')}: {wanted[:1].lower()}{wanted[1:].replace('`', '')}" if place else fault
 
 
 def apply_overrides(defaults: TenantSettings, overrides: Overrides) -> TenantSettings:
