@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import (
+    backpressure,
     branching,
     cold_scan,
     commits,
@@ -32,6 +33,7 @@ LATEST = Path(__file__).parent / "results" / "latest.json"
 FAMILIES = (
     Family(("warm_select_ratio",), warm_reads.measure),
     Family(("tpcb_quorum_ratio", "commit_latency_ratio"), commits.measure),
+    Family(("backpressure_tps_ratio",), backpressure.measure),
     Family(("ingest_pgbench_mb_s", "ingest_copy_mb_s", "ingest_vs_recovery_ratio"), ingest.measure),
     Family(page_reads.IDS, page_reads.measure),
     Family(("cold_scan_mb_s",), cold_scan.measure),

@@ -27,6 +27,9 @@ GOALS = {
         Goal("warm_select_ratio", "ratio", 0.95, True, "warm pgbench -S, of plain PostgreSQL's rate"),
         Goal("tpcb_quorum_ratio", "ratio", 1.0, True, "TPC-B, 16 clients, of plain PostgreSQL with a quorum"),
         Goal("commit_latency_ratio", "ratio", 1.2, False, "commit at one client, of that same PostgreSQL's"),
+        Goal(
+            "backpressure_tps_ratio", "ratio", 0.7, True, "TPC-B beside three bulk loaders, of plain's rate"
+        ),
         Goal("ingest_pgbench_mb_s", "MB/s", 100.0, True, "WAL of TPC-B into durable layers, on one core"),
         Goal("ingest_copy_mb_s", "MB/s", 100.0, True, "WAL of COPY into durable layers, on one core"),
         Goal("ingest_vs_recovery_ratio", "ratio", 0.376, True, "of both, of PostgreSQL's own recovery"),

@@ -25,8 +25,8 @@ RECEIVERS = ("receiver_1", "receiver_2", "receiver_3")
 QUORUM = f"ANY 2 ({', '.join(RECEIVERS)})"
 ATTACH_LIMIT_S = 30.0
 END_LIMIT_S = 10.0
-OURS_ONLY = {"wal_keep_size"}
-"""What a compute keeps for safekeepers; slots do that here."""
+OURS_ONLY = {"max_wal_size", "wal_keep_size", "wal_writer_delay"}
+"""How much WAL a compute keeps and how soon it passes it on, because it lies elsewhere."""
 
 
 @contextlib.contextmanager

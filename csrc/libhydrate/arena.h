@@ -7,7 +7,7 @@
  *   +--------+-------+---------+--------+-----------------+
  *
  * The manager builds it before PostgreSQL starts (excimer.compute.arena, which compiles this very
- * header) and later changes only `ready` and the settings. Buckets are an open-addressed hash table of
+ * header) and later changes only `ready`, the settings and what of WAL is allowed. Buckets are an open-addressed hash table of
  * file numbers + 1 by path. A presence byte goes from absent to present once and never back.
  *
  * The arena lives as long as the data directory beside it; neither survives the machine.
@@ -16,12 +16,16 @@
 #ifndef EXCIMER_ARENA_H
 #define EXCIMER_ARENA_H
 
+#include <limits.h>
+#include <linux/futex.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define ARENA_MAGIC 0x4e45524143584501ull
-#define ARENA_VERSION 1u
+#define ARENA_VERSION 2u
 #define ARENA_BLOCK_SIZE 8192u
 #define ARENA_FILES_OFFSET 16384u
 #define ARENA_PATH_SIZE 48u
@@ -90,6 +94,23 @@ struct arena_statistics {
     uint64_t hints_fetched; /* of those, fetched together with a miss */
     uint64_t stale_descriptors;
     uint64_t misses; /* entries written to the ring of misses, ever */
+    uint64_t bulk_waits;   /* of processes that make much WAL (throttle.c) */
+    uint64_t bulk_wait_ns;
+    uint64_t wal_waits; /* writes that would have passed the limit of WAL */
+    uint64_t wal_wait_ns;
+    uint64_t room_waits; /* writes that found a full disk and must not fail (wal_files.c) */
+    uint64_t room_wait_ns;
+};
+
+/* How much WAL may be made: the manager allows, processes take. */
+struct arena_throttle {
+    uint64_t allowed;       /* tickets for bulk WAL, a byte each, ever; UINT64_MAX: as many as one likes */
+    uint64_t wal_limit_lsn; /* pg_wal is not written beyond; UINT64_MAX: no limit */
+    uint64_t taken;         /* tickets that processes have taken, ever */
+    uint32_t tick;          /* futex: grows whenever `allowed` or the limit does */
+    uint32_t waiting_for_room;
+    uint64_t wal_segment_size;
+    uint64_t written_lsn; /* how far pg_wal is written */
 };
 
 struct arena_miss {
@@ -115,6 +136,7 @@ struct arena_header {
     char data_dir[ARENA_DATA_DIR_SIZE];
     struct arena_settings settings[2];
     struct arena_statistics statistics;
+    struct arena_throttle throttle;
 };
 
 _Static_assert(sizeof(struct arena_file) == 128, "an entry is two cache lines");
@@ -206,6 +228,30 @@ static inline void arena_publish_settings(struct arena_header *header, const str
     __atomic_thread_fence(__ATOMIC_RELEASE);
     arena_copy_settings(&header->settings[generation & 1], settings);
     __atomic_store_n(&header->settings_generation, generation, __ATOMIC_RELEASE);
+}
+
+/* The manager's: what was waited for is looked at again by the caller, who wakes `tick`. */
+static inline void arena_publish_throttle(struct arena_header *header, uint64_t allowed, uint64_t wal_limit_lsn)
+{
+    __atomic_store_n(&header->throttle.allowed, allowed, __ATOMIC_RELEASE);
+    __atomic_store_n(&header->throttle.wal_limit_lsn, wal_limit_lsn, __ATOMIC_RELEASE);
+    __atomic_fetch_add(&header->throttle.tick, 1, __ATOMIC_RELEASE);
+    syscall(SYS_futex, &header->throttle.tick, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+static inline uint64_t arena_taken(const struct arena_header *header)
+{
+    return __atomic_load_n(&header->throttle.taken, __ATOMIC_RELAXED);
+}
+
+static inline uint64_t arena_written_lsn(const struct arena_header *header)
+{
+    return __atomic_load_n(&header->throttle.written_lsn, __ATOMIC_RELAXED);
+}
+
+static inline uint32_t arena_waiting_for_room(const struct arena_header *header)
+{
+    return __atomic_load_n(&header->throttle.waiting_for_room, __ATOMIC_RELAXED);
 }
 
 static inline void arena_publish_ready(struct arena_header *header)

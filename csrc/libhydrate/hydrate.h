@@ -5,6 +5,7 @@
  *     file_states.c    files made on first use; deletion, renaming
  *     local_changes.c  writes, truncation, allocation beside hydration
  *     kept_settings.c  ALTER SYSTEM asks the manager
+ *     throttle.c       who makes much WAL waits; wal_files.c writes to pg_wal, and waits for room
  *     hydration.c      absent -> present; read_ahead.c and hints.c say what else to fetch
  *       claims.c         who fetches, who may change a block (H1)
  *       page_client.c    the page service's protocol; patience.c how long to wait
@@ -257,6 +258,36 @@ bool is_settings_file(const char *path);
 /* In place of that renaming: 0 when the manager has kept the list and put the file in place, else -1 and errno, with a
  * reason for strerror_r(). */
 int keep_settings(void);
+
+/* --- throttle.c --- */
+
+/* Whether an error now would be a PANIC. */
+bool in_critical_section(void);
+
+/* At the beginning of a system call: a process that makes much WAL waits here, if it holds nothing. Keeps errno. */
+void throttle_bulk(void);
+
+/* Until WAL may be written up to `end_lsn`. Keeps errno. */
+void wait_wal_limit(uint64_t end_lsn);
+
+/* --- wal_files.c --- */
+
+bool is_wal_path(const char *path);
+void track_wal_descriptor(int fd, const char *path, int flags);
+void forget_wal_descriptor(int fd);
+
+/* One wait for room, from the first failure on; begins as {0}. */
+struct room_wait {
+    uint64_t start_ns;
+};
+
+/* Whether what failed with `error` is tried again when there is room, because it must not fail. */
+bool must_wait_for_room(bool is_wal, int error);
+void wait_for_room(struct room_wait *wait, const char *what);
+void room_found(const struct room_wait *wait, const char *what);
+
+/* pwrite() that waits for the limit of WAL, and for room where it must not fail. */
+ssize_t write_or_wait(int fd, const void *buffer, size_t size, off_t offset);
 
 /* --- report.c --- */
 

@@ -20,9 +20,21 @@ static int hydrated_openat_path(int directory, const char *path, int flags, mode
     struct arena_file *file = is_plain ? find_file(path) : NULL;
     if (file != NULL)
         return open_tracked(file, path, flags, mode);
+    struct room_wait wait = {0};
+    bool is_wal = is_plain && is_wal_path(path);
     int fd = system_openat(directory, path, flags, mode);
-    if (fd >= 0)
+    while (fd < 0 && must_wait_for_room(is_wal, errno)) {
+        wait_for_room(&wait, "WAL");
+        fd = system_openat(directory, path, flags, mode);
+    }
+    if (fd >= 0) {
         forget_descriptor(fd);
+        forget_wal_descriptor(fd);
+        if (is_wal) {
+            room_found(&wait, "WAL");
+            track_wal_descriptor(fd, path, flags);
+        }
+    }
     return fd;
 }
 
@@ -149,6 +161,7 @@ INTERPOSE(DIR *, opendir, const char *path)
 INTERPOSE(int, close, int fd)
 {
     forget_descriptor(fd);
+    forget_wal_descriptor(fd);
     return system_close(fd);
 }
 

@@ -31,6 +31,7 @@ static int begin_next_write(int fd, size_t size, struct write_guard *guard)
 
 static ssize_t hydrated_read_at(int fd, void *buffer, size_t size, off_t offset)
 {
+    throttle_bulk();
     return hydrate_bytes(fd, offset, size) < 0 ? -1 : system_pread(fd, buffer, size, offset);
 }
 
@@ -41,6 +42,7 @@ static ssize_t hydrated_read_next(int fd, void *buffer, size_t size)
 
 static ssize_t hydrated_read_vector(int fd, const struct iovec *vector, int count, off_t offset)
 {
+    throttle_bulk();
     if (open_file_of(fd) != NULL && hydrate_bytes(fd, offset, total_size(vector, count)) < 0)
         return -1;
     return system_preadv(fd, vector, count, offset);
@@ -102,9 +104,10 @@ INTERPOSE(ssize_t, preadv64, int fd, const struct iovec *vector, int count, off_
 static ssize_t guarded_write_at(int fd, const void *buffer, size_t size, off_t offset)
 {
     struct write_guard guard;
+    throttle_bulk();
     if (begin_write(fd, offset, size, &guard) < 0)
         return -1;
-    ssize_t written = system_pwrite(fd, buffer, size, offset);
+    ssize_t written = write_or_wait(fd, buffer, size, offset);
     end_write(&guard, written);
     return written;
 }
@@ -112,6 +115,7 @@ static ssize_t guarded_write_at(int fd, const void *buffer, size_t size, off_t o
 static ssize_t guarded_write_vector(int fd, const struct iovec *vector, int count, off_t offset)
 {
     struct write_guard guard;
+    throttle_bulk();
     if (begin_write(fd, offset, total_size(vector, count), &guard) < 0)
         return -1;
     ssize_t written = system_pwritev(fd, vector, count, offset);

@@ -10,8 +10,8 @@
  * microseconds of writing the commit record. A session's own `synchronous_commit = off` is its own choice.
  */
 #define _GNU_SOURCE
+#include "hydrate.h"
 #include "interposed.h"
-#include "system.h"
 
 #include <signal.h>
 #include <sys/epoll.h>
@@ -21,6 +21,7 @@ extern volatile uint32_t InterruptHoldoffCount __attribute__((weak));
 
 INTERPOSE(int, epoll_wait, int fd, struct epoll_event *events, int capacity, int timeout_ms)
 {
+    throttle_bulk(); /* between two statements, as a rule */
     int ready = system_epoll_wait(fd, events, capacity, timeout_ms);
     if (&InterruptHoldoffCount != NULL && &QueryCancelPending != NULL && InterruptHoldoffCount > 0)
         QueryCancelPending = 0;

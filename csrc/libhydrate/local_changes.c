@@ -113,6 +113,7 @@ int allocate(int fd, int mode, off_t offset, off_t size)
 {
     const struct open_file *open_file = open_file_of(fd);
     struct stat status;
+    throttle_bulk();
     if (open_file == NULL || mode != 0 || !is_same_file(fd, &status) ||
         (uint64_t)status.st_size / BLOCK_SIZE >= open_file->file->blocks)
         return system_fallocate(fd, mode, offset, size);

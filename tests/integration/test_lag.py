@@ -1,6 +1,12 @@
-"""A pageserver behind what is committed: branches are made at any LSN that PostgreSQL names all the same."""
+"""A pageserver behind what is committed: by how much at most, who waits for it, what works all the same."""
 
+import contextlib
+import os
+import re
+import signal
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 
 import psycopg
@@ -12,6 +18,11 @@ from tests.kit.stack import Stack, running_stack
 
 LOAD = "insert into loaded select {batch}, repeat(md5(g::text), 20) from generate_series(1, 5000) g"
 
+LAG_MAX_BYTES = 64 << 20
+SMALL_LAG_MIB = 16
+START_LIMIT_S = 30
+"""Ingest of so much, with a core of its own, takes a second."""
+
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
@@ -22,6 +33,15 @@ def stack() -> Iterator[Stack]:
         yield stack
 
 
+def ingest_lag(stack: Stack) -> float:
+    """In bytes, as the endpoint's manager knows it."""
+    url = f"http://127.0.0.1:{stack.endpoint('main')['http_port']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        found = re.search(r"^excimer_compute_ingest_lag_bytes (\S+)$", answer.read().decode(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
 class Loader:
     """Commits bulk loads one after the other until it is left."""
 
@@ -29,6 +49,8 @@ class Loader:
         self._stack = stack
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._load)
+        self.count = 0
+        """Of loads."""
         self.failure: psycopg.Error | None = None
 
     def __enter__(self) -> "Loader":
@@ -40,12 +62,11 @@ class Loader:
         self._thread.join()
 
     def _load(self) -> None:
-        batch = 0
         try:
             with self._stack.connect() as connection:
                 while not self._stopped.is_set():
-                    connection.execute(LOAD.format(batch=batch).encode())
-                    batch += 1
+                    connection.execute(LOAD.format(batch=self.count).encode())
+                    self.count += 1
         except psycopg.Error as error:
             self.failure = error
 
@@ -83,3 +104,77 @@ def test_an_lsn_within_a_record_that_nobody_finishes_is_the_end_of_the_last_whol
         for number in range(2):
             lsn = str(stack.query("select pg_current_wal_lsn()")[0][0])
             assert branch_at(stack, f"standing{number}", lsn) <= parse_lsn(lsn)
+
+
+def test_three_loaders_do_not_run_away_from_the_pageserver(stack: Stack) -> None:
+    lags, slowest_s = [], 0.0
+    with contextlib.ExitStack() as loading, stack.connect() as small:
+        loaders = [loading.enter_context(Loader(stack)) for _ in range(3)]
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            started = time.monotonic()
+            small.execute("insert into marks values (-1)")
+            slowest_s = max(slowest_s, time.monotonic() - started)
+            lags.append(ingest_lag(stack))
+    assert [loader.failure for loader in loaders] == [None] * 3
+    assert 0 < max(lags) <= LAG_MAX_BYTES
+    assert slowest_s < 10
+
+
+class Marker:
+    """Commits one row after the other until its connection is lost or it is left."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._mark)
+        self.count = 0
+        """Acknowledged."""
+
+    def __enter__(self) -> "Marker":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _mark(self) -> None:
+        with contextlib.suppress(psycopg.OperationalError), self._stack.connect() as connection:
+            while not self._stopped.is_set():
+                connection.execute(f"insert into kept values ({self.count})".encode())
+                self.count += 1
+
+
+def test_a_pageserver_that_stands_still_holds_writers_only_and_a_start_waits_for_the_lag(
+    stack: Stack,
+) -> None:
+    stack.query("create table kept (number int)")
+    stack.text("endpoint", "stop", "main")
+    config = stack.directory / "config.toml"
+    config.write_text(f"pageserver_lag_max_mib = {SMALL_LAG_MIB}\n" + config.read_text())
+    stack.text("endpoint", "start", "main")
+    pageserver = stack.pid("pageserver")
+    with stack.connect() as reader, contextlib.ExitStack() as writing:
+        reader.execute("select count(*) from kept")
+        marker = writing.enter_context(Marker(stack))
+        loaders = [writing.enter_context(Loader(stack)) for _ in range(2)]
+        # Until they have connected, and fetched what they need.
+        stack.wait_until(lambda: min(marker.count, *(each.count for each in loaders)) >= 3, "they all write")
+        os.kill(pageserver, signal.SIGSTOP)
+        try:
+            wanted = (SMALL_LAG_MIB << 20) * 5 / 8
+            stack.wait_until(lambda: ingest_lag(stack) >= wanted, "the lag is what it may be", 60)
+            time.sleep(2)
+            assert ingest_lag(stack) <= SMALL_LAG_MIB << 20
+            started = time.monotonic()
+            assert reader.execute("select count(*) from kept").fetchone() is not None
+            assert time.monotonic() - started < 2
+            stack.kill("endpoint-main")
+        finally:
+            os.kill(pageserver, signal.SIGCONT)
+    started = time.monotonic()
+    stack.text("endpoint", "start", "main")
+    assert time.monotonic() - started < START_LIMIT_S
+    (kept,) = stack.query("select count(*) from kept")[0]
+    assert marker.count <= kept <= marker.count + 1

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from excimer.base.errors import RefusedError
-from excimer.base.lsn import Lsn, format_lsn
+from excimer.base.lsn import MAX_LSN, Lsn, format_lsn
 from excimer.compute.proposer import NewerProposerError, Proposer
 from excimer.consensus.proposer import ProposerLimits
 from excimer.io.processes import give_to_user, make_owned_dir, run
@@ -128,6 +128,23 @@ def test_one_dead_safekeeper_changes_nothing_and_two_block_commits(
             await wait_until(lambda: all(each.flush_lsn() >= end for each in members), "all catch up")
             await wait_until(lambda: all(each.commit_lsn() >= end for each in members), "all hear of it")
             assert await postgres.value("select count(*) from t") == "3"
+
+    asyncio.run(scenario())
+
+
+def test_a_commit_above_what_may_be_confirmed_waits_and_is_not_refused(
+    postgres: PlainPostgres, safekeepers: SafekeeperCluster
+) -> None:
+    async def scenario() -> None:
+        async with streaming(postgres, safekeepers) as proposer, asyncio.TaskGroup() as group:
+            await execute(postgres, "create table t(i int)")
+            proposer.confirm_up_to(proposer.commit_lsn)
+            held = group.create_task(execute(postgres, "insert into t values (1)"))
+            assert await is_blocked(held)
+            assert proposer.received_lsn >= proposer.commit_lsn > 0
+            proposer.confirm_up_to(MAX_LSN)
+            await asyncio.wait_for(held, SOON_S)
+            assert await postgres.value("select count(*) from t") == "1"
 
     asyncio.run(scenario())
 

@@ -19,10 +19,12 @@ from excimer.wire.page_service import (
     ErrorCode,
     GetBasebackup,
     GetPages,
+    GetPosition,
     Hello,
     HelloOk,
     PageProtocolError,
     Pages,
+    PositionAnswer,
     ServerMessage,
     ServerMessageParser,
     basebackup_head,
@@ -44,11 +46,12 @@ ASCII = st.text(st.characters(codec="ascii"), max_size=300)
 HELLOS = st.builds(Hello, IDS.map(TenantId), IDS.map(TimelineId), ASCII, U16)
 KINDS = st.sampled_from([KeyKind.RELATION_BLOCK, KeyKind.SLRU_BLOCK])
 GET_PAGES = st.builds(GetPages, U64, U64, U64, KINDS, U8, U32, U32, U32, U32, U32)
-CLIENT = st.one_of(HELLOS, GET_PAGES, st.builds(GetBasebackup, U64, U64))
+CLIENT = st.one_of(HELLOS, GET_PAGES, st.builds(GetBasebackup, U64, U64), st.builds(GetPosition, U64))
 PAGES = st.builds(Pages, U64, st.integers(0, 3).map(lambda count: bytes([count]) * 8192 * count))
 SERVER = st.one_of(
     st.builds(HelloOk, U32, U16),
     PAGES,
+    st.builds(PositionAnswer, U64, U64),
     st.builds(BasebackupAnswer, U64, st.binary(max_size=100)),
     st.builds(
         ErrorAnswer, U64, st.sampled_from(ErrorCode), st.text(st.characters(codec="utf-8"), max_size=200)

@@ -20,15 +20,26 @@
 #define BLOCKS_MAX 4096
 #define TAGS (BLOCK / 8)
 
-/* PostgreSQL's flags, which patience.c reads. */
-volatile sig_atomic_t QueryCancelPending, ProcDiePending;
-volatile uint32_t CritSectionCount;
+/* PostgreSQL's flags, which patience.c and throttle.c read, and how much WAL it has made. */
+volatile sig_atomic_t QueryCancelPending, ProcDiePending, InterruptPending;
+volatile uint32_t CritSectionCount, InterruptHoldoffCount;
+struct {
+    int64_t records, images;
+    uint64_t bytes;
+} pgWalUsage;
 
 static long pwrite_delay_ms;
+static long pwrite_room = -1; /* bytes that the disk still has; -1: plenty */
 static uint64_t *buffer;
 
 ssize_t __real_system_pwrite(int fd, const void *bytes, size_t size, off_t offset);
 ssize_t __wrap_system_pwrite(int fd, const void *bytes, size_t size, off_t offset);
+
+/* Whether somebody has made a file of this name: then there is room again. */
+static int exists(const char *path)
+{
+    return access(path, F_OK) == 0;
+}
 
 /* Stretches the moment between "look again" and the write, which is where races are lost. */
 ssize_t __wrap_system_pwrite(int fd, const void *bytes, size_t size, off_t offset)
@@ -39,6 +50,15 @@ ssize_t __wrap_system_pwrite(int fd, const void *bytes, size_t size, off_t offse
         struct timespec delay = {pwrite_delay_ms / 1000, pwrite_delay_ms % 1000 * 1000000};
         while (nanosleep(&delay, &delay) < 0 && errno == EINTR)
             ;
+    }
+    if (pwrite_room >= 0) {
+        if (pwrite_room == 0 && size > 0) {
+            pwrite_room = exists("room") ? -1 : 0;
+            errno = ENOSPC;
+            return -1;
+        }
+        size = (long)size < pwrite_room ? size : (size_t)pwrite_room;
+        pwrite_room -= (long)size;
     }
     return __real_system_pwrite(fd, bytes, size, offset);
 }
@@ -201,6 +221,14 @@ static void on_path(const char *name, const char *first, const char *second)
         answer(pwrite_delay_ms = atol(first));
     else if (strcmp(name, "critical") == 0)
         answer(CritSectionCount = (uint32_t)atol(first));
+    else if (strcmp(name, "room") == 0)
+        answer(pwrite_room = atol(first));
+    else if (strcmp(name, "holds_lock") == 0)
+        answer(InterruptHoldoffCount = (uint32_t)atol(first));
+    else if (strcmp(name, "interrupt") == 0)
+        answer(InterruptPending = atoi(first));
+    else if (strcmp(name, "made_wal") == 0)
+        answer((long)(pgWalUsage.bytes += (uint64_t)atol(first)));
     else if (strcmp(name, "cancel_flag") == 0)
         answer(QueryCancelPending = atoi(first));
     else

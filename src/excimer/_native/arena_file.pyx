@@ -65,6 +65,17 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
         uint64_t hints_fetched
         uint64_t stale_descriptors
         uint64_t misses
+        uint64_t bulk_waits
+        uint64_t bulk_wait_ns
+        uint64_t wal_waits
+        uint64_t wal_wait_ns
+        uint64_t room_waits
+        uint64_t room_wait_ns
+
+    struct arena_throttle:
+        uint64_t allowed
+        uint64_t wal_limit_lsn
+        uint64_t wal_segment_size
 
     struct arena_miss:
         uint32_t file
@@ -86,14 +97,20 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
         uint32_t listed
         char data_dir[1024]
         arena_statistics statistics
+        arena_throttle throttle
 
     const char *arena_fault(const arena_header *header, uint64_t size)
     uint32_t arena_hash(const char *path, size_t size)
     void arena_read_settings(const arena_header *header, arena_settings *settings)
     void arena_publish_settings(arena_header *header, const arena_settings *settings)
     void arena_publish_ready(arena_header *header)
+    void arena_publish_throttle(arena_header *header, uint64_t allowed, uint64_t wal_limit_lsn)
+    uint64_t arena_taken(const arena_header *header)
+    uint64_t arena_written_lsn(const arena_header *header)
+    uint32_t arena_waiting_for_room(const arena_header *header)
 
 cdef uint64_t UINT32_MAX = 0xFFFFFFFF
+cdef uint64_t UINT64_MAX = 0xFFFFFFFFFFFFFFFF
 
 cdef enum:
     SEGMENT_BLOCKS = 131072
@@ -229,8 +246,10 @@ cdef bint insert(arena_header *header, uint32_t index, const char *path, size_t 
     return True
 
 
-def build(unsigned char[::1] arena, list files, uint32_t miss_capacity, bytes data_dir) -> None:
-    """Fills a zeroed buffer of `arena_size` bytes, all blocks absent. `files`: (path, blocks, …).
+def build(
+    unsigned char[::1] arena, list files, uint32_t miss_capacity, bytes data_dir, uint64_t wal_segment_size
+) -> None:
+    """Fills a zeroed buffer of `arena_size` bytes, all blocks absent, WAL unlimited. `files`: (path, blocks, …).
 
     Raises ValueError for a path that is no relation or SLRU segment, or comes twice.
     """
@@ -253,6 +272,9 @@ def build(unsigned char[::1] arena, list files, uint32_t miss_capacity, bytes da
         header.misses_offset + miss_capacity * sizeof(arena_miss) + PAGE - 1
     ) // PAGE * PAGE
     header.total_size = <uint64_t>arena.shape[0]
+    header.throttle.allowed = UINT64_MAX
+    header.throttle.wal_limit_lsn = UINT64_MAX
+    header.throttle.wal_segment_size = wal_segment_size
     memcpy(header.data_dir, <const char *>data_dir, <size_t>len(data_dir))
     for item in files:
         file = files_of(header) + index
@@ -339,6 +361,26 @@ def presence(unsigned char[::1] arena, uint32_t index) -> bytes:
 
 def publish_ready(unsigned char[::1] arena) -> None:
     arena_publish_ready(header_of(arena))
+
+
+def publish_throttle(unsigned char[::1] arena, uint64_t allowed, uint64_t wal_limit_lsn) -> None:
+    """How many bytes of bulk WAL may have been taken, ever, and where WAL ends for now. Wakes who waits."""
+    arena_publish_throttle(header_of(arena), allowed, wal_limit_lsn)
+
+
+def taken(unsigned char[::1] arena) -> int:
+    """Bytes of bulk WAL that processes have made or wait to be allowed, ever."""
+    return arena_taken(header_of(arena))
+
+
+def written_lsn(unsigned char[::1] arena) -> int:
+    """How far pg_wal is written; 0 before the first write."""
+    return arena_written_lsn(header_of(arena))
+
+
+def waiting_for_room(unsigned char[::1] arena) -> int:
+    """Processes that wait now for space on the disk."""
+    return arena_waiting_for_room(header_of(arena))
 
 
 def publish_settings(

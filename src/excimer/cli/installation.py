@@ -69,6 +69,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Where the durable data lives; None: in `object_store/` of the state directory."""
     object_store_options: dict[str, str] = {}
     """Credentials, endpoint and the like, as far as they are not in the environment of `excimer start`."""
+    pageserver_lag_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """How far the pageserver may be behind a compute before writers wait, read when an endpoint starts."""
     local_disk_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """What the pageserver's copies of layers may take; 0: no bound; None: the pageserver's default."""
     redo_confinement_required: bool = False
@@ -237,6 +239,10 @@ class Installation:
             controller_address=self.controller_address,
             postgres_settings=endpoint["postgres_settings"],
         )
+        if self.config.pageserver_lag_max_mib is not None:
+            settings = msgspec.structs.replace(
+                settings, pageserver_lag_max_mib=self.config.pageserver_lag_max_mib
+            )
         name = endpoint_part_name(endpoint["name"])
         tokens = msgspec.json.encode(spec["tokens"])
         return Part(name, "excimer.compute", settings, settings.http_listen, settings.endpoint_dir, tokens)

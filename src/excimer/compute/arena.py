@@ -30,6 +30,8 @@ DEADLINE_S_DEFAULT = 60.0
 """How long a read waits for the page server: longer than its restart takes."""
 READ_AHEAD_BLOCKS_DEFAULT = 128
 MISSES_KEPT = 8192
+WAL_SEGMENT_SIZE_DEFAULT = 16 << 20
+UNLIMITED = (1 << 64) - 1
 _FILE_MODE = 0o600
 _DIRECTORY_MODE = 0o700
 
@@ -76,6 +78,15 @@ class ArenaStatistics(NamedTuple):
     hints_fetched: int
     stale_descriptors: int
     misses: int
+    bulk_waits: int
+    """Of processes that make much WAL, for the pageserver to catch up."""
+    bulk_wait_ns: int
+    wal_waits: int
+    """Writes of WAL that would have passed the limit."""
+    wal_wait_ns: int
+    room_waits: int
+    """Writes that found a full disk, and may not fail."""
+    room_wait_ns: int
 
 
 class Miss(NamedTuple):
@@ -161,6 +172,24 @@ class Arena:
         """For a replica: what pages to ask for from now on."""
         self.change(self._settings._replace(lsn=lsn, not_modified_since=not_modified_since))
 
+    def throttle(self, allowed_bytes: int, wal_limit_lsn: int) -> None:
+        """How much bulk WAL may have been made, ever (`bulk_bytes`), and how far pg_wal may be written;
+        `UNLIMITED` for either. Who waits looks again.
+        """
+        arena_file.publish_throttle(self._memory, allowed_bytes, wal_limit_lsn)
+
+    def bulk_bytes(self) -> int:
+        """Bulk WAL since the start that was made while it was limited, or waits to be allowed."""
+        return arena_file.taken(self._memory)
+
+    def written_lsn(self) -> Lsn:
+        """How far pg_wal is written; 0 before PostgreSQL's first write."""
+        return Lsn(arena_file.written_lsn(self._memory))
+
+    def waiting_for_room(self) -> int:
+        """Processes of PostgreSQL that wait now for space on the disk."""
+        return arena_file.waiting_for_room(self._memory)
+
     def change(self, settings: ArenaSettings) -> None:
         """Makes all settings current at once. Raises ValueError for an address or token that is too long."""
         connects_by = slice(0, 4)
@@ -227,7 +256,14 @@ class Arena:
         return descriptor
 
 
-def build_arena(path: Path, *, files: Iterable[ArenaFile], settings: ArenaSettings, data_dir: Path) -> Arena:
+def build_arena(
+    path: Path,
+    *,
+    files: Iterable[ArenaFile],
+    settings: ArenaSettings,
+    data_dir: Path,
+    wal_segment_size: int = WAL_SEGMENT_SIZE_DEFAULT,
+) -> Arena:
     """Makes the arena of a new data directory, with every block absent, and the files that must be there.
 
     `data_dir` must exist and be absolute; directories of listed files are made in it. All that is made
@@ -246,7 +282,7 @@ def build_arena(path: Path, *, files: Iterable[ArenaFile], settings: ArenaSettin
     finally:
         os.close(descriptor)
     try:
-        arena_file.build(memory, listed, MISSES_KEPT, os.fsencode(data_dir))
+        arena_file.build(memory, listed, MISSES_KEPT, os.fsencode(data_dir), wal_segment_size)
     except ValueError as error:
         raise BadArenaFileError(str(error)) from error
     arena = Arena(memory, settings, 0)

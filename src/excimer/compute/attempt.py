@@ -25,6 +25,7 @@ from excimer.compute.arena import (
     build_arena,
     preload_environment,
 )
+from excimer.compute.backpressure import Backpressure
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
 from excimer.compute.data_directory import (
@@ -35,6 +36,7 @@ from excimer.compute.data_directory import (
 )
 from excimer.compute.lsn_lease import LeasedMoment, LsnLease
 from excimer.compute.places import ComputePlaces
+from excimer.compute.position_client import PositionClient
 from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, kill_left_behind
 from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
 from excimer.compute.proposer import PostgresAddress, Proposer
@@ -50,7 +52,7 @@ from excimer.postgres import PostgresBuild
 from excimer.postgres.setting_rules import check_rules
 from excimer.service.listen import bind_listen
 from excimer.service.logs import get_logger
-from excimer.service.tasks import TaskScope
+from excimer.service.tasks import SystemClock, TaskScope
 from excimer.wire.endpoint_tokens import EndpointTokens
 
 SUPERUSER = "postgres"
@@ -73,6 +75,8 @@ class ComputeSpec(NamedTuple):
     lease_holder: str
     safekeepers: list[str]
     places: ComputePlaces
+    lag_bytes_max: int
+    """How far the pageserver may be behind before writers wait; 0: as far as it likes."""
 
 
 class Attempt:
@@ -97,6 +101,7 @@ class Attempt:
         self._stopping = False
         self.arena: Arena | None = None
         self.proposer: Proposer | None = None
+        self.backpressure: Backpressure | None = None
 
     async def run(self) -> AttemptEnd:
         self._task = asyncio.current_task()
@@ -119,6 +124,8 @@ class Attempt:
     async def stop(self) -> None:
         """Makes `run` end: a fast shutdown of postgres if there is one, else no start."""
         self._stopping = True
+        if self.backpressure is not None:
+            self.backpressure.lift()
         if self._process is not None:
             await self._process.stop(fast=True)
         elif self._task is not None:
@@ -167,6 +174,8 @@ class Attempt:
         if self.proposer is not None:
             address = PostgresAddress(str(spec.places.socket_dir), spec.port, SUPERUSER)
             scope.start("proposer", self.proposer.stream(address))
+            self.backpressure = self._make_backpressure(self.proposer, self.arena, Lsn(backup.lsn))
+            scope.start("backpressure", self.backpressure.run())
         self._keeper.started(process.pid)
         self._on_started()
         status = await process.wait_exit()
@@ -181,6 +190,19 @@ class Attempt:
             if fault is not None:
                 raise ConfigurationFaultError(fault) from error
             raise
+
+    def _make_backpressure(self, proposer: Proposer, arena: Arena, start_lsn: Lsn) -> Backpressure:
+        spec = self._spec
+        return Backpressure(
+            lag_bytes_max=spec.lag_bytes_max,
+            start_lsn=start_lsn,
+            proposer=proposer,
+            arena=arena,
+            connect=lambda: PositionClient(
+                arena.settings.pageserver_address, spec.tenant_id, spec.timeline_id, arena.settings.token
+            ),
+            clock=SystemClock(),
+        )
 
     async def _hold_lsn(self, scope: TaskScope, lsn: Lsn) -> None:
         """Until the attempt ends. Raises `LeaseRefusedError`."""
@@ -240,9 +262,9 @@ class Attempt:
             backup, prefix, configuration, control.wal_segment_size, hot_standby=is_static
         )
         write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
-        self._make_arena(plan, Lsn(backup.lsn))
+        self._make_arena(plan, Lsn(backup.lsn), control.wal_segment_size)
 
-    def _make_arena(self, plan: DataDirectoryPlan, lsn: Lsn) -> None:
+    def _make_arena(self, plan: DataDirectoryPlan, lsn: Lsn, wal_segment_size: int) -> None:
         spec = self._spec
         self.arena = build_arena(
             spec.places.arena,
@@ -256,6 +278,7 @@ class Attempt:
                 not_modified_since=lsn,
             ),
             data_dir=spec.places.data_dir,
+            wal_segment_size=wal_segment_size,
         )
         self.arena.place_pages(plan.inline_runs)
 

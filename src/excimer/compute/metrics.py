@@ -14,6 +14,11 @@ _COUNTERS = {
     "cancelled": "Of those, reads given up because the query was cancelled",
     "files_made": "Files made when PostgreSQL first opened them",
 }
+_WAITS = {
+    "bulk": "Time that processes which make much WAL waited for the pageserver to ingest",
+    "wal": "Time that writes of WAL waited because the pageserver was too far behind",
+    "room": "Time that writes which may not fail waited for space on the disk",
+}
 
 
 def read_metrics(manager: Manager) -> bytes:
@@ -34,6 +39,13 @@ def _metrics(manager: Manager) -> Iterator[PlainMetric]:
             "End of the WAL that a majority of safekeepers has on disk",
             float(attempt.proposer.commit_lsn),
         )
+    if attempt.backpressure is not None:
+        yield PlainMetric(
+            "excimer_compute_ingest_lag_bytes",
+            "gauge",
+            "Committed WAL that the pageserver has not ingested, as far as is known",
+            float(attempt.backpressure.lag_bytes),
+        )
     if attempt.arena is not None:
         statistics = attempt.arena.statistics()._asdict()
         for name, description in _COUNTERS.items():
@@ -44,4 +56,13 @@ def _metrics(manager: Manager) -> Iterator[PlainMetric]:
             "counter",
             "Time that backends waited for blocks",
             statistics["wait_ns"] / 1e9,
+        )
+        for name, description in _WAITS.items():
+            full_name = f"excimer_compute_{name}_wait_seconds_total"
+            yield PlainMetric(full_name, "counter", description, statistics[f"{name}_wait_ns"] / 1e9)
+        yield PlainMetric(
+            "excimer_compute_waiting_for_room",
+            "gauge",
+            "Processes of postgres that wait now for space on the disk",
+            float(attempt.arena.waiting_for_room()),
         )

@@ -36,6 +36,8 @@ DEFAULTS = {
     "max_wal_senders": "10",
     "max_replication_slots": "10",
     "shared_buffers": "128MB",
+    "max_wal_size": "512MB",
+    "wal_writer_delay": "20ms",
     "max_connections": "100",
     "huge_pages": "off",
     "dynamic_shared_memory_type": "mmap",
@@ -45,7 +47,8 @@ DEFAULTS = {
     "datestyle": "iso, mdy",
     "default_text_search_config": "pg_catalog.english",
 }
-"""As initdb would write them, except that dynamic shared memory lies in the data directory: with posix, a
+"""As initdb would write them, except that local WAL is kept small, because the quorum has it, and is passed
+on soon even if nobody commits, and that dynamic shared memory lies in the data directory: with posix, a
 killed postgres leaves its segments in /dev/shm, of which a container has only 64 MB."""
 
 

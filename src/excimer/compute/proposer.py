@@ -14,7 +14,7 @@ A safekeeper that is slow or away delays nobody: at most `ProposerLimits.in_flig
 under way to it; it catches up from the window or, below that, from what another safekeeper has.
 When WAL that no majority has fills the window, postgres is read no further until safekeepers go on.
 
-Not here: starting postgres; slowing writers for the pageserver's sake.
+Not here: starting postgres; when commits wait for the pageserver's sake (`backpressure`).
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from excimer.base.address import Address, parse_address
 from excimer.base.chance import Chance
 from excimer.base.errors import ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.base.ids import ID_SIZE_BYTES, TenantId, TimelineId
-from excimer.base.lsn import INVALID_LSN, Lsn
+from excimer.base.lsn import INVALID_LSN, MAX_LSN, Lsn
 from excimer.compute.postgres_settings import PROPOSER_NAME
 from excimer.compute.safekeeper_peer import SafekeeperLacksTimelineError, SafekeeperPeer
 from excimer.consensus import proposer as core
@@ -127,6 +127,9 @@ class Proposer:
         self._client: ReplicationClient | None = None
         self._is_repaired = False
         """A majority has all below E. Later commits wake no task: each would cost a turn of the loop."""
+        self._confirm_limit_lsn = MAX_LSN
+        self._confirmed_lsn = INVALID_LSN
+        """What PostgreSQL was told; commits up to here have returned."""
         self._is_paused = False
         self._failure: ExcimerError | None = None
         self._changed = asyncio.Event()  # elected, committed for the first time, failed, or source lost
@@ -138,6 +141,18 @@ class Proposer:
     def commit_lsn(self) -> Lsn:
         """WAL below is durable at a majority; 0 before the election."""
         return self._core.commit_lsn
+
+    @property
+    def received_lsn(self) -> Lsn:
+        """How far PostgreSQL's WAL has come here; 0 before the election."""
+        return self._window.end_lsn
+
+    def confirm_up_to(self, lsn: Lsn) -> None:
+        """Commits above `lsn` wait, although they are durable, until a later call allows them."""
+        was_held = self._core.commit_lsn > self._confirmed_lsn
+        self._confirm_limit_lsn = lsn
+        if was_held:
+            self._confirm()
 
     @property
     def connected_count(self) -> int:
@@ -254,7 +269,8 @@ class Proposer:
     def _confirm(self) -> None:
         """Releases the commits that wait for this LSN: nothing may stand between quorum and this."""
         if self._client is not None:
-            lsn = self._core.commit_lsn
+            lsn = max(self._confirmed_lsn, min(self._core.commit_lsn, self._confirm_limit_lsn))
+            self._confirmed_lsn = lsn
             self._client.report(write_lsn=lsn, flush_lsn=lsn, apply_lsn=lsn)
 
     def _regulate(self) -> None:

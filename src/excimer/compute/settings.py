@@ -31,5 +31,7 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Proposer addresses; empty only for a static endpoint."""
     controller_address: str
     """Where its settings are kept and its tokens renewed. The first ones come on the standard input."""
+    pageserver_lag_max_mib: int = 64
+    """How much committed WAL the pageserver may not have ingested before writers are held; 0: no limit."""
     postgres_settings: dict[str, str] = msgspec.field(default_factory=dict)
     """The endpoint's own list at the start of the manager; later ones come from the controller."""

@@ -53,6 +53,7 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         lease_holder=settings.lease_holder,
         safekeepers=list(settings.safekeepers),
         places=find_places(settings.endpoint_dir),
+        lag_bytes_max=settings.pageserver_lag_max_mib << 20,
     )
 
 

@@ -13,6 +13,8 @@ A frame is a length, a type and a body; all integers are little-endian::
                                <----      g  id, count, pages          (or e)
       B  id, LSN               ---->
                                <----      b  id, zstd(MessagePack)     (or e)
+      P  id                    ---->
+                               <----      p  id, LSN                   (or e)
 
 The C client in libhydrate speaks the same bytes (docs/architecture/interfaces.md). A parser is fed
 what arrived and returns the whole messages in it; anything it does not understand is a
@@ -47,6 +49,8 @@ _GET_PAGES = struct.Struct("<QQQBBHIIIII")
 _PAGES = struct.Struct("<QI")
 _GET_BASEBACKUP = struct.Struct("<QQ")
 _BASEBACKUP = struct.Struct("<Q")
+_GET_POSITION = struct.Struct("<Q")
+_POSITION = struct.Struct("<QQ")
 _ERROR = struct.Struct("<QHH")
 _ERROR_TEXT_BYTES_MAX = 16_384
 
@@ -124,14 +128,26 @@ class BasebackupAnswer(msgspec.Struct, frozen=True, tag=True):
     """A zstd frame around `excimer.pgformat.basebackup`'s MessagePack."""
 
 
+class GetPosition(msgspec.Struct, frozen=True, tag=True):
+    """How far is the timeline ingested? Answered at once."""
+
+    request_id: int
+
+
+class PositionAnswer(msgspec.Struct, frozen=True, tag=True):
+    request_id: int
+    lsn: int
+    """The newest that can be read; 0 while an ancestor's WAL has to come again first."""
+
+
 class ErrorAnswer(msgspec.Struct, frozen=True, tag=True):
     request_id: int
     code: ErrorCode
     text: str
 
 
-ClientMessage: TypeAlias = Hello | GetPages | GetBasebackup
-ServerMessage: TypeAlias = HelloOk | Pages | BasebackupAnswer | ErrorAnswer
+ClientMessage: TypeAlias = Hello | GetPages | GetBasebackup | GetPosition
+ServerMessage: TypeAlias = HelloOk | Pages | BasebackupAnswer | PositionAnswer | ErrorAnswer
 
 
 def error_code(error: ExcimerError) -> ErrorCode:
@@ -158,6 +174,8 @@ def encode_client_message(message: ClientMessage) -> bytes:
             return _frame(b"G", _pack_get_pages(message))
         case GetBasebackup(request_id, lsn):
             return _frame(b"B", _GET_BASEBACKUP.pack(request_id, lsn))
+        case GetPosition(request_id):
+            return _frame(b"P", _GET_POSITION.pack(request_id))
 
 
 def encode_server_message(message: ServerMessage) -> bytes:
@@ -169,6 +187,8 @@ def encode_server_message(message: ServerMessage) -> bytes:
             return pages_head(request_id, len(pages) // BLOCK_SIZE_BYTES) + pages
         case BasebackupAnswer(request_id, compressed):
             return basebackup_head(request_id, len(compressed)) + compressed
+        case PositionAnswer(request_id, lsn):
+            return _frame(b"p", _POSITION.pack(request_id, lsn))
         case ErrorAnswer(request_id, code, text):
             encoded = text.encode()[:_ERROR_TEXT_BYTES_MAX].decode(errors="ignore").encode()
             return _frame(b"e", _ERROR.pack(request_id, code, 0) + encoded)
@@ -240,6 +260,7 @@ class ClientMessageParser:
                 0x48: (_HELLO.size, _HELLO.size + 0xFFFF),
                 0x47: (_GET_PAGES.size, _GET_PAGES.size),
                 0x42: (_GET_BASEBACKUP.size, _GET_BASEBACKUP.size),
+                0x50: (_GET_POSITION.size, _GET_POSITION.size),
             }
         )
 
@@ -256,6 +277,8 @@ class ClientMessageParser:
             else _parse_hello(body)
             if kind == 0x48
             else GetBasebackup(*_GET_BASEBACKUP.unpack(body))
+            if kind == 0x42
+            else GetPosition(*_GET_POSITION.unpack(body))
             for kind, body in self._frames.cut(data)
         ]
 
@@ -270,6 +293,7 @@ class ServerMessageParser:
                 0x68: (_HELLO_OK.size, _HELLO_OK.size),
                 0x67: (_PAGES.size, whole),
                 0x62: (_BASEBACKUP.size, whole),
+                0x70: (_POSITION.size, _POSITION.size),
                 0x65: (_ERROR.size, _ERROR.size + _ERROR_TEXT_BYTES_MAX),
             }
         )
@@ -326,6 +350,8 @@ def _parse_server_message(kind: int, body: bytes) -> ServerMessage:
     if kind == 0x62:
         (request_id,) = _BASEBACKUP.unpack_from(body)
         return BasebackupAnswer(request_id, body[_BASEBACKUP.size :])
+    if kind == 0x70:
+        return PositionAnswer(*_POSITION.unpack(body))
     if kind == 0x68:
         version, _, blocks_max = _HELLO_OK.unpack(body)
         return HelloOk(blocks_max, version)

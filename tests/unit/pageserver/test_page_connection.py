@@ -12,10 +12,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from excimer.base.address import Address
-from excimer.base.errors import NotFoundError, RefusedError, RetryableError
+from excimer.base.errors import ExcimerError, NotFoundError, RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId, new_tenant_id, new_timeline_id
 from excimer.base.keys import KeyKind, Relation, relation_block_key, relation_size_key
 from excimer.base.lsn import Lsn
+from excimer.compute.position_client import PositionClient
 from excimer.pageserver.endpoints import page_connection
 from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.metrics import PageServiceMetrics
@@ -181,6 +182,21 @@ def test_blocks_beyond_the_relation_are_refused() -> None:
         async with world.client() as client:
             with pytest.raises(RefusedError, match="relation block 1663/5/16384 main 599"):
                 await client.get_pages((*KEY[:5], BLOCKS - 1), 2)
+
+    play(story)
+
+
+def test_how_far_it_is_asked_again_and_again() -> None:
+    async def story(world: World) -> None:
+        client = PositionClient(str(world.address), TENANT, TIMELINE, TOKEN)
+        assert [await client.position() for _ in range(2)] == [0x200, 0x200]
+        await world.timeline.advance(0x300)
+        assert await client.position() == 0x300
+        client.close()
+        stranger = PositionClient(str(world.address), TENANT, TimelineId("ee" * 16), TOKEN)
+        with pytest.raises(ExcimerError):
+            await stranger.position()
+        stranger.close()
 
     play(story)
 

@@ -43,9 +43,11 @@ from excimer.wire.page_service import (
     ErrorCode,
     GetBasebackup,
     GetPages,
+    GetPosition,
     Hello,
     HelloOk,
     PageProtocolError,
+    PositionAnswer,
     basebackup_head,
     encode_server_message,
     error_code,
@@ -156,7 +158,7 @@ class PageConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._peer: tuple[TenantId, TimelineId] | None = None
         self._claims: Claims | None = None
-        self._waiting: deque[GetPages | GetBasebackup] = deque()
+        self._waiting: deque[GetPages | GetBasebackup | GetPosition] = deque()
         self._in_flight = 0
         self._blocks_in_flight = 0
         self._outgoing: list[bytes] = []
@@ -256,6 +258,8 @@ class PageConnection(asyncio.BufferedProtocol):
                 message = self._waiting.popleft()
                 if isinstance(message, GetPages):
                     blocks += self._answer_or_start(message)
+                elif isinstance(message, GetPosition):
+                    self._answer_position(message)
                 else:
                     self._start(message.request_id, 0, partial(self._get_basebackup, message))
             if blocks:
@@ -300,6 +304,14 @@ class PageConnection(asyncio.BufferedProtocol):
             return 0
         self._answered_s.append(time.perf_counter() - started)
         return request.count
+
+    def _answer_position(self, request: GetPosition) -> None:
+        try:
+            lsn = self._timeline().last_record_lsn
+        except ExcimerError as error:
+            self._answer_error(request.request_id, error)
+        else:
+            self._write(encode_server_message(PositionAnswer(request.request_id, lsn)))
 
     def _start(self, request_id: int, blocks: int, request: Callable[[], Awaitable[None]]) -> None:
         self._in_flight += 1

@@ -1,0 +1,130 @@
+"""What libhydrate does to makers of WAL: bulk writers wait, pg_wal has a limit, a full disk is no error."""
+
+import queue
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from excimer.base.keys import BLOCK_SIZE_BYTES
+from excimer.compute.arena import UNLIMITED
+from tests.kit.hydrate_driver import Driver, LazyDirectory, tags, wait_until
+
+PATH = "base/5/1000"
+SEGMENT = "pg_wal/000000010000000000000003"
+SEGMENT_START = 3 << 24
+MIB = 1 << 20
+
+
+@pytest.fixture
+def lazy(tmp_path: Path) -> Iterator[LazyDirectory]:
+    directory = LazyDirectory(tmp_path)
+    (directory.data_dir / "pg_wal").mkdir()
+    yield directory
+    directory.close()
+
+
+@pytest.fixture
+def driver(lazy: LazyDirectory) -> Driver:
+    return lazy.driver()
+
+
+def waits(driver: Driver, command: str) -> None:
+    driver.begin(command)
+    with pytest.raises(queue.Empty):
+        driver.answer(0.3)
+
+
+def test_who_makes_much_wal_waits_until_it_is_allowed(lazy: LazyDirectory, driver: Driver) -> None:
+    fd = driver.open(PATH)
+    lazy.arena.throttle(0, UNLIMITED)
+    driver.call(f"made_wal {4 * MIB}")
+    waits(driver, f"pread {fd} 0 1")
+    taken = lazy.arena.bulk_bytes()
+    assert 4 * MIB - 256 * 1024 <= taken <= 4 * MIB
+    lazy.arena.throttle(taken - 1, UNLIMITED)
+    with pytest.raises(queue.Empty):
+        driver.answer(0.3)
+    lazy.arena.throttle(taken, UNLIMITED)
+    assert driver.answer().startswith("ok")
+    assert lazy.arena.statistics().bulk_waits == 1
+    assert lazy.arena.statistics().bulk_wait_ns > 300_000_000
+    assert driver.read(fd, 1) == tags(PATH, 1, 2)
+
+
+def test_who_makes_little_never_waits(lazy: LazyDirectory, driver: Driver) -> None:
+    fd = driver.open(PATH)
+    lazy.arena.throttle(0, UNLIMITED)
+    for _ in range(3):
+        driver.call(f"made_wal {60 * 1024}")
+        assert driver.read(fd, 0) == tags(PATH, 0, 1)
+    assert lazy.arena.bulk_bytes() == 0
+
+
+@pytest.mark.parametrize("state", ["holds_lock 1", "critical 1", "interrupt 1"])
+def test_nobody_waits_who_holds_what_others_need(lazy: LazyDirectory, driver: Driver, state: str) -> None:
+    """Nor who has to answer somebody. What is owed is waited for at the next call."""
+    fd = driver.open(PATH)
+    lazy.arena.throttle(0, UNLIMITED)
+    driver.call(f"made_wal {4 * MIB}")
+    driver.call(state)
+    assert driver.read(fd, 0) == tags(PATH, 0, 1)
+    driver.call(state.replace("1", "0"))
+    waits(driver, f"pread {fd} 0 1")
+    lazy.arena.throttle(UNLIMITED, UNLIMITED)
+    assert driver.answer().startswith("ok")
+
+
+def test_wal_is_not_written_beyond_its_limit(lazy: LazyDirectory, driver: Driver) -> None:
+    fd = driver.open(SEGMENT, "wc")
+    lazy.arena.throttle(UNLIMITED, SEGMENT_START + 2 * BLOCK_SIZE_BYTES)
+    assert driver.call(f"pwrite {fd} 0 2 7").startswith("ok")
+    assert lazy.arena.written_lsn() == SEGMENT_START + 2 * BLOCK_SIZE_BYTES
+    waits(driver, f"pwrite {fd} 2 1 7")
+    lazy.arena.throttle(UNLIMITED, SEGMENT_START + 3 * BLOCK_SIZE_BYTES)
+    assert driver.answer() == f"ok {BLOCK_SIZE_BYTES}"
+    assert lazy.arena.statistics().wal_waits == 1
+    other = driver.open("base/5/1001")
+    assert driver.call(f"pwrite {other} 100 1 7").startswith("ok")
+    assert lazy.arena.written_lsn() == SEGMENT_START + 3 * BLOCK_SIZE_BYTES
+
+
+def test_a_descriptor_that_was_wal_is_not_wal_for_ever(lazy: LazyDirectory, driver: Driver) -> None:
+    fd = driver.open(SEGMENT, "wc")
+    driver.call(f"close {fd}")
+    assert driver.open("base/5/1002") == fd
+    lazy.arena.throttle(UNLIMITED, 0)
+    assert driver.call(f"pwrite {fd} 0 1 7").startswith("ok")
+
+
+@pytest.mark.parametrize(
+    ("path", "in_critical_section"), [(SEGMENT, 0), ("pg_wal/xlogtemp.17", 0), (PATH, 1)]
+)
+def test_what_must_not_fail_waits_for_room(
+    lazy: LazyDirectory, driver: Driver, path: str, in_critical_section: int
+) -> None:
+    """The write comes whole in the end, although the disk took a part of it first."""
+    fd = driver.open(path, "wc")
+    driver.call(f"critical {in_critical_section}")
+    driver.call("room 10000")
+    waits(driver, f"pwrite {fd} 0 3 7")
+    wait_until(lambda: lazy.arena.waiting_for_room() == 1)
+    (lazy.data_dir / "room").touch()
+    assert driver.answer() == f"ok {3 * BLOCK_SIZE_BYTES}"
+    assert (lazy.data_dir / path).read_bytes()[: 3 * BLOCK_SIZE_BYTES] == (7).to_bytes(8, "little") * 3 * 1024
+    assert lazy.arena.statistics().room_waits == 1
+    assert lazy.arena.waiting_for_room() == 0
+    wait_until(lambda: len(driver.errors) >= 2)
+    assert "no space left for" in driver.errors[0]
+    assert str(lazy.data_dir) in driver.errors[0]
+    assert "again, after" in driver.errors[1]
+
+
+def test_whatever_may_fail_does(lazy: LazyDirectory, driver: Driver) -> None:
+    fd = driver.open(PATH)
+    driver.call("room 0")
+    started = time.monotonic()
+    assert driver.call(f"pwrite {fd} 0 1 7") == "error ENOSPC"
+    assert time.monotonic() - started < 5
+    assert lazy.arena.statistics().room_waits == 0
