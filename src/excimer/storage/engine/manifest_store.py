@@ -5,7 +5,8 @@
     tenants/TENANT/timelines/TIMELINE/deleted             there is no such timeline any more
 
 A manifest is only ever created (G1): a writer whose name is taken by other content has been
-overtaken by another process of the same generation and stops. A reader takes the greatest name, so
+overtaken by another process of the same generation and stops; unless it is the writer's own content, put
+before without an answer, however long ago. A reader takes the greatest name, so
 what an older generation still writes is never looked at.
 
 A listing may lag behind on some stores, while asking for an object by name never does. So whoever takes the
@@ -13,6 +14,7 @@ greatest listed name asks for those that would follow it: the next of the same g
 the next generations, which for that reason are kept.
 """
 
+import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -85,7 +87,8 @@ class ManifestStore:
         self._prefix = timeline_prefix(tenant_id, timeline_id)
         self._generation = generation
         self._sequence = last_sequence
-        self._unanswered: bytes | None = None
+        self._unanswered: set[bytes] = set()
+        """Digests of all that was put as the next sequence without an answer: each may still arrive."""
         self._has_written = False
 
     def write(self, manifest: Manifest) -> ManifestName:
@@ -95,18 +98,23 @@ class ManifestStore:
         the next write copes with.
         """
         data = pack_manifest(manifest)
-        if self._unanswered is not None and self._is_there(self._sequence + 1, self._unanswered):
-            self._sequence += 1
-        self._unanswered = data
-        name = ManifestName(self._generation, self._sequence + 1)
-        try:
-            self._store.put(f"{self._prefix}/{name}", data)
-        except ObjectExistsError as error:
-            if not self._is_there(self._sequence + 1, data):  # else: this very one, its answer lost
-                raise OvertakenError(
-                    f"another process has written {self._prefix}/{name}: this one must stop"
-                ) from error
-        self._unanswered = None
+        if self._unanswered:
+            self._take_arrived(self._read_next())
+        while True:
+            name = ManifestName(self._generation, self._sequence + 1)
+            self._unanswered.add(_digest(data))
+            try:
+                self._store.put(f"{self._prefix}/{name}", data)
+                break
+            except ObjectExistsError as error:
+                found = self._read_next()
+                if found == data:  # this very one, its answer lost
+                    break
+                if not self._take_arrived(found):
+                    raise OvertakenError(
+                        f"another process has written {self._prefix}/{name}: this one must stop"
+                    ) from error
+        self._unanswered.clear()
         self._has_written = True
         self._sequence += 1
         if self._sequence > MANIFESTS_KEPT + 1:  # the first of each generation stays
@@ -120,20 +128,34 @@ class ManifestStore:
         """Whether the newest of this generation is one that we have written, and that was confirmed. No
         other process of our generation can write one from here on.
         """
-        return self._has_written and self._unanswered is None
+        return self._has_written and not self._unanswered
 
     @property
     def last_sequence(self) -> int:
         """Of the last manifest known to be there."""
         return self._sequence
 
-    def _is_there(self, sequence: int, data: bytes) -> bool:
-        """Whether a write whose answer was lost has happened."""
-        name = ManifestName(self._generation, sequence)
+    def _read_next(self) -> bytes | None:
+        """The manifest of the next sequence; None if there is none."""
         try:
-            return self._store.get(f"{self._prefix}/{name}") == data
+            return self._store.get(f"{self._prefix}/{ManifestName(self._generation, self._sequence + 1)}")
         except ObjectMissingError:
+            return None
+
+    def _take_arrived(self, found: bytes | None) -> bool:
+        """Whether the next sequence is one of ours whose answer was lost, perhaps an earlier try of several.
+
+        Then it is the newest, and what else was tried under its name can no longer arrive.
+        """
+        if found is None or _digest(found) not in self._unanswered:
             return False
+        self._sequence += 1
+        self._unanswered.clear()
+        return True
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def check_not_overtaken(
