@@ -249,7 +249,7 @@ cdef bint insert(arena_header *header, uint32_t index, const char *path, size_t 
 def build(
     unsigned char[::1] arena, list files, uint32_t miss_capacity, bytes data_dir, uint64_t wal_segment_size
 ) -> None:
-    """Fills a zeroed buffer of `arena_size` bytes, all blocks absent, WAL unlimited. `files`: (path, blocks, …).
+    """Fills a zeroed buffer of `arena_size` bytes, all blocks absent, no limits. `files`: (path, blocks, …).
 
     Raises ValueError for a path that is no relation or SLRU segment, or comes twice.
     """

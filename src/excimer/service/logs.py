@@ -39,6 +39,9 @@ from excimer.service.log_limit import LogLimit
 
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
+OWN_PREFIX: Final = "excimer."
+"""Of the names of our loggers, of either kind."""
+
 _context: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar("log_context")
 
 
@@ -157,7 +160,7 @@ class Logger:
 
 
 def get_logger(name: str) -> Logger:
-    return Logger({"logger": name.removeprefix("excimer.")})
+    return Logger({"logger": name.removeprefix(OWN_PREFIX)})
 
 
 @contextlib.contextmanager
@@ -171,14 +174,17 @@ def log_context(**fields: object) -> Iterator[None]:
 
 
 class _FromLibraries(logging.Handler):
-    """Brings lines of libraries (uvicorn, nats, asyncio) that use stdlib logging into the same stream."""
+    """Brings lines of whoever uses stdlib logging into the same stream: libraries (uvicorn, nats, asyncio),
+    and our own packages below this one, such as the storage engine.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        fields: dict[str, Any] = {"logger": record.name}
+        is_ours = record.name.startswith(OWN_PREFIX)
+        fields: dict[str, Any] = {"logger": record.name.removeprefix(OWN_PREFIX), **_context.get({})}
         if record.exc_info:
             fields["traceback"] = "".join(traceback.format_exception(*record.exc_info))
         level = next((name for name, number in LEVELS.items() if record.levelno <= number), "error")
-        _sink.write(level, record.getMessage(), fields, kind="(any)")
+        _sink.write(level, record.getMessage(), fields, kind=str(record.msg) if is_ours else "(any)")
 
 
 def configure_logging(
@@ -191,7 +197,7 @@ def configure_logging(
 ) -> None:
     """Sets the process's log once, at its start. `stream` None is standard error as it is at each line.
 
-    Libraries are heard from "warning" on.
+    Libraries are heard from "warning" on, our own packages that use stdlib logging from `level` on.
     """
     _sink.service = service
     _sink.level = LEVELS[level]
@@ -201,3 +207,4 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers[:] = [_FromLibraries()]
     root.setLevel(max(LEVELS[level], logging.WARNING))
+    logging.getLogger(OWN_PREFIX.rstrip(".")).setLevel(LEVELS[level])

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import logging
 
 import pytest
 
@@ -117,3 +118,23 @@ def test_log_lines_are_json_with_context_and_readable_lsns() -> None:
         "event_time": 1,
     }
     assert "request_id" not in second
+
+
+def test_what_the_engine_logs_is_seen_and_what_libraries_chat_is_not() -> None:
+    """The storage engine, which may not import the services' kit, logs by the standard library."""
+    stream = io.StringIO()
+    configure_logging("pageserver-1", "info", stream=stream)
+    with log_context(tenant_id="ab"):
+        logging.getLogger("excimer.storage.engine.compactor").info("timeline %s: given up", "cd")
+        logging.getLogger("excimer.storage.engine.compactor").debug("not written")
+        logging.getLogger("uvicorn.access").info("not written")
+        logging.getLogger("uvicorn.error").warning("slow")
+    configure_logging("test", "warning")
+    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert {name: first[name] for name in ("level", "logger", "event", "tenant_id")} == {
+        "level": "info",
+        "logger": "storage.engine.compactor",
+        "event": "timeline cd: given up",
+        "tenant_id": "ab",
+    }
+    assert (second["level"], second["logger"], second["event"]) == ("warning", "uvicorn.error", "slow")
