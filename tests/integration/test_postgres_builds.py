@@ -102,9 +102,10 @@ def test_a_cluster_is_made_for_its_user(version: int) -> None:
 
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
-def test_the_redo_extension_compiles_without_a_warning(version: int) -> None:
+@pytest.mark.parametrize("name", ["redo", "endpoint"])
+def test_our_modules_compile_without_a_warning(version: int, name: str) -> None:
     with reachable_directory() as root:
-        compile_redo(build_of(version), source_directory(), root, ("-Werror",))
+        compile_redo(build_of(version), source_directory(name), root, ("-Werror",))
 
 
 def test_a_build_is_brought_from_a_wheel_and_used(place: Path) -> None:

@@ -23,6 +23,14 @@ BranchArgument = Annotated[
 EndpointArgument = Annotated[
     str, typer.Argument(help="Name of the endpoint.", autocompletion=complete_endpoint)
 ]
+KeepActiveOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-active",
+        help="Subscriptions stay enabled, and extensions' background workers (pg_cron) run. Both of two "
+        "servers at work on one subscription lose rows: see that only one is.",
+    ),
+]
 
 _LSN = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}\Z")
 

@@ -236,6 +236,8 @@ class Installation:
             pageserver_http_address=spec["pageserver_http_address"],
             lease_holder=spec["lease_holder"],
             safekeepers=spec["safekeepers"],
+            quieting_id=spec["quieting_id"] or "",
+            extension_workers=spec["extension_workers"],
             controller_address=self.controller_address,
             postgres_settings=endpoint["postgres_settings"],
         )

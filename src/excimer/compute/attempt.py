@@ -13,6 +13,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError
@@ -35,6 +36,13 @@ from excimer.compute.data_directory import (
     write_data_directory,
 )
 from excimer.compute.lsn_lease import LeasedMoment, LsnLease
+from excimer.compute.outside_work import (
+    GATE,
+    OutsideWork,
+    disable_inherited_subscriptions,
+    module_arguments,
+    preloaded_libraries,
+)
 from excimer.compute.places import ComputePlaces
 from excimer.compute.position_client import PositionClient
 from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, kill_left_behind
@@ -74,6 +82,9 @@ class ComputeSpec(NamedTuple):
     pageserver_http_address: str
     lease_holder: str
     safekeepers: list[str]
+    module: Path
+    """The endpoint module, compiled for `build`."""
+    outside_work: OutsideWork
     places: ComputePlaces
     lag_bytes_max: int
     """How far the pageserver may be behind before writers wait; 0: as far as it likes."""
@@ -176,10 +187,20 @@ class Attempt:
             scope.start("proposer", self.proposer.stream(address))
             self.backpressure = self._make_backpressure(self.proposer, self.arena, Lsn(backup.lsn))
             scope.start("backpressure", self.backpressure.run())
+            await self._open_gate(address)
         self._keeper.started(process.pid)
         self._on_started()
         status = await process.wait_exit()
         return Ended(time.monotonic(), f"postgres {describe_exit(status)}")
+
+    async def _open_gate(self, address: PostgresAddress) -> None:
+        """Lets subscriptions be applied, as soon as none is enabled that the branch only inherited."""
+        quieting_id = self._spec.outside_work.quieting_id
+        if quieting_id is None:
+            return
+        if await disable_inherited_subscriptions(address, quieting_id):
+            log.info("inherited subscriptions are disabled", quieting_id=quieting_id)
+        (self._spec.places.data_dir / GATE).touch()
 
     async def _wait_ready(self, process: PostgresProcess) -> None:
         """Raises `ConfigurationFaultError` when a setting is what keeps it from starting."""
@@ -248,6 +269,13 @@ class Attempt:
         self._settings = check_rules(self._keeper.starting())
         origins = {origins_setting(backup.pg_version): backup.origin_count}
         self._options = fixed_arguments(control, self._settings, origins=origins, is_static=is_static)
+        self._options += module_arguments(
+            spec.module,
+            preloaded_libraries(spec.build, self._settings),
+            spec.outside_work,
+            is_static=is_static,
+            extension_hint=spec.build.extension_hint(),
+        )
         postgresql_conf = render_postgres_settings(
             pg_version=backup.pg_version,
             host=spec.host,

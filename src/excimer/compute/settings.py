@@ -35,3 +35,7 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """How much committed WAL the pageserver may not have ingested before writers are held; 0: no limit."""
     postgres_settings: dict[str, str] = msgspec.field(default_factory=dict)
     """The endpoint's own list at the start of the manager; later ones come from the controller."""
+    quieting_id: str = ""
+    """Under this id subscriptions that the branch inherited are disabled, once; empty: they go on."""
+    extension_workers: bool = True
+    """Whether background workers that extensions register are started."""

@@ -24,11 +24,12 @@ from excimer.compute.core import (
     StopRequested,
     Wait,
 )
+from excimer.compute.outside_work import OutsideWork
 from excimer.compute.places import find_places, leave_places
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
 from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
-from excimer.postgres import find_build
+from excimer.postgres import endpoint_module, find_build
 from excimer.postgres.setting_check import at_start_only
 from excimer.service.health import Health
 from excimer.service.logs import get_logger
@@ -41,17 +42,20 @@ log = get_logger(__name__)
 def make_spec(settings: ComputeSettings) -> ComputeSpec:
     """Checks the settings and finds PostgreSQL. Raises `RefusedError`s that say what to change."""
     host, _, port = settings.postgres_listen.rpartition(":")
+    build = find_build(settings.pg_version)
     return ComputeSpec(
         tenant_id=parse_tenant_id(settings.tenant_id),
         timeline_id=parse_timeline_id(settings.timeline_id),
         static_lsn=parse_lsn(settings.lsn) if settings.lsn is not None else None,
-        build=find_build(settings.pg_version),
+        build=build,
+        module=endpoint_module(build),
         host=host,
         port=int(port),
         pageserver_address=settings.pageserver_address,
         pageserver_http_address=settings.pageserver_http_address,
         lease_holder=settings.lease_holder,
         safekeepers=list(settings.safekeepers),
+        outside_work=OutsideWork(settings.quieting_id or None, settings.extension_workers),
         places=find_places(settings.endpoint_dir),
         lag_bytes_max=settings.pageserver_lag_max_mib << 20,
     )

@@ -17,7 +17,13 @@ import msgspec
 
 from excimer.base.ids import TimelineId
 from excimer.base.lsn import Lsn
-from excimer.controller.core import ARCHIVE_STATES, IncompleteError, check_branch_name, check_in_service
+from excimer.controller.core import (
+    ARCHIVE_STATES,
+    IncompleteError,
+    check_branch_name,
+    check_in_service,
+    made_quiet,
+)
 from excimer.controller.model import (
     BadRequestError,
     Endpoint,
@@ -71,12 +77,14 @@ def plan_replacement(
     timeline_id: TimelineId,
     *,
     kept_as: str | None,
+    keeps_subscriptions: bool,
     now: float,
 ) -> Timeline:
     """The row of the timeline that is to take the branch's place, made from `source`.
 
     Until it does it is hidden, and has its id for a name. `kept_as`: the name of what the branch was; None:
-    that goes, if nothing needs it.
+    that goes, if nothing needs it. It is the branch, so its schedulers run on if they did. Subscriptions are
+    disabled even so: their publishers have thrown away what the branch had applied since.
     """
     if kept_as is not None:
         check_branch_name(kept_as)
@@ -93,6 +101,7 @@ def plan_replacement(
         created_at=now,
         replaces_timeline_id=branch.timeline_id,
         replaced_name=kept_as,
+        quieting_id=None if keeps_subscriptions else timeline_id,
     )
 
 
@@ -115,6 +124,7 @@ def finish_replacement(
     if kept_as is None or any(each.name == kept_as and each.state != "deleting" for each in others):
         kept_as = old_name(timelines, old.name, now)
     is_kept = is_needed or made.replaced_name is not None
+    old = made_quiet(old, made.timeline_id)
     return Replacement(
         old=msgspec.structs.replace(old, name=kept_as, state=old.state if is_kept else "deleting"),
         new=msgspec.structs.replace(

@@ -10,6 +10,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+import msgspec
+
 from excimer.base.branch_names import branch_name_fault
 from excimer.base.errors import ConflictError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
@@ -193,6 +195,20 @@ def plan_timeline(
     )
 
 
+def made_quiet(timeline: Timeline, quieting_id: str) -> Timeline:
+    """The row of a timeline that does not act on the outside by itself.
+
+    Its catalogs are a copy of another cluster's, which goes on: both of them at work on one subscription
+    would lose rows, and scheduled jobs would be done twice.
+    """
+    return msgspec.structs.replace(timeline, quieting_id=quieting_id, extension_workers=False)
+
+
+def made_active(timeline: Timeline) -> Timeline:
+    """The row of a timeline that acts on the outside as its catalogs say."""
+    return msgspec.structs.replace(timeline, quieting_id=None, extension_workers=True)
+
+
 def check_in_service(timeline: Timeline) -> None:
     """Raises unless endpoints, readers and branches can use the branch now."""
     if timeline.state in ARCHIVE_STATES:
@@ -329,6 +345,8 @@ def build_spec(
         wal_segment_size=timeline.wal_segment_size,
         system_id=timeline.system_id,
         tokens=tokens,
+        quieting_id=timeline.quieting_id,
+        extension_workers=timeline.extension_workers,
     )
 
 

@@ -78,17 +78,30 @@ class BranchHistory:
     # Another state under the same name
 
     async def restore(
-        self, tenant: str, reference: str, timeline_id: TimelineId, at: Lsn | str, kept_as: str | None
+        self,
+        tenant: str,
+        reference: str,
+        timeline_id: TimelineId,
+        at: Lsn | str,
+        kept_as: str | None,
+        *,
+        keeps_subscriptions: bool = False,
     ) -> tuple[Timeline, Timeline | None]:
         """The branch at an earlier LSN or moment (RFC 3339), and what it was. Repeatable with the id."""
 
         def plan_it(branch: Timeline, timelines: list[Timeline]) -> tuple[Timeline, str]:
             return branch, kept_as or plan.old_name(timelines, branch.name, self._clock.now())
 
-        return await self._replace(tenant, reference, timeline_id, at, plan_it)
+        return await self._replace(tenant, reference, timeline_id, at, plan_it, keeps_subscriptions)
 
     async def reset(
-        self, tenant: str, reference: str, timeline_id: TimelineId, kept_as: str | None
+        self,
+        tenant: str,
+        reference: str,
+        timeline_id: TimelineId,
+        kept_as: str | None,
+        *,
+        keeps_subscriptions: bool = False,
     ) -> tuple[Timeline, Timeline | None]:
         """The branch at its parent's head, and what it was, unless that goes. Repeatable with the id."""
 
@@ -97,7 +110,7 @@ class BranchHistory:
             plan.check_settled(parent)
             return parent, kept_as
 
-        return await self._replace(tenant, reference, timeline_id, None, plan_it)
+        return await self._replace(tenant, reference, timeline_id, None, plan_it, keeps_subscriptions)
 
     async def _replace(
         self,
@@ -106,6 +119,7 @@ class BranchHistory:
         timeline_id: TimelineId,
         at: Lsn | str | None,
         plan_it: Callable[[Timeline, list[Timeline]], tuple[Timeline, str | None]],
+        keeps_subscriptions: bool,
     ) -> tuple[Timeline, Timeline | None]:
         tenant = await self._tools.find_tenant(tenant_reference)
         async with self._tools.lock(tenant.tenant_id):
@@ -122,7 +136,13 @@ class BranchHistory:
             start_lsn = await self._tools.points.find(tenant, source, at)
             if row is None:
                 row = plan.plan_replacement(
-                    timelines, branch, source, timeline_id, kept_as=kept_as, now=self._clock.now()
+                    timelines,
+                    branch,
+                    source,
+                    timeline_id,
+                    kept_as=kept_as,
+                    keeps_subscriptions=keeps_subscriptions,
+                    now=self._clock.now(),
                 )
                 await self._db(self._store.put_timelines, [row])
             try:
@@ -172,6 +192,14 @@ class BranchHistory:
                 plan.check_unarchivable(branch, timelines)
                 branch = await self._set_state(branch, "unarchiving")
             return await self._drive(tenant, branch, back_to="archived")
+
+    async def activate(self, tenant_reference: str, reference: str) -> Timeline:
+        """It acts on the outside as its catalogs say, from the next start of its endpoint on. Repeatable."""
+        tenant = await self._tools.find_tenant(tenant_reference)
+        async with self._tools.lock(tenant.tenant_id):
+            branch = core.made_active(core.find_branch(await self._timelines(tenant), reference))
+            await self._db(self._store.put_timelines, [branch])
+            return branch
 
     # Alone
 

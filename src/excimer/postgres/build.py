@@ -111,6 +111,13 @@ class PostgresBuild:
                 f"(excimer pg install {self.version})"
             )
 
+    def extension_hint(self) -> str:
+        """What to tell somebody who asks for an extension that is not there."""
+        return (
+            f"PostgreSQL {self.full_version} ({self.origin}) does not have it. `excimer pg list` shows what "
+            "each build lacks; a build that has it is used after `excimer pg add PG_CONFIG`."
+        )
+
     def identity(self) -> str:
         """Changes whenever the server program or the headers it is compiled against do."""
         digest = hashlib.sha256(self.full_version.encode())

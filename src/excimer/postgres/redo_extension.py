@@ -1,7 +1,8 @@
 """Compiles the redo worker's extension (`csrc/redo`) against a build's server headers, once per build.
 
 A loadable module holds for one major version and its structures, so it cannot be shipped compiled. The
-result lies in the cache under the identity of the build and of the sources.
+result lies in the cache under the identity of the build and of the sources. The other module of our own
+(`endpoint_module`) is made by the same means.
 """
 
 import functools
@@ -37,28 +38,32 @@ def redo_extension(build: PostgresBuild) -> Path:
 
     Raises `BuildUnusableError` when headers or a compiler are missing, or with the compiler's own words.
     """
+    return cached_module(build, "redo", source_directory(), LIBRARY_NAME)
+
+
+def cached_module(build: PostgresBuild, kind: str, sources: Path, name: str) -> Path:
+    """The module `name`, compiled of `sources` if the cache does not have it. Raises `BuildUnusableError`."""
     build.require_runnable()
     if build.include_server_dir is None:
         raise BuildUnusableError(
             f"PostgreSQL {build.full_version} in {build.bin_dir} has no server headers, which Excimer needs "
-            f"to replay WAL: install them (Debian: postgresql-server-dev-{build.version}, Fedora: "
+            f"for its own modules: install them (Debian: postgresql-server-dev-{build.version}, Fedora: "
             f"postgresql{build.version}-devel), or bring a build that has them: "
             f"excimer pg install {build.version}"
         )
-    sources = source_directory()
     key = f"{build.version}-{build.identity()}-{_identity_of(sources)}"
-    return cache_entry("redo", key, lambda place: compile_redo(build, sources, place)) / LIBRARY_NAME
+    return cache_entry(kind, key, lambda place: compile_redo(build, sources, place, name=name)) / name
 
 
 @functools.cache
-def source_directory() -> Path:
-    """csrc/redo, of the wheel or of the checkout."""
+def source_directory(name: str = "redo") -> Path:
+    """csrc/NAME, of the wheel or of the checkout."""
     package = Path(excimer.__file__).resolve().parent
     for csrc in (package / "csrc", package.parent.parent / "csrc"):
-        if (csrc / "redo").is_dir():
-            return csrc / "redo"
+        if (csrc / name).is_dir():
+            return csrc / name
     raise BuildUnusableError(
-        f"the sources of the redo extension are not beside {package}: install Excimer again"
+        f"the sources of our {name} module are not beside {package}: install Excimer again"
     )
 
 
@@ -75,11 +80,17 @@ def find_compiler() -> str:
     )
 
 
-def compile_redo(build: PostgresBuild, sources: Path, place: Path, extra_flags: tuple[str, ...] = ()) -> None:
+def compile_redo(
+    build: PostgresBuild,
+    sources: Path,
+    place: Path,
+    extra_flags: tuple[str, ...] = (),
+    name: str = LIBRARY_NAME,
+) -> None:
     """Compiles all of `sources` into `place`. Raises `BuildUnusableError` with the compiler's words."""
     # -isystem: PostgreSQL's headers do not compile without warnings under -Wextra.
     command = [find_compiler(), *FLAGS, *extra_flags, "-isystem", str(build.include_server_dir)]
-    command += ["-o", str(place / LIBRARY_NAME), *(str(path) for path in sorted(sources.glob("*.c")))]
+    command += ["-o", str(place / name), *(str(path) for path in sorted(sources.glob("*.c")))]
     try:
         answer = subprocess.run(
             command,
@@ -93,9 +104,7 @@ def compile_redo(build: PostgresBuild, sources: Path, place: Path, extra_flags: 
         raise BuildUnusableError(f"the C compiler {command[0]} cannot be run: {error}") from error
     if answer.returncode != 0:
         said = "\n".join(answer.stderr.strip().splitlines()[:12])
-        raise BuildUnusableError(
-            f"the redo extension cannot be compiled for PostgreSQL {build.full_version}: {said}"
-        )
+        raise BuildUnusableError(f"{name} cannot be compiled for PostgreSQL {build.full_version}: {said}")
 
 
 def _identity_of(sources: Path) -> str:

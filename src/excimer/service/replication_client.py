@@ -105,6 +105,13 @@ class ReplicationClient(asyncio.Protocol):
             if error.sqlstate != _DUPLICATE_OBJECT:
                 raise
 
+    async def query(self, statement: str) -> list[list[bytes | None]]:
+        """Rows, as text, of SQL on a connection made with the parameter `replication=database`.
+
+        Several statements are one transaction. Raises PostgresError, `ReplicationLostError`.
+        """
+        return await self._query(statement)
+
     async def start_physical(self, start_lsn: Lsn, sink: WalSink, *, slot: str | None = None) -> None:
         """Begins to stream WAL from exactly `start_lsn` into the sink.
 

@@ -103,6 +103,46 @@ def test_restore_gives_the_name_and_its_endpoints_to_the_past(tmp_path: Path) ->
     play(tmp_path, story)
 
 
+def test_copies_of_a_branch_are_quiet_and_the_branch_itself_goes_on(tmp_path: Path) -> None:
+    """What each does on the outside: under which id subscriptions are disabled, and whether workers run."""
+
+    async def story(world: World) -> None:
+        async def outside(name: str) -> tuple[str | None, bool]:
+            row = await row_of(world, name)
+            return row.quieting_id, row.extension_workers
+
+        history = world.controller.history
+        assert await outside("main") == (None, True)
+        await branch(world, DEV, "dev", 1000)
+        assert await outside("dev") == (DEV, False)
+        write(world, 1000)
+        await history.activate("", "dev")
+        assert await outside("dev") == (None, True)
+        await history.restore("", "dev", OTHER, Lsn(START_LSN + 500), "was")
+        assert await outside("dev") == (OTHER, True)
+        assert await outside("was") == (OTHER, False), "another quieting than one it may have had"
+        await history.restore("", "main", NEW, Lsn(START_LSN + 500), "past", keeps_subscriptions=True)
+        assert await outside("main") == (None, True)
+        assert await outside("past") == (NEW, False)
+        await history.reset("", "was", TEST, None)
+        assert await outside("was") == (TEST, False)
+
+    play(tmp_path, story)
+
+
+def test_the_spec_of_an_endpoint_says_what_its_branch_does_by_itself(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await branch(world, DEV, "dev", 1000)
+        await endpoint(world, "dev", "dev", 5000)
+        spec = await world.controller.read_spec("dev")
+        assert (spec.quieting_id, spec.extension_workers) == (DEV, False)
+        await endpoint(world, "main", "main", 6000)
+        spec = await world.controller.read_spec("main")
+        assert (spec.quieting_id, spec.extension_workers) == (None, True)
+
+    play(tmp_path, story)
+
+
 def test_a_restore_that_fails_changes_nothing(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         write(world, 1000)

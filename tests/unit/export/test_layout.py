@@ -89,6 +89,7 @@ def test_settings_that_the_history_needs_travel() -> None:
     assert "wal_level = logical\n" in text
     plain = dict(plan_export(_backup(3 * SEGMENT + 800), now_s=5).files)["postgresql.conf"].decode()
     assert "prepared" not in plain
+    assert "\nmax_logical_replication_workers = 0\n" in plain, "the branch goes on with its subscriptions"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import typer
 
 from excimer.base.errors import ConflictError, ExcimerError
 from excimer.base.lsn import InvalidLsnError, Lsn, parse_lsn
-from excimer.cli.branch_options import TenantOption
+from excimer.cli.branch_options import KeepActiveOption, TenantOption
 from excimer.cli.commands.tenant import tenant_name
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
@@ -48,11 +48,12 @@ def import_cluster(
             "--to", help="Import WAL up to this LSN; default: all there is now.", show_default=False
         ),
     ] = None,
+    keep_active: KeepActiveOption = False,
 ) -> None:
     """Bring in an existing cluster, stopped or running, as a branch of its own.
 
-    All of it arrives, or nothing. Not brought along: configuration, replication slots and origins,
-    statistics, contents of unlogged tables.
+    All of it arrives, or nothing. Not brought along: configuration, replication slots, statistics,
+    contents of unlogged tables. Subscriptions come disabled, and schedulers do not run.
     """
     session = session_of(context)
     installation = load_installation(session.directory)
@@ -61,6 +62,7 @@ def import_cluster(
     _check_name_is_free(client, place, branch_name)
     with contextlib.closing(_open_source(source, to)) as opened:
         body = {"timeline_id": secrets.token_hex(16), "name": branch_name, "pg_version": opened.pg_version}
+        body["keep_active"] = keep_active
         begun = client.post(*place, "imports", body=body)
         answer = _send(session, installation.admin_token(), begun, opened, client, place)
     branch = client.post(*place, "imports", begun["timeline_id"], "finish", body={})

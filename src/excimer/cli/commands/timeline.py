@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from excimer.cli.branch_options import POINT_HELP, BranchArgument, TenantOption, branch_point
+from excimer.cli.branch_options import (
+    POINT_HELP,
+    BranchArgument,
+    KeepActiveOption,
+    TenantOption,
+    branch_point,
+)
 from excimer.cli.commands import timeline_history
 from excimer.cli.commands.tenant import read_sizes, size_text, tenant_name
 from excimer.cli.completion import complete_branch
@@ -65,11 +71,16 @@ def branch(
             show_default=False,
         ),
     ] = None,
+    keep_active: KeepActiveOption = False,
     tenant: TenantOption = None,
 ) -> None:
-    """Make a branch of another one, at any moment of its history."""
+    """Make a branch of another one, at any moment of its history.
+
+    It does not act on the outside by itself: its subscriptions are disabled, schedulers do not run.
+    """
     session = session_of(context)
-    made = create_branch(session, tenant, {"name": branch_name, "ancestor": ancestor} | branch_point(at))
+    body = {"name": branch_name, "ancestor": ancestor, "keep_active": keep_active}
+    made = create_branch(session, tenant, body | branch_point(at))
     session.say(f"branch {made['name']} made from {ancestor} at {made['ancestor_lsn']}", made)
 
 

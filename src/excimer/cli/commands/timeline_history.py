@@ -1,4 +1,4 @@
-"""`excimer timeline restore | reset | archive | unarchive | detach-ancestor | lsn-at | time-of`.
+"""`excimer timeline restore | reset | activate | archive | unarchive | detach-ancestor | lsn-at | time-of`.
 
 Not here: branches themselves (`timeline`).
 """
@@ -9,7 +9,13 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from excimer.cli.branch_options import POINT_HELP, BranchArgument, TenantOption, branch_point
+from excimer.cli.branch_options import (
+    POINT_HELP,
+    BranchArgument,
+    KeepActiveOption,
+    TenantOption,
+    branch_point,
+)
 from excimer.cli.commands.endpoint import is_running, stop_endpoint
 from excimer.cli.commands.tenant import tenant_name
 from excimer.cli.controller_client import ControllerClient
@@ -34,10 +40,11 @@ def restore(
     to: Annotated[str, typer.Option("--to", help=POINT_HELP + " of the branch's history.")],
     preserve_under_name: KeepOption = None,
     stop_endpoints: StopOption = False,
+    keep_active: KeepActiveOption = False,
     tenant: TenantOption = None,
 ) -> None:
     """Bring a branch back to an earlier state. What it was stays as a branch; endpoints stay on the name."""
-    body = branch_point(to)
+    body = branch_point(to) | {"keep_active": keep_active}
     done = _replace(context, branch_name, tenant, "restore", body, preserve_under_name, stop_endpoints)
     session_of(context).say(
         f"branch {done['branch']['name']} is as it was at {done['branch']['ancestor_lsn']}; "
@@ -51,10 +58,19 @@ def reset(
     branch_name: BranchArgument,
     preserve_under_name: KeepOption = None,
     stop_endpoints: StopOption = False,
+    keep_active: KeepActiveOption = False,
     tenant: TenantOption = None,
 ) -> None:
     """Make a branch what its parent is now. What it was is deleted, unless you name it or others need it."""
-    done = _replace(context, branch_name, tenant, "reset", {}, preserve_under_name, stop_endpoints)
+    done = _replace(
+        context,
+        branch_name,
+        tenant,
+        "reset",
+        {"keep_active": keep_active},
+        preserve_under_name,
+        stop_endpoints,
+    )
     old = done["old_branch"]
     session_of(context).say(
         f"branch {done['branch']['name']} is as its parent at {done['branch']['ancestor_lsn']}; what it was "
@@ -68,7 +84,7 @@ def _replace(
     branch_name: str,
     tenant: str | None,
     action: str,
-    body: dict[str, str],
+    body: dict[str, Any],
     kept_as: str | None,
     stop_endpoints: bool,
 ) -> dict[str, Any]:
@@ -86,6 +102,15 @@ def archive(
     """Keep a branch in object storage only: no endpoint can start on it, and it costs next to nothing."""
     done = _change(context, branch_name, tenant, "archive", {}, stop_endpoints=stop_endpoints)
     session_of(context).say(f"branch {done['name']}: {done['state']}", done)
+
+
+def activate(context: typer.Context, branch_name: BranchArgument, tenant: TenantOption = None) -> None:
+    """Let a quiet branch act on the outside: extensions' background workers run from its next start on.
+
+    Subscriptions that were disabled stay so: ALTER SUBSCRIPTION name ENABLE enables one.
+    """
+    done = _change(context, branch_name, tenant, "activate", {})
+    session_of(context).say(f"branch {done['name']} is active from the next start of its endpoint on", done)
 
 
 def unarchive(context: typer.Context, branch_name: BranchArgument, tenant: TenantOption = None) -> None:
@@ -182,6 +207,7 @@ def running_sentence(running: Sequence[str], branch_name: str) -> str:
 COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "restore": restore,
     "reset": reset,
+    "activate": activate,
     "archive": archive,
     "unarchive": unarchive,
     "detach-ancestor": detach_ancestor,

@@ -108,6 +108,7 @@ def _add_branch_routes(router: APIRouter, controller: Controller, chance: System
             ancestor=body.ancestor,
             at=_branch_point(body),
             pg_version=body.pg_version,
+            keep_active=body.keep_active,
         )
         return BranchAnswer.of(timeline)
 
@@ -130,7 +131,7 @@ def _add_import_routes(router: APIRouter, controller: Controller) -> None:
     async def begin_import(tenant: str, body: BeginImportBody) -> ImportAnswer:
         """Reserves the branch's name. The caller sends the cluster to the pageserver, then calls `finish`."""
         begun = await controller.imports.begin(
-            tenant, TimelineId(body.timeline_id), body.name, body.pg_version
+            tenant, TimelineId(body.timeline_id), body.name, body.pg_version, keep_active=body.keep_active
         )
         return ImportAnswer(
             tenant_id=begun.timeline.tenant_id,

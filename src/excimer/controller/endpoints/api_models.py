@@ -39,12 +39,18 @@ class CreateBranchBody(Body):
     at_lsn: LsnText | None = None
     at_timestamp: datetime | None = None
     pg_version: int | None = Field(None, description="For a fresh cluster; a branch has its ancestor's.")
+    keep_active: bool = Field(
+        False, description="Its subscriptions stay enabled, and background workers of its extensions run."
+    )
 
 
 class BeginImportBody(Body):
     timeline_id: HexId = Field(description="Chosen by the client: the pageserver is told the same.")
     name: str
     pg_version: int
+    keep_active: bool = Field(
+        False, description="Its subscriptions stay enabled, and background workers of its extensions run."
+    )
 
 
 class CreateEndpointBody(Body):
@@ -101,6 +107,7 @@ class BranchAnswer(BaseModel):
     ancestor_timeline_id: str | None
     ancestor_lsn: str | None
     start_lsn: str | None
+    is_quiet: bool = Field(description="Background workers of its extensions do not run.")
     created_at: datetime
 
     @classmethod
@@ -114,6 +121,7 @@ class BranchAnswer(BaseModel):
             ancestor_timeline_id=timeline.ancestor_timeline_id,
             ancestor_lsn=_lsn(timeline.ancestor_lsn),
             start_lsn=_lsn(timeline.start_lsn),
+            is_quiet=not timeline.extension_workers,
             created_at=_time(timeline.created_at),
         )
 
@@ -165,6 +173,8 @@ class SpecAnswer(BaseModel):
     wal_segment_size: int
     system_id: str
     tokens: TokensAnswer
+    quieting_id: str | None
+    extension_workers: bool
 
     @classmethod
     def of(cls, spec: ComputeSpec) -> "SpecAnswer":
@@ -177,6 +187,8 @@ class SpecAnswer(BaseModel):
             wal_segment_size=spec.wal_segment_size,
             system_id=str(spec.system_id),
             tokens=TokensAnswer.of(spec.tokens),
+            quieting_id=spec.quieting_id,
+            extension_workers=spec.extension_workers,
         )
 
 

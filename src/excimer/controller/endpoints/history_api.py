@@ -18,6 +18,7 @@ from excimer.controller.shell import Controller
 class ReplaceBody(Body):
     timeline_id: HexId | None = Field(None, description="Chosen by the client, so that it may ask again.")
     preserve_under_name: str | None = Field(None, description="Name for what the branch was.")
+    keep_active: bool = Field(False, description="Its subscriptions stay enabled.")
 
 
 class RestoreBody(ReplaceBody):
@@ -85,13 +86,22 @@ def _add_replacing_routes(router: APIRouter, controller: Controller, chance: Sys
         at = point_in_history(body.at_lsn, body.at_timestamp)
         if at is None:
             raise BadRequestError("say what to restore to: an LSN or a time")
-        done = await controller.history.restore(tenant, branch, chosen_id(body), at, body.preserve_under_name)
+        done = await controller.history.restore(
+            tenant,
+            branch,
+            chosen_id(body),
+            at,
+            body.preserve_under_name,
+            keeps_subscriptions=body.keep_active,
+        )
         return ReplacedAnswer.of(*done)
 
     @router.post(base + "/reset", tags=["branches"])
     async def reset_branch(tenant: str, branch: str, body: ReplaceBody) -> ReplacedAnswer:
         """The branch as its parent is now; what it was goes unless a name is given or something needs it."""
-        done = await controller.history.reset(tenant, branch, chosen_id(body), body.preserve_under_name)
+        done = await controller.history.reset(
+            tenant, branch, chosen_id(body), body.preserve_under_name, keeps_subscriptions=body.keep_active
+        )
         return ReplacedAnswer.of(*done)
 
 
@@ -107,6 +117,11 @@ def _add_state_routes(router: APIRouter, controller: Controller) -> None:
     async def unarchive_branch(tenant: str, branch: str) -> BranchAnswer:
         """In service again; `unarchiving`: it is finished later."""
         return BranchAnswer.of(await controller.history.unarchive(tenant, branch))
+
+    @router.post(base + "/activate", tags=["branches"])
+    async def activate_branch(tenant: str, branch: str) -> BranchAnswer:
+        """Background workers of its extensions run from the next start on; nothing is disabled any more."""
+        return BranchAnswer.of(await controller.history.activate(tenant, branch))
 
     @router.post(base + "/detach_ancestor", tags=["branches"])
     async def detach_branch(tenant: str, branch: str) -> BranchAnswer:

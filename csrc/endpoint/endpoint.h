@@ -1,0 +1,30 @@
+/*
+ * A compute's own module, preloaded into its stock PostgreSQL: the few rules that no setting and no system call can
+ * make. Each file is one rule; `module.c` puts them in force. It is compiled on the machine where it runs, against the
+ * headers of the build that loads it (`excimer.postgres.endpoint_module`), for PostgreSQL 14 to 18.
+ *
+ * Not here: blocks and files (csrc/libhydrate), redo (csrc/redo).
+ */
+#ifndef EXCIMER_ENDPOINT_H
+#define EXCIMER_ENDPOINT_H
+
+#include "postgres.h"
+
+#if PG_VERSION_NUM < 140000 || PG_VERSION_NUM >= 190000
+#error "the endpoint module is written for PostgreSQL 14 to 18"
+#endif
+
+/* What a logical replication worker commits waits for the quorum (apply_commits.c). */
+extern void guard_apply_commits(void);
+
+/* Statements that this storage cannot serve are refused, and errors get the hint that helps (statements.c). */
+extern void guard_statements(void);
+
+/* What acts on the outside by itself waits, or is not started (background_work.c). */
+extern void define_background_settings(void);
+extern void guard_background_work(void);
+
+/* Given by the compute's manager: which command brings an extension that this build lacks. */
+extern char *extension_hint;
+
+#endif

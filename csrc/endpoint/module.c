@@ -1,0 +1,29 @@
+/*
+ * The module's beginning. It is loaded last of all preloaded libraries, so that it sees what they have registered.
+ */
+#include "endpoint.h"
+
+#include "fmgr.h"
+#include "miscadmin.h"
+#include "utils/guc.h"
+
+PG_MODULE_MAGIC;
+
+char *extension_hint = NULL;
+
+PGDLLEXPORT void _PG_init(void);
+
+void _PG_init(void)
+{
+    if (!process_shared_preload_libraries_in_progress)
+        return;
+    DefineCustomStringVariable("excimer.extension_hint",
+                               "What helps somebody who asks for an extension that this build does not have.", NULL,
+                               &extension_hint, "", PGC_POSTMASTER, GUC_NO_SHOW_ALL | GUC_NOT_IN_SAMPLE, NULL, NULL,
+                               NULL);
+    define_background_settings();
+    EmitWarningsOnPlaceholders("excimer");
+    guard_apply_commits();
+    guard_statements();
+    guard_background_work();
+}

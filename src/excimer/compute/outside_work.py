@@ -1,0 +1,163 @@
+"""What a compute may do on the outside by itself: apply subscriptions, run extensions' background workers.
+
+A branch's catalogs are its parent's. If both applied the parent's subscription, its publisher would send
+each change to only one of them, and throw it away. So a new branch is quiet: its subscriptions are
+disabled before the launcher of logical replication looks at them, and background workers of extensions
+(a scheduler of jobs, say) are not started.
+
+Disabled they are once, in the catalog, so that who enables one again on the branch is obeyed. The same
+transaction leaves a replication origin, named after the quieting, by which every later start sees that it
+was done::
+
+    postgres starts, launcher waits -> is the mark there? --yes----------------------------> gate opens
+                                              '--no--> disable and leave the mark, durably --'
+
+A compute that dies before the commit is on a quorum finds no mark at its next start, and the launcher
+waiting again: the gate is a file in the data directory, which is thrown away (H2).
+
+Not here: which branches are quiet (`excimer.controller`), what waits (`csrc/endpoint/background_work.c`).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from excimer.base.address import Address
+from excimer.compute.proposer import PostgresAddress
+from excimer.postgres import PostgresBuild
+from excimer.postgres.setting_rules import PostgresSettingError
+from excimer.service.replication_client import ReplicationClient, connect_replication
+from excimer.wire.pg_client import PostgresError
+
+GATE: Final = "excimer_subscriptions_may_start"
+"""Same as in csrc/endpoint/background_work.c."""
+APPLICATION_NAME: Final = "excimer_branch_start"
+PRELOADED: Final = ("pg_stat_statements",)
+"""What people expect of a server that somebody runs for them."""
+DATABASES: Final = ("postgres", "template1")
+"""Subscriptions are in a catalog that all databases share; a cluster nearly always has both of these."""
+
+_SAFE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_$/.-")
+_OPTIONS: Final = (
+    "-c synchronous_commit=on -c default_transaction_read_only=off -c statement_timeout=0 -c lock_timeout=0"
+)
+_NO_SUCH_DATABASE: Final = ("3D000", "55000")
+
+
+class OutsideWork(NamedTuple):
+    """What a branch's computes do by themselves."""
+
+    quieting_id: str | None
+    """Under this id inherited subscriptions are disabled, once; None: the branch goes on with what it has."""
+    runs_extension_workers: bool
+
+
+def mark_name(quieting_id: str) -> str:
+    """The replication origin that says: done."""
+    return f"excimer_quiet_{quieting_id}"
+
+
+async def disable_inherited_subscriptions(address: PostgresAddress, quieting_id: str) -> bool:
+    """Returns when what is inherited is disabled for good, on a quorum: True if it was done just now.
+
+    Raises PostgresError, `ReplicationLostError`.
+    """
+    if not quieting_id.isalnum():
+        raise PostgresSettingError(f"{quieting_id!r} is not an id")
+    mark = mark_name(quieting_id)
+    client = await _connect(address)
+    try:
+        known = await client.query(
+            f"SELECT 1 FROM pg_catalog.pg_replication_origin WHERE roname OPERATOR(pg_catalog.=) '{mark}'"
+        )
+        if known:
+            return False
+        # One message, so one transaction. DISABLE would have to be said in each subscription's database.
+        await client.query(
+            "UPDATE pg_catalog.pg_subscription SET subenabled = false WHERE subenabled; "
+            f"SELECT pg_catalog.pg_replication_origin_create('{mark}')"
+        )
+        return True
+    finally:
+        client.close()
+
+
+async def _connect(address: PostgresAddress) -> ReplicationClient:
+    refused: PostgresError | None = None
+    for database in DATABASES:
+        try:
+            return await connect_replication(
+                Address(address.socket_dir, address.port),
+                user=address.user,
+                application_name=APPLICATION_NAME,
+                parameters={"replication": "database", "database": database, "options": _OPTIONS},
+            )
+        except PostgresError as error:
+            if error.sqlstate not in _NO_SUCH_DATABASE:
+                raise
+            refused = error
+    assert refused is not None
+    raise refused
+
+
+def module_arguments(
+    module: Path, preloaded: list[str], work: OutsideWork, *, is_static: bool, extension_hint: str
+) -> list[str]:
+    """Options of the postgres program that preload `module`, after `preloaded`, and say what it is to hold.
+
+    A static endpoint never applies subscriptions, even if somebody promotes it.
+    """
+    waits = is_static or work.quieting_id is not None
+    settings = {
+        "shared_preload_libraries": ", ".join(map(_quote, [*preloaded, str(module)])),
+        "excimer.subscriptions_wait": "on" if waits else "off",
+        "excimer.extension_workers": "on" if work.runs_extension_workers else "off",
+        "excimer.extension_hint": extension_hint,
+    }
+    return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+
+
+def preloaded_libraries(build: PostgresBuild, settings: Mapping[str, str]) -> list[str]:
+    """What the endpoint's own list wants, and pg_stat_statements where the build has it."""
+    wanted = split_libraries(settings.get("shared_preload_libraries", ""))
+    offered = [name for name in PRELOADED if name in build.features.extensions and name not in wanted]
+    return [*wanted, *offered]
+
+
+def split_libraries(text: str) -> list[str]:
+    """The names in a list of libraries, read as PostgreSQL reads it (SplitDirectoriesString).
+
+    Raises `PostgresSettingError`: PostgreSQL would load none of them, and start.
+    """
+    names: list[str] = []
+    rest = text.strip()
+    while rest:
+        if rest.startswith('"'):
+            name, rest = _take_quoted(rest, text)
+        else:
+            name, comma, rest = rest.partition(",")
+            name, rest = name.rstrip(), comma + rest
+        if not name or (rest and not rest.startswith(",")):
+            raise PostgresSettingError(f"shared_preload_libraries is not a list of libraries: {text}")
+        names.append(name)
+        following = rest[1:].strip()
+        if rest and not following:
+            raise PostgresSettingError(f"shared_preload_libraries ends with a comma: {text}")
+        rest = following
+    return names
+
+
+def _take_quoted(rest: str, text: str) -> tuple[str, str]:
+    name = ""
+    while True:
+        part, quote, rest = rest[1:].partition('"')
+        if not quote:
+            raise PostgresSettingError(f"shared_preload_libraries has a quotation that does not end: {text}")
+        name += part
+        if not rest.startswith('"'):
+            return name, rest.lstrip()
+        name += '"'
+
+
+def _quote(name: str) -> str:
+    return name if set(name) <= _SAFE else '"' + name.replace('"', '""') + '"'
