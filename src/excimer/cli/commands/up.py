@@ -1,22 +1,28 @@
 """`excimer up [--demo]`: from nothing to a postgres:// URL; safe to repeat."""
 
+import contextlib
 import time
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from excimer.base.errors import NotFoundError
 from excimer.cli.commands.endpoint import create_endpoint, start_endpoint, url_of
-from excimer.cli.commands.installation import make_installation, start_services
+from excimer.cli.commands.installation import make_installation, making, start_services
 from excimer.cli.commands.tenant import create_tenant
 from excimer.cli.controller_client import ControllerClient
+from excimer.cli.errors import BusyError
 from excimer.cli.installation import CONFIG_NAME, Installation, load_installation
 from excimer.cli.session import Session, session_of
 
 app = typer.Typer()
 
-ENDPOINT = "main"
-TENANT = "default"
+ENDPOINT: Final = "main"
+TENANT: Final = "default"
+DEFAULT_VERSION: Final = 18
+SAFEKEEPERS: Final = 3
+TENANT_LIMIT_S: Final = 120.0
+POLL_S: Final = 0.2
 
 
 @app.command()
@@ -25,8 +31,14 @@ def up(
     demo: Annotated[
         bool, typer.Option("--demo", help="Then load flights, branch, diverge, restart everything, compare.")
     ] = False,
-    pg_version: Annotated[int, typer.Option(help="For a new installation.")] = 18,
-    safekeepers: Annotated[int, typer.Option(help="For a new installation.")] = 3,
+    pg_version: Annotated[
+        int | None,
+        typer.Option(help=f"For a new installation; default: {DEFAULT_VERSION}.", show_default=False),
+    ] = None,
+    safekeepers: Annotated[
+        int | None,
+        typer.Option(help=f"For a new installation; default: {SAFEKEEPERS}.", show_default=False),
+    ] = None,
 ) -> None:
     """Make an installation if there is none, start everything, print a postgres:// URL."""
     session = session_of(context)
@@ -40,25 +52,57 @@ def up(
     session.say(url, {"url": url, "elapsed_s": round(elapsed_s, 3)})
 
 
-def bring_up(session: Session, pg_version: int, safekeepers: int) -> str:
-    """The URL of the endpoint `main`, running."""
-    if (session.directory / CONFIG_NAME).exists():
-        installation = load_installation(session.directory)
-    else:
-        with session.step(f"installation in {session.directory}"):
-            installation = make_installation(session, pg_version, safekeepers, force=False)
-    start_services(session, installation)
-    _ensure_tenant(session, installation)
-    _ensure_endpoint(installation)
+def bring_up(session: Session, pg_version: int | None, safekeepers: int | None) -> str:
+    """The URL of the endpoint `main`, running. What an interrupted one has left half done is done now."""
+    with making(session):
+        if (session.directory / CONFIG_NAME).exists():
+            installation = load_installation(session.directory)
+            _say_what_does_nothing(session, installation, pg_version, safekeepers)
+        else:
+            with session.step(f"installation in {session.directory}"):
+                installation = make_installation(
+                    session, pg_version or DEFAULT_VERSION, safekeepers or SAFEKEEPERS, force=False
+                )
+        start_services(session, installation)
+        _ensure_tenant(session, installation)
+        _ensure_endpoint(installation)
     endpoint, _ = start_endpoint(session, installation, ENDPOINT)
     return url_of(endpoint)
 
 
+def _say_what_does_nothing(
+    session: Session, installation: Installation, pg_version: int | None, safekeepers: int | None
+) -> None:
+    """Options that only a new installation has an ear for."""
+    config = installation.config
+    if pg_version not in (None, config.pg_version):
+        session.note(
+            f"--pg-version {pg_version} does nothing here: {session.directory} is of PostgreSQL "
+            f"{config.pg_version}; for another version: excimer tenant create NAME --pg-version {pg_version}"
+        )
+    if safekeepers not in (None, len(config.safekeepers)):
+        session.note(
+            f"--safekeepers {safekeepers} does nothing here: {session.directory} has "
+            f"{len(config.safekeepers)}"
+        )
+
+
 def _ensure_tenant(session: Session, installation: Installation) -> None:
-    try:
-        ControllerClient(installation).get("default_tenant")
-    except NotFoundError:
-        create_tenant(session, TENANT, pg_version=None, set_default=True)
+    """A default tenant, also where an earlier `up` was interrupted while one was made."""
+    client = ControllerClient(installation)
+    deadline = time.monotonic() + TENANT_LIMIT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(NotFoundError):
+            client.get("default_tenant")
+            return
+        found = [row for row in client.get("tenants")["tenants"] if row["name"] == TENANT]
+        if not found:
+            create_tenant(session, TENANT, pg_version=None, set_default=True)
+        elif found[0]["state"] == "active":
+            client.put("default_tenant", body={"tenant": TENANT})
+        else:  # the controller goes on with it, whoever waits
+            time.sleep(POLL_S)
+    raise BusyError(f"the tenant {TENANT} is still being made: run `excimer up` again")
 
 
 def _ensure_endpoint(installation: Installation) -> None:
