@@ -16,7 +16,7 @@ import pytest
 from excimer.base.address import Address
 from excimer.base.errors import ExcimerError
 from excimer.base.ids import TenantId, TimelineId
-from excimer.base.lsn import Lsn, format_lsn
+from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.service.replication_client import (
     ReplicationClient,
     ReplicationLostError,
@@ -29,6 +29,7 @@ from excimer.wire.replication import format_options
 from excimer.wire.safekeeping import (
     AcceptorGreeting,
     AppendResponse,
+    CommitAnnounce,
     ErrorCode,
     ErrorResponse,
     TokenRenewal,
@@ -235,6 +236,45 @@ def test_wal_that_is_not_here_is_refused(cluster: SafekeeperCluster, member: Saf
     with reachable_directory() as directory:
         told = receivewal(member, cluster.token, directory, START, "--slot", "some")
         assert 'replication slot "some" does not exist' in told
+
+
+def test_only_a_pageservers_word_that_wal_is_durable_removes_it(
+    cluster: SafekeeperCluster, member: SafekeeperProcess
+) -> None:
+    wal = build_wal(3 * SEGMENT_SIZE_BYTES)
+    end_lsn = wal.ends[-1]
+    proposer, start_lsn = leading(cluster)
+    with proposer:
+        proposer.append_all(start_lsn, bytes(wal.stream))
+        proposer.send(CommitAnnounce(proposer.term, end_lsn, end_lsn))
+
+        async def confirm(holder: str, lsn: Lsn) -> None:
+            token = make_token(
+                cluster.keys, Right.READ_WAL, tenant_id=TENANT, timeline_id=TIMELINE, holder=holder
+            )
+            client = await connect_reader(member, token)
+            try:
+                await client.confirm_durable(lsn)
+            finally:
+                client.close()
+
+        for holder in ("endpoint:main", "controller", "xpageserver:1"):
+            with pytest.raises(PostgresError, match="only a pageserver"):
+                asyncio.run(confirm(holder, end_lsn))
+        assert member.timeline()["wal_kept_for"] == "object_storage"
+        asyncio.run(confirm("pageserver:1", end_lsn))
+        deadline = time.monotonic() + 10
+        while member.timeline()["wal_start_lsn"] == format_lsn(START - START % SEGMENT_SIZE_BYTES):
+            assert time.monotonic() < deadline, member.timeline()
+            time.sleep(0.05)
+        assert member.timeline()["wal_size_bytes"] <= 2 * SEGMENT_SIZE_BYTES
+
+        with pytest.raises(PostgresError, match="it was removed below") as caught:
+            asyncio.run(read_wal(member, cluster.token, START, 8))
+        assert caught.value.sqlstate == "58P01"
+        first_lsn = parse_lsn(member.timeline()["wal_start_lsn"])
+        rest = asyncio.run(read_wal(member, cluster.token, first_lsn, end_lsn - first_lsn))
+        assert rest == bytes(wal.stream)[first_lsn - START : end_lsn - START]
 
 
 def test_garbage_on_every_port_leaves_the_process_alive(

@@ -264,14 +264,16 @@ class RenewsInsideRecords(Proposer):
         return effects
 
 
-class CommitsBeforeTheTermBegins(Proposer):
-    """Counts WAL of its former term before a majority holds it under the new one (Raft's figure 8)."""
+class BelievesTornRecordsAreHeld(Proposer):
+    """Lets WAL go that a lagging member has flushed, though its next restart may cut it."""
 
-    def _advance_commit(self) -> list[ProposerEffect]:
+    def _trim(self, held_size_bytes_min: int) -> list[ProposerEffect]:
+        effects = super()._trim(held_size_bytes_min)
         leader = self._leading()
-        if leader.commit_lsn:
-            leader.start_lsn = Lsn(0)
-        return super()._advance_commit()
+        if all(member.adopted for member in self._peers):
+            flushed_lsn = min(member.flush_lsn for member in self._peers)
+            leader.horizon_lsn = max(leader.horizon_lsn, min(leader.commit_lsn, flushed_lsn))
+        return effects
 
 
 @dataclass(frozen=True)
@@ -295,8 +297,8 @@ MUTANTS = (
     Mutant(CutsBelowCommit),
     Mutant(CutsAgainWhenRepeated),
     Mutant(NeverCuts),
-    Mutant(AdoptsBeforeCutting, first_seed=750),
-    Mutant(KeepsLeftovers, first_seed=550),
+    Mutant(AdoptsBeforeCutting, first_seed=1100),
+    Mutant(KeepsLeftovers, first_seed=600),
     Mutant(AcknowledgesUnflushed),
     Mutant(BelievesStaleFlushes),
     Mutant(ShowsUncommittedWal),
@@ -313,7 +315,7 @@ MUTANTS = (
     Mutant(proposer_type=LeadsOnWithoutLooking),
     Mutant(proposer_type=RenewsByItself),
     Mutant(proposer_type=RenewsInsideRecords),
-    Mutant(proposer_type=CommitsBeforeTheTermBegins, first_seed=4100),
+    Mutant(proposer_type=BelievesTornRecordsAreHeld),
 )
 
 NOTICED = (AssertionError, CorruptionError)

@@ -70,6 +70,8 @@ class Node:
         self.index = index
         self.disk = SimulatedDisk(AcceptorState.bootstrap(START_LSN), bytes(START_LSN))
         self.acceptor: Acceptor | None = None
+        self.wal_start_lsn = START_LSN
+        """It does not serve WAL below, having removed it."""
         self.lost = False
         """Its disk is gone; it never comes back."""
         self.record_end_lsn = START_LSN
@@ -216,6 +218,7 @@ class World:
             timeline_start_lsn=START_LSN,
             state=disk.control,
             recovered_end_lsn=end_lsn,
+            wal_start_lsn=node.wal_start_lsn,
         )
         self.trace.append(("start", node.index, end_lsn, disk.control.promised_term))
         self._run_node(node, node.acceptor.start(), None)
@@ -240,6 +243,9 @@ class World:
             node.lost = self.chance.random() < 0.1 and self._may_lose_a_disk()
         else:
             node.disk.control = node.acceptor.state
+            if self.chance.random() < 0.5:  # all that no other member can need goes
+                node.wal_start_lsn = node.acceptor.wal_start_lsn = node.disk.control.horizon_lsn
+                self.trace.append(("removed", node.index, node.wal_start_lsn))
 
     def _may_lose_a_disk(self) -> bool:
         return sum(node.lost for node in self.nodes) < (len(self.nodes) - 1) // 2

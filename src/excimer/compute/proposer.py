@@ -204,6 +204,8 @@ class Proposer:
         self._close_source()
         if self._announce_timer is not None:
             self._announce_timer.cancel()
+        if self._failure is None:  # a last word, so that WAL which all have can go while no compute runs
+            self._carry_out(self._core.announce(to_all=True))
         for peer in self._peers:
             peer.close()
 

@@ -92,7 +92,7 @@ class AcceptorState:
     commit_lsn: Lsn
     """A record boundary, at or below what is durable here. May lag on disk: it only ever saves time."""
     horizon_lsn: Lsn
-    """Every member has committed up to here."""
+    """Committed, and every member has what is below."""
 
     @classmethod
     def bootstrap(cls, timeline_start_lsn: Lsn) -> "AcceptorState":
@@ -450,5 +450,6 @@ class Acceptor:
             and self.wal_start_lsn <= request.start_lsn < end_lsn
         )
         if not readable:
-            return [Send(connection, WalChunk(self.state.promised_term, request.start_lsn, b""))]
+            start_lsn = max(request.start_lsn, self.wal_start_lsn)
+            return [Send(connection, WalChunk(self.state.promised_term, start_lsn, b""))]
         return [ReadWal(connection, request.term, request.start_lsn, end_lsn)]

@@ -4,6 +4,7 @@ Values only, with the rules that follow from them alone. Not here: what moves th
 (`excimer.consensus.proposer`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -69,6 +70,7 @@ class LeaderState:
     commit_lsn: Lsn = INVALID_LSN
     """INVALID until E itself is at a majority; then a record boundary that never falls."""
     horizon_lsn: Lsn = INVALID_LSN
+    """Committed, and held by every member: none will ever ask another for WAL below. A record boundary."""
     boundaries: list[Lsn] = field(default_factory=list)
     """Record ends that may be committed next, rising, all above `commit_lsn`."""
     renewal_tick_count: int = 0
@@ -78,6 +80,25 @@ class LeaderState:
     def newest_boundary_lsn(self) -> Lsn:
         """End of the last complete record known."""
         return self.boundaries[-1] if self.boundaries else self.commit_lsn
+
+    def raise_horizon(self, members: Sequence[Member]) -> None:
+        """Up to the commit LSN of who lags: its flush LSN may lie in a record, which a restart would cut."""
+        if all(member.adopted for member in members):
+            held_lsns = [
+                self.commit_lsn if member.flush_lsn >= self.commit_lsn else member.commit_lsn
+                for member in members
+            ]
+            self.horizon_lsn = max(self.horizon_lsn, min(self.commit_lsn, *held_lsns))
+
+    def trim_lsn(self, flushed_lsn: Lsn, durable_lsn: Lsn, kept_size_bytes: int) -> Lsn:
+        """Below it the window may go; all have flushed up to `flushed_lsn`, a majority up to `durable_lsn`.
+
+        When room is short it does not matter whether WAL is committed: a record may be longer than the
+        window. Otherwise uncommitted WAL stays, for a member that restarts loses a record's beginning.
+        """
+        short_lsn = self.window_end_lsn - kept_size_bytes
+        committed_lsn = min(self.commit_lsn, max(flushed_lsn, short_lsn))
+        return Lsn(min(max(committed_lsn, min(durable_lsn, short_lsn)), self.window_end_lsn))
 
     @property
     def window_size_bytes(self) -> int:

@@ -219,6 +219,7 @@ class Proposer:
             return self._renew()
         if self.phase is Phase.RENEWING:
             return self._ask_for_votes()
+        leader.raise_horizon(self._peers)
         heartbeats: list[ProposerEffect] = [
             Send(
                 peer.index,
@@ -229,8 +230,8 @@ class Proposer:
         ]
         return [*heartbeats, *self._pump_all(), *self._trim(0)]
 
-    def announce(self) -> list[ProposerEffect]:
-        """Tells the commit LSN to members that have not heard it from an append.
+    def announce(self, *, to_all: bool = False) -> list[ProposerEffect]:
+        """Tells commit LSN and horizon to members that have not heard the former from an append, or to all.
 
         To be called some time after a `CommitAdvanced`: while WAL goes on, appends tell it for nothing.
         """
@@ -238,9 +239,10 @@ class Proposer:
         if leader is None or self.phase is not Phase.LEADING:
             return []
         effects: list[ProposerEffect] = []
+        leader.raise_horizon(self._peers)
         for peer in self._peers:
             is_streamed = peer.connected and peer.adopted and peer.sent_lsn is not None
-            if is_streamed and peer.announced_commit_lsn < leader.commit_lsn:
+            if is_streamed and (to_all or peer.announced_commit_lsn < leader.commit_lsn):
                 peer.announced_commit_lsn = leader.commit_lsn
                 message = CommitAnnounce(self.term, leader.commit_lsn, leader.horizon_lsn)
                 effects.append(Send(peer.index, message))
@@ -488,8 +490,6 @@ class Proposer:
     def _trim(self, held_size_bytes_min: int) -> list[ProposerEffect]:
         """Raises the horizon; drops window WAL that all have, or that a majority has and room is short.
 
-        When room is short it does not matter whether WAL is committed: a record may be longer than the
-        window. Otherwise uncommitted WAL stays, for a member that restarts loses a record's beginning.
         Not while the window holds less: neither is urgent, and this is in the way of every commit.
         """
         leader = self._leading()
@@ -499,12 +499,9 @@ class Proposer:
         if not adopted:
             return []
         flushed_lsn = min([peer.flush_lsn for peer in adopted])
-        if len(adopted) == len(self._peers):
-            leader.horizon_lsn = max(leader.horizon_lsn, min([peer.commit_lsn for peer in adopted]))
-        half_full_lsn = leader.window_end_lsn - self._limits.window_size_bytes_max // 2
+        leader.raise_horizon(self._peers)
         durable_lsn = quorum_lsn(self._counted_flush_lsns(), len(self._peers))
-        committed_trim_lsn = min(leader.commit_lsn, max(flushed_lsn, half_full_lsn))
-        trim_lsn = Lsn(min(max(committed_trim_lsn, min(durable_lsn, half_full_lsn)), leader.window_end_lsn))
+        trim_lsn = leader.trim_lsn(flushed_lsn, durable_lsn, self._limits.window_size_bytes_max // 2)
         if trim_lsn <= leader.window_start_lsn:
             return []
         leader.window_start_lsn = trim_lsn
@@ -569,17 +566,28 @@ class Proposer:
         effects = self._outranked_by(donor, chunk.term)
         if effects or self._leader is None or chunk.term != self.term:
             return effects
+        if not chunk.wal:
+            self._not_read(donor, chunk.start_lsn)
+            return effects
         for peer in self._peers:
             if peer.reading_from != donor.index or peer.reading_lsn != chunk.start_lsn:
                 continue
             peer.reading_lsn = peer.reading_from = None
-            if chunk.wal and peer.sent_lsn == chunk.start_lsn:
+            if peer.sent_lsn == chunk.start_lsn:
                 effects.append(Send(peer.index, self._append(chunk.start_lsn, chunk.wal)))
                 peer.sent_lsn = Lsn(chunk.start_lsn + len(chunk.wal))
-        if not chunk.wal:
-            donor.flush_lsn = min(donor.flush_lsn, chunk.start_lsn)  # or its next answer says more
-            return effects
         return [*effects, *self._pump_all()]
+
+    def _not_read(self, donor: Member, lsn: Lsn) -> None:
+        """The donor's WAL ends at `lsn`, where some was asked for, or begins there. Ticks try again."""
+        for peer in self._peers:
+            if peer.reading_from != donor.index or peer.reading_lsn is None or peer.reading_lsn > lsn:
+                continue
+            if peer.reading_lsn == lsn:
+                donor.flush_lsn = min(donor.flush_lsn, lsn)  # or its next answer says more
+            else:
+                donor.wal_start_lsn = max(donor.wal_start_lsn, lsn)
+            peer.reading_lsn = peer.reading_from = None
 
     def _append(self, begin_lsn: Lsn, wal: bytes) -> AppendRequest:
         leader = self._leading()

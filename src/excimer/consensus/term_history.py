@@ -92,7 +92,7 @@ class TermHistory:
     def trimmed(self, horizon_lsn: Lsn) -> "TermHistory":
         """Without the entries that end below `horizon_lsn`; keeps the one that wrote the byte before it.
 
-        Safe when every member has committed up to there: all of them hold that byte, hence that
+        Safe when every member holds what is below and it is committed: all have that byte, hence that
         entry, and no two of their logs can part below it. An entry that only starts at the horizon
         is no substitute, since a member may hold the WAL without having heard of that term.
         Keeps a history short however often a compute starts.

@@ -25,6 +25,7 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import KeyKind, make_key
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
 from excimer.pageserver.basebackup_job import BasebackupPoint, build_basebackup
+from excimer.pageserver.durable_wal import DurableWal
 from excimer.pageserver.ingest import WalGapError, WalIngest
 from excimer.pageserver.lsn_by_timestamp import (
     LsnAtTimestamp,
@@ -106,7 +107,13 @@ class ActiveTimeline:
             on_progress=self._progressed,
         )
 
-        store.on_flushed = self._moved
+        self.durable_wal = DurableWal(
+            store,
+            sources=lambda: world.sources(store),
+            connect=world.connect(store),
+            streams_from=lambda: self.receiver.source,
+        )
+        store.on_flushed = self._flushed
 
     # Life
 
@@ -117,6 +124,7 @@ class ActiveTimeline:
         self._tasks = [
             self._world.scope.supervise(f"receive {name}", lambda: self._guarded(self._receive)),
             self._world.scope.supervise(f"flush {name}", lambda: self._guarded(self.store.run)),
+            self._world.scope.supervise(f"durable WAL {name}", lambda: self._guarded(self.durable_wal.run)),
         ]
 
     async def stop(self) -> None:
@@ -146,6 +154,10 @@ class ActiveTimeline:
         self._wal_bytes.inc(wal_size_bytes)
         self._moved()
 
+    def _flushed(self) -> None:
+        self.durable_wal.moved()
+        self._moved()
+
     def _moved(self) -> None:
         self._world.moved.append((self.store.tenant_id, self.store.timeline_id))
 
@@ -171,7 +183,7 @@ class ActiveTimeline:
         return asyncio.run_coroutine_threadsafe(self.store.get_pages(key, count, lsn), self._loop).result()
 
     def positions(self) -> tuple[Lsn, Lsn]:
-        return self.store.last_record_lsn, self.store.remote_consistent_lsn
+        return self.store.last_record_lsn, self.durable_wal.lsn
 
     # What the page service asks
 

@@ -33,6 +33,8 @@ class Source(NamedTuple):
     address: Address
     commit_lsn: Lsn
     """The newest that was heard; 0 for an address from the settings, of which nothing is known."""
+    durable_lsn: Lsn = INVALID_LSN
+    """What it was heard to know of object storage."""
 
 
 class Failure(NamedTuple):

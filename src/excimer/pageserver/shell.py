@@ -237,7 +237,8 @@ def _sources(static: list[Address], broker: BrokerClient | None, timeline: Timel
     sources = [Source(address, INVALID_LSN) for address in static]
     if broker is not None:
         for status in broker.safekeepers.of_timeline(timeline.tenant_id, timeline.timeline_id):
-            sources.append(Source(parse_address(status.replication_address), status.commit_lsn))
+            address = parse_address(status.replication_address)
+            sources.append(Source(address, status.commit_lsn, status.durable_lsn))
     return sources
 
 

@@ -449,6 +449,7 @@ class Tenants:
             active = tenant.timelines.pop(timeline_id, None)
             if active is not None:
                 await active.stop()
+                await active.durable_wal.finish()
             await store.offload_timeline(timeline_id)
         return self.timeline(tenant_id, timeline_id)
 

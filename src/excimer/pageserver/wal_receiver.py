@@ -53,7 +53,7 @@ class WalConsumer(Protocol):
         """Takes WAL that continues the stream. Blocks; called from a thread, never twice at a time."""
 
     def positions(self) -> tuple[Lsn, Lsn]:
-        """End of the last record ingested, and the LSN up to which all is durable in object storage."""
+        """End of the last record ingested, and the LSN below which no pageserver needs WAL again (D2)."""
 
 
 Connect = Callable[[Address], Awaitable[ReplicationClient]]

@@ -22,7 +22,7 @@ import msgspec
 
 from excimer.base.errors import CorruptionError
 from excimer.base.ids import NodeId, TenantId, TimelineId
-from excimer.base.lsn import Lsn
+from excimer.base.lsn import INVALID_LSN, Lsn
 from excimer.consensus.acceptor import AcceptorState
 from excimer.consensus.term_history import TermHistory
 from excimer.safekeeper.disk import Disk
@@ -30,7 +30,9 @@ from excimer.wire.safekeeping import ProposerId, Term, TermStart, TimelineIdenti
 
 CONTROL_FILE_NAME = "control"
 _MAGIC = b"EXSK"
-_VERSION = 1
+_VERSION = 2
+_VERSIONS_READ = (1, 2)
+"""1 had neither `wal_start_lsn` nor `durable_lsn`."""
 _HEAD = struct.Struct("<4sIII")
 
 
@@ -54,9 +56,22 @@ class ControlRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """(term, start LSN)."""
     commit_lsn: Lsn
     horizon_lsn: Lsn
+    wal_start_lsn: Lsn = INVALID_LSN
+    """No file with WAL below this needs to be there: it was removed, or is about to be. 0: none was."""
+    durable_lsn: Lsn = INVALID_LSN
+    """Below this the pageserver has made everything durable in object storage."""
 
     @classmethod
-    def of(cls, node_id: NodeId, identity: TimelineIdentity, start_lsn: Lsn, state: AcceptorState) -> Self:
+    def of(
+        cls,
+        node_id: NodeId,
+        identity: TimelineIdentity,
+        start_lsn: Lsn,
+        state: AcceptorState,
+        *,
+        wal_start_lsn: Lsn = INVALID_LSN,
+        durable_lsn: Lsn = INVALID_LSN,
+    ) -> Self:
         return cls(
             node_id=node_id,
             tenant_id=identity.tenant_id,
@@ -70,6 +85,8 @@ class ControlRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             history=state.history.entries,
             commit_lsn=state.commit_lsn,
             horizon_lsn=state.horizon_lsn,
+            wal_start_lsn=wal_start_lsn,
+            durable_lsn=durable_lsn,
         )
 
     @property
@@ -107,9 +124,9 @@ def decode_control_record(data: bytes, where: str) -> ControlRecord:
     body = data[_HEAD.size :]
     if magic != _MAGIC or len(body) != length or google_crc32c.value(body) != checksum:
         raise ControlFileDamagedError(f"control file {where} is damaged: its checksum is wrong")
-    if version != _VERSION:
+    if version not in _VERSIONS_READ:
         raise ControlFileDamagedError(
-            f"control file {where} has format {version}, this program knows {_VERSION}"
+            f"control file {where} has format {version}, this program knows up to {_VERSION}"
         )
     try:
         return msgspec.msgpack.decode(body, type=ControlRecord)

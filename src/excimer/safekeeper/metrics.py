@@ -24,6 +24,21 @@ class SafekeeperMetrics:
         self.sent_bytes = Counter(
             "excimer_safekeeper_sent_bytes", "WAL sent to readers, in bytes.", registry=registry
         )
+        self.stored_bytes = Gauge(
+            "excimer_safekeeper_wal_stored_bytes", "What WAL segments take on disk.", registry=registry
+        )
+        self.removed_bytes = Counter(
+            "excimer_safekeeper_wal_removed_bytes",
+            "WAL segments removed because nobody needs them any more, in bytes.",
+            registry=registry,
+        )
+        self.kept_bytes = Gauge(
+            "excimer_safekeeper_wal_kept_bytes",
+            "Committed WAL that is kept, by what keeps it longest: object_storage (the pageserver has not "
+            "made it durable there), safekeeper (another one lacks it), reader, commit.",
+            ["reason"],
+            registry=registry,
+        )
         self.proposers = Gauge(
             "excimer_safekeeper_proposers", "Open connections of proposers.", registry=registry
         )

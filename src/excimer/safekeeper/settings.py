@@ -15,3 +15,5 @@ class SafekeeperSettings(Settings, frozen=True):
     http_listen: str
     broker_url: str
     auth_public_key_path: Path
+    reader_wal_max_mib: int = 1024
+    """WAL that is kept for readers although it is durable in object storage; a slower one loses its place."""

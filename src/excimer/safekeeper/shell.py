@@ -24,6 +24,7 @@ from excimer.safekeeper.registry import TimelineRegistry
 from excimer.safekeeper.settings import SafekeeperSettings
 from excimer.safekeeper.timeline import SafekeeperTimeline
 from excimer.safekeeper.timeline_door import TimelineDoor
+from excimer.safekeeper.wal_remover import WalRemover
 from excimer.service.announcements import Announcements
 from excimer.service.broker_client import BrokerClient
 from excimer.service.health import Health
@@ -71,7 +72,8 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
         readers = ReplicationPort(reader_socket, door, clock, metrics)
         health = Health("safekeeper")
         app = create_app("Excimer safekeeper", __version__, health, metrics_registry, verifier=verifier)
-        app.include_router(management_router(timelines, verifier, clock))
+        remover = WalRemover(timelines, settings, clock, metrics)
+        app.include_router(management_router(timelines, remover, verifier, clock))
         async with (
             BrokerClient(settings.broker_url, f"safekeeper-{settings.id}", clock) as broker,
             serving_http(app, settings.http_listen, "http_listen") as http_address,
@@ -84,6 +86,7 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
             scope.start("readers", readers.serve())
             scope.supervise("broker statuses", status.run)
             scope.supervise("commit LSNs", lambda: _persist_commits(timelines))
+            scope.supervise("removal of WAL", remover.run)
             health.ready = True
             for (_, timeline_id), problem in timelines.damaged.items():
                 health.report(f"timeline {timeline_id}", problem)
@@ -108,8 +111,8 @@ async def _persist_commits(timelines: TimelineRegistry) -> None:
     while True:
         await asyncio.sleep(PERSIST_INTERVAL_S)
         for timeline in timelines.all():
-            if timeline.has_commit_to_persist:
-                await asyncio.to_thread(timeline.persist_commit)
+            if timeline.has_lsns_to_persist:
+                await asyncio.to_thread(timeline.persist_lsns)
 
 
 class _StatusPublisher:
@@ -131,7 +134,7 @@ class _StatusPublisher:
         self._replication_address = replication_address
         self._http_address = http_address
         self._announcements: Announcements[TimelineId] = Announcements(CHANGE_INTERVAL_S)
-        self._known: dict[TimelineId, tuple[int, Lsn, Lsn]] = {}
+        self._known: dict[TimelineId, tuple[int, Lsn, Lsn, Lsn]] = {}
 
     async def run(self) -> None:
         await self._broker.answer_asking(lambda: self._announcements.tell_all(self._clock.monotonic()))
@@ -149,7 +152,7 @@ class _StatusPublisher:
 
     def _notice_changes(self, timelines: dict[TimelineId, SafekeeperTimeline], now: float) -> None:
         for timeline_id, timeline in timelines.items():
-            state = timeline.term, timeline.flush_lsn, timeline.commit_lsn
+            state = timeline.term, timeline.flush_lsn, timeline.commit_lsn, timeline.durable_lsn
             if self._known.get(timeline_id) != state:
                 self._known[timeline_id] = state
                 self._announcements.changed(timeline_id, now)
@@ -167,4 +170,5 @@ class _StatusPublisher:
             commit_lsn=timeline.commit_lsn,
             replication_address=self._replication_address,
             http_address=self._http_address,
+            durable_lsn=timeline.durable_lsn,
         )

@@ -28,9 +28,10 @@ from typing import assert_never
 
 from excimer._native.append_lane import AppendLane, LaneLock
 from excimer._native.wal_scanner import WalScanner
+from excimer.base.clock import Monotonic
 from excimer.base.errors import FencedError, RetryableError
 from excimer.base.ids import NodeId
-from excimer.base.lsn import Lsn
+from excimer.base.lsn import INVALID_LSN, Lsn
 from excimer.consensus.acceptor import (
     Acceptor,
     AcceptorEffect,
@@ -50,6 +51,7 @@ from excimer.safekeeper.control_file import ControlRecord, read_control_file, wr
 from excimer.safekeeper.disk import Disk
 from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.recovery import check_committed, find_end_of_wal, new_scanner
+from excimer.safekeeper.wal_retention import Floor, ReaderPositions, WalNeeds
 from excimer.safekeeper.wal_storage import WalStorage
 from excimer.service.logs import get_logger
 from excimer.wire.safekeeping import (
@@ -93,6 +95,12 @@ class SafekeeperTimeline:
         self.identity = record.identity
         self.start_lsn = record.timeline_start_lsn
         self.commits = CommitWatch(record.commit_lsn)
+        self.readers = ReaderPositions()
+        self.wal_start_lsn = max(record.wal_start_lsn, record.timeline_start_lsn)
+        """WAL below has been removed, or is about to be."""
+        self._may_have_leftovers = True
+        """Files below `wal_start_lsn`, of a removal that was broken off."""
+        self._durable_lsn = record.durable_lsn
         self._disk = disk
         self._preparer = preparer
         self._metrics = metrics
@@ -105,6 +113,7 @@ class SafekeeperTimeline:
         self._lock = self._lane.lock
         self._closed: RetryableError | FencedError | None = None
         self._persisted_commit_lsn = record.commit_lsn
+        self._persisted_lsns = (INVALID_LSN, INVALID_LSN, INVALID_LSN)
         self._flush: FlushWal | None = None
         self._writers: set[ConnectionId] = set()
         self._acceptor: Acceptor | None = None
@@ -195,8 +204,10 @@ class SafekeeperTimeline:
 
     def first_lsn(self) -> Lsn:
         """Start of the segment in which the stored WAL begins."""
-        segment_size_bytes = self.identity.wal_segment_size_bytes
-        return Lsn(self.start_lsn - self.start_lsn % segment_size_bytes)
+        return self._segment_start(self.wal_start_lsn)
+
+    def _segment_start(self, lsn: Lsn) -> Lsn:
+        return Lsn(lsn - lsn % self.identity.wal_segment_size_bytes)
 
     def check_open(self) -> None:
         """Raises why this timeline can no longer be used, if it cannot."""
@@ -204,17 +215,74 @@ class SafekeeperTimeline:
             raise self._closed
 
     @property
-    def has_commit_to_persist(self) -> bool:
-        return self.commits.commit_lsn > self._persisted_commit_lsn
+    def has_lsns_to_persist(self) -> bool:
+        """Whether commit LSN, horizon or durable LSN have moved."""
+        acceptor = self._acceptor
+        return acceptor is not None and self._moving_lsns(acceptor.state) != self._persisted_lsns
 
-    def persist_commit(self) -> None:
-        """Puts the commit LSN on disk if it has moved: after a kill, readers go on from there.
+    def persist_lsns(self) -> None:
+        """Puts LSNs that have moved on disk: after a kill, readers go on from there, and WAL may go.
 
         Raises OSError.
         """
         with self._lock:
-            if self._acceptor is not None and self._acceptor.state.commit_lsn > self._persisted_commit_lsn:
+            if self._closed is None and self._acceptor is not None and self.has_lsns_to_persist:
                 self._persist(self._acceptor.state)
+
+    def _moving_lsns(self, state: AcceptorState) -> tuple[Lsn, Lsn, Lsn]:
+        return state.commit_lsn, state.horizon_lsn, self._durable_lsn
+
+    # Removal of WAL (D2)
+
+    def confirm_durable(self, lsn: Lsn) -> None:
+        """The pageserver has made everything below `lsn` durable in object storage. Any thread."""
+        self._durable_lsn = max(self._durable_lsn, lsn)
+
+    @property
+    def horizon_lsn(self) -> Lsn:
+        """Every member has what is below; not known while the disk refuses."""
+        acceptor = self._acceptor
+        return self.start_lsn if acceptor is None else acceptor.state.horizon_lsn
+
+    def wal_needs(self, now: Monotonic) -> WalNeeds:
+        """On the event loop."""
+        return WalNeeds(self._durable_lsn, self.horizon_lsn, self.commit_lsn, self.readers.lsns(now))
+
+    def has_removable_wal(self, floor: Floor) -> bool:
+        """Whether a whole segment lies below the floor."""
+        return self._may_have_leftovers or self._segment_start(floor.lsn) > self.wal_start_lsn
+
+    def remove_wal(self, floor: Floor) -> int:
+        """Removes segments below the floor; how many bytes they had. Blocks. Raises OSError.
+
+        The control file says so first: after a crash, files that it does not speak of are not missed.
+        """
+        with self._lock:
+            acceptor = self._acceptor
+            if self._closed is not None or acceptor is None:
+                return 0
+            self._may_have_leftovers = True
+            before_lsn, wal_start_lsn = self.wal_start_lsn, self._segment_start(floor.lsn)
+            if wal_start_lsn > before_lsn:
+                self.wal_start_lsn = wal_start_lsn
+                try:
+                    self._persist(acceptor.state)
+                except OSError:
+                    self.wal_start_lsn = before_lsn
+                    raise
+                acceptor.wal_start_lsn = wal_start_lsn
+        size_bytes = self._storage.remove_below(self.wal_start_lsn)
+        self._may_have_leftovers = False
+        return size_bytes
+
+    @property
+    def durable_lsn(self) -> Lsn:
+        return self._durable_lsn
+
+    @property
+    def stored_size_bytes(self) -> int:
+        """What its segments take on disk. Blocks, briefly."""
+        return self._storage.stored_size_bytes
 
     def close(self, reason: RetryableError | FencedError) -> None:
         """Ends all use; whoever comes later gets `reason`. Puts the commit LSN on disk if it can."""
@@ -289,7 +357,7 @@ class SafekeeperTimeline:
         """
         self._persist(state)
         start_lsn = state.commit_lsn
-        check_committed(self._storage, self.identity, self.start_lsn, start_lsn)
+        check_committed(self._storage, self.identity, self.wal_start_lsn, start_lsn)
         end_lsn = find_end_of_wal(self._storage, self.identity, start_lsn, limit_lsn)
         self._storage.rewrite(start_lsn, end_lsn)
         acceptor = Acceptor(
@@ -298,6 +366,7 @@ class SafekeeperTimeline:
             timeline_start_lsn=self.start_lsn,
             state=state,
             recovered_end_lsn=end_lsn,
+            wal_start_lsn=self.wal_start_lsn,
         )
         self._flush = None
         self._carry_out(acceptor.start(), [])
@@ -361,6 +430,15 @@ class SafekeeperTimeline:
             self._persist(self._acceptor.state)
 
     def _persist(self, state: AcceptorState) -> None:
-        record = ControlRecord.of(self.node_id, self.identity, self.start_lsn, state)
+        moving_lsns = self._moving_lsns(state)
+        record = ControlRecord.of(
+            self.node_id,
+            self.identity,
+            self.start_lsn,
+            state,
+            wal_start_lsn=self.wal_start_lsn,
+            durable_lsn=moving_lsns[2],
+        )
         write_control_file(self.directory, record, self._disk)
+        self._persisted_lsns = moving_lsns
         self._persisted_commit_lsn = state.commit_lsn

@@ -10,6 +10,11 @@ from excimer.safekeeper.timeline import SafekeeperTimeline
 from excimer.wire.auth import Claims, Resource, Right, TokenVerifier, authorize
 
 
+def confirms_durability(claims: Claims) -> bool:
+    """Whether the holder's word that WAL is durable in object storage counts: only a pageserver's (D2)."""
+    return claims.holder.startswith("pageserver:")
+
+
 class TimelineDoor:
     """Shared by the ports; may be used from any thread."""
 

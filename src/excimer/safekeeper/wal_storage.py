@@ -14,7 +14,7 @@ Bytes between `flush_lsn` and `write_lsn` may be lost by a crash. Bytes above `w
 a `truncate`, and of no meaning after a crash: whoever opens the files finds the end of the last whole
 record by its checksum (`recovery`).
 
-**Not here:** what a safekeeper may accept (`consensus.acceptor`); removing old segments (D2).
+**Not here:** what a safekeeper may accept (`consensus.acceptor`); which segments may go (`wal_retention`).
 """
 
 import errno
@@ -29,8 +29,9 @@ from excimer.pgformat.wal_segment import parse_segment_name, segment_name
 from excimer.safekeeper.disk import Disk
 from excimer.wire.replication import POSTGRES_TIMELINE
 
-_PREPARE_NEXT_AT = 0.25
-"""The next segment is prepared once this much of the current one is written."""
+_PREPARE_NEXT_AT = 0.5
+"""The next segment is prepared once this much of the current one is written. Not earlier: the segment where
+kept WAL begins, this one and the next would be there for less than half a segment that is needed."""
 _REWRITE_SIZE_BYTES = 1 << 20
 
 
@@ -166,6 +167,23 @@ class WalStorage:
             raise _as_failure(error, self._directory) from error
         self.write_lsn = self.flush_lsn = lsn
 
+    def remove_below(self, lsn: Lsn) -> int:
+        """Removes segments that lie below `lsn` as a whole, oldest first; how many bytes they had.
+
+        A crash in between leaves the newer ones. May run beside reading and writing. Raises OSError.
+        """
+        below = [number for number in self._segment_numbers() if number < lsn // self._segment_size_bytes]
+        for number in sorted(below):
+            self._disk.remove(self.path_of(number))
+        if below:
+            self._disk.sync_directory(self._directory)
+        return len(below) * self._segment_size_bytes
+
+    @property
+    def stored_size_bytes(self) -> int:
+        """What the segments take."""
+        return len(self._segment_numbers()) * self._segment_size_bytes
+
     def read(self, start_lsn: Lsn, end_lsn: Lsn) -> bytes:
         """The bytes [start_lsn, end_lsn). Raises `WalMissingError`. May block for the disk."""
         parts = []
@@ -192,11 +210,6 @@ class WalStorage:
     def end_lsn(self) -> Lsn:
         """End of the newest segment there is; 0 without any."""
         return Lsn((max(self._segment_numbers(), default=-1) + 1) * self._segment_size_bytes)
-
-    def first_lsn(self) -> Lsn | None:
-        """Start of the oldest segment there is."""
-        numbers = self._segment_numbers()
-        return Lsn(min(numbers) * self._segment_size_bytes) if numbers else None
 
     def close(self) -> None:
         self._wait_prepared()

@@ -32,6 +32,7 @@ from excimer.wire.pg_client import (
 from excimer.wire.pg_messages import TERMINATE, ProtocolViolationError
 from excimer.wire.replication import (
     POSTGRES_TIMELINE,
+    ConfirmDurable,
     Keepalive,
     StartReplication,
     SystemIdentity,
@@ -40,6 +41,7 @@ from excimer.wire.replication import (
     decode_system_identity,
     decode_whole_wal,
     encode_whole_status,
+    format_confirm_durable,
     format_start_replication,
 )
 
@@ -111,6 +113,13 @@ class ReplicationClient(asyncio.Protocol):
         Several statements are one transaction. Raises PostgresError, `ReplicationLostError`.
         """
         return await self._query(statement)
+
+    async def confirm_durable(self, lsn: Lsn) -> None:
+        """Tells a safekeeper that all below `lsn` is durable in object storage; it has heard on return.
+
+        Raises PostgresError (refused), `ReplicationLostError`.
+        """
+        await self._query(format_confirm_durable(ConfirmDurable(lsn)))
 
     async def start_physical(self, start_lsn: Lsn, sink: WalSink, *, slot: str | None = None) -> None:
         """Begins to stream WAL from exactly `start_lsn` into the sink.

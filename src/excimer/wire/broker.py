@@ -23,7 +23,7 @@ import msgspec
 
 from excimer.base.errors import RefusedError
 from excimer.base.ids import NodeId, TenantId, TimelineId, parse_tenant_id, parse_timeline_id
-from excimer.base.lsn import Lsn
+from excimer.base.lsn import INVALID_LSN, Lsn
 
 SAFEKEEPER_PREFIX: Final = "excimer.safekeeper"
 PAGESERVER_PREFIX: Final = "excimer.pageserver"
@@ -47,6 +47,8 @@ class SafekeeperTimelineStatus(msgspec.Struct, frozen=True, kw_only=True):
     commit_lsn: Lsn
     replication_address: str
     http_address: str
+    durable_lsn: Lsn = INVALID_LSN
+    """Below this it knows everything to be durable in object storage."""
 
 
 class PageserverTimelineStatus(msgspec.Struct, frozen=True, kw_only=True):

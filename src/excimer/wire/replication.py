@@ -157,6 +157,12 @@ class ReadReplicationSlot(msgspec.Struct, frozen=True):
     slot: str
 
 
+class ConfirmDurable(msgspec.Struct, frozen=True):
+    """Excimer's own: all that WAL below `lsn` says is durable in object storage."""
+
+    lsn: Lsn
+
+
 class EmptyCommand(msgspec.Struct, frozen=True):
     """Nothing but white space: libpq's ping."""
 
@@ -168,6 +174,7 @@ Command = (
     | StartReplication
     | CreateReplicationSlot
     | ReadReplicationSlot
+    | ConfirmDurable
     | EmptyCommand
 )
 
@@ -183,6 +190,7 @@ _START = re.compile(
 _CREATE_SLOT = re.compile(
     rf"CREATE_REPLICATION_SLOT\s+{_NAME}(?:\s+TEMPORARY)?\s+PHYSICAL\b.*\Z", re.IGNORECASE | re.DOTALL
 )
+_CONFIRM_DURABLE = re.compile(r"CONFIRM_DURABLE\s+([0-9A-F]{1,8}/[0-9A-F]{1,8})\Z", re.IGNORECASE)
 _READ_SLOT = re.compile(rf"READ_REPLICATION_SLOT\s+{_NAME}\Z", re.IGNORECASE)
 
 
@@ -204,7 +212,13 @@ def parse_command(query: str) -> Command:
         return CreateReplicationSlot(match[1])
     if match := _READ_SLOT.match(text):
         return ReadReplicationSlot(match[1])
+    if match := _CONFIRM_DURABLE.match(text):
+        return ConfirmDurable(parse_lsn(match[1]))
     raise UnknownCommandError(f"a safekeeper does not answer {text.split()[0][:40]!r}")
+
+
+def format_confirm_durable(command: ConfirmDurable) -> str:
+    return f"CONFIRM_DURABLE {format_lsn(command.lsn)}"
 
 
 def format_start_replication(command: StartReplication) -> str:

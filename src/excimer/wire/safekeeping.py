@@ -162,7 +162,7 @@ class AppendRequest(msgspec.Struct, frozen=True):
     begin_lsn: Lsn
     commit_lsn: Lsn
     horizon_lsn: Lsn
-    """Every member has committed up to here: no peer will ever need WAL or history below it."""
+    """Committed, and every member has it: no peer will ever need WAL or history below it."""
     wal: bytes
     """Empty in a heartbeat; `begin_lsn` is then where the next WAL will begin."""
 
@@ -201,7 +201,10 @@ class TokenRenewal(msgspec.Struct, frozen=True):
 
 
 class WalChunk(msgspec.Struct, frozen=True):
-    """Answer to `ReadWalRequest`, as much as was read; empty when the donor cannot serve it."""
+    """Answer to `ReadWalRequest`, as much as was read; empty when the donor cannot serve it.
+
+    An empty one whose `start_lsn` is not the one asked for says that the donor's WAL begins there.
+    """
 
     term: Term
     start_lsn: Lsn

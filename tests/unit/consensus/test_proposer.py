@@ -184,7 +184,7 @@ def test_a_commit_is_announced_to_members_that_no_append_told() -> None:
     sent = proposer.wal_appended(Lsn(190), Lsn(190))
     told = {effect.peer for effect in sent if isinstance(effect, proposers.SendWal)}
     assert told == {0, 1}, "the third one's answer is still on its way"
-    announcement = wire.CommitAnnounce(wire.Term(1), Lsn(150), Lsn(0))
+    announcement = wire.CommitAnnounce(wire.Term(1), Lsn(150), Lsn(100))
     (announced,) = proposer.announce()
     assert announced == proposers.Send(2, announcement)
     assert proposer.announce() == []
@@ -292,3 +292,23 @@ def test_a_promise_that_came_to_nothing_is_won_back_after_some_heartbeats() -> N
     renewed = proposer.receive(2, vote(term=wire.Term(10)))
     assert renewed[0] == proposers.Renewed(wire.Term(10), Lsn(150))
     assert proposer.phase is proposers.Phase.LEADING
+
+
+def test_after_a_renewal_nothing_is_committed_before_a_majority_holds_wal_up_to_the_new_term() -> None:
+    """Under its old history a member's shorter log could still lose to another's (Raft, figure 8)."""
+    proposer = leader()
+    for peer in range(2):
+        adopt(proposer, peer, 100)
+    proposer.wal_appended(Lsn(120), Lsn(120))
+    proposer.wal_appended(Lsn(150), Lsn(150))
+    proposer.receive(2, greeting(3))
+    acknowledge(proposer, 2, 100, term=9)
+    for _ in range(LIMITS.renewal_tick_count):
+        proposer.tick()
+    proposer.receive(0, vote(term=wire.Term(10)))
+    assert proposers.Renewed(wire.Term(10), Lsn(150)) in proposer.receive(2, vote(term=wire.Term(10)))
+    for peer in (0, 2):
+        proposer.receive(peer, wire.ElectedResponse(wire.Term(10), Lsn(120), Lsn(100), Lsn(100)))
+    assert proposer.commit_lsn == 100
+    acknowledge(proposer, 0, 150, term=10)
+    assert proposers.CommitAdvanced(Lsn(150)) in acknowledge(proposer, 2, 150, term=10)

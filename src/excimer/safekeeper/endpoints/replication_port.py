@@ -5,9 +5,11 @@
     psql-style start-up with options='-c excimer.tenant_id=… -c excimer.timeline_id=…', the token as password
     IDENTIFY_SYSTEM, SHOW …, READ_REPLICATION_SLOT …      (pg_receivewal, walreceiver)
     START_REPLICATION … X/X      WAL up to the commit LSN (C3), then as it is committed
+    CONFIRM_DURABLE X/X          from a pageserver: everything below is durable in object storage (D2)
 
 WAL below the timeline's start is zeros, as far as the segment reaches that the start lies in: stock
-receivers begin with whole segments. Slots do not exist here: WAL is kept for everybody.
+receivers begin with whole segments. Below what has been removed nothing is read: 58P01. Slots do not exist
+here: WAL is kept for whoever is connected, or was a minute ago, up to a limit (`wal_retention`).
 
 Not here: what is committed (`consensus.acceptor`), protocol framing (`wire.pg_server`).
 """
@@ -30,13 +32,15 @@ from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn, format_lsn
 from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.timeline import SafekeeperTimeline
-from excimer.safekeeper.timeline_door import TimelineDoor
+from excimer.safekeeper.timeline_door import TimelineDoor, confirms_durability
+from excimer.safekeeper.wal_retention import ReaderPosition
+from excimer.safekeeper.wal_storage import WalMissingError
 from excimer.service.accept import accept_connections, open_streams
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope, contained
 from excimer.wire import pg_messages as pg
-from excimer.wire.auth import AuthError, Claims, Right, TokenExpiredError
+from excimer.wire.auth import AuthError, Claims, Right, RightMissingError, TokenExpiredError
 from excimer.wire.pg_server import (
     CopyDataReceived,
     CopyDoneReceived,
@@ -49,6 +53,7 @@ from excimer.wire.pg_server import (
 )
 from excimer.wire.replication import (
     POSTGRES_TIMELINE,
+    ConfirmDurable,
     CreateReplicationSlot,
     EmptyCommand,
     IdentifySystem,
@@ -90,7 +95,7 @@ SQLSTATE_OF_FAMILY: tuple[tuple[type[ExcimerError], str], ...] = (
 
 
 class WalRemovedError(RefusedError):
-    """WAL below the oldest segment was asked for."""
+    """WAL below the oldest segment was asked for, or the reader was too slow and its WAL has gone."""
 
 
 class WalAheadError(RetryableError):
@@ -102,7 +107,7 @@ class SlotMissingError(NotFoundError):
 
 
 def sqlstate_of(error: ExcimerError) -> str:
-    if isinstance(error, WalRemovedError):
+    if isinstance(error, WalRemovedError | WalMissingError):
         return "58P01"
     if isinstance(error, SlotMissingError):
         return "42704"
@@ -256,6 +261,9 @@ class _Session:
                 command = parse_command(event.query)
                 if isinstance(command, StartReplication):
                     await self._stream(timeline, command)
+                elif isinstance(command, ConfirmDurable):
+                    self._confirm(timeline, command.lsn)
+                    self._writer.write(pg.encode_command_complete("CONFIRM_DURABLE") + pg.READY_FOR_QUERY)
                 else:
                     self._writer.write(_answer(timeline, command))
             except RefusedError as error:
@@ -265,12 +273,16 @@ class _Session:
         """CopyBoth until the client ends it. Raises errors before it begins, and fatal ones."""
         _check_start(timeline, command)
         self._sent_lsn = command.start_lsn
-        self._writer.write(pg.COPY_BOTH_RESPONSE)
-        self._protocol.begin_copy()
-        async with TaskScope() as scope:
-            sending = scope.start("send WAL", self._send_wal(timeline))
-            is_connected = await self._receive_status(timeline)
-            sending.cancel()
+        position = timeline.readers.enter(command.start_lsn)
+        try:
+            self._writer.write(pg.COPY_BOTH_RESPONSE)
+            self._protocol.begin_copy()
+            async with TaskScope() as scope:
+                sending = scope.start("send WAL", self._send_wal(timeline))
+                is_connected = await self._receive_status(timeline, position)
+                sending.cancel()
+        finally:
+            timeline.readers.leave(position, self._clock.monotonic())
         self._protocol.end_copy()
         if is_connected:
             done = pg.encode_command_complete("START_STREAMING") + pg.READY_FOR_QUERY
@@ -305,7 +317,7 @@ class _Session:
         message = Keepalive(timeline.commit_lsn, unix_to_timestamptz(self._clock.now()), False)
         self._writer.write(pg.encode_copy_data(encode_keepalive(message)))
 
-    async def _receive_status(self, timeline: SafekeeperTimeline) -> bool:
+    async def _receive_status(self, timeline: SafekeeperTimeline, position: ReaderPosition) -> bool:
         """Reads the client's side of the copy; False when the connection ended with it."""
         while True:
             event = await self._next_event()
@@ -315,8 +327,18 @@ class _Session:
                 return True
             if isinstance(event, CopyDataReceived):
                 message = decode_from_client(event.payload)
-                if isinstance(message, StandbyStatus) and message.is_reply_requested:
+                if not isinstance(message, StandbyStatus):
+                    continue
+                position.lsn = max(position.lsn, message.flush_lsn)
+                if self._claims is not None and confirms_durability(self._claims):
+                    timeline.confirm_durable(message.flush_lsn)
+                if message.is_reply_requested:
                     self._send_keepalive(timeline)
+
+    def _confirm(self, timeline: SafekeeperTimeline, lsn: Lsn) -> None:
+        if self._claims is None or not confirms_durability(self._claims):
+            raise RightMissingError("only a pageserver can say what is durable in object storage")
+        timeline.confirm_durable(lsn)
 
 
 def _page_start(lsn: int) -> int:
@@ -331,7 +353,11 @@ def _check_start(timeline: SafekeeperTimeline, command: StartReplication) -> Non
     if command.start_lsn < timeline.first_lsn():
         raise WalRemovedError(
             f"requested WAL at {format_lsn(command.start_lsn)} is not kept: "
-            f"this timeline begins at {format_lsn(timeline.start_lsn)}"
+            + (
+                f"this timeline begins at {format_lsn(timeline.start_lsn)}"
+                if timeline.wal_start_lsn == timeline.start_lsn
+                else f"it was removed below {format_lsn(timeline.wal_start_lsn)}, being in object storage"
+            )
         )
     newest_lsn = max(timeline.flush_lsn, timeline.commit_lsn)
     if command.start_lsn > newest_lsn:
@@ -367,7 +393,7 @@ def _answer(
         case TimelineHistory(number):
             raise WalRemovedError(f"there is no history of PostgreSQL timeline {number}; all WAL is on 1")
         case CreateReplicationSlot():
-            raise RefusedError("safekeepers keep no replication slots, and all WAL: connect without a slot")
+            raise RefusedError("safekeepers keep no replication slots: connect without one")
         case EmptyCommand():
             return pg.EMPTY_QUERY_RESPONSE + pg.READY_FOR_QUERY
         case _:

@@ -13,7 +13,7 @@ A flush leaves its memory layer readable until the manifest that names the new f
 the disk is full or object storage is away, it is tried again, with growing pauses, for ever: reads
 go on, and ingest goes on until `frozen_layers_max` memory layers wait, then `put_batch` blocks. What
 memory holds is lost in a crash and asked for again from
-`disk_consistent_lsn`, which is why WAL may be removed elsewhere only below `remote_consistent_lsn` (D2).
+`disk_consistent_lsn`, which is why WAL may be removed elsewhere only below `confirm_consistent_lsn` (D2).
 
 Not here: what WAL means (`excimer.pageserver.ingest`), which layers to merge (`excimer.storage.plan`).
 """
@@ -42,7 +42,7 @@ from excimer.storage.engine.errors import (
 from excimer.storage.engine.garbage_collector import GarbageCollector, GcOutcome
 from excimer.storage.engine.layer_stack import Ancestry, LayerHome, LayerStack, WalPosition
 from excimer.storage.engine.leftovers import Leftovers
-from excimer.storage.engine.manifest_store import ManifestStore
+from excimer.storage.engine.manifest_store import ManifestStore, check_not_overtaken
 from excimer.storage.engine.page_explanation import PageExplanation, explain_page
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
 from excimer.storage.engine.settings_store import LiveSettings
@@ -167,7 +167,7 @@ class Timeline:
 
     @property
     def remote_consistent_lsn(self) -> Lsn:
-        """Everything at or below is named by a durable manifest in object storage (D2)."""
+        """Everything at or below is named by a durable manifest in object storage."""
         return Lsn(self.manifest.disk_consistent_lsn)
 
     def put_batch(self, batch: PackedBatch, end_lsn: Lsn, prev_record_lsn: Lsn) -> None:
@@ -281,6 +281,16 @@ class Timeline:
         """
         await self.in_thread(self._freeze)
         await self._flush_frozen()
+
+    async def confirm_consistent_lsn(self) -> Lsn:
+        """An LSN below which nobody needs WAL again, whoever attaches this timeline (D2).
+
+        The manifest that says so is durable before a newer generation's claim is looked for (`claim`).
+        Raises `OvertakenError`, `ObjectStoreError`.
+        """
+        lsn, ids = self.disk_consistent_lsn, (self.tenant_id, self.timeline_id)
+        await self.in_thread(partial(check_not_overtaken, self.context.store, *ids, self.generation))
+        return lsn
 
     async def compact(self) -> bool:
         """A step of the merges and images that are due, if any; says whether. Errors as `flush` and reads."""

@@ -1,0 +1,114 @@
+"""Safekeepers hold what is not in object storage yet, and little more: loaded, idle, with one away."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from excimer.base.lsn import parse_lsn
+from tests.kit.builds import NEWEST_VERSION
+from tests.kit.stack import Stack, running_stack
+
+pytestmark = pytest.mark.timeout(300)
+SEGMENT_SIZE_BYTES = 16 << 20
+MEMORY_S = 4.0
+"""How long a flush may lie back until safekeepers have heard of it and have removed what it covers."""
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack(NEWEST_VERSION) as made:
+        made.create_main()
+        made.text("tenant", "config", "--set", "flush_size_bytes=8388608", "--set", "flush_interval_s=2")
+        made.query("create table t(a int, b text)")
+        yield made
+
+
+def wal_sizes(stack: Stack, timeline_id: str) -> list[int]:
+    """What each safekeeper's segments of the timeline take."""
+    return [
+        SEGMENT_SIZE_BYTES * len(list(directory.glob("0*")))
+        for directory in stack.directory.glob(f"safekeepers/*/*/{timeline_id}")
+    ]
+
+
+def main_timeline(stack: Stack) -> str:
+    rows = stack.json("timeline", "list")["branches"]
+    return str(next(row for row in rows if row["name"] == "main")["timeline_id"])
+
+
+def end_lsn(stack: Stack) -> int:
+    (row,) = stack.query("select pg_current_wal_lsn()")
+    return int(parse_lsn(row[0]))
+
+
+def flushed_lsn(stack: Stack) -> int:
+    return int(parse_lsn(stack.json("layers", "main")["disk_consistent_lsn"]))
+
+
+def write(stack: Stack, rows: int = 14_000) -> None:
+    """About 16 MiB of WAL."""
+    stack.query(f"insert into t select g, repeat(md5(g::text), 30) from generate_series(1, {rows}) g")
+
+
+def test_a_long_load_holds_twice_what_is_not_flushed_and_an_idle_branch_two_segments(stack: Stack) -> None:
+    timeline_id = main_timeline(stack)
+    flushed = [(time.monotonic(), flushed_lsn(stack))]
+    for _ in range(8):
+        write(stack)
+        sizes, end = wal_sizes(stack, timeline_id), end_lsn(stack)
+        heard_lsn = max(
+            (lsn for at, lsn in flushed if at < time.monotonic() - MEMORY_S), default=flushed[0][1]
+        )
+        assert len(sizes) == 3
+        assert max(sizes) <= 2 * (end - heard_lsn) + 2 * SEGMENT_SIZE_BYTES, (sizes, end - heard_lsn)
+        flushed.append((time.monotonic(), flushed_lsn(stack)))
+    assert flushed[-1][1] - flushed[0][1] > 3 * SEGMENT_SIZE_BYTES, "it was flushed meanwhile"
+    stack.wait_until(
+        lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "an idle branch is trimmed"
+    )
+
+
+def test_everything_goes_on_from_what_is_left(stack: Stack) -> None:
+    timeline_id = main_timeline(stack)
+    write(stack)
+    (before,) = stack.query("select count(*), sum(hashtext(b)) from t")
+    stack.wait_until(lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "it is trimmed")
+    stack.branch("twig")
+    assert stack.query("select count(*), sum(hashtext(b)) from t", "twig") == [before]
+    stack.text("endpoint", "stop", "twig", "--destroy")
+    stack.kill("pageserver")
+    stack.text("start")
+    for part in ("safekeeper-1", "safekeeper-2", "safekeeper-3"):
+        stack.kill(part)
+    stack.text("start")
+    stack.text("endpoint", "stop", "main")
+    stack.text("endpoint", "start", "main")
+    assert stack.query("select count(*), sum(hashtext(b)) from t") == [before]
+    write(stack)
+    stack.wait_until(lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "it is trimmed")
+
+
+def test_wal_that_a_safekeeper_lacks_is_kept_until_it_is_back(stack: Stack) -> None:
+    timeline_id = main_timeline(stack)
+    stack.kill("safekeeper-3")
+    for _ in range(4):
+        write(stack)
+    time.sleep(MEMORY_S)
+    assert sorted(wal_sizes(stack, timeline_id))[1] >= 4 * SEGMENT_SIZE_BYTES
+    stack.text("start")
+    stack.wait_until(lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "it is trimmed")
+
+
+def test_an_idle_branch_without_a_compute_and_an_archived_one_are_trimmed(stack: Stack) -> None:
+    branch = stack.branch("leaf")
+    for _ in range(3):
+        stack.query(
+            "insert into t select g, repeat(md5(g::text), 30) from generate_series(1, 14000) g", "leaf"
+        )
+    stack.text("endpoint", "stop", "leaf", "--destroy")
+    stack.text("timeline", "archive", "leaf")
+    timeline_id = str(branch["timeline_id"])
+    stack.wait_until(
+        lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "the archived one is trimmed"
+    )
