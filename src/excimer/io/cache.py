@@ -90,6 +90,7 @@ def cache_entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
 def _make_entry(entry: Path, unfinished: Path, make: Callable[[Path], None]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(mode=0o755)
+    _open_to_others(unfinished)  # for programs that `make` runs as PostgreSQL's user
     try:
         make(unfinished)
         _open_tree(unfinished)

