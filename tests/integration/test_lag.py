@@ -1,6 +1,7 @@
 """A pageserver behind what is committed: by how much at most, who waits for it, what works all the same."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -31,6 +32,26 @@ def stack() -> Iterator[Stack]:
         stack.query("create table loaded (batch int, filler text)")
         stack.query("create table marks (number int)")
         yield stack
+
+
+def complaints(stack: Stack) -> list[str]:
+    """Lines of all logs that are more than information."""
+    return [
+        f"{path.name}: {line}"
+        for path in sorted((stack.directory / "logs").glob("*.log"))
+        for line in path.read_text().splitlines()
+        if not line.startswith("{") or json.loads(line)["level"] not in ("info", "debug")
+    ]
+
+
+def test_a_clean_stop_and_a_start_complain_of_nothing(stack: Stack) -> None:
+    """First, while nothing has happened that one could complain of."""
+    stack.text("stop")
+    stack.text("start")
+    stack.text("endpoint", "start", "main")
+    stack.text("endpoint", "stop", "main")
+    stack.text("endpoint", "start", "main")
+    assert complaints(stack) == []
 
 
 def ingest_lag(stack: Stack) -> float:

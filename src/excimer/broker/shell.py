@@ -15,6 +15,7 @@ from excimer.broker.nats_config import find_nats_server, metrics_of, nats_config
 from excimer.broker.settings import BrokerSettings
 from excimer.io.private_files import write_private
 from excimer.io.processes import die_with_parent
+from excimer.service.disk_watch import DiskWatch
 from excimer.service.health import Health
 from excimer.service.http_client import HttpClient
 from excimer.service.instance_lock import InstanceLock
@@ -45,6 +46,7 @@ async def serve_broker(settings: BrokerSettings) -> None:
             serving_light_http(settings.http_listen, server.health, server.metrics),
             TaskScope() as scope,
         ):
+            scope.supervise("disk", server.disk.run)
             await scope.supervise("nats-server", server.run)
 
 
@@ -58,9 +60,10 @@ class NatsServer:
         self._varz: Mapping[str, Any] = {}
         self._starts = 0
         self.health = Health("broker")
+        self.disk = DiskWatch(self.health, [settings.data_dir])
 
     def metrics(self) -> bytes:
-        return render_plain(metrics_of(self._varz, max(0, self._starts - 1)))
+        return render_plain([*metrics_of(self._varz, max(0, self._starts - 1)), *self.disk.samples()])
 
     def stop_orphan(self) -> None:
         """Ends a NATS server left by a broker that was killed, if it is slow to follow it. Blocks.

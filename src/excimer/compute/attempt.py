@@ -137,6 +137,8 @@ class Attempt:
         self._stopping = True
         if self.backpressure is not None:
             self.backpressure.lift()
+        if self.proposer is not None:
+            self.proposer.expect_end()
         if self._process is not None:
             await self._process.stop(fast=True)
         elif self._task is not None:

@@ -29,6 +29,7 @@ def _metrics(manager: Manager) -> Iterator[PlainMetric]:
     ready = manager.is_running
     yield PlainMetric("excimer_compute_running", "gauge", "1 while postgres serves clients", float(ready))
     yield PlainMetric("excimer_compute_starts_total", "counter", "Attempts to start postgres", manager.starts)
+    yield from manager.disk.samples()
     attempt = manager.attempt
     if attempt is None:
         return

@@ -127,6 +127,7 @@ class Proposer:
         self._client: ReplicationClient | None = None
         self._is_repaired = False
         """A majority has all below E. Later commits wake no task: each would cost a turn of the loop."""
+        self._is_ending = False
         self._confirm_limit_lsn = MAX_LSN
         self._confirmed_lsn = INVALID_LSN
         """What PostgreSQL was told; commits up to here have returned."""
@@ -153,6 +154,10 @@ class Proposer:
         self._confirm_limit_lsn = lsn
         if was_held:
             self._confirm()
+
+    def expect_end(self) -> None:
+        """Postgres is being stopped: that it then closes its connection is no failure."""
+        self._is_ending = True
 
     @property
     def connected_count(self) -> int:
@@ -219,6 +224,10 @@ class Proposer:
             try:
                 await self._read_once(postgres)
             except (RetryableError, RefusedError) as error:
+                if self._is_ending:
+                    log.info("postgres has sent its last WAL", commit_lsn=self.commit_lsn)
+                    self._close_source()
+                    await asyncio.Event().wait()
                 failures = 1 if loop.time() - started >= _WALSENDER.reset_after_s else failures + 1
                 log.warning("postgres sends no WAL", error=error)
             finally:

@@ -31,6 +31,7 @@ from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
 from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
 from excimer.postgres import endpoint_module, find_build
 from excimer.postgres.setting_check import at_start_only
+from excimer.service.disk_watch import DiskWatch
 from excimer.service.health import Health
 from excimer.service.logs import get_logger
 from excimer.service.tasks import SystemClock, TaskScope
@@ -96,12 +97,23 @@ class Manager:
         self._endpoint = Endpoint()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._attempt: Attempt | None = None
+        self.disk = DiskWatch(health, [settings.endpoint_dir], self._waiting_for_room)
         self.starts = 0
 
     @property
     def attempt(self) -> Attempt | None:
         """The attempt under way, for metrics."""
         return self._attempt
+
+    def _waiting_for_room(self) -> str | None:
+        """Postgres is another user, who may be refused room that we would get."""
+        arena = None if self._attempt is None else self._attempt.arena
+        waiting = 0 if arena is None else arena.waiting_for_room()
+        return (
+            f"full: {waiting} of postgres's processes wait for room, and commits with them"
+            if waiting
+            else None
+        )
 
     @property
     def is_running(self) -> bool:
@@ -113,6 +125,7 @@ class Manager:
         async with TaskScope() as scope, self._keeper.serving(self._spec.places.settings_socket):
             loop.add_signal_handler(signal.SIGHUP, lambda: scope.start("settings", self._keeper.refresh()))
             scope.start("renew tokens", self._renew_tokens())
+            scope.supervise("disk", self.disk.run)
             try:
                 return await self._drive(scope, self._endpoint.begin())
             except asyncio.CancelledError:

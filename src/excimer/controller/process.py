@@ -13,10 +13,11 @@ from excimer.controller.settings import ControllerSettings
 from excimer.controller.shell import Controller
 from excimer.controller.sqlite_store import SqliteStore
 from excimer.controller.tokens import TokenMaker
+from excimer.service.disk_watch import DiskWatch
 from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app, serving_http
 from excimer.service.instance_lock import InstanceLock
-from excimer.service.metrics import new_registry
+from excimer.service.metrics import add_disks, new_registry
 from excimer.service.tasks import SystemClock, TaskScope
 from excimer.wire.auth import Right, TokenVerifier
 
@@ -41,11 +42,14 @@ async def serve_controller(settings: ControllerSettings) -> None:
         try:
             store.put_nodes(settings.pageservers, settings.safekeepers)
             controller = Controller(store, tokens, clock)
+            disk = DiskWatch(health, [settings.data_dir])
+            registry = new_registry("controller", excimer.__version__)
+            add_disks(registry, disk)
             app = create_app(
                 "Excimer controller",
                 excimer.__version__,
                 health,
-                new_registry("controller", excimer.__version__),
+                registry,
                 verifier=verifier,
             )
             app.include_router(
@@ -58,6 +62,7 @@ async def serve_controller(settings: ControllerSettings) -> None:
                 TaskScope() as scope,
             ):
                 health.ready = True
+                scope.supervise("disk", disk.run)
                 await scope.supervise("reconcile", controller.reconcile_for_ever)
         finally:
             store.close()

@@ -48,6 +48,8 @@ from excimer.service.logs import get_logger
 from excimer.wire.auth import Resource
 
 RECONCILE_INTERVAL_S: Final = 5.0
+START_WAIT_S: Final = 5.0
+START_POLL_S: Final = 0.1
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -408,9 +410,22 @@ class Controller:
     # Driving things to their end
 
     async def reconcile_for_ever(self) -> None:
+        await self._wait_for_pageservers()
         while True:
             await self.reconcile()
             await asyncio.sleep(RECONCILE_INTERVAL_S)
+
+    async def _wait_for_pageservers(self) -> None:
+        """For a while: after a start of everything they come up beside us."""
+        deadline = self._clock.monotonic() + START_WAIT_S
+        for pageserver in await self._db(self._store.list_pageservers):
+            api = PageserverApi(pageserver, self._tokens)
+            while self._clock.monotonic() < deadline:
+                try:
+                    await api.list_tenants()
+                    break
+                except ExcimerError:
+                    await asyncio.sleep(START_POLL_S)
 
     async def reconcile(self) -> None:
         """One round over what is half made or half deleted. What fails waits for the next."""

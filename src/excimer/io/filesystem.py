@@ -129,8 +129,10 @@ class LocalFilesystem:
                 os.fsync(file.fileno())
             self._step("rename", path)
             temporary.rename(path)
-        except OSError:
+        except OSError as error:
             temporary.unlink(missing_ok=True)
+            if error.filename is None:  # a write knows only its descriptor
+                error.filename = str(path)
             raise
         self._step("sync", path.parent)
         sync_directory(path.parent)

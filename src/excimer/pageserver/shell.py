@@ -14,7 +14,9 @@ import random
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from fastapi import Depends
 from prometheus_client import CollectorRegistry
@@ -46,12 +48,13 @@ from excimer.pageserver.tenants import Tenants
 from excimer.pageserver.wal_receiver import Connect
 from excimer.service.announcements import Announcements
 from excimer.service.broker_client import BrokerClient
+from excimer.service.disk_watch import DiskWatch
 from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app, serving_http
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
-from excimer.service.metrics import new_registry
+from excimer.service.metrics import add_disks, new_registry
 from excimer.service.replication_client import ReplicationClient, connect_replication
 from excimer.service.tasks import SystemClock, TaskScope, contained, running
 from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
@@ -152,6 +155,9 @@ async def _parts(
         stack.push_async_callback(tenants.stop)
         stack.callback(context.uploads.stop)
         await tenants.start()
+        disk = DiskWatch(health, _written_directories(settings))
+        add_disks(registry, disk)
+        scope.supervise("disk", disk.run)
         scope.supervise("statuses", partial(_publish_statuses, settings, tenants, world.metrics, broker))
         keeper = HistoryKeeper(tenants, scope, SystemClock(), random.SystemRandom())
         scope.supervise("garbage collection", keeper.run)
@@ -165,6 +171,13 @@ async def _broker(settings: PageserverSettings, stack: contextlib.AsyncExitStack
     broker = await stack.enter_async_context(client)
     await broker.listen_safekeepers()
     return broker
+
+
+def _written_directories(settings: PageserverSettings) -> list[Path]:
+    """Its own, and the object store if that is one."""
+    url = urlsplit(settings.object_store_url)
+    objects = [Path(unquote(url.path))] if url.scheme == "file" else []
+    return [settings.data_dir, *objects]
 
 
 def _storage_context(

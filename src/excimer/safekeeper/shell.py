@@ -27,12 +27,13 @@ from excimer.safekeeper.timeline_door import TimelineDoor
 from excimer.safekeeper.wal_remover import WalRemover
 from excimer.service.announcements import Announcements
 from excimer.service.broker_client import BrokerClient
+from excimer.service.disk_watch import DiskWatch
 from excimer.service.health import Health
 from excimer.service.http import create_app, serving_http
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
-from excimer.service.metrics import new_registry
+from excimer.service.metrics import add_disks, new_registry
 from excimer.service.tasks import SystemClock, TaskScope
 from excimer.wire.auth import TokenVerifier
 from excimer.wire.broker import ALIVE_INTERVAL_S, SafekeeperTimelineStatus
@@ -71,6 +72,8 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
         closing.callback(proposers.close)
         readers = ReplicationPort(reader_socket, door, clock, metrics)
         health = Health("safekeeper")
+        disk = DiskWatch(health, [settings.data_dir])
+        add_disks(metrics_registry, disk)
         app = create_app("Excimer safekeeper", __version__, health, metrics_registry, verifier=verifier)
         remover = WalRemover(timelines, settings, clock, metrics)
         app.include_router(management_router(timelines, remover, verifier, clock))
@@ -83,6 +86,7 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
                 settings, timelines, broker, clock, str(bound_address(reader_socket)), str(http_address)
             )
             scope.start("proposers", proposers.serve())
+            scope.supervise("disk", disk.run)
             scope.start("readers", readers.serve())
             scope.supervise("broker statuses", status.run)
             scope.supervise("commit LSNs", lambda: _persist_commits(timelines))

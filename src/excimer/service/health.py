@@ -1,6 +1,7 @@
 """Health: what `/healthz` answers. A service is ready once started and while all its checks hold.
 
-A *warning* is what somebody should look at while the service does its work: starting it again would not help.
+A *warning* is what somebody should look at while the service does its work, which it then calls degraded:
+starting it again would not help.
 
 Not here: restarting anything; that is the business of whoever asks.
 """
@@ -44,7 +45,8 @@ class Health:
 
     def answer(self) -> tuple[int, bytes]:
         """HTTP status and JSON body. The pid tells a service from another one that took its port."""
-        status = "starting" if not self.ready else "unhealthy" if self.problems else "ok"
+        well = "degraded" if self.warnings else "ok"
+        status = "starting" if not self.ready else "unhealthy" if self.problems else well
         body = {
             "status": status,
             "service": self.service,

@@ -4,9 +4,14 @@ A service makes one registry and defines its metrics in its `metrics.py`; a regi
 instance rather than the library's global one, so that tests can run two services in one process.
 """
 
+from collections.abc import Iterable
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from excimer.service.disk_watch import DiskWatch
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,6 +30,23 @@ def new_registry(service: str, version: str) -> CollectorRegistry:
     info = Gauge("excimer_info", "What runs here; always 1.", ["service", "version"], registry=registry)
     info.labels(service, version).set(1)
     return registry
+
+
+class _Disks(Collector):
+    def __init__(self, disks: DiskWatch) -> None:
+        self._disks = disks
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        families: dict[str, GaugeMetricFamily] = {}
+        for each in self._disks.samples():
+            new = GaugeMetricFamily(each.name, each.description, labels=list(each.labels))
+            families.setdefault(each.name, new).add_metric(list(each.labels.values()), each.value)
+        return families.values()
+
+
+def add_disks(registry: CollectorRegistry, disks: DiskWatch) -> None:
+    """Free space and fullness of the watched directories."""
+    registry.register(_Disks(disks))
 
 
 def render(registry: CollectorRegistry) -> bytes:

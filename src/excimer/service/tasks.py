@@ -79,7 +79,11 @@ class TaskScope:
 
     def start(self, name: str, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Runs `coroutine` in the scope. Its error cancels the whole scope."""
-        task = self._group.create_task(coroutine, name=name)
+        try:
+            task = self._group.create_task(coroutine, name=name)
+        except RuntimeError:  # the scope is being left
+            coroutine.close()
+            raise
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

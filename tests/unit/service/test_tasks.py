@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+from collections.abc import Coroutine
 
 import pytest
 
@@ -118,6 +119,25 @@ def test_log_lines_are_json_with_context_and_readable_lsns() -> None:
         "event_time": 1,
     }
     assert "request_id" not in second
+
+
+def test_what_is_started_while_a_scope_is_left_is_closed() -> None:
+    """Or Python would complain, long after, about a coroutine that was never awaited."""
+
+    async def late() -> None:
+        raise AssertionError
+
+    async def main() -> "Coroutine[None, None, None]":
+        coroutine = late()
+        scope = TaskScope()
+        async with scope:
+            pass
+        with pytest.raises(RuntimeError):
+            scope.start("late", coroutine)
+        return coroutine
+
+    with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
+        asyncio.run(main()).send(None)
 
 
 def test_what_the_engine_logs_is_seen_and_what_libraries_chat_is_not() -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,14 @@ import typer
 from excimer.base.address import parse_address
 from excimer.base.errors import ExcimerError
 from excimer.cli.errors import EXIT_FAILED
-from excimer.cli.installation import CONFIG_NAME, Installation, Part, is_free, load_installation
+from excimer.cli.installation import (
+    CONFIG_NAME,
+    Installation,
+    Part,
+    endpoint_part_name,
+    is_free,
+    load_installation,
+)
 from excimer.cli.local_processes import find_process, probe_health
 from excimer.cli.session import Session, session_of
 
@@ -69,6 +77,7 @@ def examine(session: Session) -> Iterator[Finding]:
     yield _check_keys(installation)
     for part in installation.service_parts():
         yield from _check_part(installation, part)
+    yield from _check_endpoints(installation)
 
 
 def _guarded(check: Callable[[], Finding]) -> Finding:
@@ -177,6 +186,15 @@ def _check_keys(installation: Installation) -> Finding:
     return Finding("keys", "ok", str(installation.keys_dir))
 
 
+def _check_endpoints(installation: Installation) -> Iterator[Finding]:
+    """Those that run. Their settings say where to ask, whether or not a controller runs."""
+    for path in sorted(installation.run_dir.glob(f"{endpoint_part_name('*')}.toml")):
+        settings = tomllib.loads(path.read_text())
+        process = find_process(installation, path.stem, Path(settings["endpoint_dir"]))
+        if process is not None:
+            yield from _check_health(path.stem, settings["http_listen"], process.pid)
+
+
 def _check_part(installation: Installation, part: Part) -> Iterator[Finding]:
     process = find_process(installation, part.name, part.lock_dir)
     if process is None:
@@ -185,14 +203,18 @@ def _check_part(installation: Installation, part: Part) -> Iterator[Finding]:
         else:
             yield Finding(part.name, "problem", f"does not run, and its port {part.http_address} is taken")
         return
-    status, warnings, _ = probe_health(part.http_address, process.pid)
+    yield from _check_health(part.name, part.http_address, process.pid)
+
+
+def _check_health(part: str, http_address: str, pid: int) -> Iterator[Finding]:
+    status, warnings, _ = probe_health(http_address, pid)
     if status == 200:
-        yield Finding(part.name, "ok", f"runs, process {process.pid}")
+        yield Finding(part, "ok", f"runs, process {pid}")
     else:
         said = f"says {status}" if status else "does not answer"
-        yield Finding(part.name, "problem", f"process {process.pid} {said}: excimer logs {part.name}")
+        yield Finding(part, "problem", f"process {pid} {said}: excimer logs {part}")
     for warning in warnings:
-        yield Finding(part.name, "problem", warning)
+        yield Finding(part, "problem", warning)
 
 
 def _show(console: "Console", findings: list[Finding]) -> None:
