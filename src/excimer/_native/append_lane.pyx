@@ -231,6 +231,33 @@ cdef class AppendLane:
         error, self.error = self.error, None
         raise error
 
+    def serve_channel(self, int64_t connection, channel, uint8_t[::1] buffer, size_t size_bytes):
+        """As `serve`, where bytes come and go through `channel.receive_into(memoryview)` and
+        `channel.send_all(bytes)`, which may raise OSError: a TLS connection has its own way to the socket.
+        """
+        cdef Batch batch
+        cdef size_t fill = size_bytes
+        cdef size_t received
+        view = memoryview(buffer)
+        while True:
+            received = channel.receive_into(view[fill:])
+            if received == 0:
+                return 0
+            fill += received
+            with nogil:
+                self.take_batch(connection, &buffer[0], fill, &batch)
+            if batch.is_failed:
+                error, self.error = self.error, None
+                raise error
+            if batch.taken:
+                channel.send_all(PyBytes_FromStringAndSize(<const char*> batch.answer, ANSWER_SIZE))
+                if batch.tells:
+                    self.tell_batch(&batch)
+                fill -= batch.taken
+                memmove(&buffer[0], &buffer[0] + batch.taken, fill)
+            if batch.is_left or fill == <size_t> buffer.shape[0]:
+                return fill
+
     cdef ssize_t run(
         self,
         int64_t connection,
@@ -253,11 +280,7 @@ cdef class AppendLane:
             if received == 0:
                 return 0
             fill += received
-            batch.taken = 0
-            batch.tells = batch.has_risen = batch.is_left = batch.is_failed = False
-            self.lock.take()
-            self.store(connection, data, fill, &batch)
-            self.lock.release()
+            self.take_batch(connection, data, fill, &batch)
             if batch.is_failed:
                 return -1
             if batch.taken:
@@ -266,6 +289,15 @@ cdef class AppendLane:
                 memmove(data, data + batch.taken, fill)
             if batch.is_left or fill == capacity:
                 return fill
+
+    cdef void take_batch(
+        self, int64_t connection, const uint8_t* data, size_t size, Batch* batch
+    ) noexcept nogil:
+        batch.taken = 0
+        batch.tells = batch.has_risen = batch.is_left = batch.is_failed = False
+        self.lock.take()
+        self.store(connection, data, size, batch)
+        self.lock.release()
 
     cdef void store(self, int64_t connection, const uint8_t* data, size_t size, Batch* batch) noexcept nogil:
         """Takes the whole frames that are the lane's; they are durable when it returns."""

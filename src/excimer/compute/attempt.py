@@ -10,12 +10,14 @@ Whatever happens, an attempt ends with postgres dead and the directory gone.
 """
 
 import asyncio
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from excimer.base.address import parse_address
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import MAX_LSN, Lsn, format_lsn
@@ -43,6 +45,7 @@ from excimer.compute.outside_work import (
     module_arguments,
     preloaded_libraries,
 )
+from excimer.compute.page_relay import relaying_pages
 from excimer.compute.places import ComputePlaces
 from excimer.compute.position_client import PositionClient
 from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, kill_left_behind
@@ -61,6 +64,7 @@ from excimer.postgres.setting_rules import check_rules
 from excimer.service.listen import bind_listen
 from excimer.service.logs import get_logger
 from excimer.service.tasks import SystemClock, TaskScope
+from excimer.service.tls import has_tls
 from excimer.wire.endpoint_tokens import EndpointTokens
 
 SUPERUSER = "postgres"
@@ -117,7 +121,7 @@ class Attempt:
     async def run(self) -> AttemptEnd:
         self._task = asyncio.current_task()
         try:
-            async with TaskScope() as scope:
+            async with _page_relay(self._spec), TaskScope() as scope:
                 return await self._run(scope)
         except FencedError as error:
             return Fenced(str(error))
@@ -156,7 +160,7 @@ class Attempt:
         clock = _StepClock()
         await self._clean_up()
         # Before the election, which ends whoever else serves this timeline.
-        bind_listen(f"{spec.host}:{spec.port}", "PostgreSQL").close()
+        bind_listen(f"{spec.host}:{spec.port}", "PostgreSQL", is_ours=False).close()
         end_lsn = spec.static_lsn
         if end_lsn is None:
             token = self._tokens().write_wal
@@ -300,7 +304,7 @@ class Attempt:
             spec.places.arena,
             files=[ArenaFile(file.path, file.blocks) for file in plan.lazy_files],
             settings=ArenaSettings(
-                pageserver_address=spec.pageserver_address,
+                pageserver_address=str(spec.places.page_socket) if has_tls() else spec.pageserver_address,
                 tenant_id=spec.tenant_id,
                 timeline_id=spec.timeline_id,
                 token=self._tokens().read_pages,
@@ -339,6 +343,13 @@ class Attempt:
         await kill_left_behind(places.data_dir)
         await asyncio.to_thread(shutil.rmtree, places.data_dir, True)
         places.arena.unlink(missing_ok=True)
+
+
+def _page_relay(spec: ComputeSpec) -> contextlib.AbstractAsyncContextManager[None]:
+    """Through which postgres reads pages where services speak TLS; nothing where they do not."""
+    if not has_tls():
+        return contextlib.nullcontext()
+    return relaying_pages(spec.places.page_socket, parse_address(spec.pageserver_address))
 
 
 def _log_wait(lsn: Lsn) -> None:

@@ -9,6 +9,7 @@ from excimer.base.errors import CorruptionError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.pgformat.basebackup import FORMAT_VERSION, Basebackup, BasebackupContentError, decode_basebackup
+from excimer.service.tls import client_tls
 from excimer.wire.page_service import (
     BasebackupAnswer,
     ErrorAnswer,
@@ -49,7 +50,7 @@ async def fetch_basebackup(
     host, _, port = address.rpartition(":")
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host, int(port))
+            reader, writer = await asyncio.open_connection(host, int(port), ssl=client_tls())
     except (OSError, TimeoutError) as error:
         raise PageserverUnreachableError(f"the pageserver at {address} cannot be reached: {error}") from error
     try:

@@ -20,6 +20,8 @@ class ComputePlaces(NamedTuple):
     data_dir: Path
     arena: Path
     socket_dir: Path
+    page_socket: Path
+    """Where postgres asks for pages if services speak TLS (`page_relay`)."""
     settings_socket: Path
     """Beside the data directory, where libhydrate looks for it."""
     postgres_log: Path
@@ -49,6 +51,7 @@ def locate_places(endpoint_dir: Path) -> ComputePlaces:
         data_dir=run_dir / "pgdata",
         arena=run_dir / "arena",
         socket_dir=socket_dir,
+        page_socket=socket_dir / "pages",
         settings_socket=run_dir / "settings.sock",
         postgres_log=endpoint_dir / "postgres.log",
     )

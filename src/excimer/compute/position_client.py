@@ -7,6 +7,7 @@ from excimer.base.errors import RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.compute.basebackup_client import PageserverUnreachableError
+from excimer.service.tls import client_tls
 from excimer.wire.page_service import (
     ErrorAnswer,
     GetPosition,
@@ -56,7 +57,7 @@ class PositionClient:
     async def _ask(self) -> Lsn:
         if self._streams is None:
             host, _, port = self._address.rpartition(":")
-            self._streams = await asyncio.open_connection(host, int(port))
+            self._streams = await asyncio.open_connection(host, int(port), ssl=client_tls())
             self._streams[1].write(encode_client_message(self._hello))
         reader, writer = self._streams
         self._request_id += 1

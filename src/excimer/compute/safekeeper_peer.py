@@ -13,6 +13,8 @@ from excimer.base.address import Address
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.service.logs import get_logger
 from excimer.service.tasks import Backoff
+from excimer.service.tls import client_tls
+from excimer.service.tls_protocol import connect_tls
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     AcceptorMessageParser,
@@ -130,7 +132,12 @@ class SafekeeperPeer:
     async def _dial(self) -> None:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await loop.create_connection(lambda: _Connection(self), self.address.host, self.address.port)
+            host, port = self.address
+            context = client_tls()
+            if context is None:
+                await loop.create_connection(lambda: _Connection(self), host, port)
+            else:
+                await connect_tls(lambda: _Connection(self), host, port, context)
 
     async def _wait_disconnected(self) -> None:
         if self._connection is not None:

@@ -23,6 +23,7 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES, parse_key
 from excimer.base.lsn import Lsn
 from excimer.export.layout import PageFile, PageRun, page_runs
+from excimer.service.tls import client_tls
 from excimer.wire.page_service import (
     ErrorAnswer,
     GetPages,
@@ -203,7 +204,7 @@ async def _connected(access: BranchAccess) -> AsyncIterator[_Connection]:
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(
-                address.host, address.port, limit=2 * _READ_SIZE_BYTES
+                address.host, address.port, limit=2 * _READ_SIZE_BYTES, ssl=client_tls()
             )
         connection = _Connection(reader, writer)
         await connection.hello(access)

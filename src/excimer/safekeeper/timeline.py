@@ -54,6 +54,7 @@ from excimer.safekeeper.recovery import check_committed, find_end_of_wal, new_sc
 from excimer.safekeeper.wal_retention import Floor, ReaderPositions, WalNeeds
 from excimer.safekeeper.wal_storage import WalStorage
 from excimer.service.logs import get_logger
+from excimer.service.tls_socket import TlsSocket
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     AppendRequest,
@@ -184,6 +185,10 @@ class SafekeeperTimeline:
         has closed. Raises OSError for the socket, and as `handle` does.
         """
         return self._lane.serve(connection, socket_fd, buffer, size_bytes, send_lock)
+
+    def serve_tls(self, connection: ConnectionId, tls: TlsSocket, buffer: bytearray, size_bytes: int) -> int:
+        """As `serve`, over TLS."""
+        return self._lane.serve_channel(connection, tls, buffer, size_bytes)
 
     def disconnected(self, connection: ConnectionId) -> None:
         with self._lock:

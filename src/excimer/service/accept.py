@@ -16,6 +16,7 @@ from typing import Final, Never
 
 from excimer.service.connections import Admission, ConnectionGate
 from excimer.service.logs import get_logger
+from excimer.service.tls import server_tls
 
 ACCEPTED_AT_ONCE_MAX: Final = 16
 PAUSE_S: Final = 0.1
@@ -98,6 +99,23 @@ class _Acceptor:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
 
 
+async def serve_protocol(admission: Admission, protocol: asyncio.BaseProtocol) -> None:
+    """Gives an accepted connection, after its TLS handshake, to `protocol`, which releases the admission when
+    it has lost it. What ends earlier is released here.
+    """
+    loop = asyncio.get_running_loop()
+    is_connected = False
+    try:
+        await loop.connect_accepted_socket(lambda: protocol, admission.socket, ssl=server_tls())
+        is_connected = True
+    except OSError as error:
+        log.info("connection lost before it was served", port=admission.port, error=error)
+    finally:
+        if not is_connected:
+            admission.release()
+            admission.socket.close()
+
+
 async def open_streams(
     admission: Admission, buffer_size_bytes: int = 1 << 16
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -105,5 +123,5 @@ async def open_streams(
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(buffer_size_bytes, loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-    transport, _ = await loop.connect_accepted_socket(lambda: protocol, admission.socket)
+    transport, _ = await loop.connect_accepted_socket(lambda: protocol, admission.socket, ssl=server_tls())
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)

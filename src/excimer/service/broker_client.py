@@ -24,6 +24,7 @@ from excimer.base.errors import RefusedError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope
+from excimer.service.tls import client_tls
 from excimer.wire.broker import (
     ALIVE_PREFIX,
     ASK_SAFEKEEPERS_SUBJECT,
@@ -226,6 +227,7 @@ class BrokerClient:
             max_reconnect_attempts=-1,
             reconnect_time_wait=RECONNECT_WAIT_S,
             connect_timeout=CONNECT_TIMEOUT_S,
+            tls=client_tls() if self._url.startswith("tls://") else None,
             error_cb=self._failed,
             disconnected_cb=self._disconnected,
             reconnected_cb=self._reconnected,

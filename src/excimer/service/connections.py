@@ -77,6 +77,11 @@ class Admission:
         self.deadline = deadline
         """On the event loop's clock; counts while the connection waits."""
 
+    @property
+    def port(self) -> str:
+        """The port's name in logs."""
+        return self._gate.what
+
     def authenticated(self) -> None:
         """It has proved who it is: it may stay. Raises `TooManyConnectionsError`. Idempotent."""
         self._gate.promote(self)

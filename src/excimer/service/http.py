@@ -41,7 +41,7 @@ from excimer.base.errors import (
 )
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.service import metrics
-from excimer.service.accept import accept_connections
+from excimer.service.accept import accept_connections, serve_protocol
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.health import Health
 from excimer.service.http_guard import (
@@ -225,14 +225,9 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _accepted(self, admission: Admission) -> None:
-        self._scope.start("http connection", contained("http connection", self._connect(admission)))
-
-    async def _connect(self, admission: Admission) -> None:
         protocol = _HttpConnection(self.config, self.server_state, admission)
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, admission.socket)
-        except OSError as error:
-            log.debug("http connection lost", error=error)
+        serving = serve_protocol(admission, protocol)
+        self._scope.start("http connection", contained("http connection", serving))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ import msgspec
 
 from excimer.base.address import parse_address
 from excimer.base.errors import ConflictError, ExcimerError, NotFoundError, RefusedError, RetryableError
+from excimer.service.tls import client_tls
 
 READ_SIZE_BYTES: Final = 64 * 1024
 ANSWER_SIZE_MAX: Final = 64 * 1024 * 1024
@@ -41,6 +42,8 @@ class HttpClient:
     address: str
     token: str = ""
     timeout_s: float = 30.0
+    is_plain: bool = False
+    """To a program of our own on this machine, which has no TLS although all services have."""
 
     async def get(self, path: str, query: dict[str, str] | None = None) -> Any:
         """The decoded JSON answer (None when empty); so for all calls."""
@@ -68,7 +71,8 @@ class HttpClient:
 
     async def _exchange(self, method: str, target: str, body: object) -> tuple[int, bytes]:
         host, port = parse_address(self.address)
-        reader, writer = await asyncio.open_connection(host, port)
+        context = None if self.is_plain else client_tls()
+        reader, writer = await asyncio.open_connection(host, port, ssl=context)
         try:
             connection = h11.Connection(h11.CLIENT)
             payload = b"" if body is None else msgspec.json.encode(body)

@@ -66,6 +66,8 @@ class _LightServer:
             admission.release()
             if writer is not None:
                 writer.close()
+            else:
+                admission.socket.close()
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=REQUEST_SIZE_MAX)

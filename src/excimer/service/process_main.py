@@ -29,6 +29,7 @@ from excimer.service.log_files import LogRotation
 from excimer.service.logs import configure_logging, get_logger
 from excimer.service.settings import Settings, SettingsError, load_settings
 from excimer.service.tasks import failure_of
+from excimer.service.tls import TlsFilesError, configure_tls
 
 EXIT_CLEAN: Final = 0
 EXIT_FAILED: Final = 1
@@ -64,6 +65,11 @@ def run_service(
     configure_logging(service if node_id is None else f"{service}-{node_id}", settings.log_level)
     os.umask(PRIVATE_UMASK)
     open_files_as_allowed()
+    try:
+        configure_tls(settings.tls)
+    except TlsFilesError as error:
+        print(f"excimer {service}: {error}", file=sys.stderr)
+        return EXIT_USAGE
     with rotating_logs([settings.log_path] if settings.log_path else []):
         failure = failure_of(lambda: asyncio.run(_until_signal(service, serve(settings), stop_limit_s)))
     if failure is None:

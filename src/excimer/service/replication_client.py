@@ -18,6 +18,7 @@ from excimer.base.address import Address
 from excimer.base.clock import unix_to_timestamptz
 from excimer.base.errors import ExcimerError, RetryableError
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
+from excimer.service.tls import client_tls
 from excimer.wire.pg_client import (
     ClientConnection,
     ClientEvent,
@@ -322,7 +323,7 @@ async def connect_replication(
             if address.unix_path is not None:
                 _, client = await loop.create_unix_connection(make, address.unix_path)
             else:
-                _, client = await loop.create_connection(make, address.host, address.port)
+                _, client = await loop.create_connection(make, address.host, address.port, ssl=client_tls())
             is_ready = False
             try:
                 await client.wait_ready()

@@ -26,10 +26,24 @@ class SettingsError(RefusedError):
     """A settings file is missing, unreadable, or has a wrong field."""
 
 
+class TlsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The block ``tls``: with it all ports speak TLS, and so do all calls to other services. PEM files."""
+
+    certificate: Path
+    """Shown by all ports, with those between it and the CA. Replaced files are loaded while running."""
+    key: Path
+    ca: Path
+    """Of this CA must be the certificates of the services that are called."""
+    client_ca: Path | None = None
+    """Of this CA must be a certificate of whoever connects; our services show theirs when they call. None: no
+    certificate is asked for."""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all settings. Unknown fields are errors, so that a misspelt one is not silently ignored."""
 
     log_level: LogLevel = "info"
+    tls: TlsSettings | None = None
     log_path: Path | None = None
     """The file that standard output and error go to, which the process then keeps short; None: that is the
     business of whoever starts it."""

@@ -23,11 +23,14 @@ from excimer.cli.installation import (
     CONFIG_NAME,
     OWN_ENTRIES,
     SAFEKEEPERS_MAX,
+    TLS_NAME,
     Installation,
     create_installation,
     endpoint_part_name,
     load_installation,
     new_config,
+    own_tls,
+    renew_certificates,
 )
 from excimer.cli.local_processes import (
     ENDPOINT_STOP_LIMIT_S,
@@ -46,6 +49,8 @@ from excimer.cli.log_lines import failure
 from excimer.cli.session import Session, session_of
 from excimer.compute.last_end import read_end
 from excimer.io.private_files import make_private_dir
+from excimer.service.settings import TlsSettings
+from excimer.service.tls import Tls
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +62,7 @@ MAKING_LOCK: Final = "making.lock"
 MAKING_LIMIT_S: Final = 300.0
 """The first tenant takes an initdb, on a slow machine."""
 
-FIRST_ENTRIES: Final = frozenset({"run", "logs", "keys", "endpoints"})
+FIRST_ENTRIES: Final = frozenset({"run", "logs", "keys", "endpoints", TLS_NAME})
 """What is made before the configuration, which makes a directory an installation."""
 
 
@@ -91,13 +96,27 @@ def init(
             show_default=False,
         ),
     ] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Services speak TLS, with certificates that are made here.")
+    ] = False,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="TLS with this certificate, PEM, for 127.0.0.1.", show_default=False)
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-cert.", show_default=False)] = None,
+    tls_ca: Annotated[Path | None, typer.Option(help="The CA of --tls-cert.", show_default=False)] = None,
 ) -> None:
     """Make a new local installation."""
     session = session_of(context)
     chosen = ChosenObjectStore(object_store, _parse_options(object_store_option or []))
     with making(session):
         installation = make_installation(
-            session, pg_version, safekeepers, force=force, broker_url=broker_url, object_store=chosen
+            session,
+            pg_version,
+            safekeepers,
+            force=force,
+            broker_url=broker_url,
+            object_store=chosen,
+            tls=_choose_tls(session.directory, tls, (tls_cert, tls_key, tls_ca)),
         )
     session.say(
         f"made an installation in {installation.directory}; next: excimer start",
@@ -122,6 +141,7 @@ def make_installation(
     force: bool,
     broker_url: str | None = None,
     object_store: ChosenObjectStore = OWN_OBJECT_STORE,
+    tls: TlsSettings | None = None,
 ) -> Installation:
     """Raises RefusedError for wrong options and for an object store that cannot be used."""
     from excimer.postgres import find_build
@@ -139,7 +159,9 @@ def make_installation(
         _remove_installation(directory)
     elif directory.exists() and not directory.is_dir():
         raise StateDirectoryError(f"{directory} is not a directory")
-    config = new_config(pg_version, safekeepers, broker_url, object_store.url, dict(object_store.options))
+    config = new_config(
+        pg_version, safekeepers, broker_url, object_store.url, dict(object_store.options), tls=tls
+    )
     return create_installation(directory, config)
 
 
@@ -167,6 +189,20 @@ def _is_unfinished(directory: Path) -> bool:
     entries = {entry.name for entry in directory.iterdir() if not entry.name.startswith(f".{CONFIG_NAME}.")}
     begun = [*(directory / "run").glob("*"), *(directory / "endpoints").glob("*")]
     return entries <= FIRST_ENTRIES and all(path.suffix == ".lock" for path in begun)
+
+
+def _choose_tls(
+    directory: Path, is_own: bool, given: tuple[Path | None, Path | None, Path | None]
+) -> TlsSettings | None:
+    """Raises `UsageError`, `TlsFilesError` for given files that are of no use."""
+    certificate, key, ca = given
+    if certificate is None and key is None and ca is None:
+        return own_tls(directory.absolute() / TLS_NAME) if is_own else None
+    if certificate is None or key is None or ca is None:
+        raise UsageError("--tls-cert, --tls-key and --tls-ca belong together")
+    settings = TlsSettings(certificate=certificate.absolute(), key=key.absolute(), ca=ca.absolute())
+    Tls(settings)
+    return settings
 
 
 def _parse_options(texts: list[str]) -> dict[str, str]:
@@ -234,6 +270,7 @@ def start(context: typer.Context) -> None:
 
 def start_services(session: Session, installation: Installation) -> list[str]:
     """Names of those that did not run."""
+    renew_certificates(installation)
     parts = installation.service_parts()
     with exclusive(installation, session.note):
         launched = launch_parts(installation, parts)
@@ -290,10 +327,23 @@ def status(context: typer.Context) -> None:
     ]
     services_well = all(row["state"] == "running" for row in rows)
     rows += _endpoint_rows(installation)
-    value = {"directory": str(installation.directory), "well": services_well, "parts": rows}
-    session.answer(value, lambda console: _show_status(console, rows))
+    tls = _tls_status(installation)
+    value = {"directory": str(installation.directory), "well": services_well, "parts": rows, "tls": tls}
+    session.answer(value, lambda console: _show_status(console, rows, tls))
     if not services_well:
         raise typer.Exit(EXIT_UNAVAILABLE)
+
+
+def _tls_status(installation: Installation) -> dict[str, str] | None:
+    """None: services speak plainly, on loopback addresses only."""
+    tls = installation.config.tls
+    if tls is None:
+        return None
+    from excimer.cli.certificates import end_of_certificate
+
+    end = end_of_certificate(tls.certificate)
+    expires = "unreadable" if end is None else end.isoformat(timespec="seconds")
+    return {"certificate": str(tls.certificate), "expires": expires, "ca": str(tls.ca)}
 
 
 def _status_row(installation: Installation, part: str, lock_dir: Path, http_address: str) -> dict[str, Any]:
@@ -348,7 +398,7 @@ def _unknown_endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
     ]
 
 
-def _show_status(console: "Console", rows: list[dict[str, Any]]) -> None:
+def _show_status(console: "Console", rows: list[dict[str, Any]], tls: dict[str, str] | None) -> None:
     from excimer.cli.tables import plain_table
 
     table = plain_table("part", "state", "pid", "http", "")
@@ -360,6 +410,9 @@ def _show_status(console: "Console", rows: list[dict[str, Any]]) -> None:
             row["part"], f"[{color}]{row['state']}[/{color}]", str(row["pid"] or ""), row["http"], extra
         )
     console.print(table)
+    if tls is not None:
+        line = f"TLS between services: {tls['certificate']}, until {tls['expires']}"
+        console.print(line, highlight=False, soft_wrap=True)
     for row in rows:
         for warning in row["warnings"]:
             console.print(f"{row['part']}: {warning}", style="red", highlight=False, soft_wrap=True)

@@ -28,7 +28,7 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.base.lsn import Lsn
 from excimer.pageserver.metrics import PageServiceMetrics
-from excimer.service.accept import accept_connections
+from excimer.service.accept import accept_connections, serve_protocol
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
 from excimer.wire.auth import Claims, Resource, Right, TokenExpiredError, TokenVerifier, authorize
@@ -126,14 +126,7 @@ class PageService:
         await accept_connections(listening, self._gate, self._accepted)
 
     def _accepted(self, admission: Admission) -> None:
-        self.spawn("page connection", self._connect(admission))
-
-    async def _connect(self, admission: Admission) -> None:
-        connection = PageConnection(self, admission)
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, admission.socket)
-        except OSError as error:
-            log.debug("page connection lost", error=error)
+        self.spawn("page connection", serve_protocol(admission, PageConnection(self, admission)))
 
     def opened(self, connection: "PageConnection") -> None:
         self._connections.add(connection)

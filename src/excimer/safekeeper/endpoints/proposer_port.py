@@ -29,6 +29,7 @@ from excimer.service.accept import accept_connections
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope, failure_of
+from excimer.service.tls_socket import accept_tls
 from excimer.wire.auth import Claims, Right, TokenExpiredError
 from excimer.wire.safekeeping import (
     AcceptorMessage,
@@ -196,6 +197,7 @@ class _Connection:
         self.thread: threading.Thread | None = None
         self._admission = admission
         self._socket = admission.socket
+        self._tls = accept_tls(self._socket)
         self._send_lock = LaneLock()
         self._socket.setblocking(True)
         # The kernel's own timeouts: Python's would cost a poll before each call.
@@ -212,6 +214,8 @@ class _Connection:
 
         Raises OSError, `MalformedFrameError`, and what `handle` and the timeline's `serve` raise.
         """
+        if self._tls is not None:
+            self._tls.handshake()
         parser = ProposerMessageParser()
         buffer = bytearray(_RECEIVE_SIZE_BYTES)
         view = memoryview(buffer)
@@ -223,9 +227,13 @@ class _Connection:
     def _receive(self, parser: ProposerMessageParser, buffer: bytearray) -> int:
         """Some bytes of messages, which begin where a message does unless a large one has come in part."""
         if self.timeline is None or parser.rest_size_bytes > len(buffer) // 2:
+            if self._tls is not None:
+                return self._tls.receive_into(memoryview(buffer))
             return self._socket.recv_into(buffer)
         rest = parser.take_rest()
         buffer[: len(rest)] = rest
+        if self._tls is not None:
+            return self.timeline.serve_tls(self.id, self._tls, buffer, len(rest))
         return self.timeline.serve(self.id, self._socket.fileno(), buffer, len(rest), self._send_lock)
 
     def send(self, message: AcceptorMessage) -> None:
@@ -233,7 +241,10 @@ class _Connection:
         frame = encode_acceptor_message(message)
         with self._send_lock:
             try:
-                self._socket.sendall(frame)
+                if self._tls is None:
+                    self._socket.sendall(frame)
+                else:
+                    self._tls.send_all(frame)
             except OSError as error:
                 log.debug("answer not sent", connection=self.id, error=error)
                 self.shut_down()

@@ -35,9 +35,10 @@ from excimer.safekeeper.timeline import SafekeeperTimeline
 from excimer.safekeeper.timeline_door import TimelineDoor, confirms_durability
 from excimer.safekeeper.wal_retention import ReaderPosition
 from excimer.safekeeper.wal_storage import WalMissingError
-from excimer.service.accept import accept_connections, open_streams
+from excimer.service.accept import accept_connections
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
+from excimer.service.postgres_tls import open_postgres_streams
 from excimer.service.tasks import TaskScope, contained
 from excimer.wire import pg_messages as pg
 from excimer.wire.auth import AuthError, Claims, Right, RightMissingError, TokenExpiredError
@@ -144,7 +145,10 @@ class ReplicationPort:
         self._metrics.readers.inc()
         writer = None
         try:
-            reader, writer = await open_streams(admission)
+            streams = await open_postgres_streams(admission)
+            if streams is None:
+                return
+            reader, writer = streams
             session = _Session(reader, writer, admission, self._door, self._clock, self._metrics)
             await session.run()
         except OSError as error:
@@ -154,6 +158,8 @@ class ReplicationPort:
             self._metrics.readers.dec()
             if writer is not None:
                 writer.close()
+            else:
+                admission.socket.close()
 
 
 class _Session:
