@@ -56,8 +56,11 @@ class PositionClient:
 
     async def _ask(self) -> Lsn:
         if self._streams is None:
-            host, _, port = self._address.rpartition(":")
-            self._streams = await asyncio.open_connection(host, int(port), ssl=client_tls())
+            if self._address.startswith("/"):  # the relay of this manager, as libhydrate's connections
+                self._streams = await asyncio.open_unix_connection(self._address)
+            else:
+                host, _, port = self._address.rpartition(":")
+                self._streams = await asyncio.open_connection(host, int(port), ssl=client_tls())
             self._streams[1].write(encode_client_message(self._hello))
         reader, writer = self._streams
         self._request_id += 1

@@ -107,7 +107,7 @@ def _endpoint(**changes: Any) -> dict[str, Any]:
     [
         lambda console: _show_endpoints(console, [_endpoint()]),
         lambda console: _show_status(
-            console, [{"part": NAME, "state": "running", "pid": 7, "http": "x", "warnings": []}]
+            console, [{"part": NAME, "state": "running", "pid": 7, "http": "x", "warnings": []}], None
         ),
         lambda console: _show_tenants(
             console,
