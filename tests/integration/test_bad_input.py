@@ -75,11 +75,13 @@ def refused(stack: Stack, *arguments: str) -> tuple[int, str]:
     ("at", "code", "said"),
     [
         (FUTURE, EXIT_REFUSED, f"branch 'main' has not reached LSN {FUTURE}: it is at 0/"),
-        ("0/8", EXIT_REFUSED, "its history reaches from 0/"),
+        ("0/8", EXIT_REFUSED, "cannot branch at 0/8: its history reaches from 0/"),
+        ("0/1", EXIT_REFUSED, "cannot branch at 0/1: its history reaches from 0/"),
         ("2999-01-01T00:00:00Z", EXIT_REFUSED, "the timestamp lies in the future"),
         ("2001-01-01T00:00:00Z", EXIT_REFUSED, "before the history that this timeline keeps"),
         ("0/FFFFFFFFF", EXIT_USAGE, "neither an LSN like"),
-        ("yesterday", EXIT_USAGE, "neither an LSN like"),
+        ("yesterday", EXIT_REFUSED, "before the history that this timeline keeps"),
+        ("tomorrow", EXIT_USAGE, "neither an LSN like"),
     ],
 )
 def test_moments_outside_the_history_leave_no_branch(well: Stack, at: str, code: int, said: str) -> None:

@@ -13,8 +13,6 @@ ourselves and nothing here costs anything. The order of preference as root:
 Not here: what such a user can *read* (`excimer.io.cache`), and what is run (`excimer.postgres`).
 """
 
-import asyncio
-import asyncio.subprocess
 import ctypes
 import functools
 import os
@@ -25,9 +23,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from excimer.base.errors import RefusedError
+
+if TYPE_CHECKING:
+    import asyncio.subprocess
 
 USER_VARIABLE = "EXCIMER_USER"
 OWN_USER = "excimer"
@@ -195,17 +196,19 @@ async def spawn_async(
     *,
     environment: Mapping[str, str] | None = None,
     directory: Path | None = None,
-    stdin: Stream = asyncio.subprocess.DEVNULL,
-    stdout: Stream = asyncio.subprocess.DEVNULL,
-    stderr: Stream = asyncio.subprocess.DEVNULL,
+    stdin: Stream = subprocess.DEVNULL,
+    stdout: Stream = subprocess.DEVNULL,
+    stderr: Stream = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
     new_session: bool = True,
     parent_death_signal: int | None = None,
-) -> asyncio.subprocess.Process:
+) -> "asyncio.subprocess.Process":
     """`spawn` for the event loop.
 
     The kernel sends `parent_death_signal` to the program when we die, however that happens.
     """
+    import asyncio  # the command line, which needs none of it, would wait for the import
+
     return await asyncio.create_subprocess_exec(
         *[os.fspath(argument) for argument in arguments],
         env=dict(program_environment() if environment is None else environment),

@@ -54,6 +54,7 @@ from excimer.storage.engine.tenant_marker import create_tenant, delete_tenant
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.manifest import MAX_GENERATION
 from excimer.storage.format.tenant_settings import Overrides
+from excimer.storage.plan.branch import BranchPointError
 
 log = get_logger(__name__)
 
@@ -352,13 +353,13 @@ class Tenants:
             return await store.branch_timeline(new.timeline_id, new.ancestor_timeline_id)
         lsn = ancestor.record_end(new.ancestor_start_lsn)
         position = ancestor.store.position
-        if lsn == position.last_record_lsn:
+        prev_lsn = position.prev_record_lsn if lsn == position.last_record_lsn else INVALID_LSN
+        try:
             return await store.branch_timeline(
-                new.timeline_id, new.ancestor_timeline_id, lsn=lsn, prev_record_lsn=position.prev_record_lsn
+                new.timeline_id, new.ancestor_timeline_id, lsn=lsn, prev_record_lsn=prev_lsn
             )
-        return await store.branch_timeline(
-            new.timeline_id, new.ancestor_timeline_id, lsn=lsn, prev_record_lsn=INVALID_LSN
-        )
+        except BranchPointError as error:
+            raise error.asked_for(new.ancestor_start_lsn) from None
 
     async def import_timeline(
         self, tenant_id: TenantId, timeline_id: TimelineId, chunks: AsyncIterator[bytes]

@@ -50,6 +50,10 @@ def test_assignments_name_the_option_they_came_from() -> None:
         ({"in_force": False}, "a, b kept, but its manager has not taken it over: excimer logs main"),
         ({}, "a, b in force"),
         ({"restart_pending": ["b", "c"]}, "a in force; b after restart: excimer endpoint restart main"),
+        (
+            {"changed": ["a", "x.y"]},
+            "a in force; x.y kept for its extension, which checks it by itself",
+        ),
         ({"restart_pending": ["a", "b"]}, "a, b after restart: excimer endpoint restart main"),
     ],
 )

@@ -39,6 +39,7 @@ from excimer.storage.engine.errors import (
     TimelineDamagedError,
     TimelineHasBranchesError,
 )
+from excimer.storage.plan.branch import BranchPointError
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.storage_world import in_event_loop, storage_context
 
@@ -381,6 +382,17 @@ async def test_the_size_of_a_tenant_with_a_single_branch(tmp_path: Path) -> None
         await only.make_main()
         sizes = await only.tenants.sizes(TENANT)
         assert 0 < sizes.synthetic_size_bytes == sizes.timelines[0].logical_size_bytes
+
+
+@in_event_loop
+async def test_a_branch_point_outside_the_history_is_named_as_it_was_written(tmp_path: Path) -> None:
+    async with node(tmp_path, MemoryObjectStore()) as only:
+        await only.tenants.attach(TENANT, 1)
+        await only.make_main()
+        for lsn in (0x1, 0x1001):
+            new = NewTimeline(timeline_id=BRANCH, ancestor_timeline_id=MAIN, ancestor_start_lsn=Lsn(lsn))
+            with pytest.raises(BranchPointError, match=f"cannot branch at 0/{lsn:X}: its history reaches"):
+                await only.tenants.create_timeline(TENANT, new)
 
 
 @in_event_loop

@@ -153,11 +153,14 @@ def sentence_of(name: str, answer: dict[str, Any]) -> str:
     if not answer["in_force"]:
         return f"endpoint {name}: {changed} kept, but its manager has not taken it over: excimer logs {name}"
     late = [each for each in answer["changed"] if each in answer["restart_pending"]]
-    if not late:
-        return f"endpoint {name}: {changed} in force"
-    early = [each for each in answer["changed"] if each not in late]
-    first = f"{', '.join(early)} in force; " if early else ""
-    return f"endpoint {name}: {first}{', '.join(late)} after restart: excimer endpoint restart {name}"
+    foreign = [each for each in answer["changed"] if "." in each]
+    early = [each for each in answer["changed"] if each not in (*late, *foreign)]
+    parts = [f"{', '.join(early)} in force"] if early else []
+    if foreign:
+        parts.append(f"{', '.join(foreign)} kept for its extension, which checks it by itself")
+    if late:
+        parts.append(f"{', '.join(late)} after restart: excimer endpoint restart {name}")
+    return f"endpoint {name}: {'; '.join(parts)}"
 
 
 def _show(console: "Console", name: str, answer: dict[str, Any]) -> None:

@@ -26,6 +26,18 @@ ROOT = Origin(None, 0)
 class BranchPointError(RefusedError):
     """The ancestor has no such LSN, or no longer."""
 
+    def __init__(self, ancestor_id: TimelineId, lsn: int, oldest_lsn: int, newest_lsn: int) -> None:
+        super().__init__(
+            f"timeline {ancestor_id} cannot branch at {format_lsn(lsn)}: its history reaches from "
+            f"{format_lsn(oldest_lsn)} to {format_lsn(newest_lsn)}"
+        )
+        self._place = (ancestor_id, oldest_lsn, newest_lsn)
+
+    def asked_for(self, lsn: int) -> "BranchPointError":
+        """The same, naming the LSN that a user wrote, of which the record's end was made."""
+        ancestor_id, oldest_lsn, newest_lsn = self._place
+        return BranchPointError(ancestor_id, lsn, oldest_lsn, newest_lsn)
+
 
 def plan_branch(
     ancestor: Manifest,
@@ -43,10 +55,7 @@ def plan_branch(
     Raises `BranchPointError`.
     """
     if not oldest_lsn <= lsn <= ancestor_last_record_lsn:
-        raise BranchPointError(
-            f"timeline {ancestor.timeline_id} cannot branch at {format_lsn(lsn)}: its history reaches from "
-            f"{format_lsn(oldest_lsn)} to {format_lsn(ancestor_last_record_lsn)}"
-        )
+        raise BranchPointError(TimelineId(ancestor.timeline_id), lsn, oldest_lsn, ancestor_last_record_lsn)
     return Manifest(
         tenant_id=ancestor.tenant_id,
         timeline_id=timeline_id,
