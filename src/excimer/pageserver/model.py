@@ -50,6 +50,8 @@ class NewTimeline(msgspec.Struct, frozen=True, kw_only=True):
     ancestor_timeline_id: TimelineId | None = None
     ancestor_start_lsn: Lsn | None = None
     """None: the newest the ancestor has."""
+    password_verifier: str | None = None
+    """Of a new cluster's superuser (`wire.scram`); None: nobody can log in as that role by a password."""
 
 
 class TimelineSizes(msgspec.Struct, frozen=True, kw_only=True):

@@ -329,7 +329,7 @@ class Tenants:
     async def _bootstrap(self, store: TenantStorage, new: NewTimeline) -> Timeline:
         pg_version = new.pg_version or DEFAULT_VERSION
         cluster = await self._in_thread(
-            partial(new_cluster, pg_version, self._chance, self._world.clock.now())
+            partial(new_cluster, pg_version, self._chance, self._world.clock.now(), new.password_verifier)
         )
         return await store.create_timeline(
             storage.NewTimeline(

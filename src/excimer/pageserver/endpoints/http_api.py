@@ -20,6 +20,7 @@ from excimer.base.lsn import format_lsn, parse_lsn
 from excimer.pageserver.endpoints.import_api import ImportOperations, add_import_routes
 from excimer.pageserver.lsn_by_timestamp import LsnAtTimestamp
 from excimer.pageserver.model import NewTimeline, TenantRecord, TimelineDetail
+from excimer.pgformat.role_catalog import is_initial_verifier
 
 ID_PATTERN = "^[0-9a-fA-F]{32}$"
 TenantPath = Annotated[str, Path(pattern=ID_PATTERN, description="32 hex digits")]
@@ -63,6 +64,10 @@ class CreateTimeline(_Strict):
     ancestor_timeline_id: str | None = Field(None, pattern=ID_PATTERN)
     ancestor_start_lsn: str | None = Field(
         None, description="where to branch, rounded down to where a record can end; omitted: the newest"
+    )
+    password_verifier: str | None = Field(
+        None,
+        description="SCRAM-SHA-256 verifier of a new cluster's superuser: salt of 16 bytes, 4096 iterations",
     )
 
 
@@ -127,6 +132,11 @@ def new_timeline(body: CreateTimeline) -> NewTimeline:
     """Raises `RefusedError` for an LSN without an ancestor, or one that is not an LSN."""
     if body.ancestor_start_lsn is not None and body.ancestor_timeline_id is None:
         raise RefusedError("ancestor_start_lsn needs ancestor_timeline_id")
+    if body.password_verifier is not None:
+        if body.ancestor_timeline_id is not None:
+            raise RefusedError("a branch has its ancestor's roles and passwords: omit password_verifier")
+        if not is_initial_verifier(body.password_verifier):
+            raise RefusedError("password_verifier is no SCRAM-SHA-256 verifier as initdb makes it")
     return NewTimeline(
         timeline_id=parse_timeline_id(body.new_timeline_id),
         pg_version=body.pg_version,
@@ -134,6 +144,7 @@ def new_timeline(body: CreateTimeline) -> NewTimeline:
         if body.ancestor_timeline_id is None
         else parse_timeline_id(body.ancestor_timeline_id),
         ancestor_start_lsn=None if body.ancestor_start_lsn is None else parse_lsn(body.ancestor_start_lsn),
+        password_verifier=body.password_verifier,
     )
 
 
