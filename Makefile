@@ -23,7 +23,7 @@ endif
 
 .PHONY: help setup run demo test sweep chaos check bench clean moved
 help:
-	@echo 'make run     start everything and print a postgres:// URL'
+	@echo 'make run     start everything and print a postgresql:// URL'
 	@echo 'make demo    the same, then a walk through branching on real data'
 	@echo 'make test    all tests; TESTS="tests/unit -k lsn" some of them; JOBS=1 one at a time'
 	@echo 'make sweep   the tests that draw at random, at many times their usual length'

@@ -23,7 +23,9 @@ class MeasuredStack:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         endpoint = stack.endpoint(ENDPOINT)
-        self.target = Target("excimer", build_of(stack.pg_version), int(endpoint["postgres_port"]))
+        self.target = Target(
+            "excimer", build_of(stack.pg_version), int(endpoint["postgres_port"]), endpoint["password"]
+        )
         self.tenant_id = str(endpoint["tenant_id"])
         self.timeline_id = str(endpoint["timeline_id"])
         settings = tomllib.loads((stack.directory / "run" / "pageserver.toml").read_text())

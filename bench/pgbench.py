@@ -21,6 +21,7 @@ class Target(NamedTuple):
     name: str
     build: PostgresBuild
     port: int
+    password: str = ""
 
     def run(self, program: str, *arguments: str) -> str:
         """One of PostgreSQL's programs, connected here, to its end; its output."""
@@ -29,6 +30,7 @@ class Target(NamedTuple):
             "PGPORT": str(self.port),
             "PGUSER": "postgres",
             "PGDATABASE": "postgres",
+            "PGPASSWORD": self.password,
         }
         result = subprocess.run(
             [str(self.build.program(program)), *arguments],

@@ -107,6 +107,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
 def test_a_tenant_with_branches_and_endpoints(line: CommandLine) -> None:
     tenant = line.json("tenant", "create", "shop", "--set-default")
     assert tenant["is_default"]
+    assert (tenant["role"], len(tenant["password"])) == ("postgres", 24)
     branch = line.json("timeline", "branch", "--branch-name", "feature/x")
     assert branch["ancestor_lsn"] == "0/1500060"
     line.json("timeline", "branch", "--branch-name", "deep", "--ancestor", "feature/x", "--at", "0/1500060")
@@ -119,7 +120,8 @@ def test_a_tenant_with_branches_and_endpoints(line: CommandLine) -> None:
     assert indents["main"] == indents["fresh"] < indents["feature/x"] < indents["deep"]
 
     made = line.json("endpoint", "create", "ep", "--branch-name", "deep")
-    assert made["url"] == f"postgres://postgres@127.0.0.1:{made['postgres_port']}/postgres"
+    server = f"127.0.0.1:{made['postgres_port']}/postgres?sslmode=disable"
+    assert made["url"] == f"postgresql://postgres:{tenant['password']}@{server}"
     line.json("endpoint", "create", "past", "--branch-name", "main", "--lsn", "0/1500060")
     shown = {row["name"]: row for row in line.json("endpoint", "list")["endpoints"]}
     assert [shown["ep"]["state"], shown["ep"]["mode"]] == ["stopped", "primary"]

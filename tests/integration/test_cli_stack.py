@@ -89,7 +89,7 @@ def test_the_demo_shows_no_difference_and_may_be_repeated(stack: Stack) -> None:
     code, output, errors = stack.run("up", "--demo", "--safekeepers", "1")
     assert code == 0, errors
     url = output.splitlines()[-1]
-    assert url.startswith("postgres://postgres@127.0.0.1:")
+    assert url.startswith("postgresql://postgres:")
     rows = [line.split() for line in output.splitlines() if "336,776" in line or "278,111" in line]
     fingerprints = [row[-1] for row in rows]
     assert len(rows) == 6

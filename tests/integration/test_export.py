@@ -34,7 +34,14 @@ from excimer.service.http_client import HttpClient, path_of
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.exported_cluster import address_of, check_all, dump_all, place_for_cluster
 from tests.kit.plain_postgres import PlainPostgres
-from tests.kit.rich_cluster import LATER_STATEMENTS, ROLES, STATEMENTS, fill
+from tests.kit.rich_cluster import (
+    DUMP_OPTIONS,
+    LATER_STATEMENTS,
+    ROLES,
+    STATEMENTS,
+    comparable,
+    fill,
+)
 from tests.kit.stack import Stack, running_stack
 from tests.kit.stock_server import stock_server
 
@@ -73,8 +80,7 @@ def branched(request: pytest.FixtureRequest) -> Iterator[Branched]:
 
 
 def _dump(stack: Stack) -> str:
-    address = Address("127.0.0.1", stack.endpoint("main")["postgres_port"])
-    return dump_all(build_of(stack.pg_version), address)
+    return comparable(stack.check_program("pg_dumpall", *DUMP_OPTIONS))
 
 
 def test_an_exported_branch_starts_alone_and_is_equal(branched: Branched) -> None:

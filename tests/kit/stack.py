@@ -99,13 +99,27 @@ class Stack:
     def endpoint(self, name: str) -> Any:
         """Its description, remembered: the controller may be dead when a test asks."""
         if name not in self._endpoints:
-            listed = self.json("endpoint", "list")["endpoints"]
-            self._endpoints |= {row["name"]: row for row in listed}
+            rows = {row["name"]: row for row in self.json("endpoint", "list")["endpoints"]}
+            self._endpoints[name] = rows[name] | self.json("endpoint", "url", name)
         return self._endpoints[name]
 
+    def forget(self, name: str) -> None:
+        """Its description is asked for anew: it has another password, or its superuser another name."""
+        self._endpoints.pop(name, None)
+
+    def url(self, name: str = "main", database: str = "postgres") -> str:
+        """With the superuser's password."""
+        url: str = self.endpoint(name)["url"]
+        return url.replace("/postgres?", f"/{database}?")
+
     def connect(self, name: str = "main", database: str = "postgres") -> "psycopg.Connection[Row]":
-        url = self.endpoint(name)["url"].rpartition("/")[0]
-        return psycopg.connect(f"{url}/{database}", autocommit=True, connect_timeout=30)
+        return psycopg.connect(self.url(name, database), autocommit=True, connect_timeout=30)
+
+    def connection_environment(self, name: str = "main") -> dict[str, str]:
+        """libpq's variables for an endpoint."""
+        endpoint = self.endpoint(name)
+        server = {"PGHOST": endpoint["host"], "PGPORT": str(endpoint["port"]), "PGUSER": endpoint["role"]}
+        return server | {"PGPASSWORD": endpoint["password"] or "", "PGDATABASE": "postgres"}
 
     def query(self, statement: str, name: str = "main", database: str = "postgres") -> list[Row]:
         with self.connect(name, database) as connection:
@@ -115,8 +129,7 @@ class Stack:
     def program(self, program: str, *arguments: str, name: str = "main") -> "subprocess.Popen[str]":
         """One of PostgreSQL's programs, connected to an endpoint."""
         build = build_of(self.pg_version)
-        port = str(self.endpoint(name)["postgres_port"])
-        connection = {"PGHOST": "127.0.0.1", "PGPORT": port, "PGUSER": "postgres", "PGDATABASE": "postgres"}
+        connection = self.connection_environment(name)
         return subprocess.Popen(
             [str(build.program(program)), *arguments],
             env=program_environment(build.environment() | connection),

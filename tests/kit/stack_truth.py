@@ -5,6 +5,7 @@ The page service is asked as a compute asks it; nothing here looks into the page
 """
 
 import asyncio
+import contextlib
 import shutil
 import struct
 import subprocess
@@ -39,13 +40,16 @@ from excimer.base.keys import (
 )
 from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.cli.installation import HOST, Installation, load_installation
+from excimer.controller.sqlite_store import SqliteStore
 from excimer.io.processes import make_owned_dir, program_environment
 from excimer.pageserver.bootstrap import initdb_template
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.checkpoint_state import CheckpointState, ClusterSettings
 from excimer.pgformat.control_file import ControlFile
+from excimer.pgformat.relation_map import parse_relation_map
 from excimer.pgformat.replication_origins import ORIGINS_PATH, parse_origins
+from excimer.pgformat.role_catalog import AUTHID_OID, replace_verifier
 from excimer.pgformat.wal_reader import WalReader
 from excimer.pgformat.wal_record import WalRecord, decode_record
 from excimer.pgformat.wal_segment import segment_name
@@ -171,12 +175,13 @@ class EndpointServer(StockServer):
 
     def __init__(self, stack: Stack, root: Path, endpoint: str = "main") -> None:
         super().__init__(build_of(stack.pg_version), root, root, stack.endpoint(endpoint)["postgres_port"])
+        self._connection = stack.connection_environment(endpoint)
 
     def sql(self, script: str, database: str = "postgres") -> list[list[str]]:
-        options = ["-X", "-q", "-A", "-t", "-F", "\t", "-U", "postgres", "-v", "ON_ERROR_STOP=1"]
+        options = ["-X", "-q", "-A", "-t", "-F", "\t", "-v", "ON_ERROR_STOP=1"]
         result = subprocess.run(
-            [self.build.program("psql"), *options, "-h", HOST, "-p", str(self.port), database],
-            env=program_environment(self.build.environment()),
+            [self.build.program("psql"), *options, database],
+            env=program_environment(self.build.environment() | self._connection),
             input=script,
             capture_output=True,
             text=True,
@@ -203,6 +208,7 @@ def stack_history(branch: Branch, build: PostgresBuild, root: Path, safekeeper: 
     beginning = root / "beginning"
     copy_data_dir(initdb_template(build), beginning)
     _set_system_id(beginning, build.version, known["system_id"])
+    _set_verifier(beginning, branch)
     name = segment_name(1, start_lsn // size, size)
     first = bytearray((beginning / "pg_wal" / name).read_bytes())
     _SYSTEM_ID.pack_into(first, _SYSTEM_ID_OFFSET, known["system_id"])
@@ -257,6 +263,17 @@ def _set_system_id(directory: Path, pg_version: int, system_id: int) -> None:
     path = directory / "global/pg_control"
     control = ControlFile.unpack(path.read_bytes(), pg_version)
     path.write_bytes(msgspec.structs.replace(control, system_id=system_id).pack())
+
+
+def _set_verifier(directory: Path, branch: Branch) -> None:
+    """The superuser's password becomes the one that the branch began with."""
+    with contextlib.closing(SqliteStore(branch.installation.directory / "controller")) as store:
+        known = store.list_role_passwords(branch.tenant_id)
+    verifier = next(row.verifier for row in known if row.timeline_id == branch.timeline_id and row.lsn == 0)
+    file_numbers = parse_relation_map((directory / "global/pg_filenode.map").read_bytes())
+    path = directory / f"global/{file_numbers[AUTHID_OID]}"
+    (page,) = replace_verifier([path.read_bytes()], verifier)
+    path.write_bytes(page)
 
 
 class StackView:

@@ -1,5 +1,6 @@
 """Where a service listens: a host and a port, or as libpq has it, a Unix socket's directory and a port."""
 
+import ipaddress
 import re
 from typing import NamedTuple
 
@@ -23,6 +24,16 @@ class Address(NamedTuple):
     def unix_path(self) -> str | None:
         """Path of PostgreSQL's Unix socket, or None for TCP."""
         return f"{self.host}/.s.PGSQL.{self.port}" if self.host.startswith("/") else None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it; a name other than localhost may mean anything."""
+        if self.host in ("", "localhost") or self.host.startswith("/"):
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -17,7 +17,7 @@ import excimer
 from excimer.cli.session import DEFAULT_DIRECTORY, DIRECTORY_VARIABLE, Session, find_directory
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
-    "up": ("up", "Make an installation if there is none, start everything, print a postgres:// URL."),
+    "up": ("up", "Make an installation if there is none, start everything, print a postgresql:// URL."),
     "init": ("installation", "Make a new local installation."),
     "start": ("installation", "Start the services that do not run."),
     "stop": ("installation", "Stop endpoints and services."),
@@ -29,7 +29,11 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     ),
     "branch": ("timeline", "The same as timeline."),
     "import": ("import_cluster", "Bring in an existing cluster: a data directory, or a running server."),
-    "endpoint": ("endpoint", "Endpoints: create, start, stop, list, delete."),
+    "endpoint": (
+        "endpoint",
+        "Endpoints: create, start, stop, restart, list, show, url, listen, config, logs, delete.",
+    ),
+    "role": ("role", "Roles that log in: create, password, list, drop."),
     "export": ("export", "Write a branch as a data directory or tar for plain PostgreSQL."),
     "psql": ("psql", "Open psql on an endpoint."),
     "pg": ("pg", "PostgreSQL builds: list, install, add."),
@@ -45,7 +49,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 NEAR: Final = 0.7
 """How alike a wrong command and one that is suggested are: `tenantt` and `tenant`, not `bogus` and `logs`."""
 
-GROUPS: Final = ("tenant", "timeline", "branch", "endpoint", "pg")
+GROUPS: Final = ("tenant", "timeline", "branch", "endpoint", "role", "pg")
 """Those that are groups of commands; the others are one command of their module."""
 
 

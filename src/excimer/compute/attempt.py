@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from excimer.base.address import parse_address
+from excimer.base.address import Address, parse_address
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import MAX_LSN, Lsn, format_lsn
@@ -30,12 +30,18 @@ from excimer.compute.arena import (
 )
 from excimer.compute.backpressure import Backpressure
 from excimer.compute.basebackup_client import fetch_basebackup
+from excimer.compute.client_authentication import installation_users, render_hba, render_ident
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
 from excimer.compute.data_directory import (
-    Configuration,
     DataDirectoryPlan,
     plan_data_directory,
     write_data_directory,
+)
+from excimer.compute.local_access import (
+    LocalAccess,
+    find_superuser,
+    superuser_names,
+    write_local_access,
 )
 from excimer.compute.lsn_lease import LeasedMoment, LsnLease
 from excimer.compute.outside_work import (
@@ -49,12 +55,23 @@ from excimer.compute.page_relay import relaying_pages
 from excimer.compute.places import ComputePlaces
 from excimer.compute.position_client import PositionClient
 from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, kill_left_behind
-from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
+from excimer.compute.postgres_settings import (
+    access_arguments,
+    fixed_arguments,
+    render_postgres_settings,
+)
 from excimer.compute.proposer import PostgresAddress, Proposer
+from excimer.compute.server_certificate import (
+    CertificateFiles,
+    CertificatePair,
+    follow_files,
+    install_pair,
+    read_pair,
+)
 from excimer.compute.settings_keeper import SettingsKeeper
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
 from excimer.io.processes import describe_exit
-from excimer.pgformat.auto_conf import render_auto_conf
+from excimer.pgformat.auto_conf import AUTO_CONF_NAME, render_auto_conf
 from excimer.pgformat.basebackup import Basebackup, origins_setting
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
@@ -67,7 +84,6 @@ from excimer.service.tasks import SystemClock, TaskScope
 from excimer.service.tls import has_tls
 from excimer.wire.endpoint_tokens import EndpointTokens
 
-SUPERUSER = "postgres"
 BASEBACKUP_NOTICE_S = 5.0
 
 log = get_logger(__name__)
@@ -82,6 +98,8 @@ class ComputeSpec(NamedTuple):
     build: PostgresBuild
     host: str
     port: int
+    trusts_local: bool
+    certificate: CertificateFiles | None
     pageserver_address: str
     pageserver_http_address: str
     lease_holder: str
@@ -114,6 +132,7 @@ class Attempt:
         self._process: PostgresProcess | None = None
         self._task: asyncio.Task[object] | None = None
         self._stopping = False
+        self._superusers: list[str] = []
         self.arena: Arena | None = None
         self.proposer: Proposer | None = None
         self.backpressure: Backpressure | None = None
@@ -160,7 +179,8 @@ class Attempt:
         clock = _StepClock()
         await self._clean_up()
         # Before the election, which ends whoever else serves this timeline.
-        bind_listen(f"{spec.host}:{spec.port}", "PostgreSQL", is_ours=False).close()
+        bind_listen(str(Address(spec.host, spec.port)), "PostgreSQL", is_ours=False).close()
+        pair = None if spec.certificate is None else await asyncio.to_thread(read_pair, spec.certificate)
         end_lsn = spec.static_lsn
         if end_lsn is None:
             token = self._tokens().write_wal
@@ -179,7 +199,7 @@ class Attempt:
             await self._hold_lsn(scope, end_lsn)
         backup = await self._fetch_basebackup(end_lsn)
         clock.step("basebackup")
-        await asyncio.to_thread(self._lay_directory, backup)
+        await asyncio.to_thread(self._lay_directory, backup, pair)
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
         self._process = process = await self._start_postgres()
@@ -188,13 +208,20 @@ class Attempt:
         self.arena.set_ready()
         clock.step("postgres")
         log.info("ready", lsn=format_lsn(backup.lsn), **clock.steps_ms)
+        socket_dir = str(spec.places.socket_dir)
+        superuser = await find_superuser(self._superusers, socket_dir, spec.port)
         if self.proposer is not None:
-            address = PostgresAddress(str(spec.places.socket_dir), spec.port, SUPERUSER)
+            address = PostgresAddress(socket_dir, spec.port, superuser)
             scope.start("proposer", self.proposer.stream(address))
             self.backpressure = self._make_backpressure(self.proposer, self.arena, Lsn(backup.lsn))
             scope.start("backpressure", self.backpressure.run())
             await self._open_gate(address)
         self._keeper.started(process.pid)
+        if spec.certificate is not None and pair is not None:
+            following = follow_files(spec.certificate, pair, spec.places.data_dir, process.reload)
+            scope.start("certificate", following)
+        access = LocalAccess(socket_dir=socket_dir, port=spec.port, superuser=superuser)
+        write_local_access(spec.places.local_access, access)
         self._on_started()
         status = await process.wait_exit()
         return Ended(time.monotonic(), f"postgres {describe_exit(status)}")
@@ -259,7 +286,7 @@ class Attempt:
         finally:
             notice.cancel()
 
-    def _lay_directory(self, backup: Basebackup) -> None:
+    def _lay_directory(self, backup: Basebackup, pair: CertificatePair | None) -> None:
         spec = self._spec
         control = ControlFile.unpack(backup.control_file, backup.pg_version)
         prefix = build_wal_prefix(
@@ -291,12 +318,25 @@ class Attempt:
             origins=origins,
             is_static=is_static,
         )
-        configuration = Configuration(postgresql_conf, render_auto_conf(self._settings))
+        configuration = [
+            ("postgresql.conf", postgresql_conf.encode()),
+            (AUTO_CONF_NAME, render_auto_conf(self._settings).encode()),
+            *self._access_files(backup),
+        ]
         plan = plan_data_directory(
             backup, prefix, configuration, control.wal_segment_size, hot_standby=is_static
         )
         write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
+        if pair is not None:
+            install_pair(pair, spec.places.data_dir)
         self._make_arena(plan, Lsn(backup.lsn), control.wal_segment_size)
+
+    def _access_files(self, backup: Basebackup) -> list[tuple[str, bytes]]:
+        self._superusers = superuser_names(backup)
+        is_remote = not Address(self._spec.host, self._spec.port).is_loopback
+        hba = render_hba(self._superusers, trusts_local=self._spec.trusts_local, is_remote=is_remote)
+        ident = render_ident(self._superusers, installation_users())
+        return [("pg_hba.conf", hba.encode()), ("pg_ident.conf", ident.encode())]
 
     def _make_arena(self, plan: DataDirectoryPlan, lsn: Lsn, wal_segment_size: int) -> None:
         spec = self._spec
@@ -326,7 +366,14 @@ class Attempt:
             spec.places.data_dir,
             environment,
             spec.places.postgres_log,
-            self._options,
+            self._options
+            + access_arguments(
+                host=spec.host,
+                port=spec.port,
+                socket_dir=str(spec.places.socket_dir),
+                data_dir=str(spec.places.data_dir),
+                has_tls=spec.certificate is not None,
+            ),
         )
 
     async def _clean_up(self) -> None:
@@ -340,6 +387,7 @@ class Attempt:
             self.arena.close()
             self.arena = None
         places = self._spec.places
+        places.local_access.unlink(missing_ok=True)
         await kill_left_behind(places.data_dir)
         await asyncio.to_thread(shutil.rmtree, places.data_dir, True)
         places.arena.unlink(missing_ok=True)

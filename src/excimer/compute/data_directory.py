@@ -6,7 +6,9 @@ Every other block of every relation is only an entry in the arena, from which li
 file when PostgreSQL first opens it.
 """
 
+import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,6 @@ from excimer.base.keys import (
     relation_path,
 )
 from excimer.io.processes import give_to_user
-from excimer.pgformat.auto_conf import AUTO_CONF_NAME
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
 from excimer.pgformat.cluster_paths import check_relative_path
 from excimer.pgformat.wal_prefix import WalPrefix, wal_segment_file_name
@@ -49,14 +50,6 @@ FIXED_DIRECTORIES = (
     "pg_wal/summaries",
     "pg_xact",
 )
-
-HBA = """\
-# Written by Excimer. Loopback and the endpoint's own socket are trusted; nothing else is listened to.
-local all all trust
-local replication all trust
-host all all 127.0.0.1/32 trust
-host all all ::1/128 trust
-"""
 
 
 class Configuration(NamedTuple):
@@ -93,18 +86,18 @@ class DataDirectoryPlan(NamedTuple):
 def plan_data_directory(
     backup: Basebackup,
     prefix: WalPrefix,
-    configuration: Configuration,
+    configuration: Sequence[tuple[str, bytes]],
     wal_segment_size: int,
     *,
     hot_standby: bool,
 ) -> DataDirectoryPlan:
-    """What to write. Raises ValueError when the basebackup names a relation in a user tablespace."""
+    """What to write. Raises ValueError when the basebackup names a relation in a user tablespace.
+
+    `configuration` holds postgresql.conf and the files beside it, by name.
+    """
     files = [
         ("PG_VERSION", f"{backup.pg_version}\n".encode()),
-        ("postgresql.conf", configuration.postgresql_conf.encode()),
-        (AUTO_CONF_NAME, configuration.auto_conf.encode()),
-        ("pg_hba.conf", HBA.encode()),
-        ("pg_ident.conf", b""),
+        *configuration,
         ("global/pg_control", prefix.control_file),
         *backup.files,
     ]
@@ -136,9 +129,7 @@ def write_data_directory(root: Path, plan: DataDirectoryPlan, wal_segment_size: 
         directory.mkdir(mode=0o700)
         give_to_user(directory)
     for path, content in plan.files:
-        with (root / path).open("xb") as file:  # a new file, and no link
-            file.write(content)
-        give_to_user(root / path)
+        write_private(root / path, content)
     segments: dict[str, list[tuple[int, bytes]]] = defaultdict(list)
     for name, offset, data in plan.wal:
         segments[name].append((offset, data))
@@ -150,6 +141,16 @@ def write_data_directory(root: Path, plan: DataDirectoryPlan, wal_segment_size: 
                 segment.seek(offset)
                 segment.write(data)
         give_to_user(segment_path)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """A file that only PostgreSQL's user can ever read; one that is there is replaced."""
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(content)
+    give_to_user(new)
+    new.replace(path)
 
 
 def lazy_path(key: bytes) -> tuple[str, int]:

@@ -10,10 +10,12 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from excimer.io.cache import cache_directory
 from excimer.io.processes import is_passable, make_owned_dir, unprivileged_user
+
+LOCAL_ACCESS_NAME: Final = "local_access.json"
 
 
 class ComputePlaces(NamedTuple):
@@ -25,6 +27,8 @@ class ComputePlaces(NamedTuple):
     settings_socket: Path
     """Beside the data directory, where libhydrate looks for it."""
     postgres_log: Path
+    local_access: Path
+    """Says, while PostgreSQL serves, how our own user connects to it (`local_access`)."""
 
 
 def find_places(endpoint_dir: Path) -> ComputePlaces:
@@ -54,6 +58,7 @@ def locate_places(endpoint_dir: Path) -> ComputePlaces:
         page_socket=socket_dir / "pages",
         settings_socket=run_dir / "settings.sock",
         postgres_log=endpoint_dir / "postgres.log",
+        local_access=endpoint_dir / LOCAL_ACCESS_NAME,
     )
 
 

@@ -85,6 +85,10 @@ class PostgresProcess:
         """Its exit status; negative for a signal, as in `subprocess`."""
         return await self._process.wait()
 
+    def reload(self) -> None:
+        """Makes it read its configuration, pg_hba.conf and certificate again."""
+        self._signal(signal.SIGHUP)
+
     async def stop(self, *, fast: bool) -> None:
         """Fast: lets it finish its shutdown checkpoint for a few seconds; then, or else, at once."""
         if fast and self._signal(signal.SIGINT):

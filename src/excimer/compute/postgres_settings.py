@@ -94,7 +94,26 @@ def fixed_arguments(
     given = {name: user_settings[name] for name in names if name in user_settings}
     needed = _at_least(given, _history_needs(control, origins, is_static=is_static))
     raised = {name: value for name, value in needed.items() if name in given and value != given[name]}
-    return [part for name, value in (FIXED | raised).items() for part in ("-c", f"{name}={value}")]
+    return _arguments(FIXED | raised)
+
+
+def access_arguments(*, host: str, port: int, socket_dir: str, data_dir: str, has_tls: bool) -> list[str]:
+    """Options that say where clients connect and by which rules, above postgresql.auto.conf as well."""
+    access = {
+        "listen_addresses": host,
+        "port": str(port),
+        "unix_socket_directories": socket_dir,
+        "hba_file": f"{data_dir}/pg_hba.conf",
+        "ident_file": f"{data_dir}/pg_ident.conf",
+        "ssl": "on" if has_tls else "off",
+    }
+    if has_tls:
+        access |= {"ssl_cert_file": "server.crt", "ssl_key_file": "server.key", "ssl_ca_file": ""}
+    return _arguments(access)
+
+
+def _arguments(settings: Mapping[str, str]) -> list[str]:
+    return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
 
 
 def _history_needs(control: ControlFile, origins: Mapping[str, int], *, is_static: bool) -> dict[str, int]:

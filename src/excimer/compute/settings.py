@@ -19,7 +19,11 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     lsn: str | None = None
     pg_version: int
     postgres_listen: str
-    """host:port that clients connect to."""
+    """host:port that clients connect to; other than loopback needs a certificate, and a build with TLS."""
+    trusts_local: bool = False
+    """Every user of this machine may connect as any role, without a password."""
+    tls_certificate_path: Path | None = None
+    tls_key_path: Path | None = None
     http_listen: str
     """host:port of /healthz and /metrics."""
     pageserver_address: str

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 
+from excimer.base.address import parse_address
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import parse_lsn
 from excimer.compute.attempt import Attempt, ComputeSpec
@@ -26,6 +27,7 @@ from excimer.compute.core import (
 )
 from excimer.compute.outside_work import OutsideWork
 from excimer.compute.places import find_places, leave_places
+from excimer.compute.server_certificate import CertificateFiles, check_listen
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
 from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
@@ -42,16 +44,20 @@ log = get_logger(__name__)
 
 def make_spec(settings: ComputeSettings) -> ComputeSpec:
     """Checks the settings and finds PostgreSQL. Raises `RefusedError`s that say what to change."""
-    host, _, port = settings.postgres_listen.rpartition(":")
+    listen = parse_address(settings.postgres_listen)
     build = find_build(settings.pg_version)
+    certificate = _certificate(settings)
+    check_listen(listen, build, certificate)
     return ComputeSpec(
         tenant_id=parse_tenant_id(settings.tenant_id),
         timeline_id=parse_timeline_id(settings.timeline_id),
         static_lsn=parse_lsn(settings.lsn) if settings.lsn is not None else None,
         build=build,
         module=endpoint_module(build),
-        host=host,
-        port=int(port),
+        host=listen.host,
+        port=listen.port,
+        trusts_local=settings.trusts_local,
+        certificate=certificate,
         pageserver_address=settings.pageserver_address,
         pageserver_http_address=settings.pageserver_http_address,
         lease_holder=settings.lease_holder,
@@ -74,6 +80,12 @@ def make_keeper(
         at_start_only=lambda names: at_start_only(spec.build, names),
         report=lambda facts: health.facts.update(facts),
     )
+
+
+def _certificate(settings: ComputeSettings) -> CertificateFiles | None:
+    if settings.tls_certificate_path is None or settings.tls_key_path is None:
+        return None
+    return CertificateFiles(settings.tls_certificate_path, settings.tls_key_path)
 
 
 class Manager:

@@ -8,16 +8,18 @@ import difflib
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
+from excimer.base.address import Address, parse_address
 from excimer.base.branch_names import branch_name_fault
 from excimer.base.errors import ConflictError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.controller.model import (
     HIDDEN_STATES,
+    LOOPBACK,
     BadRequestError,
     ComputeSpec,
     Endpoint,
@@ -276,6 +278,56 @@ def plan_placements(timeline: Timeline, safekeepers: Sequence[Safekeeper]) -> li
     ]
 
 
+class Listen(NamedTuple):
+    """Where an endpoint's PostgreSQL listens, and its certificate."""
+
+    host: str = LOOPBACK
+    certificate_path: str | None = None
+    key_path: str | None = None
+
+
+LOOPBACK_ONLY: Final = Listen()
+
+
+def check_listen(listen: Listen) -> None:
+    """Raises `BadRequestError`. Whether PostgreSQL can do TLS there is known where it runs."""
+    address = parse_address(str(Address(listen.host, 1)))
+    if address.host != listen.host:
+        raise BadRequestError(f"{listen.host!r} is not an address to listen on")
+    if (listen.certificate_path is None) != (listen.key_path is None):
+        raise BadRequestError("a certificate and its key belong together: give both, or none")
+    if listen.certificate_path is None and not address.is_loopback:
+        raise BadRequestError(
+            f"an endpoint listens on {listen.host} only with TLS: give it a certificate and its key"
+        )
+
+
+def plan_listen(
+    endpoint: Endpoint,
+    *,
+    host: str | None,
+    port: int | None,
+    certificate: tuple[str | None, str | None],
+    without_tls: bool,
+) -> Endpoint:
+    """The endpoint with another address, port or certificate; None leaves a thing as it is."""
+    old = endpoint.tls_certificate_path, endpoint.tls_key_path
+    files = (None, None) if without_tls else certificate if certificate != (None, None) else old
+    if without_tls and certificate != (None, None):
+        raise BadRequestError("an endpoint has a certificate or none, not both")
+    listen = Listen(host or endpoint.listen_host, *files)
+    check_listen(listen)
+    if port == endpoint.http_port:
+        raise BadRequestError("an endpoint needs two different ports between 1 and 65535")
+    return msgspec.structs.replace(
+        endpoint,
+        listen_host=listen.host,
+        postgres_port=port or endpoint.postgres_port,
+        tls_certificate_path=listen.certificate_path,
+        tls_key_path=listen.key_path,
+    )
+
+
 def plan_endpoint(
     endpoints: Iterable[Endpoint],
     timeline: Timeline,
@@ -286,6 +338,7 @@ def plan_endpoint(
     pg_version: int | None,
     ports: tuple[int, int],
     postgres_settings: dict[str, str],
+    listen: Listen = LOOPBACK_ONLY,
     now: float,
 ) -> Endpoint:
     """A new endpoint on a branch. `ports` are PostgreSQL's and the manager's."""
@@ -306,6 +359,7 @@ def plan_endpoint(
         )
     if any(not 0 < port < 65536 for port in ports) or ports[0] == ports[1]:
         raise BadRequestError("an endpoint needs two different ports between 1 and 65535")
+    check_listen(listen)
     return Endpoint(
         name=name,
         tenant_id=timeline.tenant_id,
@@ -316,6 +370,9 @@ def plan_endpoint(
         postgres_port=ports[0],
         http_port=ports[1],
         postgres_settings=postgres_settings,
+        listen_host=listen.host,
+        tls_certificate_path=listen.certificate_path,
+        tls_key_path=listen.key_path,
         created_at=now,
     )
 

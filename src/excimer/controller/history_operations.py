@@ -37,6 +37,7 @@ from excimer.controller import core
 from excimer.controller.branch_points import BranchPoints
 from excimer.controller.model import BadRequestError, State, Tenant, Timeline
 from excimer.controller.remote import PageserverApi, SafekeeperApi
+from excimer.controller.role_passwords import inherited_passwords
 from excimer.controller.store import MetadataStore
 from excimer.service.logs import get_logger
 
@@ -294,7 +295,9 @@ class BranchHistory:
                 each.timeline_id: plan.Origin(each.ancestor_timeline_id, each.ancestor_lsn)
                 for each in known.values()
             }
-            moved = plan.follow_pageserver(await self._timelines(tenant), origins)
+            timelines = await self._timelines(tenant)
+            await self._keep_passwords(branch, timelines)
+            moved = plan.follow_pageserver(timelines, origins)
             detached = msgspec.structs.replace(
                 branch, state="active", ancestor_timeline_id=None, ancestor_lsn=None
             )
@@ -303,6 +306,11 @@ class BranchHistory:
             log.info("branch detached", branch=branch.name, reparented=len(others))
             return detached
         return branch
+
+    async def _keep_passwords(self, branch: Timeline, timelines: list[Timeline]) -> None:
+        """Those that a branch has from ancestors that it is about to lose."""
+        known = await self._db(self._store.list_role_passwords, branch.tenant_id)
+        await self._db(self._store.put_role_passwords, inherited_passwords(timelines, known, branch))
 
     async def _refuse_writer(self, branch: Timeline) -> None:
         """Raises `BranchInUseError` if a safekeeper knows a compute that writes; those away are not asked."""

@@ -29,6 +29,7 @@ All but `active` and `archived` are driven to their end after a crash.
 EndpointMode = Literal["primary", "static"]
 
 MAIN_BRANCH: Final = "main"
+LOOPBACK: Final = "127.0.0.1"
 
 
 class UnknownNameError(NotFoundError):
@@ -109,6 +110,29 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     postgres_port: int
     http_port: int
     postgres_settings: dict[str, str]
+    created_at: float
+    listen_host: str = LOOPBACK
+    """Where PostgreSQL listens, at `postgres_port`; other than loopback only with a certificate."""
+    tls_certificate_path: str | None = None
+    tls_key_path: str | None = None
+    """Both or none: files of the machine where the endpoint runs."""
+
+
+class RolePassword(msgspec.Struct, frozen=True, kw_only=True):
+    """A password that a role was given: what is known of it beside the verifier in the branch's own data."""
+
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    """Where it was set, or first seen; branches of it inherit it with the data."""
+    role: str
+    is_bootstrap: bool
+    """Whether the role is the cluster's bootstrap superuser, whatever its name is."""
+    verifier: str
+    """As in pg_authid: SCRAM, md5 of an imported cluster, or empty: the role has none."""
+    password: str | None
+    """Kept if it was generated; None if only its owner knows it."""
+    lsn: Lsn | None
+    """In force from here on, until the next one of the same role; None: it was to be set, and perhaps was."""
     created_at: float
 
 

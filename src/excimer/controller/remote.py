@@ -88,8 +88,10 @@ class PageserverApi:
             self._client(Resource(tenant_id), CREATE_TIMEOUT_S).delete(path_of("v1", "tenant", tenant_id))
         )
 
-    async def create_timeline(self, timeline: Timeline, start_lsn: Lsn | None) -> PageserverTimeline:
-        """`start_lsn` is where a branch starts; None for a fresh cluster."""
+    async def create_timeline(
+        self, timeline: Timeline, start_lsn: Lsn | None, password_verifier: str | None = None
+    ) -> PageserverTimeline:
+        """`start_lsn` is where a branch starts; None for a fresh cluster, whose superuser has a verifier."""
         body: dict[str, object] = {
             "new_timeline_id": timeline.timeline_id,
             "pg_version": timeline.pg_version,
@@ -98,6 +100,8 @@ class PageserverApi:
             body["ancestor_timeline_id"] = timeline.ancestor_timeline_id
         if start_lsn is not None:
             body["ancestor_start_lsn"] = format_lsn(start_lsn)
+        if password_verifier is not None:
+            body["password_verifier"] = password_verifier
         path = path_of("v1", "tenant", timeline.tenant_id, "timeline")
         client = self._client(Resource(timeline.tenant_id), CREATE_TIMEOUT_S)
         try:

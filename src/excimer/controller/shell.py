@@ -42,6 +42,7 @@ from excimer.controller.model import (
     Timeline,
 )
 from excimer.controller.remote import PageserverApi, PageserverTimeline, SafekeeperApi
+from excimer.controller.role_passwords import RolePasswords
 from excimer.controller.store import MetadataStore
 from excimer.controller.tokens import TokenMaker
 from excimer.service.logs import get_logger
@@ -84,6 +85,7 @@ class Controller:
             pageserver_api=self._pageserver_of,
             safekeeper_apis=self._safekeeper_apis,
         )
+        self.passwords = RolePasswords(store, clock)
         self.history = BranchHistory(store, clock, tools)
         self.settings = EndpointSettings(store, self.find_endpoint, settings_check or BuildCheck())
         self.imports = Imports(
@@ -250,7 +252,10 @@ class Controller:
 
     async def _complete_timeline(self, tenant: Tenant, timeline: Timeline, start_lsn: Lsn | None) -> Timeline:
         """Makes the remote parts of a `creating` timeline and activates it."""
-        made = await (await self._pageserver_of(tenant)).create_timeline(timeline, start_lsn)
+        verifier = None
+        if timeline.ancestor_timeline_id is None:
+            verifier = await self.passwords.initial_verifier(timeline)
+        made = await (await self._pageserver_of(tenant)).create_timeline(timeline, start_lsn, verifier)
         return await self._activate(timeline, made)
 
     async def _activate(self, timeline: Timeline, made: PageserverTimeline) -> Timeline:
@@ -322,6 +327,7 @@ class Controller:
         pg_version: int | None,
         ports: tuple[int, int],
         postgres_settings: dict[str, str],
+        listen: core.Listen = core.LOOPBACK_ONLY,
     ) -> Endpoint:
         """`at`: the LSN or the time (RFC 3339) that a static endpoint shows; None for a primary."""
         tenant = await self.find_tenant(tenant_reference)
@@ -339,11 +345,28 @@ class Controller:
                 pg_version=pg_version,
                 ports=ports,
                 postgres_settings=settings,
+                listen=listen,
                 now=self._clock.now(),
             )
             await self._db(self._store.add_endpoint, endpoint)
         log.info("endpoint created", endpoint=name, timeline_id=timeline.timeline_id)
         return endpoint
+
+    async def set_listen(
+        self,
+        name: str,
+        *,
+        host: str | None,
+        port: int | None,
+        certificate: tuple[str | None, str | None],
+        without_tls: bool,
+    ) -> None:
+        """Where an endpoint listens from its next start on; None leaves a thing as it is."""
+        endpoint, _ = await self.find_endpoint(name)
+        changed = core.plan_listen(
+            endpoint, host=host, port=port, certificate=certificate, without_tls=without_tls
+        )
+        await self._db(self._store.put_listen, changed)
 
     async def delete_endpoint(self, name: str) -> None:
         await self.release_endpoint(name)

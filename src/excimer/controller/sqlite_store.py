@@ -4,7 +4,7 @@ LSNs and system identifiers are kept as text, because SQLite's integers are sign
 is the schema's whole history: a database of version n gets the scripts after the n-th, each in a
 transaction; the version is SQLite's own `user_version`.
 
-Rejected: an ORM. Six tables read whole (an installation has hundreds of rows, not millions) need none.
+Rejected: an ORM. Seven tables read whole (an installation has hundreds of rows, not millions) need none.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from excimer.controller.model import (
     NameTakenError,
     Pageserver,
     Placement,
+    RolePassword,
     Safekeeper,
     Tenant,
     Timeline,
@@ -77,11 +78,22 @@ MIGRATIONS: Final = (
     ALTER TABLE timeline ADD COLUMN quieting_id TEXT;
     ALTER TABLE timeline ADD COLUMN extension_workers INTEGER NOT NULL DEFAULT 1
     """,
+    """
+    ALTER TABLE endpoint ADD COLUMN listen_host TEXT NOT NULL DEFAULT '127.0.0.1';
+    ALTER TABLE endpoint ADD COLUMN tls_certificate_path TEXT;
+    ALTER TABLE endpoint ADD COLUMN tls_key_path TEXT;
+    CREATE TABLE rolepassword (
+        tenant_id TEXT NOT NULL REFERENCES tenant ON DELETE CASCADE, timeline_id TEXT NOT NULL,
+        role TEXT NOT NULL, is_bootstrap INTEGER NOT NULL, verifier TEXT NOT NULL, password TEXT, lsn TEXT,
+        created_at REAL NOT NULL, PRIMARY KEY (timeline_id, role, verifier)
+    ) STRICT;
+    """,
 )
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 _LSN_COLUMNS: Final = ("lsn", "ancestor_lsn", "start_lsn")
+_FLAG_COLUMNS: Final = ("ready", "is_bootstrap")
 _DEFAULT_TENANT: Final = "default_tenant"
 
 
@@ -97,12 +109,22 @@ class StoreUnavailableError(RetryableError):
     """The database cannot be written now: disk full, locked, no permission."""
 
 
+def keep_private(path: Path) -> None:
+    """Makes a file that holds passwords, if it is not there, readable by its owner alone."""
+    try:
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+    except OSError as error:
+        raise StoreUnavailableError(f"cannot use {path}: {error.strerror}") from error
+
+
 class SqliteStore:
     """A `MetadataStore`. May be called from any thread; one transaction at a time."""
 
     def __init__(self, data_dir: Path) -> None:
         """Opens or makes the database, checks it, migrates it."""
         self._path = data_dir / DATABASE_FILE_NAME
+        keep_private(self._path)  # before SQLite opens it, which gives its own files the same mode
         self._lock = threading.Lock()
         with contextlib.suppress(OSError):  # SQLite says what is wrong; its other files get this one's mode
             touch_private(self._path)
@@ -282,6 +304,23 @@ class SqliteStore:
         with self._transaction() as connection:
             connection.execute("UPDATE endpoint SET postgres_settings = ? WHERE name = ?", (value, name))
 
+    def put_listen(self, endpoint: Endpoint) -> None:
+        files = endpoint.tls_certificate_path, endpoint.tls_key_path
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE endpoint SET listen_host = ?, postgres_port = ?, tls_certificate_path = ?,"
+                " tls_key_path = ? WHERE name = ?",
+                (endpoint.listen_host, endpoint.postgres_port, *files, endpoint.name),
+            )
+
+    def list_role_passwords(self, tenant_id: TenantId) -> list[RolePassword]:
+        return self._select(RolePassword, "WHERE tenant_id = ?", (tenant_id,))
+
+    def put_role_passwords(self, passwords: Sequence[RolePassword]) -> None:
+        with self._transaction() as connection:
+            for password in passwords:
+                self._put(connection, ("timeline_id", "role", "verifier"), password)
+
     def remove_endpoint(self, name: str) -> None:
         with self._transaction() as connection:
             connection.execute("DELETE FROM endpoint WHERE name = ?", (name,))
@@ -306,8 +345,9 @@ def _from_row(kind: type[S], row: sqlite3.Row) -> S:
             values[column] = parse_lsn(values[column])
     if "postgres_settings" in values:
         values["postgres_settings"] = msgspec.json.decode(values["postgres_settings"])
-    if "ready" in values:
-        values["ready"] = bool(values["ready"])
+    for column in _FLAG_COLUMNS:
+        if column in values:
+            values[column] = bool(values[column])
     return msgspec.convert(values, kind, strict=False)
 
 

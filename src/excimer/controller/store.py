@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from excimer.base.ids import NodeId, TenantId, TimelineId
-from excimer.controller.model import Endpoint, Pageserver, Placement, Safekeeper, Tenant, Timeline
+from excimer.controller.model import (
+    Endpoint,
+    Pageserver,
+    Placement,
+    RolePassword,
+    Safekeeper,
+    Tenant,
+    Timeline,
+)
 
 
 class MetadataStore(Protocol):
@@ -52,4 +60,11 @@ class MetadataStore(Protocol):
     def put_postgres_settings(self, name: str, settings: dict[str, str]) -> None:
         """Replaces the whole list of an endpoint; nothing happens if there is no such endpoint."""
 
+    def put_listen(self, endpoint: Endpoint) -> None:
+        """Replaces address, port and certificate of an endpoint, and nothing else."""
+
     def remove_endpoint(self, name: str) -> None: ...
+
+    def list_role_passwords(self, tenant_id: TenantId) -> list[RolePassword]: ...
+    def put_role_passwords(self, passwords: Sequence[RolePassword]) -> None:
+        """Each is added, or replaces that of its timeline, role and verifier. They go with the tenant."""

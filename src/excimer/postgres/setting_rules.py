@@ -120,6 +120,8 @@ def _check_rule(name: str, value: str) -> None:
     plain = value.strip().lower()
     if name == "io_method" and plain == "io_uring":
         raise PostgresSettingError("io_method = io_uring would bypass page hydration: use worker or sync")
+    if name == "password_encryption" and plain != "scram-sha-256":
+        raise PostgresSettingError("password_encryption must be scram-sha-256: no other password can log in")
     if name == "wal_level" and plain not in ("replica", "logical", "archive", "hot_standby"):
         raise PostgresSettingError("wal_level must be replica or logical: the safekeepers read the WAL")
 

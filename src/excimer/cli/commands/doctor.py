@@ -13,6 +13,7 @@ import typer
 
 from excimer.base.address import parse_address
 from excimer.base.errors import ExcimerError
+from excimer.cli.commands.pg import WITHOUT_TLS
 from excimer.cli.errors import EXIT_FAILED
 from excimer.cli.installation import (
     CONFIG_NAME,
@@ -161,6 +162,8 @@ def _check_builds() -> Iterator[Finding]:
         else:
             lacks = ", ".join(found.features.lacks())
             said = f"{found.full_version}, {found.origin}" + (f"; lacks {lacks}" if lacks else "")
+            if not found.features.tls:
+                said += f"; without TLS: {WITHOUT_TLS}"
             if found.origin == "wheel":
                 said += f"; excimer pg install {version} brings one with TLS and pgcrypto"
             yield Finding(f"PostgreSQL {version}", "ok", said)

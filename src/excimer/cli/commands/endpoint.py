@@ -1,4 +1,7 @@
-"""`excimer endpoint create | start | stop | restart | list | show | logs | delete`: computes on branches."""
+"""`excimer endpoint create | start | stop | restart | list | show | logs | delete`: computes on branches.
+
+Not here: how clients reach them (`endpoint_access`).
+"""
 
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -8,10 +11,12 @@ import typer
 from excimer.base.errors import ConflictError
 from excimer.base.lsn import InvalidLsnError, parse_lsn
 from excimer.cli.branch_options import POINT_HELP, EndpointArgument, branch_point
+from excimer.cli.commands import endpoint_access
 from excimer.cli.commands.endpoint_config import config, parse_assignments
 from excimer.cli.commands.logs import FollowOption, LinesOption, show_log
 from excimer.cli.completion import complete_branch, complete_tenant
 from excimer.cli.controller_client import ControllerClient
+from excimer.cli.credentials import find_credentials, public_url, url_of
 from excimer.cli.endpoint_remains import remove_remains
 from excimer.cli.errors import NotRunningError, StillRunningError, UsageError
 from excimer.cli.installation import (
@@ -43,14 +48,13 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 app.command()(config)
 
-SUPERUSER: Final = "postgres"
-DATABASE: Final = "postgres"
 PORT_ATTEMPTS: Final = 5
 POSTGRES_LOG_NAME: Final = "postgres.log"
+NOWHERE: Final[dict[str, Any]] = {"listen_host": HOST, "tls_certificate_path": None, "tls_key_path": None}
+"""Where an endpoint listens unless it is told."""
 
-
-def url_of(endpoint: dict[str, Any]) -> str:
-    return f"postgres://{SUPERUSER}@{HOST}:{endpoint['postgres_port']}/{DATABASE}"
+for _name, _command in endpoint_access.COMMANDS.items():
+    app.command(_name)(_command)
 
 
 @app.command()
@@ -85,9 +89,18 @@ def create(
             "--set", metavar="NAME=VALUE", help="A PostgreSQL setting; repeatable.", show_default=False
         ),
     ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR[:PORT]", help="Default: 127.0.0.1 and a free port.", show_default=False),
+    ] = None,
+    tls_cert: endpoint_access.CertificateOption = None,
+    tls_key: endpoint_access.KeyOption = None,
 ) -> None:
     """Make an endpoint on a branch. It does not run yet."""
     session = session_of(context)
+    access = endpoint_access.listen_changes(listen, tls_cert, tls_key)
+    if pg_port is not None and "postgres_port" in access:
+        raise UsageError("--pg-port and the port of --listen exclude each other")
     if lsn is not None:
         check_lsn(lsn)
     point = branch_point(at) if lsn is None else {"at_lsn": lsn}
@@ -103,11 +116,25 @@ def create(
         "pg_version": pg_version,
         "postgres_settings": parse_assignments(settings or [], "--set"),
     }
-    endpoint = create_endpoint(load_installation(session.directory), body, pg_port)
+    pg_port = access.pop("postgres_port", pg_port)
+    installation = load_installation(session.directory)
+    if access:
+        branch = branch_of(ControllerClient(installation), tenant, branch_name)
+        version = {"pg_version": branch["pg_version"], "postgres_port": pg_port or 1}
+        endpoint_access.check_listen_here(NOWHERE | access | version)
+    endpoint = create_endpoint(installation, body | access, pg_port)
+    url = url_of(endpoint, find_credentials(installation, ControllerClient(installation), endpoint))
     session.say(
-        f"endpoint {name} made on branch {endpoint['branch']}; next: excimer endpoint start {name}",
-        endpoint | {"url": url_of(endpoint)},
+        f"endpoint {name} made on branch {endpoint['branch']}; next: excimer endpoint start {name}\n{url}",
+        endpoint | {"url": url},
     )
+
+
+def branch_of(client: ControllerClient, tenant: str, branch_name: str) -> dict[str, Any]:
+    """Of a tenant, or (empty) of the default one."""
+    name = tenant or client.get("default_tenant")["tenant_id"]
+    branch: dict[str, Any] = client.get("tenants", name, "branches", branch_name)
+    return branch
 
 
 def check_lsn(text: str) -> None:
@@ -142,13 +169,22 @@ def start(context: typer.Context, name: EndpointArgument) -> None:
     """Start an endpoint and wait until PostgreSQL answers."""
     session = session_of(context)
     begun = time.monotonic()
-    endpoint, is_new = start_endpoint(session, load_installation(session.directory), name)
+    installation = load_installation(session.directory)
+    endpoint, is_new = start_endpoint(session, installation, name)
     elapsed_s = time.monotonic() - begun
-    url = url_of(endpoint)
+    url = current_url(session, installation, endpoint)
     session.say(
         url if is_new else f"endpoint {name} runs already: {url}",
         endpoint | {"url": url, "started": is_new, "elapsed_s": round(elapsed_s, 3)},
     )
+
+
+def current_url(session: Session, installation: Installation, endpoint: dict[str, Any]) -> str:
+    """With the bootstrap superuser's password, or a note why not."""
+    credentials = find_credentials(installation, ControllerClient(installation), endpoint)
+    if credentials.problem is not None:
+        session.note(credentials.problem)
+    return url_of(endpoint, credentials)
 
 
 def start_endpoint(session: Session, installation: Installation, name: str) -> tuple[dict[str, Any], bool]:
@@ -243,7 +279,7 @@ def list_endpoints(context: typer.Context) -> None:
     rows = [
         row
         | state_of(installation, row)
-        | {"url": url_of(row), "tenant": tenants.get(row["tenant_id"], row["tenant_id"])}
+        | {"url": public_url(installation, row), "tenant": tenants.get(row["tenant_id"], row["tenant_id"])}
         for row in client.get("endpoints")["endpoints"]
     ]
     session.answer({"endpoints": rows}, lambda console: _show_endpoints(console, rows))
@@ -315,7 +351,7 @@ def show(context: typer.Context, name: EndpointArgument) -> None:
         | state_of(installation, endpoint)
         | {
             "tenant": tenant_names(client).get(endpoint["tenant_id"], endpoint["tenant_id"]),
-            "url": url_of(endpoint),
+            "url": public_url(installation, endpoint),
             "postgres_log": str(installation.endpoint_dir(name) / POSTGRES_LOG_NAME),
         }
     )
@@ -367,7 +403,7 @@ def restart(
     ControllerClient(installation).get("endpoints", name, "spec")  # what cannot start is not stopped
     was_running = stop_endpoint(session, installation, name, immediate=immediate)
     endpoint, _ = start_endpoint(session, installation, name)
-    url = url_of(endpoint)
+    url = current_url(session, installation, endpoint)
     elapsed_s = round(time.monotonic() - begun, 3)
     session.say(url, endpoint | {"url": url, "was_running": was_running, "elapsed_s": elapsed_s})
 

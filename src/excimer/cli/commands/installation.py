@@ -65,6 +65,16 @@ MAKING_LIMIT_S: Final = 300.0
 FIRST_ENTRIES: Final = frozenset({"run", "logs", "keys", "endpoints", TLS_NAME})
 """What is made before the configuration, which makes a directory an installation."""
 
+TRUST_LOCAL_NOTICE: Final = (
+    "trust-local: every user of this machine can connect as any role, superusers included, without a password"
+)
+TrustLocalOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-local", help="Let every user of this machine connect as any role, without a password."
+    ),
+]
+
 
 @app.command()
 def init(
@@ -104,6 +114,7 @@ def init(
     ] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-cert.", show_default=False)] = None,
     tls_ca: Annotated[Path | None, typer.Option(help="The CA of --tls-cert.", show_default=False)] = None,
+    trust_local: TrustLocalOption = False,
 ) -> None:
     """Make a new local installation."""
     session = session_of(context)
@@ -117,6 +128,7 @@ def init(
             broker_url=broker_url,
             object_store=chosen,
             tls=_choose_tls(session.directory, tls, (tls_cert, tls_key, tls_ca)),
+            trust_local=trust_local,
         )
     session.say(
         f"made an installation in {installation.directory}; next: excimer start",
@@ -142,6 +154,7 @@ def make_installation(
     broker_url: str | None = None,
     object_store: ChosenObjectStore = OWN_OBJECT_STORE,
     tls: TlsSettings | None = None,
+    trust_local: bool = False,
 ) -> Installation:
     """Raises RefusedError for wrong options and for an object store that cannot be used."""
     from excimer.postgres import find_build
@@ -160,7 +173,13 @@ def make_installation(
     elif directory.exists() and not directory.is_dir():
         raise StateDirectoryError(f"{directory} is not a directory")
     config = new_config(
-        pg_version, safekeepers, broker_url, object_store.url, dict(object_store.options), tls=tls
+        pg_version,
+        safekeepers,
+        broker_url,
+        object_store.url,
+        dict(object_store.options),
+        tls=tls,
+        trust_local=trust_local,
     )
     return create_installation(directory, config)
 
@@ -328,8 +347,15 @@ def status(context: typer.Context) -> None:
     services_well = all(row["state"] == "running" for row in rows)
     rows += _endpoint_rows(installation)
     tls = _tls_status(installation)
-    value = {"directory": str(installation.directory), "well": services_well, "parts": rows, "tls": tls}
-    session.answer(value, lambda console: _show_status(console, rows, tls))
+    trusts = installation.config.trust_local
+    value = {
+        "directory": str(installation.directory),
+        "well": services_well,
+        "trust_local": trusts,
+        "parts": rows,
+        "tls": tls,
+    }
+    session.answer(value, lambda console: _show_status(console, rows, tls, trusts_local=trusts))
     if not services_well:
         raise typer.Exit(EXIT_UNAVAILABLE)
 
@@ -398,7 +424,13 @@ def _unknown_endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
     ]
 
 
-def _show_status(console: "Console", rows: list[dict[str, Any]], tls: dict[str, str] | None) -> None:
+def _show_status(
+    console: "Console",
+    rows: list[dict[str, Any]],
+    tls: dict[str, str] | None,
+    *,
+    trusts_local: bool = False,
+) -> None:
     from excimer.cli.tables import plain_table
 
     table = plain_table("part", "state", "pid", "http", "")
@@ -416,3 +448,5 @@ def _show_status(console: "Console", rows: list[dict[str, Any]], tls: dict[str, 
     for row in rows:
         for warning in row["warnings"]:
             console.print(f"{row['part']}: {warning}", style="red", highlight=False, soft_wrap=True)
+    if trusts_local:
+        console.print(TRUST_LOCAL_NOTICE, style="yellow", highlight=False, soft_wrap=True)

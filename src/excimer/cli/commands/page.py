@@ -8,7 +8,7 @@ import typer
 from excimer.base.errors import NotFoundError
 from excimer.base.keys import DEFAULT_TABLESPACE, GLOBAL_TABLESPACE, SLRU_DIRECTORIES
 from excimer.cli.branch_options import POINT_HELP, TenantOption, branch_point
-from excimer.cli.commands.endpoint import is_running, url_of
+from excimer.cli.commands.endpoint import is_running
 from excimer.cli.commands.tenant import tenant_name
 from excimer.cli.completion import complete_branch
 from excimer.cli.controller_client import ControllerClient
@@ -86,7 +86,8 @@ def look_up(
     """SPC/DB/REL of a relation's name, as an endpoint on the branch has it now. Raises `NotRunningError`,
     `NotFoundError`, `SqlFailedError`.
     """
-    from excimer.cli.psql_runner import PsqlRunner
+    from excimer.cli.credentials import local_access
+    from excimer.cli.psql_runner import PsqlRunner, psql_environment
     from excimer.postgres import find_build
 
     endpoints: list[dict[str, Any]] = client.get("endpoints")["endpoints"]
@@ -100,8 +101,9 @@ def look_up(
             f"no endpoint on the branch runs to look {name!r} up: start one, or write SPC/DB/REL"
         )
     build = find_build(running[0]["pg_version"])
-    url = f"{url_of(running[0]).rpartition('/')[0]}/{database}"
-    runner = PsqlRunner(build.program("psql"), build.environment(), url)
+    access = local_access(installation, running[0]["name"])
+    environment = psql_environment(access, build.environment(), database)
+    runner = PsqlRunner(build.program("psql"), environment)
     quoted = name.replace("'", "''")
     ((path,),) = runner.rows(f"select pg_relation_filepath('{quoted}'::regclass)")
     found = _PLACE.match(path)

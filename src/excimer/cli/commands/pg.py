@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from excimer.postgres import PostgresBuild
 
 app = typer.Typer(no_args_is_help=True)
+
+WITHOUT_TLS: Final = "endpoints listen on loopback only (docs/operating/passwords.md)"
 
 
 def _row(build: "PostgresBuild") -> dict[str, Any]:
@@ -48,6 +50,8 @@ def _show_builds(console: "Console", rows: list[dict[str, Any]]) -> None:
         lacks = f"[red]cannot run: needs {', '.join(missing)}[/red]" if missing else ", ".join(row["lacks"])
         table.add_row(str(row["version"]), row["full_version"], row["origin"], lacks, row["bin_dir"])
     console.print(table)
+    if any("TLS" in row["lacks"] for row in rows):
+        console.print(f"Without TLS: {WITHOUT_TLS}.", highlight=False)
 
 
 @app.command()

@@ -1,12 +1,17 @@
-"""`excimer psql [ENDPOINT] [-- arguments]`: the psql of the endpoint's PostgreSQL build."""
+"""`excimer psql [ENDPOINT] [-- arguments]`: the psql of the endpoint's PostgreSQL build.
+
+It connects by the endpoint's Unix socket, as the bootstrap superuser unless ``-U`` names another role, whose
+password is then asked for.
+"""
 
 import os
 from typing import Annotated, Any
 
 import typer
 
-from excimer.cli.commands.endpoint import is_running, url_of
+from excimer.cli.commands.endpoint import is_running
 from excimer.cli.controller_client import ControllerClient
+from excimer.cli.credentials import DATABASE, local_access
 from excimer.cli.errors import NotRunningError, UsageError
 from excimer.cli.installation import Installation, load_installation
 from excimer.cli.session import session_of
@@ -24,7 +29,8 @@ def psql(
         list[str] | None, typer.Argument(help="For psql, after --.", show_default=False)
     ] = None,
 ) -> None:
-    """Open psql on an endpoint: excimer psql main -- -c 'select 1'."""
+    """Open psql on an endpoint: excimer psql main -- -U app -d db -c 'select 1'."""
+    from excimer.cli.psql_runner import psql_environment
     from excimer.postgres import find_build
 
     rest = list(arguments or [])
@@ -35,7 +41,8 @@ def psql(
     found = choose_endpoint(installation, endpoint)
     build = find_build(found["pg_version"])
     program = str(build.program("psql"))
-    os.execve(program, [program, url_of(found), *rest], {**os.environ, **build.environment()})
+    access = local_access(installation, found["name"])
+    os.execve(program, [program, *rest], psql_environment(access, build.environment(), DATABASE))
 
 
 def choose_endpoint(installation: Installation, name: str | None) -> dict[str, Any]:

@@ -33,7 +33,12 @@ def create(
     session = session_of(context)
     tenant = create_tenant(session, name, pg_version=pg_version, set_default=set_default)
     default = ", now the default" if tenant["is_default"] else ""
-    session.say(f"tenant {tenant['name']} made with branch main{default}", tenant)
+    said = f"tenant {tenant['name']} made with branch main{default}"
+    client = ControllerClient(load_installation(session.directory))
+    role = client.get("tenants", tenant["tenant_id"], "role_passwords")
+    if role["password"] is not None:
+        said += f"\nthe password of its role {role['role']} is {role['password']}"
+    session.say(said, tenant | {"role": role["role"], "password": role["password"]})
 
 
 def create_tenant(

@@ -1,4 +1,4 @@
-"""`excimer up [--demo]`: from nothing to a postgres:// URL; safe to repeat."""
+"""`excimer up [--demo]`: from nothing to a postgresql:// URL; safe to repeat."""
 
 import contextlib
 import time
@@ -7,8 +7,13 @@ from typing import Annotated, Final
 import typer
 
 from excimer.base.errors import NotFoundError
-from excimer.cli.commands.endpoint import create_endpoint, start_endpoint, url_of
-from excimer.cli.commands.installation import make_installation, making, start_services
+from excimer.cli.commands.endpoint import create_endpoint, current_url, start_endpoint
+from excimer.cli.commands.installation import (
+    TrustLocalOption,
+    make_installation,
+    making,
+    start_services,
+)
 from excimer.cli.commands.tenant import create_tenant
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import BusyError
@@ -39,10 +44,11 @@ def up(
         int | None,
         typer.Option(help=f"For a new installation; default: {SAFEKEEPERS}.", show_default=False),
     ] = None,
+    trust_local: TrustLocalOption = False,
 ) -> None:
-    """Make an installation if there is none, start everything, print a postgres:// URL."""
+    """Make an installation if there is none, start everything, print a postgresql:// URL."""
     session = session_of(context)
-    url = bring_up(session, pg_version, safekeepers)
+    url = bring_up(session, pg_version, safekeepers, trust_local=trust_local)
     if demo:
         from excimer.cli.demo import run_demo
 
@@ -52,26 +58,37 @@ def up(
     session.say(url, {"url": url, "elapsed_s": round(elapsed_s, 3)})
 
 
-def bring_up(session: Session, pg_version: int | None, safekeepers: int | None) -> str:
+def bring_up(
+    session: Session, pg_version: int | None, safekeepers: int | None, *, trust_local: bool = False
+) -> str:
     """The URL of the endpoint `main`, running. What an interrupted one has left half done is done now."""
     with making(session):
         if (session.directory / CONFIG_NAME).exists():
             installation = load_installation(session.directory)
-            _say_what_does_nothing(session, installation, pg_version, safekeepers)
+            _say_what_does_nothing(session, installation, pg_version, safekeepers, trust_local=trust_local)
         else:
             with session.step(f"installation in {session.directory}"):
                 installation = make_installation(
-                    session, pg_version or DEFAULT_VERSION, safekeepers or SAFEKEEPERS, force=False
+                    session,
+                    pg_version or DEFAULT_VERSION,
+                    safekeepers or SAFEKEEPERS,
+                    force=False,
+                    trust_local=trust_local,
                 )
         start_services(session, installation)
         _ensure_tenant(session, installation)
         _ensure_endpoint(installation)
     endpoint, _ = start_endpoint(session, installation, ENDPOINT)
-    return url_of(endpoint)
+    return current_url(session, installation, endpoint)
 
 
 def _say_what_does_nothing(
-    session: Session, installation: Installation, pg_version: int | None, safekeepers: int | None
+    session: Session,
+    installation: Installation,
+    pg_version: int | None,
+    safekeepers: int | None,
+    *,
+    trust_local: bool = False,
 ) -> None:
     """Options that only a new installation has an ear for."""
     config = installation.config
@@ -84,6 +101,11 @@ def _say_what_does_nothing(
         session.note(
             f"--safekeepers {safekeepers} does nothing here: {session.directory} has "
             f"{len(config.safekeepers)}"
+        )
+    if trust_local and not config.trust_local:
+        session.note(
+            "--trust-local does nothing here: the installation asks for passwords "
+            f"(trust_local in {session.directory / CONFIG_NAME})"
         )
 
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from excimer.base.ids import TenantId, TimelineId, new_tenant_id, new_timeline_id
 from excimer.base.lsn import Lsn
+from excimer.controller import core
 from excimer.controller.endpoints.api_models import (
     BeginImportBody,
     BranchAnswer,
@@ -27,6 +28,7 @@ from excimer.controller.endpoints.api_models import (
 from excimer.controller.endpoints.history_api import add_history_routes
 from excimer.controller.endpoints.reading import add_reading_routes, point_in_history
 from excimer.controller.endpoints.retention import add_retention_routes
+from excimer.controller.endpoints.role_api import add_role_routes
 from excimer.controller.model import BadRequestError
 from excimer.controller.shell import Controller
 
@@ -43,6 +45,7 @@ def make_router(controller: Controller) -> APIRouter:
     add_reading_routes(router, controller)
     add_history_routes(router, controller)
     add_retention_routes(router, controller)
+    add_role_routes(router, controller)
 
     @router.get("/nodes", tags=["nodes"])
     async def list_nodes() -> NodesAnswer:
@@ -168,6 +171,7 @@ def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:
             pg_version=body.pg_version,
             ports=(body.postgres_port, body.http_port),
             postgres_settings=body.postgres_settings,
+            listen=core.Listen(body.listen_host, body.tls_certificate_path, body.tls_key_path),
         )
         return EndpointAnswer.of(*await controller.find_endpoint(endpoint.name))
 

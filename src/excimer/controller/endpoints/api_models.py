@@ -7,7 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from excimer.base.lsn import format_lsn
 from excimer.controller.endpoints.access_api import TokensAnswer
-from excimer.controller.model import ComputeSpec, Endpoint, Pageserver, Safekeeper, Tenant, Timeline
+from excimer.controller.model import (
+    LOOPBACK,
+    ComputeSpec,
+    Endpoint,
+    Pageserver,
+    Safekeeper,
+    Tenant,
+    Timeline,
+)
 
 HexId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 LsnText = Annotated[str, StringConstraints(pattern=r"^[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}$")]
@@ -64,6 +72,9 @@ class CreateEndpointBody(Body):
     postgres_port: Port
     http_port: Port
     postgres_settings: dict[str, str] = {}
+    listen_host: str = Field(LOOPBACK, description="Other than loopback needs the files of a certificate.")
+    tls_certificate_path: str | None = Field(None, description="On the machine where the endpoint runs.")
+    tls_key_path: str | None = None
 
 
 class ImportAnswer(BaseModel):
@@ -141,6 +152,9 @@ class EndpointAnswer(BaseModel):
     postgres_port: int
     http_port: int
     postgres_settings: dict[str, str]
+    listen_host: str
+    tls_certificate_path: str | None
+    tls_key_path: str | None
     created_at: datetime
 
     @classmethod
@@ -156,6 +170,9 @@ class EndpointAnswer(BaseModel):
             postgres_port=endpoint.postgres_port,
             http_port=endpoint.http_port,
             postgres_settings=endpoint.postgres_settings,
+            listen_host=endpoint.listen_host,
+            tls_certificate_path=endpoint.tls_certificate_path,
+            tls_key_path=endpoint.tls_key_path,
             created_at=_time(endpoint.created_at),
         )
 

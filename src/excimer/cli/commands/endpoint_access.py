@@ -1,0 +1,133 @@
+"""`excimer endpoint url | listen`: how clients reach an endpoint.
+
+Not here: roles (`role`).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from excimer.base.address import Address, InvalidAddressError, parse_address
+from excimer.cli.controller_client import ControllerClient
+from excimer.cli.credentials import DATABASE, address_of, find_credentials, url_of
+from excimer.cli.errors import UsageError
+from excimer.cli.installation import load_installation
+from excimer.cli.session import session_of
+from excimer.compute.local_access import read_local_access
+from excimer.compute.places import LOCAL_ACCESS_NAME
+
+NameArgument = Annotated[str, typer.Argument(help="Name of the endpoint.")]
+CertificateOption = Annotated[
+    Path | None,
+    typer.Option("--tls-cert", help="PEM file of the certificate, with its chain.", show_default=False),
+]
+KeyOption = Annotated[
+    Path | None,
+    typer.Option("--tls-key", help="PEM file of its key, without passphrase.", show_default=False),
+]
+
+
+def url(
+    context: typer.Context,
+    name: NameArgument,
+    role: Annotated[
+        str | None, typer.Option("--role", "-U", help="Default: the superuser.", show_default=False)
+    ] = None,
+    database: Annotated[str, typer.Option("--database", "-d")] = DATABASE,
+    without_password: Annotated[
+        bool, typer.Option("--no-password", help="For where others may see it.")
+    ] = False,
+) -> None:
+    """Print the URL of an endpoint, with the role's password: psql "$(excimer endpoint url main)"."""
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    client = ControllerClient(installation)
+    endpoint = client.get("endpoints", name)
+    found = find_credentials(installation, client, endpoint, role)
+    if without_password:
+        found = found._replace(password=None, problem=None)
+    if found.problem is not None:
+        session.note(found.problem)
+    text = url_of(endpoint, found, database)
+    address = address_of(endpoint)
+    value = {"url": text, "role": found.role, "password": found.password, "problem": found.problem}
+    session.say(text, value | {"host": address.host, "port": address.port, "database": database})
+
+
+def listen(
+    context: typer.Context,
+    name: NameArgument,
+    address: Annotated[
+        str | None, typer.Argument(metavar="[ADDR[:PORT]]", help="Default: as it is.", show_default=False)
+    ] = None,
+    tls_cert: CertificateOption = None,
+    tls_key: KeyOption = None,
+    no_tls: Annotated[bool, typer.Option("--no-tls", help="Use no certificate any more.")] = False,
+) -> None:
+    """Change where an endpoint listens, or its certificate; in force from its next start on."""
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    client = ControllerClient(installation)
+    endpoint = client.get("endpoints", name)
+    changes = listen_changes(address, tls_cert, tls_key)
+    if not changes and not no_tls:
+        raise UsageError("nothing to change: give an address, a certificate, or --no-tls")
+    after = endpoint | changes
+    if no_tls:
+        after |= {"tls_certificate_path": None, "tls_key_path": None}
+        changes["without_tls"] = True
+    check_listen_here(after)
+    changed = client.patch("endpoints", name, "listen", body=changes)
+    running = read_local_access(installation.endpoint_dir(name) / LOCAL_ACCESS_NAME) is not None
+    when = f"; in force after excimer endpoint restart {name}" if running else ""
+    at = Address(changed["listen_host"], changed["postgres_port"])
+    tls = "with TLS" if changed["tls_certificate_path"] else "without TLS"
+    session.say(f"endpoint {name} listens on {at}, {tls}{when}", changed)
+
+
+def listen_changes(address: str | None, tls_cert: Path | None, tls_key: Path | None) -> dict[str, Any]:
+    """The fields that options change. Raises `UsageError`."""
+    if (tls_cert is None) != (tls_key is None):
+        raise UsageError("--tls-cert and --tls-key belong together")
+    changes: dict[str, Any] = {}
+    if address is not None:
+        host, port = parse_listen(address)
+        changes["listen_host"] = host
+        if port is not None:
+            changes["postgres_port"] = port
+    if tls_cert is not None and tls_key is not None:
+        changes["tls_certificate_path"] = str(tls_cert.absolute())
+        changes["tls_key_path"] = str(tls_key.absolute())
+    return changes
+
+
+def parse_listen(text: str) -> tuple[str, int | None]:
+    """``ADDR`` or ``ADDR:PORT``; an IPv6 address with a port stands in brackets. Raises `UsageError`."""
+    has_port = "]:" in text or text.count(":") == 1
+    try:
+        parsed = parse_address(text if has_port else f"[{text.strip('[]')}]:1")
+    except InvalidAddressError as error:
+        raise UsageError(f"{text!r} is not an address to listen on: write ADDR or ADDR:PORT") from error
+    if not text or parsed.port == 0:
+        raise UsageError(f"{text!r} is not an address to listen on: write ADDR or ADDR:PORT")
+    return parsed.host, parsed.port if has_port else None
+
+
+def check_listen_here(endpoint: dict[str, Any]) -> None:
+    """Raises `ListenRefusedError`, `CertificateError`: what the endpoint's next start would end with."""
+    from excimer.compute.server_certificate import CertificateFiles, check_listen, read_pair
+    from excimer.postgres import find_build
+
+    certificate, key = endpoint["tls_certificate_path"], endpoint["tls_key_path"]
+    files = None if certificate is None or key is None else CertificateFiles(Path(certificate), Path(key))
+    at = Address(endpoint["listen_host"], endpoint["postgres_port"])
+    if files is None and at.is_loopback:
+        return
+    check_listen(at, find_build(endpoint["pg_version"]), files)
+    if files is not None:
+        read_pair(files)
+
+
+COMMANDS: Final[dict[str, Callable[..., None]]] = {"url": url, "listen": listen}

@@ -1,0 +1,82 @@
+"""How the installation's user connects to a running endpoint: as its bootstrap superuser, by its socket.
+
+The name is the branch's (an imported cluster may have any), so it is found anew at each start, and written
+down for commands that run beside the manager.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from excimer.base.address import Address
+from excimer.base.keys import GLOBAL_TABLESPACE, Fork, KeyKind, parse_key
+from excimer.pgformat.basebackup import Basebackup
+from excimer.pgformat.relation_map import parse_relation_map
+from excimer.pgformat.role_catalog import AUTHID_OID, bootstrap_superuser_names
+from excimer.postgres.cluster import SUPERUSER
+from excimer.service.logs import get_logger
+from excimer.service.replication_client import connect_replication
+from excimer.wire.pg_client import PostgresError
+
+GLOBAL_MAP_PATH = "global/pg_filenode.map"
+
+log = get_logger(__name__)
+
+
+class LocalAccess(msgspec.Struct, frozen=True, kw_only=True):
+    socket_dir: str
+    port: int
+    superuser: str
+
+
+def write_local_access(path: Path, access: LocalAccess) -> None:
+    path.write_bytes(msgspec.json.encode(access))
+
+
+def read_local_access(path: Path) -> LocalAccess | None:
+    """None while no PostgreSQL serves there."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=LocalAccess)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def superuser_names(backup: Basebackup) -> list[str]:
+    """What the bootstrap superuser may be called, the likeliest first; never empty."""
+    names = [name for name in bootstrap_superuser_names(_authid_pages(backup)) if name.isprintable()]
+    if not names:
+        log.warning("the bootstrap superuser's row is not in the basebackup", assumed=SUPERUSER)
+    return names or [SUPERUSER]
+
+
+def _authid_pages(backup: Basebackup) -> Iterable[bytes]:
+    relation_map = next((content for path, content in backup.files if path == GLOBAL_MAP_PATH), None)
+    if relation_map is None:
+        return
+    file_number = parse_relation_map(relation_map).get(AUTHID_OID)
+    for page in backup.pages:
+        fields = parse_key(page.key)
+        is_ours = (fields.kind, fields.spc, fields.rel) == (
+            KeyKind.RELATION_BLOCK,
+            GLOBAL_TABLESPACE,
+            file_number,
+        )
+        if is_ours and fields.fork == Fork.MAIN:
+            yield page.page
+
+
+async def find_superuser(names: Sequence[str], socket_dir: str, port: int) -> str:
+    """Of several names, the first that PostgreSQL lets connect; the first of all if it lets none."""
+    if len(names) > 1:
+        for name in names:
+            try:
+                client = await connect_replication(
+                    Address(socket_dir, port), user=name, application_name="excimer"
+                )
+            except PostgresError as error:
+                log.info("not the bootstrap superuser", role=name, error=error)
+                continue
+            client.close()
+            return name
+    return names[0]
