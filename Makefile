@@ -21,7 +21,7 @@ ifneq ($(shell cat $(VENV)/.place 2>/dev/null),$(abspath $(VENV)))
 MOVED := moved
 endif
 
-.PHONY: help setup run demo test sweep chaos check bench clean moved
+.PHONY: help setup run demo test sweep chaos check findings bench clean moved
 help:
 	@echo 'make run     start everything and print a postgresql:// URL'
 	@echo 'make demo    the same, then a walk through branching on real data'
@@ -29,6 +29,7 @@ help:
 	@echo 'make sweep   the tests that draw at random, at many times their usual length'
 	@echo 'make chaos   random faults under load for MINUTES (30); CHAOS=--control: the same on stock PostgreSQL'
 	@echo 'make check   lint, format, types, spelling, house rules'
+	@echo 'make findings  what surprised us in outside software, tried again without Excimer'
 	@echo 'make bench   measure against plain PostgreSQL'
 	@echo 'make setup   only make $(VENV) and build the native parts'
 	@echo 'make clean   remove what was built (not your data in .excimer)'
@@ -49,13 +50,15 @@ demo: setup
 test: setup
 	@$(PYTEST) $(PARALLEL) $(TESTS)
 sweep: setup
-	@EXCIMER_AMPLIFICATION_FLUSHES=4000 EXCIMER_ENGINE_EXAMPLES=500 EXCIMER_FAULT_STRIDE=1 EXCIMER_GC_EXAMPLES=5000 EXCIMER_EXPORT_VERSIONS=14,15,16,17,18 EXCIMER_IMPORT_VERSIONS=14,15,16,17,18 EXCIMER_REDO_DAMAGE_ROUNDS=100 \
+	@EXCIMER_AMPLIFICATION_FLUSHES=4000 EXCIMER_ENGINE_EXAMPLES=500 EXCIMER_FAULT_STRIDE=1 EXCIMER_GC_EXAMPLES=5000 EXCIMER_EXPORT_VERSIONS=14,15,16,17,18 EXCIMER_IMPORT_VERSIONS=14,15,16,17,18 EXCIMER_LOGICAL_VERSIONS=14,15,16,17,18 EXCIMER_REDO_DAMAGE_ROUNDS=100 \
 	EXCIMER_CRASH_STRIDE=1 EXCIMER_GENERATION_SEEDS=3000 EXCIMER_NETWORK_SEEDS=100 EXCIMER_SIMULATION_SEEDS=50000 EXCIMER_TORTURE_ROUNDS=100 EXCIMER_TRUTH_LSNS=10 EXCIMER_TRUTH_PAGES=2000 \
 	$(PYTEST) $(PARALLEL) -o timeout=7200 -o faulthandler_timeout=7200 $(TESTS)
 chaos: setup
 	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(CHAOS)
 check: setup
 	@sh tools/check.sh $(BIN)
+findings:
+	@for script in findings/*.sh; do echo "$$script"; bash "$$script" || exit 1; done
 bench: setup
 	@$(BIN)/python -m bench
 clean:

@@ -25,6 +25,7 @@ from typing import Final, NamedTuple
 from excimer.base.address import Address
 from excimer.compute.proposer import PostgresAddress
 from excimer.postgres import PostgresBuild
+from excimer.postgres.library_lists import split_libraries
 from excimer.postgres.setting_rules import PostgresSettingError
 from excimer.service.replication_client import ReplicationClient, connect_replication
 from excimer.wire.pg_client import PostgresError
@@ -32,6 +33,7 @@ from excimer.wire.pg_client import PostgresError
 GATE: Final = "excimer_subscriptions_may_start"
 """Same as in csrc/endpoint/background_work.c."""
 APPLICATION_NAME: Final = "excimer_branch_start"
+PRELOAD: Final = "shared_preload_libraries"
 PRELOADED: Final = ("pg_stat_statements",)
 """What people expect of a server that somebody runs for them."""
 DATABASES: Final = ("postgres", "template1")
@@ -109,7 +111,7 @@ def module_arguments(
     """
     waits = is_static or work.quieting_id is not None
     settings = {
-        "shared_preload_libraries": ", ".join(map(_quote, [*preloaded, str(module)])),
+        PRELOAD: ", ".join(map(_quote, [*preloaded, str(module)])),
         "excimer.subscriptions_wait": "on" if waits else "off",
         "excimer.extension_workers": "on" if work.runs_extension_workers else "off",
         "excimer.extension_hint": extension_hint,
@@ -119,44 +121,9 @@ def module_arguments(
 
 def preloaded_libraries(build: PostgresBuild, settings: Mapping[str, str]) -> list[str]:
     """What the endpoint's own list wants, and pg_stat_statements where the build has it."""
-    wanted = split_libraries(settings.get("shared_preload_libraries", ""))
+    wanted = split_libraries(PRELOAD, settings.get(PRELOAD, ""))
     offered = [name for name in PRELOADED if name in build.features.extensions and name not in wanted]
     return [*wanted, *offered]
-
-
-def split_libraries(text: str) -> list[str]:
-    """The names in a list of libraries, read as PostgreSQL reads it (SplitDirectoriesString).
-
-    Raises `PostgresSettingError`: PostgreSQL would load none of them, and start.
-    """
-    names: list[str] = []
-    rest = text.strip()
-    while rest:
-        if rest.startswith('"'):
-            name, rest = _take_quoted(rest, text)
-        else:
-            name, comma, rest = rest.partition(",")
-            name, rest = name.rstrip(), comma + rest
-        if not name or (rest and not rest.startswith(",")):
-            raise PostgresSettingError(f"shared_preload_libraries is not a list of libraries: {text}")
-        names.append(name)
-        following = rest[1:].strip()
-        if rest and not following:
-            raise PostgresSettingError(f"shared_preload_libraries ends with a comma: {text}")
-        rest = following
-    return names
-
-
-def _take_quoted(rest: str, text: str) -> tuple[str, str]:
-    name = ""
-    while True:
-        part, quote, rest = rest[1:].partition('"')
-        if not quote:
-            raise PostgresSettingError(f"shared_preload_libraries has a quotation that does not end: {text}")
-        name += part
-        if not rest.startswith('"'):
-            return name, rest.lstrip()
-        name += '"'
 
 
 def _quote(name: str) -> str:

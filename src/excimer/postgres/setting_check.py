@@ -19,6 +19,7 @@ from typing import Final
 
 from excimer.io.processes import ProgramFailedError, give_to_user, make_owned_dir, program_environment, run
 from excimer.postgres.build import PostgresBuild
+from excimer.postgres.library_lists import split_libraries
 from excimer.postgres.setting_rules import PostgresSettingError, check_rules, whole_number
 
 CHECK_TIMEOUT_S: Final = 20.0
@@ -124,10 +125,8 @@ MEMORY_SETTINGS: Final = frozenset(
 
 def _check_libraries(build: PostgresBuild, setting: str, value: str) -> None:
     """A library that is not there stops the server, or every session, from starting."""
-    for part in value.split(","):
-        name = part.strip().strip('"').removeprefix("$libdir/").removesuffix(".so")
-        if not name:
-            continue
+    for listed in split_libraries(setting, value):
+        name = listed.removeprefix("$libdir/").removesuffix(".so")
         path = Path(name + ".so") if name.startswith("/") else build.lib_dir / f"{name}.so"
         plugin = build.lib_dir / "plugins" / f"{name.removeprefix('plugins/')}.so"
         if not path.exists() and not (setting == "local_preload_libraries" and plugin.exists()):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from excimer.compute.outside_work import OutsideWork, module_arguments, split_libraries
+from excimer.compute.outside_work import PRELOAD, OutsideWork, module_arguments
+from excimer.postgres.library_lists import split_libraries
 from excimer.postgres.setting_rules import PostgresSettingError
 
 MODULE = Path("/var/cache/excimer/endpoint/18-1/excimer_endpoint.so")
@@ -31,15 +32,15 @@ def arguments(
     ],
 )
 def test_lists_of_libraries_are_read_as_postgresql_reads_them(text: str, names: list[str]) -> None:
-    assert split_libraries(text) == names
-    joined = arguments(names)["shared_preload_libraries"]
-    assert split_libraries(joined) == [*names, str(MODULE)]
+    assert split_libraries(PRELOAD, text) == names
+    joined = arguments(names)[PRELOAD]
+    assert split_libraries(PRELOAD, joined) == [*names, str(MODULE)]
 
 
 @pytest.mark.parametrize("text", ["a,", ",a", "a,,b", '"a', '"a" b', ",", '""'])
 def test_lists_that_postgresql_would_not_load_at_all_are_refused(text: str) -> None:
-    with pytest.raises(PostgresSettingError, match="shared_preload_libraries"):
-        split_libraries(text)
+    with pytest.raises(PostgresSettingError, match=PRELOAD):
+        split_libraries(PRELOAD, text)
 
 
 def test_only_a_quiet_branch_and_a_static_endpoint_wait() -> None:

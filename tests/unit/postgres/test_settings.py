@@ -73,6 +73,7 @@ def test_good_settings_pass(build: PostgresBuild) -> None:
             {"shared_preload_libraries": "auto_explain, nosuch"},
             "^shared_preload_libraries: .* no library nosuch",
         ),
+        ({"session_preload_libraries": "auto_explain,"}, "^session_preload_libraries ends with a comma"),
         ({"session_preload_libraries": "/nosuch/lib.so"}, "^session_preload_libraries: "),
         ({"max_connections": "3"}, "^max_connections: 3 connections are reserved"),
     ],
