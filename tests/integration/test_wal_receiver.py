@@ -20,6 +20,7 @@ from excimer.service.tasks import SystemClock, running
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.plain_postgres import PlainPostgres
 from tests.kit.ports import free_port
+from tests.kit.static_sources import StaticSources
 
 SEGMENT = 16 << 20
 CHUNK_KEPT = 1000
@@ -62,9 +63,9 @@ async def receiving(recorder: Recorder, sources: list[Source]) -> AsyncIterator[
     with ThreadPoolExecutor(1) as executor:
         receiver = WalReceiver(
             consumer=recorder,
-            sources=lambda: sources,
-            wait_for_news=lambda timeout_s: asyncio.sleep(min(timeout_s or 1.0, 0.02)),
-            connect=connect,
+            sources=StaticSources(
+                connect, lambda: sources, lambda timeout_s: asyncio.sleep(min(timeout_s or 1.0, 0.02))
+            ),
             executor=executor,
             clock=SystemClock(),
         )

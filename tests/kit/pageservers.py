@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,23 @@ from tests.kit.page_client import PageClient, connect_pages
 from tests.kit.ports import free_port
 from tests.kit.service_process import ServiceProcess
 from tests.kit.tokens import make_token
+from tests.kit.wal_access_server import WalAccessServer
 
 
 class PageserverProcess(ServiceProcess):
-    def __init__(self, directory: Path, keys: KeyPair, **settings: Any) -> None:
+    """`wal_sources` serve the WAL of every timeline: a stand-in for the controller says so."""
+
+    def __init__(
+        self, directory: Path, keys: KeyPair, *, wal_sources: Sequence[str] = (), **settings: Any
+    ) -> None:
         super().__init__("pageserver", directory, keys.public_pem)
         self.keys = keys
         self.object_store = directory / "objects"
         self.page_address = Address("127.0.0.1", free_port())
-        private_key_path = directory / "private.pem"
-        private_key_path.write_bytes(keys.private_pem)
+        self.controller = WalAccessServer(keys, wal_sources)
+        self.controller.is_away = not wal_sources
+        token_path = directory / "pageserver.token"
+        token_path.write_text(make_token(keys, holder="pageserver:1"))
         values: dict[str, Any] = {
             "id": 1,
             "data_dir": self.data_dir,
@@ -34,11 +41,16 @@ class PageserverProcess(ServiceProcess):
             "page_service_listen": str(self.page_address),
             "http_listen": str(self.http_address),
             "auth_public_key_path": self.public_key_path,
-            "auth_private_key_path": private_key_path,
+            "controller_address": str(self.controller.address),
+            "auth_token_path": token_path,
             "lsn_wait_timeout_s": 1.0,
             **settings,
         }
         self.configure(PageserverSettings(**values))
+
+    def end(self) -> None:
+        self.controller.close()
+        super().end()
 
     def rss_bytes(self) -> int:
         """Resident memory."""

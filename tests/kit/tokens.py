@@ -1,5 +1,7 @@
 """Tokens for tests: any rights on anything."""
 
+import time
+
 from excimer.base.ids import TenantId, TimelineId
 from excimer.wire.auth import Claims, KeyPair, Right, encode_token
 
@@ -11,8 +13,11 @@ def make_token(
     timeline_id: TimelineId | None = None,
     holder: str = "test",
     exp: int | None = None,
+    life_s: int | None = None,
 ) -> str:
-    """On all tenants and timelines unless some are named."""
+    """On all tenants and timelines unless some are named; until `exp`, or for `life_s` from now on."""
+    if life_s is not None:
+        exp = int(time.time()) + life_s
     claims = Claims(
         holder=holder, rights=frozenset(rights), tenant_id=tenant_id, timeline_id=timeline_id, exp=exp
     )

@@ -4,7 +4,7 @@
 
     .excimer/
       config.toml               versions, ports, the broker's password
-      keys/                     private.pem, public.pem, admin.token
+      keys/                     private.pem, public.pem, admin.token, pageserver-1.token
       tls/                      with `init --tls`: ca.pem, ca.key, server.pem, server.key
       broker/ controller/ pageserver/ object_store/ safekeepers/N/ endpoints/NAME/
       run/                      PART.toml (settings), PART.pid, cli.lock
@@ -39,6 +39,8 @@ OWN_ENTRIES: Final = (
 )
 """All that an installation puts in its directory, and all that `init --force` removes."""
 
+ADMIN_TOKEN_NAME: Final = "admin.token"
+PAGESERVER_TOKEN_NAME: Final = "pageserver-1.token"
 HOST: Final = "127.0.0.1"
 PORTS: Final = range(15000, 30000)
 """Below the range from which Linux takes ports of outgoing connections, so that ours stay free."""
@@ -75,6 +77,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Credentials, endpoint and the like, as far as they are not in the environment of `excimer start`."""
     pageserver_lag_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """How far the pageserver may be behind a compute before writers wait, read when an endpoint starts."""
+    token_life_s: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """How long computes and the pageserver go on without the controller; None: the controller's defaults."""
     local_disk_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """What the pageserver's copies of layers may take; 0: no bound; None: the pageserver's default."""
     tls: TlsSettings | None = None
@@ -135,7 +139,7 @@ class Installation:
 
     def admin_token(self) -> str:
         """The token of this machine's user for the controller. Raises `StateDirectoryError`."""
-        path = self.keys_dir / "admin.token"
+        path = self.keys_dir / ADMIN_TOKEN_NAME
         try:
             return path.read_text().strip()
         except OSError as error:
@@ -199,7 +203,8 @@ class Installation:
             http_listen=f"{HOST}:{self.config.pageserver_http_port}",
             broker_url=self.broker_url(),
             auth_public_key_path=self.keys_dir / "public.pem",
-            auth_private_key_path=self.keys_dir / "private.pem",
+            controller_address=self.controller_address,
+            auth_token_path=self.keys_dir / PAGESERVER_TOKEN_NAME,
             redo_confinement_required=self.config.redo_confinement_required,
         )
         if self.config.local_disk_max_mib is not None:
@@ -209,6 +214,7 @@ class Installation:
     def _controller(self) -> Part:
         from excimer.controller.model import Pageserver, Safekeeper
         from excimer.controller.settings import ControllerSettings
+        from excimer.controller.tokens import ENDPOINT_TOKEN_LIFE_S, WAL_TOKEN_LIFE_S
 
         config = self.config
         settings = ControllerSettings(
@@ -216,6 +222,8 @@ class Installation:
             http_listen=self.controller_address,
             auth_public_key_path=self.keys_dir / "public.pem",
             auth_private_key_path=self.keys_dir / "private.pem",
+            endpoint_token_life_s=config.token_life_s or ENDPOINT_TOKEN_LIFE_S,
+            wal_token_life_s=config.token_life_s or WAL_TOKEN_LIFE_S,
             pageservers=(
                 Pageserver(
                     id=NodeId(1),
@@ -353,19 +361,14 @@ def new_config(
 
 def create_installation(directory: Path, config: Config) -> Installation:
     """Writes keys and configuration into an empty directory; the configuration last, as it makes it one."""
-    from excimer.wire.auth import Claims, Right, encode_token, generate_key_pair
+    from excimer.wire.auth import generate_key_pair
 
     installation = Installation(directory, config)
     make_directories(installation)
     renew_certificates(installation)
     pair = generate_key_pair()
-    token = encode_token(pair.private_pem, Claims(holder="cli", rights=frozenset({Right.MANAGE})))
-    for name, content in (
-        ("private.pem", pair.private_pem),
-        ("public.pem", pair.public_pem),
-        ("admin.token", token.encode()),
-    ):
-        write_private(installation.keys_dir / name, content)
+    _write_keys(installation, {"private.pem": pair.private_pem, "public.pem": pair.public_pem})
+    write_tokens(installation)
     save_settings(
         directory / CONFIG_NAME,
         config,
@@ -398,6 +401,34 @@ def make_directories(installation: Installation) -> None:
     for secret in (installation.directory / CONFIG_NAME, *installation.keys_dir.iterdir()):
         if secret.is_file():
             touch_private(secret)
+
+
+def write_tokens(installation: Installation) -> None:
+    """The two that do not run out: of this machine's user, and by which the controller knows the pageserver.
+
+    Raises OSError, AuthError for a key that is none.
+    """
+    from excimer.wire.auth import Claims, Right, encode_token
+
+    private_pem = (installation.keys_dir / "private.pem").read_bytes()
+    claims = {
+        ADMIN_TOKEN_NAME: Claims(holder="cli", rights=frozenset({Right.MANAGE})),
+        PAGESERVER_TOKEN_NAME: Claims(holder="pageserver:1"),
+    }
+    _write_keys(
+        installation, {name: encode_token(private_pem, each).encode() for name, each in claims.items()}
+    )
+
+
+def ensure_tokens(installation: Installation) -> None:
+    """For an installation that an older Excimer has made. Raises as `write_tokens`."""
+    if not (installation.keys_dir / PAGESERVER_TOKEN_NAME).exists():
+        write_tokens(installation)
+
+
+def _write_keys(installation: Installation, contents: dict[str, bytes]) -> None:
+    for name, content in contents.items():
+        write_private(installation.keys_dir / name, content)
 
 
 def free_ports(count: int, taken: frozenset[int] = frozenset()) -> list[int]:

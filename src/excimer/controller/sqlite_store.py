@@ -219,6 +219,9 @@ class SqliteStore:
     def list_tenants(self) -> list[Tenant]:
         return self._select(Tenant)
 
+    def find_tenant(self, tenant_id: TenantId) -> Tenant | None:
+        return next(iter(self._select(Tenant, "WHERE tenant_id = ?", (tenant_id,))), None)
+
     def put_tenant(self, tenant: Tenant) -> None:
         with self._transaction() as connection:
             self._put(connection, ("tenant_id",), tenant)
@@ -247,6 +250,10 @@ class SqliteStore:
         if tenant_id is None:
             return self._select(Timeline)
         return self._select(Timeline, "WHERE tenant_id = ?", (tenant_id,))
+
+    def find_timeline(self, tenant_id: TenantId, timeline_id: TimelineId) -> Timeline | None:
+        keys = tenant_id, timeline_id
+        return next(iter(self._select(Timeline, "WHERE tenant_id = ? AND timeline_id = ?", keys)), None)
 
     def put_timeline(self, timeline: Timeline) -> None:
         with self._transaction() as connection:

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from functools import partial
 
 from excimer.base.clock import Clock
 from excimer.base.errors import CorruptionError, FencedError
@@ -35,9 +34,8 @@ from excimer.pageserver.lsn_by_timestamp import (
 )
 from excimer.pageserver.metrics import TimelineMetrics
 from excimer.pageserver.model import TimelineDetail
-from excimer.pageserver.receiver_plan import Source
 from excimer.pageserver.sizes import LogicalSizes, remote_size_bytes, resident_size_bytes
-from excimer.pageserver.wal_receiver import Connect, WalReceiver
+from excimer.pageserver.wal_receiver import WalReceiver, WalSources
 from excimer.pgformat.checkpoint_state import CheckpointState
 from excimer.pgformat.control_file import ControlFile
 from excimer.service.health import Health
@@ -65,10 +63,8 @@ class TimelineWorld:
     clock: Clock
     health: Health
     metrics: TimelineMetrics
-    connect: Callable[[Timeline], Connect]
-    sources: Callable[[Timeline], list[Source]]
-    wait_for_news: Callable[[TenantId, TimelineId, float | None], Awaitable[object]]
-    """Of a timeline's safekeepers, at most so many seconds."""
+    sources: Callable[[TenantId, TimelineId], WalSources]
+    """Of a timeline's WAL."""
     moved: deque[tuple[TenantId, TimelineId]] = field(default_factory=deque)
     """Timelines whose positions have changed, for whoever tells others; some more than once."""
 
@@ -97,11 +93,10 @@ class ActiveTimeline:
         world.metrics.watch_sizes(
             labels, remote=lambda: remote_size_bytes(store), resident=lambda: resident_size_bytes(store)
         )
+        self.sources = world.sources(*labels)
         self.receiver = WalReceiver(
             consumer=self,
-            sources=lambda: world.sources(store),
-            wait_for_news=partial(world.wait_for_news, *labels),
-            connect=world.connect(store),
+            sources=self.sources,
             executor=world.executor,
             clock=world.clock,
             on_progress=self._progressed,
@@ -109,8 +104,8 @@ class ActiveTimeline:
 
         self.durable_wal = DurableWal(
             store,
-            sources=lambda: world.sources(store),
-            connect=world.connect(store),
+            sources=self.sources.known,
+            connect=self.sources.connect,
             streams_from=lambda: self.receiver.source,
         )
         store.on_flushed = self._flushed
@@ -279,7 +274,7 @@ class ActiveTimeline:
             oldest_lsn=store.oldest_lsn,
             physical_size_bytes=remote_size_bytes(store),
             wal_source=None if source is None else str(source),
-            problem=self.problem,
+            problem=self.problem or self.sources.problem(),
         )
 
     @property

@@ -10,14 +10,19 @@ Every safekeeper serves the same committed WAL, so any will do; the one with the
 has most to give. A source that failed is left alone for a while, longer each time, unless there is
 no other.
 
-Not here: sockets and time (`wal_receiver`); which safekeepers a timeline should have.
+A commit LSN that somebody claims is a hint: it counts as far as a majority of the members claim as much, and
+what was not delivered in time is not waited for again. So neither one safekeeper nor one message can make a
+timeline prefer a source for ever, or wait for WAL that does not exist; that costs a look, once.
+
+Not here: sockets and time (`wal_receiver`); which safekeepers a timeline should have (the controller's).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from excimer.base.address import Address
 from excimer.base.clock import Monotonic
+from excimer.base.ids import NodeId
 from excimer.base.lsn import INVALID_LSN, Lsn
 
 STALL_TIMEOUT_S = 3.0
@@ -32,9 +37,11 @@ BACKOFF_S_MAX = 2.0
 class Source(NamedTuple):
     address: Address
     commit_lsn: Lsn
-    """The newest that was heard; 0 for an address from the settings, of which nothing is known."""
+    """What it claims, but no more than a majority claims; 0 while nothing is known."""
     durable_lsn: Lsn = INVALID_LSN
     """What it was heard to know of object storage."""
+    claimed_lsn: Lsn = INVALID_LSN
+    """What it claims itself: a reason to look, and nothing else."""
 
 
 class Failure(NamedTuple):
@@ -42,6 +49,27 @@ class Failure(NamedTuple):
 
     times: int
     until: Monotonic
+
+
+def confirmed_sources(
+    members: Mapping[NodeId, Address], claims: Mapping[NodeId, Lsn], durable: Mapping[NodeId, Lsn]
+) -> list[Source]:
+    """All members, each with what it claims up to what a majority of them claims. Other claims are nobody's.
+
+    While a majority is silent nothing is confirmed, and every member is as good as unknown.
+    """
+    heard = sorted((claims[member] for member in members if member in claims), reverse=True)
+    needed = len(members) // 2 + 1
+    confirmed_lsn = heard[needed - 1] if len(heard) >= needed else INVALID_LSN
+    return [
+        Source(
+            address,
+            Lsn(min(claims.get(member, INVALID_LSN), confirmed_lsn)),
+            durable.get(member, INVALID_LSN),
+            claims.get(member, INVALID_LSN),
+        )
+        for member, address in members.items()
+    ]
 
 
 def next_failure(last: Failure | None, now: Monotonic) -> Failure:
@@ -56,16 +84,22 @@ def choose_source(
     failures: Mapping[Address, Failure],
     now: Monotonic,
     idle_lsn: Lsn | None = None,
+    disbelieved_lsn: Lsn = INVALID_LSN,
 ) -> Source | None:
     """The source to connect to now: most WAL first, then fewest failures; None when all must rest.
 
-    With `idle_lsn`, up to which all WAL is here and durable, only one that has more, or may have.
+    With `idle_lsn`, up to which all WAL is here and durable, only one that has more, or may have, or claims
+    more than `disbelieved_lsn`, which nobody has delivered.
     """
     rested = [
         source
         for source in sources
         if (source.address not in failures or failures[source.address].until <= now)
-        and (idle_lsn is None or is_ahead(source, idle_lsn))
+        and (
+            idle_lsn is None
+            or is_ahead(source, idle_lsn)
+            or source.claimed_lsn > max(idle_lsn, disbelieved_lsn)
+        )
     ]
     return min(
         rested,
@@ -101,9 +135,17 @@ def wait_s(failures: Mapping[Address, Failure], now: Monotonic) -> float | None:
 
 
 def is_stalled(
-    sources: Iterable[Source], current: Address, received_lsn: int, last_received: Monotonic, now: Monotonic
+    sources: Iterable[Source],
+    silent: Container[Address],
+    received_lsn: int,
+    last_received: Monotonic,
+    now: Monotonic,
 ) -> bool:
-    """Whether `current` has sent nothing for too long although another source has more."""
+    """Whether nothing has come for too long although a source has more that is not among the `silent`.
+
+    These are the current one, and those that were left for the same reason since WAL came last: a claim
+    that all of them fail to deliver is not followed round and round.
+    """
     if now - last_received < STALL_TIMEOUT_S:
         return False
-    return any(source.commit_lsn > received_lsn for source in sources if source.address != current)
+    return any(source.commit_lsn > received_lsn for source in sources if source.address not in silent)

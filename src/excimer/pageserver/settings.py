@@ -17,13 +17,12 @@ class PageserverSettings(Settings, frozen=True):
     page_service_listen: str
     http_listen: str
     auth_public_key_path: Path
-    auth_private_key_path: Path
-    """Signs the tokens with which this pageserver reads WAL from safekeepers."""
+    controller_address: str
+    """``host:port``. Names the safekeepers of a timeline, and gives the token to read its WAL with."""
+    auth_token_path: Path
+    """A token without rights, by which the controller knows this pageserver."""
     broker_url: str = ""
-    """``nats://user:password@host:port``; empty: safekeepers are only those in `wal_sources`."""
-    wal_sources: list[str] = msgspec.field(default_factory=list)
-    """Addresses (``host:port`` or ``/directory:port``) that serve the WAL of every timeline, besides
-    what the broker tells: safekeepers, or for tests a PostgreSQL server."""
+    """``nats://user:password@host:port``; empty: nobody says when a safekeeper has more."""
     lsn_wait_timeout_s: float = 60.0
     """How long a request for pages may wait for WAL that has not arrived."""
     redo_workers: int = 2

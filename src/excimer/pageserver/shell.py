@@ -23,9 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from excimer import __version__
 from excimer._native.native_apply import apply_native
-from excimer.base.address import Address, parse_address
 from excimer.base.ids import NodeId, TenantId, TimelineId
-from excimer.base.lsn import INVALID_LSN
 from excimer.io.filesystem import LocalFilesystem
 from excimer.io.object_store import ObjectStore
 from excimer.io.object_store_probe import check_object_store
@@ -40,12 +38,12 @@ from excimer.pageserver.endpoints.retention_api import make_lease_router, make_r
 from excimer.pageserver.history_keeper import HistoryKeeper
 from excimer.pageserver.metrics import EngineMetrics, PageServiceMetrics, RedoMetrics, TimelineMetrics
 from excimer.pageserver.object_metrics import ObjectMetrics
-from excimer.pageserver.receiver_plan import Source
 from excimer.pageserver.redo_pools import RedoPools, check_confinement
 from excimer.pageserver.settings import PageserverSettings
 from excimer.pageserver.tenant_records import TenantRecords
 from excimer.pageserver.tenants import Tenants
-from excimer.pageserver.wal_receiver import Connect
+from excimer.pageserver.wal_access import WalAccessBook
+from excimer.pageserver.wal_sources import TimelineSources
 from excimer.service.announcements import Announcements
 from excimer.service.broker_client import BrokerClient
 from excimer.service.disk_watch import DiskWatch
@@ -55,14 +53,11 @@ from excimer.service.instance_lock import InstanceLock
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
 from excimer.service.metrics import add_disks, new_registry
-from excimer.service.replication_client import ReplicationClient, connect_replication
 from excimer.service.tasks import SystemClock, TaskScope, contained, running
 from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
 from excimer.storage.engine.local_disk import LocalDisk
-from excimer.storage.engine.timeline import Timeline
-from excimer.wire.auth import Claims, Right, TokenVerifier, encode_token
+from excimer.wire.auth import Right, TokenVerifier
 from excimer.wire.broker import PageserverTimelineStatus
-from excimer.wire.replication import format_options
 
 log = get_logger(__name__)
 
@@ -71,8 +66,6 @@ STORAGE_THREADS = 16
 UPLOAD_THREADS = 8
 INGEST_THREADS_MAX = 64
 """Timelines that can be ingesting at the same moment; more take turns."""
-WAL_TOKEN_LIFE_S = 3600
-WAL_USER = "postgres"
 CHANGE_CHECK_S = 0.1
 
 
@@ -136,9 +129,7 @@ async def _parts(
             clock=SystemClock(),
             health=health,
             metrics=TimelineMetrics(registry),
-            connect=partial(_connector, settings),
-            sources=partial(_sources, [parse_address(text) for text in settings.wal_sources], broker),
-            wait_for_news=_no_news if broker is None else broker.safekeepers.wait_for_news,
+            sources=partial(_sources, settings, _access_book(settings, health), broker),
         )
         store = ObstoreObjectStore(settings.object_store_url, settings.object_store_options)
         await asyncio.to_thread(check_object_store, store, settings.object_store_url)
@@ -180,6 +171,29 @@ def _written_directories(settings: PageserverSettings) -> list[Path]:
     return [settings.data_dir, *objects]
 
 
+def _access_book(settings: PageserverSettings, health: Health) -> WalAccessBook:
+    return WalAccessBook(
+        settings.data_dir / "wal_access",
+        controller_address=settings.controller_address,
+        token=settings.auth_token_path.read_text().strip(),
+        clock=SystemClock(),
+        health=health,
+    )
+
+
+def _sources(
+    settings: PageserverSettings,
+    book: WalAccessBook,
+    broker: BrokerClient | None,
+    tenant_id: TenantId,
+    timeline_id: TimelineId,
+) -> TimelineSources:
+    statuses = None if broker is None else broker.safekeepers
+    return TimelineSources(
+        (tenant_id, timeline_id), book, statuses, SystemClock(), f"pageserver-{settings.id}"
+    )
+
+
 def _storage_context(
     settings: PageserverSettings,
     store: ObjectStore,
@@ -215,44 +229,6 @@ def _page_service(
         metrics=PageServiceMetrics(registry),
         lsn_wait_timeout_s=settings.lsn_wait_timeout_s,
     )
-
-
-def _connector(settings: PageserverSettings, timeline: Timeline) -> Connect:
-    """How a timeline connects to a source of its WAL: with a fresh token each time."""
-    private_pem = settings.auth_private_key_path.read_bytes()
-    options = format_options(timeline.tenant_id, timeline.timeline_id)
-
-    async def connect(address: Address) -> ReplicationClient:
-        claims = Claims(
-            holder=f"pageserver:{settings.id}",
-            rights=frozenset({Right.READ_WAL}),
-            tenant_id=timeline.tenant_id,
-            timeline_id=timeline.timeline_id,
-            exp=int(SystemClock().now()) + WAL_TOKEN_LIFE_S,
-        )
-        return await connect_replication(
-            address,
-            user=WAL_USER,
-            application_name=f"pageserver-{settings.id}",
-            password=encode_token(private_pem, claims),
-            options=options,
-        )
-
-    return connect
-
-
-async def _no_news(_tenant: TenantId, _timeline: TimelineId, timeout_s: float | None) -> None:
-    """Without a broker nothing is heard of safekeepers but what the settings say."""
-    await asyncio.wait([asyncio.get_running_loop().create_future()], timeout=timeout_s)
-
-
-def _sources(static: list[Address], broker: BrokerClient | None, timeline: Timeline) -> list[Source]:
-    sources = [Source(address, INVALID_LSN) for address in static]
-    if broker is not None:
-        for status in broker.safekeepers.of_timeline(timeline.tenant_id, timeline.timeline_id):
-            address = parse_address(status.replication_address)
-            sources.append(Source(address, status.commit_lsn, status.durable_lsn))
-    return sources
 
 
 async def _publish_statuses(

@@ -433,7 +433,9 @@ class Tenants:
             if not is_out_of_service and not store.may_exist(timeline_id):
                 await self.active(tenant_id, timeline_id).stop()
             await store.delete_timeline(timeline_id)
-            tenant.timelines.pop(timeline_id, None)
+            active = tenant.timelines.pop(timeline_id, None)
+            if active is not None:
+                active.sources.forget()
             self._world.health.warn(_damage_check(timeline_id), None)
             self._tell_damage(tenant_id, store)
 

@@ -19,7 +19,7 @@ class WalMember(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WalAccess(msgspec.Struct, frozen=True, kw_only=True):
-    members: tuple[WalMember, ...]
+    members: Annotated[tuple[WalMember, ...], msgspec.Meta(min_length=1)]
     """All of them: a majority of these is the quorum."""
     token: str
     """Opens the timeline's committed WAL, and nothing else."""

@@ -2,6 +2,7 @@
 
 from excimer.base.address import Address
 from excimer.base.clock import Monotonic
+from excimer.base.ids import NodeId
 from excimer.base.lsn import Lsn
 from excimer.pageserver.receiver_plan import (
     BACKOFF_S_MAX,
@@ -10,6 +11,7 @@ from excimer.pageserver.receiver_plan import (
     Failure,
     Source,
     choose_source,
+    confirmed_sources,
     is_idle,
     is_stalled,
     next_failure,
@@ -50,10 +52,11 @@ def test_back_off_doubles_up_to_a_bound() -> None:
 
 def test_silence_is_a_stall_only_if_another_has_more() -> None:
     late = Monotonic(NOW + STALL_TIMEOUT_S)
-    assert is_stalled(sources(a=5, b=9), A, 5, NOW, late)
-    assert not is_stalled(sources(a=5, b=9), A, 5, NOW, Monotonic(late - 0.1))
-    assert not is_stalled(sources(a=9, b=5), A, 5, NOW, late)
-    assert not is_stalled(sources(a=5, b=9), A, 9, NOW, late)
+    assert is_stalled(sources(a=5, b=9), {A}, 5, NOW, late)
+    assert not is_stalled(sources(a=5, b=9), {A}, 5, NOW, Monotonic(late - 0.1))
+    assert not is_stalled(sources(a=9, b=5), {A}, 5, NOW, late)
+    assert not is_stalled(sources(a=5, b=9), {A}, 9, NOW, late)
+    assert not is_stalled(sources(a=5, b=9), {A, B}, 5, NOW, late), "b has shown that it has not"
 
 
 def test_an_idle_timeline_connects_only_to_who_has_more_or_is_unknown() -> None:
@@ -71,6 +74,41 @@ def test_a_connection_goes_when_all_is_here_and_durable() -> None:
     )
     assert not is_idle(sources(a=9, b=10), Lsn(9), Lsn(9), NOW, late)
     assert not is_idle(sources(a=0), Lsn(9), Lsn(9), NOW, late)
+
+
+MEMBERS = {NodeId(1): A, NodeId(2): B, NodeId(3): C}
+
+
+def confirmed(**claims: int) -> list[int]:
+    """Commit LSNs of the three members as they count."""
+    ids = {"a": 1, "b": 2, "c": 3, "stranger": 4}
+    numbers = {NodeId(ids[name]): Lsn(lsn) for name, lsn in claims.items()}
+    return [source.commit_lsn for source in confirmed_sources(MEMBERS, numbers, {})]
+
+
+def test_a_claim_counts_as_far_as_a_majority_claims_as_much() -> None:
+    assert confirmed(a=5, b=9, c=7) == [5, 7, 7]
+    assert confirmed(a=2**64 - 1, b=9, c=7) == [9, 9, 7], "one that boasts is one of those that have most"
+    assert confirmed(a=2**64 - 1, b=9) == [9, 9, 0]
+    assert confirmed(a=2**64 - 1) == [0, 0, 0]
+    assert confirmed(a=5, b=5, stranger=2**64 - 1) == [5, 5, 0]
+    assert confirmed() == [0, 0, 0]
+    assert [each.claimed_lsn for each in confirmed_sources(MEMBERS, {NodeId(1): Lsn(99)}, {})] == [99, 0, 0]
+    assert confirmed_sources({NodeId(1): A}, {NodeId(1): Lsn(9)}, {NodeId(1): Lsn(8)}) == [
+        Source(A, Lsn(9), Lsn(8), Lsn(9))
+    ]
+
+
+def test_a_boast_wins_no_preference_and_wakes_an_idle_timeline_once() -> None:
+    claims = {NodeId(3): Lsn(1 << 60), NodeId(1): Lsn(9), NodeId(2): Lsn(9)}
+    boasting = confirmed_sources(MEMBERS, claims, {})
+    assert choose_source(boasting, {}, NOW) == boasting[0]
+    chosen = choose_source(boasting, {}, NOW, Lsn(9))
+    assert chosen is not None
+    assert chosen.address == C
+    assert choose_source(boasting, {}, NOW, Lsn(9), Lsn(1 << 60)) is None
+    assert is_idle(boasting, Lsn(9), Lsn(9), NOW, Monotonic(NOW + IDLE_S))
+    assert not is_stalled(boasting, {A}, 9, NOW, Monotonic(NOW + STALL_TIMEOUT_S))
 
 
 def test_waiting_ends_when_a_source_has_rested() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from excimer.pageserver.model import (
 from excimer.pageserver.receiver_plan import Source
 from excimer.pageserver.tenant_records import DamagedTenantRecordError, TenantRecords
 from excimer.pageserver.tenants import TenantAttachingError, Tenants
-from excimer.pageserver.wal_receiver import Connect
 from excimer.service.health import Health
 from excimer.service.replication_client import ReplicationClient, ReplicationLostError
 from excimer.service.tasks import SystemClock, TaskScope
@@ -41,6 +40,7 @@ from excimer.storage.engine.errors import (
 )
 from excimer.storage.plan.branch import BranchPointError
 from tests.kit.builds import NEWEST_VERSION, build_of
+from tests.kit.static_sources import StaticSources
 from tests.kit.storage_world import in_event_loop, storage_context
 
 TENANT = TenantId("0a" * 16)
@@ -77,7 +77,11 @@ async def unreachable(address: Address) -> ReplicationClient:
 
 
 @contextlib.asynccontextmanager
-async def node(directory: Path, store: ObjectStore, connect: Connect = unreachable) -> AsyncIterator[Node]:
+async def node(
+    directory: Path,
+    store: ObjectStore,
+    connect: Callable[[Address], Awaitable[ReplicationClient]] = unreachable,
+) -> AsyncIterator[Node]:
     health, registry = Health("pageserver"), CollectorRegistry()
     async with contextlib.AsyncExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(2))
@@ -89,9 +93,7 @@ async def node(directory: Path, store: ObjectStore, connect: Connect = unreachab
             clock=SystemClock(),
             health=health,
             metrics=TimelineMetrics(registry),
-            connect=lambda _: connect,
-            sources=lambda _: [Source(Address("nowhere", 1), Lsn(0))],
-            wait_for_news=lambda _tenant, _timeline, timeout_s: asyncio.sleep(timeout_s or 0.1),
+            sources=lambda *_: StaticSources(connect, lambda: [Source(Address("nowhere", 1), Lsn(0))]),
         )
         records = TenantRecords(directory / "tenants")
         tenants = Tenants(context=context, records=records, world=world, chance=random.Random(1))

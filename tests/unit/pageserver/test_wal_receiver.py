@@ -10,9 +10,11 @@ from excimer.base.address import Address
 from excimer.base.lsn import INVALID_LSN, Lsn
 from excimer.pageserver import receiver_plan, wal_receiver
 from excimer.pageserver.receiver_plan import Source
+from excimer.pageserver.wal_access import WalAccessError
 from excimer.pageserver.wal_receiver import WalReceiver
 from excimer.service.replication_client import ReplicationClient, ReplicationLostError
 from excimer.service.tasks import SystemClock, running
+from tests.kit.static_sources import StaticSources
 
 HANGING, OTHER = Address("hangs", 1), Address("other", 2)
 
@@ -74,9 +76,7 @@ def test_a_source_that_hangs_before_it_streams_is_left_for_another(monkeypatch: 
         with ThreadPoolExecutor(1) as executor:
             receiver = WalReceiver(
                 consumer=Nothing(),
-                sources=lambda: [Source(HANGING, Lsn(100)), Source(OTHER, Lsn(50))],
-                wait_for_news=lambda timeout_s: asyncio.sleep(timeout_s or 0.1),
-                connect=connect,
+                sources=StaticSources(connect, lambda: [Source(HANGING, Lsn(100)), Source(OTHER, Lsn(50))]),
                 executor=executor,
                 clock=SystemClock(),
             )
@@ -99,26 +99,27 @@ def test_an_idle_timeline_lets_its_source_go_until_there_is_more(monkeypatch: py
     monkeypatch.setattr(receiver_plan, "IDLE_S", 0.02)
     clients: list[SilentClient] = []
     news = asyncio.Queue[float | None]()
-    commit_lsn = Lsn(8)
+    commit_lsn = claimed_lsn = Lsn(8)
 
     async def connect(address: Address) -> ReplicationClient:
         clients.append(SilentClient())
-        if len(clients) == 2:
+        if len(clients) > 1:
             back.set()
         return cast(ReplicationClient, clients[-1])
 
     async def wait_for_news(timeout_s: float | None) -> None:
         await news.put(timeout_s)
         await heard.wait()
+        heard.clear()
 
     async def scenario() -> None:
-        nonlocal commit_lsn
+        nonlocal commit_lsn, claimed_lsn
         with ThreadPoolExecutor(1) as executor:
             receiver = WalReceiver(
                 consumer=Durable(),
-                sources=lambda: [Source(OTHER, commit_lsn)],
-                wait_for_news=wait_for_news,
-                connect=connect,
+                sources=StaticSources(
+                    connect, lambda: [Source(OTHER, commit_lsn, claimed_lsn=claimed_lsn)], wait_for_news
+                ),
                 executor=executor,
                 clock=SystemClock(),
             )
@@ -126,9 +127,77 @@ def test_an_idle_timeline_lets_its_source_go_until_there_is_more(monkeypatch: py
                 assert await news.get() is None, "nothing failed: only news matters"
                 assert [client.is_closed for client in clients] == [True]
                 assert receiver.source is None
+                heard.set()  # of something that is not more
+                assert await news.get() is None
+                claimed_lsn = Lsn(24)
+                heard.set()
+                await back.wait()
+                assert await news.get() is None, "looked at, and forgotten: nothing came of it"
+                assert [client.is_closed for client in clients] == [True, True]
+                back.clear()
                 commit_lsn = Lsn(16)
                 heard.set()
                 await back.wait()
 
     heard, back = asyncio.Event(), asyncio.Event()
+    asyncio.run(scenario())
+
+
+def test_the_stream_begins_again_with_a_newer_token_and_blames_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wal_receiver, "STALL_CHECK_S", 0.01)
+    clients: list[SilentClient] = []
+    connected = asyncio.Queue[int]()
+
+    async def connect(address: Address) -> ReplicationClient:
+        clients.append(SilentClient())
+        connected.put_nowait(len(clients))
+        return cast(ReplicationClient, clients[-1])
+
+    async def scenario() -> None:
+        sources = StaticSources(connect, lambda: [Source(OTHER, Lsn(8))])
+        with ThreadPoolExecutor(1) as executor:
+            receiver = WalReceiver(
+                consumer=Nothing(), sources=sources, executor=executor, clock=SystemClock()
+            )
+            async with running("receiver", receiver.run()), asyncio.timeout(30):
+                for count in (1, 2, 3):
+                    assert await connected.get() == count
+                    assert [client.is_closed for client in clients] == [True] * (count - 1) + [False]
+                    sources.newer.set()
+                assert await connected.get() == 4
+                assert receiver._failures == {}
+
+    asyncio.run(scenario())
+
+
+def test_ingest_waits_for_access_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = 0
+
+    class Closed(StaticSources):
+        async def learn(self) -> None:
+            nonlocal tries
+            tries += 1
+            if tries < 3:
+                raise WalAccessError("the controller is away")
+
+        def known(self) -> list[Source]:
+            return [Source(OTHER, Lsn(8))] if tries >= 3 else []
+
+    async def scenario() -> None:
+        connected = asyncio.Event()
+
+        async def connect(address: Address) -> ReplicationClient:
+            connected.set()
+            return cast(ReplicationClient, SilentClient())
+
+        with ThreadPoolExecutor(1) as executor:
+            receiver = WalReceiver(
+                consumer=Nothing(), sources=Closed(connect, list), executor=executor, clock=SystemClock()
+            )
+            async with running("receiver", receiver.run()), asyncio.timeout(30):
+                await connected.wait()
+        assert tries == 3
+
     asyncio.run(scenario())

@@ -27,6 +27,7 @@ from excimer.cli.installation import (
     Installation,
     create_installation,
     endpoint_part_name,
+    ensure_tokens,
     load_installation,
     new_config,
     own_tls,
@@ -292,6 +293,7 @@ def start_services(session: Session, installation: Installation) -> list[str]:
     renew_certificates(installation)
     parts = installation.service_parts()
     with exclusive(installation, session.note):
+        ensure_tokens(installation)
         launched = launch_parts(installation, parts)
     wait_for_parts(installation, parts, launched, session.done)
     return list(launched)
