@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from fastapi import Depends
+from fastapi import Depends, FastAPI
+from prometheus_client import CollectorRegistry
 
 import excimer
+from excimer.base.clock import Clock
 from excimer.base.errors import RefusedError
 from excimer.controller.endpoints.access_api import make_access_router
 from excimer.controller.endpoints.api import make_router
@@ -45,18 +47,7 @@ async def serve_controller(settings: ControllerSettings) -> None:
             disk = DiskWatch(health, [settings.data_dir])
             registry = new_registry("controller", excimer.__version__)
             add_disks(registry, disk)
-            app = create_app(
-                "Excimer controller",
-                excimer.__version__,
-                health,
-                registry,
-                verifier=verifier,
-            )
-            app.include_router(
-                make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Right.MANAGE))]
-            )
-            app.include_router(make_settings_router(controller, verifier, clock))
-            app.include_router(make_access_router(controller.access, bearer_auth(verifier, clock)))
+            app = make_app(controller, verifier, clock, health, registry)
             async with (
                 serving_http(app, settings.http_listen, "controller http_listen"),
                 TaskScope() as scope,
@@ -66,6 +57,23 @@ async def serve_controller(settings: ControllerSettings) -> None:
                 await scope.supervise("reconcile", controller.reconcile_for_ever)
         finally:
             store.close()
+
+
+def make_app(
+    controller: Controller,
+    verifier: TokenVerifier,
+    clock: Clock,
+    health: Health,
+    registry: CollectorRegistry,
+) -> FastAPI:
+    """The whole API, with what each route asks of a token."""
+    app = create_app("Excimer controller", excimer.__version__, health, registry, verifier=verifier)
+    app.include_router(
+        make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Right.MANAGE))]
+    )
+    app.include_router(make_settings_router(controller, verifier, clock))
+    app.include_router(make_access_router(controller.access, bearer_auth(verifier, clock)))
+    return app
 
 
 def _read_key(path: Path) -> bytes:

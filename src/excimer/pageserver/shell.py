@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from fastapi import Depends
+from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 
 from excimer import __version__
@@ -80,25 +80,33 @@ async def serve(settings: PageserverSettings) -> None:
         health = Health("pageserver")
         registry = new_registry("pageserver", __version__)
         tenants, keeper, service = await stack.enter_async_context(_parts(settings, health, registry))
-        app = create_app(
-            "Excimer pageserver",
-            __version__,
-            health,
-            registry,
-            verifier=service.verifier,
-            is_stream=is_import,
-        )
-        auth = bearer_auth(service.verifier, SystemClock(), Right.MANAGE)
-        routers = make_router(tenants), make_history_router(tenants), make_inspection_router(tenants)
-        for router in (*routers, make_retention_router(keeper)):
-            app.include_router(router, dependencies=[Depends(auth)])
-        app.include_router(make_lease_router(keeper, bearer_auth(service.verifier, SystemClock())))
+        app = make_app(tenants, keeper, service.verifier, health, registry)
         http = await stack.enter_async_context(serving_http(app, settings.http_listen, "pageserver API"))
         stack.callback(service.close_all)
         await stack.enter_async_context(running("page service", service.serve(listening)))
         health.ready = True
         log.info("pageserver serves", page_service=str(bound_address(listening)), http=str(http))
         await asyncio.Event().wait()
+
+
+def make_app(
+    tenants: Tenants,
+    keeper: HistoryKeeper,
+    verifier: TokenVerifier,
+    health: Health,
+    registry: CollectorRegistry,
+) -> FastAPI:
+    """The whole management API, with what each route asks of a token."""
+    app = create_app(
+        "Excimer pageserver", __version__, health, registry, verifier=verifier, is_stream=is_import
+    )
+    clock = SystemClock()
+    may_manage = Depends(bearer_auth(verifier, clock, Right.MANAGE))
+    routers = make_router(tenants), make_history_router(tenants), make_inspection_router(tenants)
+    for router in (*routers, make_retention_router(keeper)):
+        app.include_router(router, dependencies=[may_manage])
+    app.include_router(make_lease_router(keeper, bearer_auth(verifier, clock)))
+    return app
 
 
 @contextlib.asynccontextmanager

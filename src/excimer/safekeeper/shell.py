@@ -10,6 +10,9 @@ import asyncio
 import contextlib
 import sys
 
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
 from excimer import __version__
 from excimer.base.clock import Clock
 from excimer.base.errors import RefusedError
@@ -74,9 +77,8 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
         health = Health("safekeeper")
         disk = DiskWatch(health, [settings.data_dir])
         add_disks(metrics_registry, disk)
-        app = create_app("Excimer safekeeper", __version__, health, metrics_registry, verifier=verifier)
         remover = WalRemover(timelines, settings, clock, metrics)
-        app.include_router(management_router(timelines, remover, verifier, clock))
+        app = make_app(timelines, remover, verifier, clock, health, metrics_registry)
         async with (
             BrokerClient(settings.broker_url, f"safekeeper-{settings.id}", clock) as broker,
             serving_http(app, settings.http_listen, "http_listen") as http_address,
@@ -101,6 +103,20 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
                 readers=str(bound_address(reader_socket)),
             )
             await asyncio.Event().wait()
+
+
+def make_app(
+    timelines: TimelineRegistry,
+    remover: WalRemover,
+    verifier: TokenVerifier,
+    clock: Clock,
+    health: Health,
+    registry: CollectorRegistry,
+) -> FastAPI:
+    """The whole management API, with what each route asks of a token."""
+    app = create_app("Excimer safekeeper", __version__, health, registry, verifier=verifier)
+    app.include_router(management_router(timelines, remover, verifier, clock))
+    return app
 
 
 def _load_verifier(settings: SafekeeperSettings) -> TokenVerifier:
