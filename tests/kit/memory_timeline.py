@@ -12,6 +12,7 @@ from excimer.base.errors import RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, describe_key, make_key, parse_key
 from excimer.base.lsn import Lsn, format_lsn
+from excimer.storage.format.relation_size import size_blocks
 
 
 class MemoryTimeline:
@@ -90,7 +91,7 @@ class MemoryTimeline:
         kind, spc, db, rel, fork, block = parse_key(key)
         size_kind = KeyKind.RELATION_SIZE if kind == KeyKind.RELATION_BLOCK else KeyKind.SLRU_SIZE
         size = self.get_value(make_key(size_kind, spc, db, rel, fork), lsn)
-        if size is None or block + count > int.from_bytes(size, "little"):
+        if size is None or block + count > size_blocks(size):
             raise RefusedError(f"no {describe_key(key)} at {format_lsn(lsn)}")
         keys = (make_key(kind, spc, db, rel, fork, block + index) for index in range(count))
         return b"".join(self.get_value(key, lsn) or bytes(BLOCK_SIZE_BYTES) for key in keys)

@@ -51,6 +51,7 @@ from excimer.storage.engine.context import StorageContext, StorageSettings
 from excimer.storage.engine.redo_pool import RedoPool
 from excimer.storage.engine.tenant import NewTimeline, TenantStorage
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.relation_size import size_blocks
 from tests.kit.stock_server import StockServer, copy_data_dir, stock_server
 
 SEGMENT_SIZE_BYTES = 1 << 20
@@ -250,9 +251,7 @@ class Comparer:
 
     async def compare(self, pages: int) -> Comparison:
         """`pages` is how many pages of relations to draw; everything else is compared whole."""
-        sizes = {
-            key: int.from_bytes(value, "little") for key, value in self._scan(KeyKind.RELATION_SIZE).items()
-        }
+        sizes = {key: size_blocks(value) for key, value in self._scan(KeyKind.RELATION_SIZE).items()}
         self.compare_sizes(sizes)
         await self.compare_slrus()
         self.compare_small_files()

@@ -4,6 +4,7 @@ from excimer.base.keys import KeyKind, make_key
 from excimer.base.lsn import Lsn
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.checkpoint_state import CheckpointState, ClusterSettings
+from excimer.storage.format.relation_size import size_blocks
 from excimer.storage.format.values import PackedBatch, Value, ValueKind, unpack_batch
 
 
@@ -66,7 +67,7 @@ class ValueTimeline:
 
     def size(self, key: bytes) -> int | None:
         value = self.get_value(key, self.last_record_lsn)
-        return None if value is None else int.from_bytes(value, "little")
+        return None if value is None else size_blocks(value)
 
     def set_size(self, key: bytes, blocks: int) -> None:
         """As if it had been so from the beginning."""

@@ -4,11 +4,12 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from excimer._native.batch_builder cimport BatchBuilder, StorageKey
 from excimer._native.origin_progress cimport OriginProgress
-from excimer._native.relation_sizes cimport RelationSizes, SizeKey
+from excimer._native.relation_sizes cimport RelationSizes, SizeKey, SizeSlot
 
 cdef enum:  # kinds of storage keys
     RELATION_BLOCK = 0x00
     RELATION_SIZE = 0x10
+    RELATION_TRUNCATION = 0x11
     SLRU_BLOCK = 0x20
     SLRU_SIZE = 0x21
     TWO_PHASE = 0x40
@@ -57,8 +58,10 @@ cdef class ChangeSet:
     ) noexcept nogil
     cdef void touch_slru(self, uint32_t slru, uint32_t page, uint32_t index) noexcept nogil
     cdef bint has_unknown_sizes(self) noexcept nogil
-    cdef int grow(self) noexcept nogil
-    cdef int grow_to(self, Touch* touch) noexcept nogil
+    cdef void grow(self) noexcept nogil
+    cdef void grow_to(self, Touch* touch) noexcept nogil
+    cdef void end_older_life(self, const Touch* touch, SizeSlot* slot) noexcept nogil
+    cdef void put_size(self, const StorageKey* key, const SizeSlot* slot) noexcept nogil
 
     cdef void put(
         self, const StorageKey* key, uint8_t kind, uint8_t flags, const void* payload, uint32_t size

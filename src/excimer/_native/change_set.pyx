@@ -1,10 +1,13 @@
 """What one WAL record changes: blocks it touches, values it puts, checkpoint fields it moves.
 
 A record is handled in steps: first everything it *touches* is listed; when all sizes are known,
-forks and SLRU segments *grow*; then values are *put*. Growth: blocks skipped over, and the touched one
-unless its first value starts a chain, become pages of zeros, because a truncation may have left
-older values there. These zeros have an LSN one below the record's end, so that the record can
-build upon them. LSNs never decrease in the batch that way.
+forks and SLRU segments *grow*; then values are *put*. Growth: the touched block becomes a page of zeros
+unless its first value starts a chain. These zeros have an LSN one below the record's end, so that the
+record can build upon them. LSNs never decrease in the batch that way.
+
+Blocks of a fork that are skipped over get no value: a block below the size without one is a page of zeros,
+and what a truncation has left there is told apart by the size's LSNs (`storage.format.relation_size`). Of an
+SLRU segment, which has 32 blocks, they become pages of zeros one by one.
 
 Not here: what a record touches and puts (`wal_decoder`).
 """
@@ -29,7 +32,9 @@ from excimer._native.relation_sizes cimport RelationSizes, SizeKey, SizeSlot
 
 cdef enum:
     FORK_COUNT = 4
-    GAP_BLOCKS_MAX = 1 << 24  # 128 GiB
+    RELATION_SIZE_SIZE = 20
+    NOTE_LEVELS = 4  # storage.format.relation_size
+    NOTE_GROUP_BITS = 8
     XACTS_PER_PAGE = 32_768
     COMMIT_TIMES_PER_PAGE = 819
     COMMIT_TIME_STEP_US = 10_000
@@ -111,15 +116,14 @@ cdef class ChangeSet:
                 return True
         return False
 
-    cdef int grow(self) noexcept nogil:
-        """0, or -1 when a gap is absurd. All sizes must be known."""
+    cdef void grow(self) noexcept nogil:
+        """All sizes must be known."""
         cdef size_t at
         cdef Touch* touch
         cdef SizeSlot* slot
         cdef StorageKey key
         for at in range(self.touch_count):
-            if self.grow_to(&self.touches[at]) < 0:
-                return -1
+            self.grow_to(&self.touches[at])
         for at in range(self.touch_count):
             touch = &self.touches[at]
             if not touch.has_grown:
@@ -130,23 +134,35 @@ cdef class ChangeSet:
             memset(&key, 0, sizeof(key))
             key.kind, key.fork = touch.key.kind, touch.key.fork
             key.spc, key.db, key.rel = touch.key.spc, touch.key.db, touch.key.rel
-            self.put(&key, VALUE_IMAGE, STARTS_CHAIN, &slot.blocks, 4)
-        return 0
+            self.put_size(&key, slot)
 
-    cdef int grow_to(self, Touch* touch) noexcept nogil:
+    cdef void put_size(self, const StorageKey* key, const SizeSlot* slot) noexcept nogil:
+        cdef uint8_t[RELATION_SIZE_SIZE] value
+        cdef uint32_t size = RELATION_SIZE_SIZE if key.kind == RELATION_SIZE else 4
+        put_u32(value, slot.blocks)
+        put_u64(value + 4, slot.born_lsn)
+        put_u64(value + 12, slot.truncated_lsn)
+        self.put(key, VALUE_IMAGE, STARTS_CHAIN, value, size)
+
+    cdef void grow_to(self, Touch* touch) noexcept nogil:
         cdef SizeSlot* slot = self.sizes.find(&touch.key)
         cdef StorageKey key
         cdef uint32_t block = slot.blocks if slot.exists else 0
+        if not slot.exists:
+            slot.born_lsn = self.lsn - 1
+            slot.truncated_lsn = 0
         if touch.block == NO_BLOCK:
             if not slot.exists:
                 slot.exists = 1
                 slot.blocks = 0
                 touch.has_grown = 1
-            return 0
+            return
         if slot.exists and touch.block < slot.blocks:
-            return 0
-        if touch.block - block > GAP_BLOCKS_MAX:
-            return -1
+            return
+        if touch.key.kind == RELATION_SIZE:
+            if slot.exists and slot.born_lsn == 0:
+                self.end_older_life(touch, slot)
+            block = touch.block
         memset(&key, 0, sizeof(key))
         key.kind = RELATION_BLOCK if touch.key.kind == RELATION_SIZE else SLRU_BLOCK
         key.fork, key.spc, key.db, key.rel = touch.key.fork, touch.key.spc, touch.key.db, touch.key.rel
@@ -157,7 +173,31 @@ cdef class ChangeSet:
         slot.exists = 1
         slot.blocks = touch.block + 1
         touch.has_grown = 1
-        return 0
+
+    cdef void end_older_life(self, const Touch* touch, SizeSlot* slot) noexcept nogil:
+        """A size of version 1 of the layer format knows nothing of truncations: the blocks that it lacks now
+        may have older values, so they are noted as cut off, once (`storage.format.relation_size`).
+        """
+        cdef StorageKey key
+        cdef uint8_t* note
+        cdef uint64_t offset
+        cdef uint8_t level
+        slot.born_lsn = 1
+        if slot.blocks == 0:
+            slot.born_lsn = self.lsn - 1
+            return
+        slot.truncated_lsn = self.lsn - 1
+        memset(&key, 0, sizeof(key))
+        key.kind, key.spc, key.db, key.rel = RELATION_TRUNCATION, touch.key.spc, touch.key.db, touch.key.rel
+        for level in range(NOTE_LEVELS):
+            key.fork = touch.key.fork | level << 4
+            key.block = slot.blocks >> NOTE_GROUP_BITS * level
+            offset = self.batch.data_size
+            note = self.batch.add_data(8)
+            if note == NULL:
+                return
+            put_u64(note, self.lsn - 1)
+            self.batch.add_entry(&key, VALUE_IMAGE, STARTS_CHAIN, self.lsn - 1, offset, 8)
 
     cdef void put(
         self, const StorageKey* key, uint8_t kind, uint8_t flags, const void* payload, uint32_t size

@@ -368,6 +368,34 @@ cdef class MemoryLayer:
         for key, value in hits:
             found.setdefault(key, value)
 
+    def keys(self, bytes start, bytes end, unsigned long long high_lsn) -> list:
+        """Keys in [start, end) with a value at or below `high_lsn`, in order."""
+        cdef const unsigned char* start_key
+        cdef const unsigned char* end_key
+        cdef KeyHead* head
+        cdef int number, at
+        cdef list found = []
+        if len(start) != KEY_SIZE or len(end) != KEY_SIZE:
+            raise ValueError("keys have 18 bytes")
+        start_key = <const unsigned char*> PyBytes_AS_STRING(start)
+        end_key = <const unsigned char*> PyBytes_AS_STRING(end)
+        with nogil:
+            pthread_mutex_lock(&self.mutex)
+        try:
+            for number in range(self.head_count):
+                head = &self.heads[number]
+                if memcmp(head.key, start_key, KEY_SIZE) < 0 or memcmp(head.key, end_key, KEY_SIZE) >= 0:
+                    continue
+                at = head.newest
+                while at >= 0 and self.nodes[at].lsn > high_lsn:
+                    at = self.nodes[at].older
+                if at >= 0:
+                    found.append(<bytes> head.key[:KEY_SIZE])
+        finally:
+            pthread_mutex_unlock(&self.mutex)
+        found.sort()
+        return found
+
     def find_value(self, bytes key, unsigned long long low_lsn, unsigned long long high_lsn) -> tuple | None:
         """The newest (LSN, kind, payload) of one key with low_lsn < LSN <= high_lsn."""
         cdef const unsigned char* wanted = <const unsigned char*> PyBytes_AS_STRING(key)

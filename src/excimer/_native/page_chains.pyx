@@ -189,6 +189,31 @@ cdef class PageChains:
                 self.slots[slot].closed = CLOSED_EMPTY
         self.open_count = 0
 
+    def oldest_lsn(self) -> int:
+        """Of all values taken; 0xFFFFFFFFFFFFFFFF if there is none."""
+        cdef unsigned long long oldest = <unsigned long long> -1
+        cdef Slot* place
+        for slot in range(self.count):
+            place = &self.slots[slot]
+            if place.oldest >= 0 and self.links[place.oldest].lsn < oldest:
+                oldest = self.links[place.oldest].lsn
+        return oldest
+
+    def drop_below(self, int slot, unsigned long long lsn) -> None:
+        """Values below `lsn` are of an earlier life of the block: above them the chain begins with zeros.
+
+        For when all values are collected, and before pages are restored.
+        """
+        cdef Slot* place
+        if not 0 <= slot < self.count:
+            raise IndexError(slot)
+        place = &self.slots[slot]
+        while place.oldest >= 0 and self.links[place.oldest].lsn < lsn:
+            place.oldest = self.links[place.oldest].newer
+            if not place.closed:
+                self.open_count -= 1
+            place.closed = CLOSED_EMPTY
+
     def has_values(self, int slot) -> bool:
         if not 0 <= slot < self.count:
             raise IndexError(slot)

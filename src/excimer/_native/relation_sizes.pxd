@@ -1,6 +1,6 @@
 """What other native modules use of `relation_sizes`."""
 
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 
 cdef struct SizeKey:
@@ -13,6 +13,8 @@ cdef struct SizeKey:
 
 cdef struct SizeSlot:
     SizeKey key
+    uint64_t born_lsn  # of relations: storage.format.relation_size
+    uint64_t truncated_lsn
     uint32_t blocks
     uint8_t is_used
     uint8_t exists

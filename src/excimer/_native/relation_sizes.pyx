@@ -60,7 +60,15 @@ cdef class RelationSizes:
             return None
         return slot.blocks if slot.exists else -1
 
-    def set(self, bytes key, blocks):
+    def get_lsns(self, bytes key):
+        """(born LSN, truncated LSN) of a size key that exists; None otherwise."""
+        cdef SizeKey unpacked = unpack_key(key)
+        cdef SizeSlot* slot = self.find(&unpacked)
+        if slot == NULL or not slot.exists:
+            return None
+        return slot.born_lsn, slot.truncated_lsn
+
+    def set(self, bytes key, blocks, uint64_t born_lsn=0, uint64_t truncated_lsn=0):
         """-1: does not exist."""
         cdef SizeKey unpacked = unpack_key(key)
         cdef SizeSlot* slot = self.insert(&unpacked)
@@ -68,6 +76,8 @@ cdef class RelationSizes:
             raise MemoryError
         slot.exists = blocks >= 0
         slot.blocks = blocks if blocks >= 0 else 0
+        slot.born_lsn = born_lsn
+        slot.truncated_lsn = truncated_lsn
 
     def clear(self):
         """Forgets everything: all is unknown again."""
@@ -103,6 +113,8 @@ cdef class RelationSizes:
         self.slots[at].is_used = 1
         self.slots[at].exists = 0
         self.slots[at].blocks = 0
+        self.slots[at].born_lsn = 0
+        self.slots[at].truncated_lsn = 0
         self.count += 1
         return &self.slots[at]
 

@@ -13,7 +13,8 @@ A kind uses the fields it needs and leaves the others zero:
 kind             fields                                                value
 ===============  ====================================================  =================
 RELATION_BLOCK   spc db rel fork block                                 a page
-RELATION_SIZE    spc db rel fork                                       u32 blocks
+RELATION_SIZE    spc db rel fork                                       storage.format.relation_size
+RELATION_TRUNCATION spc db rel fork block                              the same
 SLRU_BLOCK       spc = Slru, rel = segment number, block               a page
 SLRU_SIZE        spc = Slru, rel = segment number                      u32 blocks
 RELATION_MAP     spc db                                                pg_filenode.map
@@ -47,6 +48,7 @@ MAX_KEY = b"\xff" * KEY_SIZE_BYTES
 class KeyKind(IntEnum):
     RELATION_BLOCK = 0x00
     RELATION_SIZE = 0x10
+    RELATION_TRUNCATION = 0x11
     SLRU_BLOCK = 0x20
     SLRU_SIZE = 0x21
     RELATION_MAP = 0x30
@@ -142,6 +144,8 @@ def describe_key(key: bytes) -> str:
     if kind in (KeyKind.RELATION_BLOCK, KeyKind.RELATION_SIZE):
         text = f"{spc}/{db}/{rel} {Fork(fork).name.lower() if fork < len(FORK_SUFFIXES) else fork}"
         return f"relation block {text} {block}" if kind == KeyKind.RELATION_BLOCK else f"size of {text}"
+    if kind == KeyKind.RELATION_TRUNCATION:
+        return f"truncation of {spc}/{db}/{rel} fork {fork & 0xF} at {block << 8 * (fork >> 4)}"
     if kind in (KeyKind.SLRU_BLOCK, KeyKind.SLRU_SIZE):
         directory = SLRU_DIRECTORIES[spc] if spc < len(SLRU_DIRECTORIES) else f"slru {spc}"
         return (

@@ -29,11 +29,15 @@ from excimer.pgformat.basebackup import RelationFork, SlruSegment
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.slru import ENTRIES_PER_PAGE, MEMBERS_PER_PAGE, OFFSETS_PER_PAGE, page_key
 from excimer.pgformat.two_phase import PreparedTransaction
+from excimer.storage.format.relation_size import size_blocks
 
 BUILT_IN_TABLESPACES = frozenset((DEFAULT_TABLESPACE, GLOBAL_TABLESPACE))
 
 RUN_BLOCKS_MAX = 64
 """Most blocks read in one call while a basebackup is built."""
+
+INIT_FORK_BLOCKS_MAX = 64
+"""Of an init fork, which has one or two; what more a hostile one claims is fetched when it is read."""
 
 WARM_DATABASES_MAX = 8
 """Databases whose catalogs travel inline; the start-up working set of one is about 1 MiB."""
@@ -87,14 +91,13 @@ class Manifest(NamedTuple):
 def plan_manifest(
     relation_sizes: Iterable[tuple[bytes, bytes]], slru_sizes: Iterable[tuple[bytes, bytes]]
 ) -> Manifest:
-    """The manifest from live RELATION_SIZE and SLRU_SIZE keys and their u32 values.
+    """The manifest from live RELATION_SIZE and SLRU_SIZE keys and their values.
 
     Forks of unlogged relations other than their init fork are left out: start-up resets them. So is
     what lies in user tablespaces, which computes do not have.
     """
-    from_bytes = int.from_bytes
     forks = [
-        RelationFork(spc, db, rel, fork, from_bytes(value, "little"))
+        RelationFork(spc, db, rel, fork, size_blocks(value))
         for (_, spc, db, rel, fork, _), value in ((parse_key(key), value) for key, value in relation_sizes)
         if spc in BUILT_IN_TABLESPACES
     ]
@@ -102,7 +105,7 @@ def plan_manifest(
     if unlogged:
         forks = [fork for fork in forks if fork.fork == Fork.INIT or fork[:3] not in unlogged]
     segments = [
-        SlruSegment(fields.spc, fields.rel, from_bytes(value, "little"))
+        SlruSegment(fields.spc, fields.rel, size_blocks(value))
         for fields, value in ((parse_key(key), value) for key, value in slru_sizes)
     ]
     return Manifest(forks, segments)
@@ -120,7 +123,11 @@ def plan_pages(
     """
     sizes = {fork[:4]: fork.blocks for fork in manifest.relation_forks}
     runs = list(_slru_runs(manifest.slru_segments, commit_pages(checkpoint, prepared)))
-    wanted = {fork[:4]: fork.blocks for fork in manifest.relation_forks if fork.fork == Fork.INIT}
+    wanted = {
+        fork[:4]: min(fork.blocks, INIT_FORK_BLOCKS_MAX)
+        for fork in manifest.relation_forks
+        if fork.fork == Fork.INIT
+    }
     for spc, db, catalogs in _warm_databases(maps):
         mapping = maps[spc, db]
         for oid, blocks in catalogs.items():

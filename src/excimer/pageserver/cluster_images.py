@@ -38,6 +38,7 @@ from excimer.pgformat.checkpoint_state import CheckpointState, ClusterSettings
 from excimer.pgformat.cluster_files import WHOLE_FILE_SIZE_BYTES_MAX, ClusterFile, ClusterFileError, FileKind
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.replication_origins import parse_origins
+from excimer.storage.format.relation_size import FIRST_BIRTH_LSN, RelationSize, pack_relation_size
 from excimer.wire.replication import POSTGRES_TIMELINE
 
 _ZERO_PAGE = bytes(BLOCK_SIZE_BYTES)
@@ -142,7 +143,8 @@ class ClusterImages:
         unlogged = {relation for relation, fork in self._relation_sizes if fork == Fork.INIT}
         for (relation, fork), size in self._relation_sizes.items():
             if fork == Fork.INIT or relation not in unlogged:
-                self._add(relation_size_key(relation, fork), size.to_bytes(4, "little"))
+                stored = pack_relation_size(RelationSize(size, FIRST_BIRTH_LSN))
+                self._add(relation_size_key(relation, fork), stored)
         for xid, content in self._two_phase.items():
             full_xid = _full_xid(xid, checkpoint.next_xid, self._pg_version)
             self._add(two_phase_key(full_xid), content)

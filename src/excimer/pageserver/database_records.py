@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from excimer.base.keys import BLOCK_SIZE_BYTES, KeyFields, KeyKind, make_key, parse_key
 from excimer.base.lsn import Lsn
 from excimer.pgformat.wal_record import DecodedRecord, WalRecord
+from excimer.storage.format.relation_size import size_blocks
 from excimer.storage.format.values import ValueKind
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _copy_database(ingest: "WalIngest", lsn: Lsn, source: tuple[int, int], targe
             ingest.put_value(make_key(kind, *target), lsn, ValueKind.IMAGE, value)
     for key, value in _size_keys(ingest, *source):
         fields = parse_key(key)
-        size = int.from_bytes(value, "little")
+        size = size_blocks(value)
         ingest.put_size(_moved(fields, target), lsn, size)
         for block in range(0, size, READ_BLOCKS):
             _copy_blocks(ingest, lsn, fields, target, block, min(size - block, READ_BLOCKS))
@@ -80,9 +81,7 @@ def _copy_blocks(
     for index in range(count):
         page = pages[index * BLOCK_SIZE_BYTES : (index + 1) * BLOCK_SIZE_BYTES]
         key = _moved(first._replace(block=start + index), target)
-        if page == _ZERO_PAGE:
-            ingest.put_value(key, lsn, ValueKind.ZERO_PAGE)
-        else:
+        if page != _ZERO_PAGE:  # a block without a value is one
             ingest.put_value(key, lsn, ValueKind.IMAGE, page)
 
 

@@ -27,6 +27,13 @@ from excimer.base.lsn import Lsn, format_lsn
 from excimer.pageserver.special_records import apply_special_record
 from excimer.pgformat.checkpoint_state import CheckpointState
 from excimer.pgformat.wal_record import decode_record
+from excimer.storage.format.relation_size import (
+    FIRST_BIRTH_LSN,
+    RelationSize,
+    pack_relation_size,
+    truncation_notes,
+    unpack_relation_size,
+)
 from excimer.storage.format.values import PackedBatch, ValueKind
 
 _CHECKPOINT_KEY = make_key(KeyKind.CHECKPOINT)
@@ -155,17 +162,38 @@ class WalIngest:
         known = self._changes.sizes.get(key)
         if known is None:
             value = self.timeline.get_value(key, self.timeline.last_record_lsn)
-            known = -1 if value is None else int.from_bytes(value, "little")
-            self._changes.sizes.set(key, known)
+            size = RelationSize(-1) if value is None else unpack_relation_size(value)
+            self._changes.sizes.set(key, *size)
+            known = size.blocks
         return None if known < 0 else known
 
     def put_size(self, key: bytes, lsn: Lsn, blocks: int | None) -> None:
-        """None: it does not exist from here on."""
-        self._changes.sizes.set(key, -1 if blocks is None else blocks)
+        """None: it does not exist from here on. A fork that did not exist is born with this record."""
         if blocks is None:
+            self._changes.sizes.set(key, -1)
             self.put_value(key, lsn, ValueKind.TOMBSTONE)
-        else:
-            self.put_value(key, lsn, ValueKind.IMAGE, blocks.to_bytes(4, "little"))
+            return
+        self.size(key)
+        born_lsn, truncated_lsn = self._changes.sizes.get_lsns(key) or (lsn - 1, 0)
+        self._put_size(key, lsn, RelationSize(blocks, born_lsn, truncated_lsn))
+
+    def truncate_fork(self, key: bytes, lsn: Lsn, blocks: int) -> None:
+        """Cuts the fork of a RELATION_SIZE key. Should blocks come back, what they had before is dead."""
+        self.size(key)
+        born_lsn, _ = self._changes.sizes.get_lsns(key) or (lsn - 1, 0)
+        born_lsn = max(born_lsn, FIRST_BIRTH_LSN)
+        if blocks == 0:
+            self._put_size(key, lsn, RelationSize(0, lsn + 1))
+            return
+        for note_key, note in truncation_notes(key, blocks, lsn):
+            self.put_value(note_key, lsn, ValueKind.IMAGE, note)
+        self._put_size(key, lsn, RelationSize(blocks, born_lsn, lsn))
+
+    def _put_size(self, key: bytes, lsn: Lsn, size: RelationSize) -> None:
+        self._changes.sizes.set(key, *size)
+        is_fork = key[0] == KeyKind.RELATION_SIZE
+        payload = pack_relation_size(size) if is_fork else size.blocks.to_bytes(4, "little")
+        self.put_value(key, lsn, ValueKind.IMAGE, payload)
 
     def put_value(self, key: bytes, lsn: Lsn, kind: ValueKind, payload: bytes = b"") -> None:
         starts_chain = kind is not ValueKind.NATIVE

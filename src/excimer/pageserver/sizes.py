@@ -19,6 +19,7 @@ from excimer.pageserver.model import DamagedTimeline, TenantSizes, TimelineSizes
 from excimer.storage.engine.errors import LsnTooOldError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.relation_size import size_blocks
 from excimer.storage.plan.tenant_size import TimelineHistory, plan_points, sizes_wanted, synthetic_size
 
 PAST_SIZES_MAX = 256
@@ -74,7 +75,7 @@ class LogicalSizes:
 def read_logical_size(store: Timeline, lsn: Lsn) -> int:
     """Blocks of all relations and forks, in bytes. Blocks."""
     sizes = store.scan(*kind_range(KeyKind.RELATION_SIZE), lsn)
-    return sum(int.from_bytes(value, "little") for _, value in sizes) * BLOCK_SIZE_BYTES
+    return sum(size_blocks(value) for _, value in sizes) * BLOCK_SIZE_BYTES
 
 
 def remote_size_bytes(store: Timeline) -> int:

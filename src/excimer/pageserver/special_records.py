@@ -183,14 +183,14 @@ def _apply_smgr(ingest: "WalIngest", record: WalRecord, decoded: DecodedRecord) 
         key = relation_size_key(relation, Fork.MAIN)
         size = ingest.size(key)
         if size is None or blocks < size:
-            ingest.put_size(key, record.end_lsn, 0 if size is None else blocks)
+            ingest.truncate_fork(key, record.end_lsn, 0 if size is None else blocks)
     if flags & TRUNCATE_VM:
         _truncate_visibility_map(ingest, record, relation, blocks)
     if flags & TRUNCATE_FSM:
         # What the map's pages say is advice and not in WAL: an empty map cannot point behind the end.
         key = relation_size_key(relation, Fork.FSM)
         if ingest.size(key):
-            ingest.put_size(key, record.end_lsn, 0)
+            ingest.truncate_fork(key, record.end_lsn, 0)
     return True
 
 
@@ -209,7 +209,7 @@ def _truncate_visibility_map(
         ingest.put_value(block_key, record.end_lsn, ValueKind.NATIVE, payload)
         map_blocks += 1
     if map_blocks < size:
-        ingest.put_size(key, record.end_lsn, map_blocks)
+        ingest.truncate_fork(key, record.end_lsn, map_blocks)
 
 
 def _apply_relation_map(ingest: "WalIngest", record: WalRecord, decoded: DecodedRecord) -> bool:

@@ -44,6 +44,7 @@ from excimer.pgformat.replication_origins import (
 )
 from excimer.pgformat.tar_stream import END_OF_TAR, pack_file_header, padding
 from excimer.storage.engine.tenant import TenantStorage
+from excimer.storage.format.relation_size import FIRST_BIRTH_LSN, RelationSize, pack_relation_size
 from excimer.wire.import_stream import (
     FilesEnd,
     ImportBegin,
@@ -124,8 +125,8 @@ async def test_a_cluster_becomes_a_timeline(tmp_path: Path) -> None:
             sizes = dict(timeline.scan(make_key(KeyKind.RELATION_SIZE), make_key(KeyKind.SLRU_BLOCK), START))
             unlogged = Relation(1663, 5, 16385)
             assert sizes == {
-                relation_size_key(TABLE, 0): (3).to_bytes(4, "little"),
-                relation_size_key(unlogged, 3): (1).to_bytes(4, "little"),
+                relation_size_key(TABLE, 0): pack_relation_size(RelationSize(3, FIRST_BIRTH_LSN)),
+                relation_size_key(unlogged, 3): pack_relation_size(RelationSize(1, FIRST_BIRTH_LSN)),
             }
             assert timeline.get_value(slru_size_key(0, 0), START) == (1).to_bytes(4, "little")
             assert timeline.get_value(two_phase_key((5 << 32) + 748), START) == b"prepared"

@@ -26,6 +26,11 @@ from excimer.pgformat.checkpoint_state import CheckpointState, stored_next_xid
 from excimer.pgformat.native_records import XactStatus
 from excimer.pgformat.wal_record import Rmgr
 from excimer.pgformat.wal_segment import InvalidWalError
+from excimer.storage.format.relation_size import (
+    RelationSize,
+    truncation_notes,
+    unpack_relation_size,
+)
 from excimer.storage.format.values import Value, ValueKind
 from tests.kit.value_timeline import ValueTimeline, make_state
 from tests.kit.wal_builder import WalBuilder, build_block
@@ -68,23 +73,45 @@ class World:
         return self.add(Rmgr.HEAP, info, struct.pack("<HB", 1, flags), blocks=(reference, *more), xid=1000)
 
 
-def test_first_touch_creates_and_fills_the_gap() -> None:
+def test_first_touch_creates_and_leaves_a_gap_without_values() -> None:
     world = World()
     values = world.insert(2, init=True)
     end = world.timeline.last_record_lsn
     state = make_key(KeyKind.CHECKPOINT)
     assert [(v.key, v.lsn, v.kind, v.starts_chain) for v in values if v.key != state] == [
-        (relation_block_key(REL, 0, 0), end - 1, ValueKind.ZERO_PAGE, True),
-        (relation_block_key(REL, 0, 1), end - 1, ValueKind.ZERO_PAGE, True),
         (MAIN_SIZE, end, ValueKind.IMAGE, True),
         (relation_block_key(REL, 0, 2), end, ValueKind.WAL_RECORD, True),
     ]
-    assert world.timeline.size(MAIN_SIZE) == 3
-    assert struct.unpack_from("<Q", values[3].payload)[0] == world.wal.starts[-1]
-    assert (
-        values[3].payload[8:]
-        == bytes(world.wal.stream[-((len(values[3].payload) - 8 + 7) & ~7) :])[: len(values[3].payload) - 8]
-    )
+    assert unpack_relation_size(values[0].payload) == RelationSize(3, born_lsn=end - 1)
+    record = values[1].payload
+    assert struct.unpack_from("<Q", record)[0] == world.wal.starts[-1]
+    assert record[8:] == bytes(world.wal.stream[-((len(record) - 8 + 7) & ~7) :])[: len(record) - 8]
+
+
+def test_a_truncation_is_noted_and_one_to_nothing_is_a_new_birth() -> None:
+    world = World()
+    world.insert(9, init=True)
+    born_lsn = world.timeline.last_record_lsn - 1
+    values = world.add(Rmgr.SMGR, 0x20, truncate(4, 1))
+    cut_lsn = world.timeline.last_record_lsn
+    notes = [(v.key, v.payload) for v in values if v.key[0] == KeyKind.RELATION_TRUNCATION]
+    assert notes == truncation_notes(MAIN_SIZE, 4, cut_lsn)
+    (size,) = [v.payload for v in values if v.key == MAIN_SIZE]
+    assert unpack_relation_size(size) == RelationSize(4, born_lsn, cut_lsn)
+    (grown,) = [v.payload for v in world.insert(100, init=True) if v.key == MAIN_SIZE]
+    assert unpack_relation_size(grown) == RelationSize(101, born_lsn, cut_lsn)
+    values = world.add(Rmgr.SMGR, 0x20, truncate(0, 1))
+    assert [(v.key, unpack_relation_size(v.payload)) for v in values] == [
+        (MAIN_SIZE, RelationSize(0, world.timeline.last_record_lsn + 1))
+    ]
+
+
+def test_a_number_that_is_used_again_is_born_again() -> None:
+    world = World()
+    world.insert(5, init=True)
+    world.add(Rmgr.XACT, 0x80, commit(relations=(REL,)), xid=1000)
+    (size,) = [v.payload for v in world.insert(3, init=True) if v.key == MAIN_SIZE]
+    assert unpack_relation_size(size) == RelationSize(4, world.timeline.last_record_lsn - 1)
 
 
 def test_known_size_is_looked_up_once_and_not_written_again() -> None:
@@ -414,8 +441,8 @@ def test_file_copy_takes_pages_as_of_the_record_before() -> None:
         (relation_block_key(REL, 0, 128), 2, before),
     ]
     pages = {v.key: v for v in values if v.key[0] == 0}
-    assert len(pages) == 130
-    assert pages[relation_block_key(copied, 0, 129)].kind is ValueKind.ZERO_PAGE
+    assert len(pages) == 128, "a page of zeros needs no value"
+    assert relation_block_key(copied, 0, 129) not in pages
     assert pages[relation_block_key(copied, 0, 126)].payload == bytes([127]) * 8192
     world.add(Rmgr.DBASE, 0x20, struct.pack("<IiI", 77, 1, 1663))
     assert world.timeline.size(relation_size_key(copied, Fork.MAIN)) is None
@@ -469,8 +496,8 @@ def test_values_of_a_record_that_fails_are_not_put() -> None:
     world.timeline.set_size(MAIN_SIZE, 1)
     at = len(world.wal.stream)
     good = world.wal.add(Rmgr.SMGR, 0x10, struct.pack("<IIIi", *REL._replace(rel=99), 0))
-    world.wal.add(Rmgr.HEAP, 0, struct.pack("<HB", 1, 0), blocks=(build_block(0, REL, 1 << 30),))
-    with pytest.raises(InvalidWalError, match="absurdly far"):
+    world.wal.add(60, 0, b"of a resource manager that nobody knows")
+    with pytest.raises(UnsupportedRecordError):
         world.ingest.ingest(bytes(world.wal.stream[at:]), Lsn(START + at))
     assert world.timeline.last_record_lsn == good
     assert world.timeline.size(MAIN_SIZE) == 1

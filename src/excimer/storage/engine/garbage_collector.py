@@ -26,7 +26,7 @@ from typing import Protocol
 from excimer.base.errors import ConflictError, RetryableError
 from excimer.base.lsn import Lsn, record_end
 from excimer.storage.engine.compactor import CompactedTimeline, Compactor
-from excimer.storage.engine.image_round_job import live_runs
+from excimer.storage.engine.image_round_job import estimate_live_keys
 from excimer.storage.engine.layer_stack import LayerStack
 from excimer.storage.format.manifest import Manifest
 from excimer.storage.plan.compaction_plan import IMAGE_SIZE_ESTIMATE_BYTES
@@ -167,7 +167,7 @@ class GarbageCollector:
         bottom = find_bottom_round(timeline.stack.disk, retained, start_lsn=timeline.ancestor_lsn)
         if bottom is None:
             return None
-        live_keys = sum(run.blocks for run in live_runs(timeline, retained.cutoff_lsn))
+        live_keys = estimate_live_keys(timeline, retained.cutoff_lsn)
         return bottom if bottom.is_worth_it(live_keys, self._image_size_bytes()) else None
 
     def _image_size_bytes(self) -> float:

@@ -22,21 +22,25 @@ from excimer.base.errors import CorruptionError
 from excimer.base.keys import (
     BLOCK_SIZE_BYTES,
     MAX_KEY,
+    MIN_KEY,
     KeyKind,
+    kind_range,
     make_key,
     parse_key,
 )
 from excimer.base.lsn import Lsn
 from excimer.storage.engine.disk_layer import DiskLayer
-from excimer.storage.engine.layer_stack import LayerHome
+from excimer.storage.engine.layer_stack import LayerHome, LayerStack
 from excimer.storage.engine.layer_writing import image_value, write_images
 from excimer.storage.engine.page_reads import PageRead, PageSource, block_key, read_size_blocks
-from excimer.storage.engine.value_reads import read_value, scan_values
+from excimer.storage.engine.value_reads import previous_key, read_value, scan_values
 from excimer.storage.format.layer_block import VALUE_HEAD_SIZE_BYTES
 from excimer.storage.format.layer_file import DamagedLayerError
 from excimer.storage.format.manifest import LayerDescription
+from excimer.storage.format.relation_size import size_blocks
 from excimer.storage.format.values import Value, ValueKind
 from excimer.storage.plan.compaction_plan import RoundPlan
+from excimer.storage.plan.read_path import Visit, plan_read
 
 _log = logging.getLogger(__name__)
 
@@ -52,11 +56,10 @@ half as much again, with 16 no better, and images came as fast with 64 (`docs/pe
 BATCH_RUNS_MAX = 4
 
 BLOCK_KINDS = (KeyKind.RELATION_BLOCK, KeyKind.SLRU_BLOCK)
-SIZE_KINDS = {KeyKind.RELATION_SIZE: KeyKind.RELATION_BLOCK, KeyKind.SLRU_SIZE: KeyKind.SLRU_BLOCK}
 
 
 class KeyRun(NamedTuple):
-    """`blocks` adjacent blocks, or one key of another kind."""
+    """Keys that differ in their block numbers, which follow each other."""
 
     first_key: bytes
     blocks: int
@@ -154,10 +157,8 @@ async def _read_run(source: RoundSource, run: KeyRun, lsn: Lsn) -> list[Value]:
     """Images of a run's keys; none of blocks that no longer exist."""
     fields = parse_key(run.first_key)
     if fields.kind not in BLOCK_KINDS:
-        value = await source.in_thread(partial(read_value, source, run.first_key, lsn))
-        if value is None:
-            return [Value(run.first_key, lsn, ValueKind.TOMBSTONE, True, b"")]
-        return [image_value(run.first_key, lsn, value)]
+        keys = [block_key(run.first_key, at) for at in range(run.blocks)]
+        return await source.in_thread(partial(_whole_values, source, keys, lsn))
     size = await source.in_thread(partial(read_size_blocks, source, run.first_key, lsn))
     count = min(run.blocks, (size or 0) - fields.block)
     if count <= 0:
@@ -171,10 +172,19 @@ async def _read_run(source: RoundSource, run: KeyRun, lsn: Lsn) -> list[Value]:
     ]
 
 
+def _whole_values(source: RoundSource, keys: list[bytes], lsn: Lsn) -> list[Value]:
+    values = []
+    for key in keys:
+        value = read_value(source, key, lsn)
+        gone = Value(key, lsn, ValueKind.TOMBSTONE, True, b"")
+        values.append(gone if value is None else image_value(key, lsn, value))
+    return values
+
+
 def _runs_from(source: RoundSource, plan: RoundPlan) -> Iterator[KeyRun]:
     """What is still to be written of the round, in order. Reads as it goes."""
     if plan.covers_after_lsn == 0:
-        runs = live_runs(source, plan.lsn)
+        runs = live_runs(source, plan.lsn, plan.start_key)
     else:
         files = [source.stack.files[layer.name] for run in plan.sources for layer in run.descriptions]
         runs = merge_runs(heapq.merge(*(_changed_runs(file, plan) for file in files)))
@@ -189,18 +199,69 @@ def _changed_runs(file: DiskLayer, plan: RoundPlan) -> Iterator[KeyRun]:
             raise DamagedLayerError(str(file.local_path), str(error)) from error
 
 
-def live_runs(source: RoundSource, lsn: Lsn) -> Iterator[KeyRun]:
-    """Every key alive at `lsn`, in order: blocks by their relations' sizes, and all other kinds."""
+def live_runs(source: PageSource, lsn: int, start_key: bytes = MIN_KEY) -> Iterator[KeyRun]:
+    """Every key with a value at `lsn`, in order, from `start_key` on as far as that is cheap to know.
+
+    Blocks of relations by the values there are, not by sizes: a far block makes a relation large and leaves
+    the blocks before it without values, which are zeros in any case. Some may be gone by then, or too new.
+    """
+    relation_blocks = kind_range(KeyKind.RELATION_BLOCK)
+    if start_key < relation_blocks[1]:
+        yield from merge_runs(heapq.merge(*_stored_runs(source, lsn, max(start_key, relation_blocks[0]))))
     runs: list[KeyRun] = []
     for start, end in _METADATA_RANGES:
         for key, value in scan_values(source, start, end, lsn):
             runs.append(KeyRun(key, 1))
             fields = parse_key(key)
-            block_kind = SIZE_KINDS.get(KeyKind(fields.kind))
-            blocks = int.from_bytes(value, "little") if block_kind is not None else 0
-            if block_kind is not None and blocks:
-                runs.append(KeyRun(make_key(block_kind, *fields[1:5]), blocks))
+            if fields.kind == KeyKind.SLRU_SIZE and (blocks := size_blocks(value)):
+                runs.append(KeyRun(make_key(KeyKind.SLRU_BLOCK, *fields[1:5]), blocks))
     yield from sorted(runs)
+
+
+def estimate_live_keys(source: PageSource, lsn: int) -> int:
+    """How many keys are alive at `lsn`, from sizes, without reading blocks.
+
+    At most the values there are: a far block makes a relation large, and gives those before it no values.
+    """
+    by_sizes = 0
+    for start, end in _METADATA_RANGES:
+        for key, value in scan_values(source, start, end, lsn):
+            by_sizes += 1
+            if key[0] in (KeyKind.RELATION_SIZE, KeyKind.SLRU_SIZE):
+                by_sizes += size_blocks(value)
+    stored = 0
+    stack: LayerStack | None = source.stack
+    while stack is not None:
+        stored += sum(layer.value_count for layer in stack.disk.descriptions)
+        stack = None if stack.ancestry is None else stack.ancestry.timeline.stack
+    return min(by_sizes, stored)
+
+
+def _stored_runs(source: PageSource, lsn: int, start_key: bytes) -> Iterator[Iterator[KeyRun]]:
+    """Runs of relations' blocks from each layer that a read would visit, its ancestors' too."""
+    end_key = kind_range(KeyKind.RELATION_BLOCK)[1]
+    stack = source.stack
+    while True:
+        for memory in stack.memory_layers:
+            yield (KeyRun(key, 1) for key in memory.keys(start_key, end_key, lsn))
+        plan = plan_read(stack.disk, start_key, previous_key(end_key), 0, lsn)
+        for visit in plan.visits:
+            yield _layer_runs(stack.files[visit.layer.description.name], (start_key, end_key), visit)
+        if not plan.continues_in_ancestor or stack.ancestry is None:
+            return
+        lsn = min(lsn, stack.ancestry.lsn)
+        stack = stack.ancestry.timeline.stack
+
+
+def _layer_runs(file: DiskLayer, keys: tuple[bytes, bytes], visit: Visit) -> Iterator[KeyRun]:
+    start, end = keys
+    for block in file.blocks(start, previous_key(end), visit.low_lsn, visit.high_lsn, cached=False):
+        try:
+            for key, count in key_runs(block):
+                if key < end:  # a run that begins before the start is cut by whoever asked
+                    yield KeyRun(key, count)
+        except MalformedValueError as error:
+            raise DamagedLayerError(str(file.local_path), str(error)) from error
 
 
 _METADATA_RANGES = (

@@ -27,9 +27,16 @@ from excimer.base.lsn import format_lsn
 from excimer.storage.engine.context import StorageContext
 from excimer.storage.engine.errors import NoSuchPageError, PageRebuildError
 from excimer.storage.engine.layer_prefetch import prefetch
-from excimer.storage.engine.value_reads import ValueSource, read_value, try_read_value
+from excimer.storage.engine.value_reads import ValueSource, read_value, scan_values, try_read_value
 from excimer.storage.engine.walk_memory import WalkMemory
 from excimer.storage.format.layer_file import DamagedLayerError
+from excimer.storage.format.relation_size import (
+    RelationSize,
+    dead_up_to,
+    note_ranges,
+    size_blocks,
+    unpack_relation_size,
+)
 from excimer.storage.plan.read_path import Visit, plan_read
 
 TRIED_BLOCKS_MAX: Final = 32
@@ -107,7 +114,9 @@ class PageRead:
             return False
         check_within(self._key, self._count, self._lsn, size.value)
         try:
-            if try_collect_chains(self._source, self._key, self._chains, self._lsn):
+            if try_collect_chains(self._source, self._key, self._chains, self._lsn) and try_drop_dead(
+                self._source, self._key, self._chains, size.value
+            ):
                 return True
         except MalformedValueError:
             pass  # the slow way meets it again, and says in which file
@@ -115,8 +124,10 @@ class PageRead:
         return False
 
     def _collect_and_restore(self) -> tuple[list[int], list[bytes]]:
-        check_blocks_exist(self._source, self._key, self._count, self._lsn)
+        size_value = read_value(self._source, size_key_of(self._key), self._lsn)
+        check_within(self._key, self._count, self._lsn, size_value)
         collect_chains(self._source, self._key, self._chains, self._lsn, self._watch)
+        drop_dead(self._source, self._key, self._chains, self._lsn, size_value)
         return self._restore()
 
     def _restore(self) -> tuple[list[int], list[bytes]]:
@@ -158,15 +169,10 @@ class PageRead:
         return self._next_redo()
 
 
-def check_blocks_exist(source: ValueSource, key: bytes, count: int, lsn: int) -> None:
-    """Raises `NoSuchPageError` unless blocks [block, block + count) of the key's relation exist."""
-    check_within(key, count, lsn, read_value(source, size_key_of(key), lsn))
-
-
 def check_within(key: bytes, count: int, lsn: int, size_value: bytes | None) -> None:
     """Raises `NoSuchPageError` unless a relation of this size (its stored value) has the blocks."""
     block = int.from_bytes(key[14:], "big")
-    size = None if size_value is None else int.from_bytes(size_value, "little")
+    size = None if size_value is None else size_blocks(size_value)
     if size is None or block + count > size:
         first_missing = block if size is None else max(size, block)
         raise NoSuchPageError(block_key(key, first_missing - block), lsn, size)
@@ -175,7 +181,7 @@ def check_within(key: bytes, count: int, lsn: int, size_value: bytes | None) -> 
 def read_size_blocks(source: ValueSource, key: bytes, lsn: int) -> int | None:
     """Size of the relation fork, or SLRU segment, that a block key belongs to; None if it does not exist."""
     size = read_value(source, size_key_of(key), lsn)
-    return None if size is None else int.from_bytes(size, "little")
+    return None if size is None else size_blocks(size)
 
 
 def size_key_of(key: bytes) -> bytes:
@@ -257,6 +263,48 @@ def _walk(source: PageSource, key: bytes, chains: PageChains, lsn: int, watch: W
         at = stack.ancestry.timeline
     chains.close_all()
     return visited
+
+
+def try_drop_dead(source: PageSource, key: bytes, chains: PageChains, size_value: bytes | None) -> bool:
+    """`drop_dead` if it needs nothing but what is known already; False if it does."""
+    if key[0] != KeyKind.RELATION_BLOCK or size_value is None:
+        return True
+    size = unpack_relation_size(size_value)
+    if size.born_lsn > chains.oldest_lsn():
+        for slot in range(chains.count):
+            chains.drop_below(slot, size.born_lsn)
+    if chains.oldest_lsn() > size.truncated_lsn:
+        return True
+    known = source.value_cache.try_get_dead(_dead_key(key, chains.count, size))
+    if known is None:
+        return False
+    for slot, lsn in enumerate(known):
+        chains.drop_below(slot, lsn + 1)
+    return True
+
+
+def drop_dead(source: PageSource, key: bytes, chains: PageChains, lsn: int, size_value: bytes | None) -> None:
+    """Drops values that blocks had before they were cut off: `storage.format.relation_size`."""
+    if try_drop_dead(source, key, chains, size_value):
+        return
+    assert size_value is not None
+    size = unpack_relation_size(size_value)
+    first = int.from_bytes(key[14:], "big")
+    last = first + chains.count - 1
+    notes = [
+        note
+        for start, end in note_ranges(size_key_of(key), first, last)
+        for note in scan_values(source, start, end, lsn)
+    ]
+    dead = dead_up_to(notes, first, last)
+    source.value_cache.put_dead(_dead_key(key, chains.count, size), dead, lsn)
+    for slot, dead_lsn in enumerate(dead):
+        chains.drop_below(slot, dead_lsn + 1)
+
+
+def _dead_key(key: bytes, count: int, size: RelationSize) -> tuple[bytes, int, int, int]:
+    """What of it is dead is the same at all LSNs of a history at which the last truncation is the same."""
+    return key, count, size.born_lsn, size.truncated_lsn
 
 
 def decompress_image(compression: int, data: bytes, size_bytes: int) -> bytes:

@@ -8,7 +8,7 @@ Calls may block on disk and, for a layer without a local copy, on object storage
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple, Protocol
 
 from excimer._native.page_chains import MalformedValueError, scan_block
@@ -19,6 +19,8 @@ from excimer.storage.engine.layer_stack import LayerStack
 from excimer.storage.format.layer_file import DamagedLayerError
 from excimer.storage.format.values import ValueKind
 from excimer.storage.plan.read_path import plan_read
+
+DEAD_ENTRIES_MAX = 10_000
 
 StoredValue = tuple[int, int, bytes]
 """LSN, kind, payload."""
@@ -53,10 +55,23 @@ class ValueCache:
         self._entries_max = entries_max
         self._may_keep = may_keep
         self._entries: dict[bytes, CachedValue] = {}
+        self._dead: dict[Hashable, list[int]] = {}
         self._lock = threading.Lock()
 
     def try_get(self, key: bytes) -> CachedValue | None:
         return self._entries.get(key)
+
+    def try_get_dead(self, key: Hashable) -> list[int] | None:
+        """For blocks that were cut off, the LSNs at or below which their values are dead; None: not known."""
+        return self._dead.get(key)
+
+    def put_dead(self, key: Hashable, lsns: list[int], read_lsn: int) -> None:
+        with self._lock:
+            if not self._may_keep(read_lsn):
+                return
+            if len(self._dead) >= min(self._entries_max, DEAD_ENTRIES_MAX):
+                self._dead.clear()
+            self._dead[key] = lsns
 
     def put(self, key: bytes, entry: CachedValue) -> None:
         with self._lock:

@@ -42,7 +42,9 @@ from excimer.base.errors import CorruptionError
 from excimer.base.keys import KEY_SIZE_BYTES
 
 MAGIC = b"EXLAYER\n"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. Version 1 lacks LSNs in relations' sizes and notes of truncations (`relation_size`)."""
+FORMAT_VERSIONS_READ = (1, 2)
 COMPRESSION_LEVEL = 1
 
 _HEADER = struct.Struct("<8sHBxxxxxQQ16s16sxxxxI")
@@ -205,8 +207,9 @@ def unpack_header(data: bytes, file: str) -> LayerHeader:
     magic, version, kind, start_lsn, end_lsn, tenant, timeline, checksum = _HEADER.unpack(data)
     if magic != MAGIC or checksum != google_crc32c.value(data[:-4]):
         raise DamagedLayerError(file, "its header fails the checksum")
-    if version != FORMAT_VERSION:
-        raise DamagedLayerError(file, f"it has format version {version}, this program knows {FORMAT_VERSION}")
+    if version not in FORMAT_VERSIONS_READ:
+        known = " and ".join(map(str, FORMAT_VERSIONS_READ))
+        raise DamagedLayerError(file, f"it has format version {version}, this program knows {known}")
     return LayerHeader(LayerKind(kind), start_lsn, end_lsn, tenant.hex(), timeline.hex())
 
 
