@@ -41,7 +41,8 @@ DATABASES: Final = ("postgres", "template1")
 
 _SAFE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_$/.-")
 _OPTIONS: Final = (
-    "-c synchronous_commit=on -c default_transaction_read_only=off -c statement_timeout=0 -c lock_timeout=0"
+    "-c synchronous_commit=on -c default_transaction_read_only=off -c statement_timeout=0 -c lock_timeout=0 "
+    "-c idle_session_timeout=0 -c idle_in_transaction_session_timeout=0"
 )
 _NO_SUCH_DATABASE: Final = ("3D000", "55000")
 
