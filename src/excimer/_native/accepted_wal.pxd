@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 
-cpdef enum Verdict:
+cpdef enum AppendOutcome:
     OLDER_TERM
     NOT_ADOPTED
     LEAVES_GAP
@@ -22,14 +22,11 @@ cdef class AcceptedWal:
     cdef public uint64_t horizon_lsn
     cdef public int64_t streaming_connection
 
-    cdef Verdict judge(
-        self,
-        int64_t connection,
-        uint64_t term,
-        uint64_t begin_lsn,
-        uint64_t end_lsn,
-        uint64_t commit_lsn,
-        uint64_t horizon_lsn,
+    cdef AppendOutcome check_append(
+        self, uint64_t term, uint64_t begin_lsn, uint64_t end_lsn
+    ) noexcept nogil
+    cdef void commit_append(
+        self, int64_t connection, uint64_t end_lsn, uint64_t commit_lsn, uint64_t horizon_lsn
     ) noexcept nogil
     cdef bint take_flush(self, uint64_t end_lsn, uint64_t last_record_end_lsn) noexcept nogil
     cdef void take_announcement(self, uint64_t commit_lsn, uint64_t horizon_lsn) noexcept nogil

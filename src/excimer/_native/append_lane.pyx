@@ -1,8 +1,8 @@
-"""A commit's way through a safekeeper: socket, verdict, disk, acknowledgement, without the interpreter.
+"""A commit's way through a safekeeper: socket, check, disk, acknowledgement, without the interpreter.
 
 ::
 
-    recv -> whole append frames -> verdict (accepted_wal, C1) -> records checked (wal_scanner)
+    recv -> whole append frames -> check (accepted_wal, C1) -> records checked (wal_scanner)
          -> pwrite -> one fdatasync for all (D1) -> answer
 
 A commit waits for this, at a process whose caches hold somebody else's data by then: the interpreter's way
@@ -320,16 +320,21 @@ cdef class AppendLane:
             if not self.write(frame + WAL_POSITION, length + KIND_POSITION - WAL_POSITION):
                 batch.is_failed = True
                 return
+            self.accepted.commit_append(
+                self.connection,
+                self.accepted.write_lsn + length + KIND_POSITION - WAL_POSITION,
+                u64(frame + BODY_POSITION + 16),
+                u64(frame + BODY_POSITION + 24),
+            )
             batch.taken += KIND_POSITION + length
         if batch.taken and not self.flush(batch):
             batch.is_failed = True
 
     cdef bint is_plain(self, const uint8_t* frame, uint64_t size) noexcept nogil:
-        """Whether the append is the lane's, after the verdict on it."""
+        """Whether the append is the lane's, and may be stored. Changes nothing."""
         cdef uint64_t term = u64(frame + BODY_POSITION)
         cdef uint64_t begin_lsn = u64(frame + BODY_POSITION + 8)
         cdef uint64_t commit_lsn = u64(frame + BODY_POSITION + 16)
-        cdef uint64_t horizon_lsn = u64(frame + BODY_POSITION + 24)
         if (
             term != self.accepted.promised_term
             or begin_lsn != self.accepted.write_lsn
@@ -338,14 +343,11 @@ cdef class AppendLane:
             or self.accepted.announced_commit_lsn >= self.commit_end_lsn
         ):
             return False
-        return (
-            self.accepted.judge(self.connection, term, begin_lsn, begin_lsn + size, commit_lsn, horizon_lsn)
-            == NEW_WAL
-        )
+        return self.accepted.check_append(term, begin_lsn, begin_lsn + size) == NEW_WAL
 
     cdef bint write(self, const uint8_t* wal, size_t size) noexcept nogil:
-        """Checks WAL that ends at the new `write_lsn` and hands it to the system."""
-        cdef uint64_t offset = self.accepted.write_lsn - size - self.segment_start_lsn
+        """Checks WAL that begins at `write_lsn` and hands it to the system."""
+        cdef uint64_t offset = self.accepted.write_lsn - self.segment_start_lsn
         cdef size_t done = 0
         cdef ssize_t written
         if not self.scanner.take(wal, size):  # before it is stored: what is not WAL never is

@@ -24,7 +24,7 @@ Why truncating comes before the new history is on disk: WAL cut too early only l
 tail. A history adopted too early would label another term's bytes as its own, and the next election
 would trust them.
 
-What every append moves, and the verdict on it, is `_native/accepted_wal.pyx`.
+What every append moves, and whether it may, is `_native/accepted_wal.pyx`.
 
 Not here: bytes on disk, record boundaries (the shell's WAL scanner reports them), tokens, sockets.
 """
@@ -34,7 +34,7 @@ from typing import NewType, assert_never
 
 import msgspec
 
-from excimer._native.accepted_wal import AcceptedWal, Verdict
+from excimer._native.accepted_wal import AcceptedWal, AppendOutcome
 from excimer.base.errors import CorruptionError, RefusedError
 from excimer.base.ids import NodeId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
@@ -406,22 +406,17 @@ class Acceptor:
     def _append(self, connection: ConnectionId, request: AppendRequest) -> list[AcceptorEffect]:
         accepted, wal = self.accepted, request.wal
         before_lsn, write_lsn = accepted.commit_lsn, Lsn(accepted.write_lsn)
-        verdict = accepted.judge_append(
-            connection,
-            request.term,
-            request.begin_lsn,
-            request.begin_lsn + len(wal),
-            commit_lsn=request.commit_lsn,
-            horizon_lsn=request.horizon_lsn,
-        )
-        if verdict == Verdict.OLDER_TERM:
+        end_lsn = request.begin_lsn + len(wal)
+        outcome = accepted.check(request.term, request.begin_lsn, end_lsn)
+        if outcome == AppendOutcome.OLDER_TERM:
             return [Send(connection, self._append_response())]
-        if verdict == Verdict.NOT_ADOPTED:
+        if outcome == AppendOutcome.NOT_ADOPTED:
             return [Send(connection, AppendRejected(Term(accepted.promised_term), INVALID_LSN))]
-        if verdict == Verdict.LEAVES_GAP:
+        if outcome == AppendOutcome.LEAVES_GAP:
             return [Send(connection, AppendRejected(Term(accepted.promised_term), write_lsn))]
+        accepted.commit(connection, end_lsn, commit_lsn=request.commit_lsn, horizon_lsn=request.horizon_lsn)
         effects = self._committed_since(before_lsn)
-        if verdict == Verdict.NOTHING_NEW:
+        if outcome == AppendOutcome.NOTHING_NEW:
             return [*effects, Send(connection, self._append_response())]
         known_size_bytes = write_lsn - request.begin_lsn
         effects.append(WriteWal(write_lsn, wal[known_size_bytes:] if known_size_bytes else wal))
