@@ -51,12 +51,23 @@ def test_assignments_name_the_option_they_came_from() -> None:
         ({}, "a, b in force"),
         ({"restart_pending": ["b", "c"]}, "a in force; b after restart: excimer endpoint restart main"),
         (
-            {"changed": ["a", "x.y"]},
+            {"changed": ["a", "x.y"], "settings": {"a": "1", "x.y": "2"}},
             "a in force; x.y kept for its extension, which checks it by itself",
+        ),
+        ({"changed": ["a", "b", "x.y"], "settings": {"a": "1"}}, "a in force; b, x.y unset"),
+        (
+            {"settings": {}, "restart_pending": ["b"]},
+            "a unset; b after restart: excimer endpoint restart main",
         ),
         ({"restart_pending": ["a", "b"]}, "a, b after restart: excimer endpoint restart main"),
     ],
 )
 def test_it_says_what_is_in_force(answer: dict[str, Any], said: str) -> None:
-    whole = {"changed": ["a", "b"], "running": True, "in_force": True, "restart_pending": []} | answer
+    whole = {
+        "changed": ["a", "b"],
+        "settings": {"a": "1", "b": "2"},
+        "running": True,
+        "in_force": True,
+        "restart_pending": [],
+    } | answer
     assert sentence_of("main", whole) == f"endpoint main: {said}"

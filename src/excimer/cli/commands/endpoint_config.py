@@ -153,9 +153,12 @@ def sentence_of(name: str, answer: dict[str, Any]) -> str:
     if not answer["in_force"]:
         return f"endpoint {name}: {changed} kept, but its manager has not taken it over: excimer logs {name}"
     late = [each for each in answer["changed"] if each in answer["restart_pending"]]
-    foreign = [each for each in answer["changed"] if "." in each]
-    early = [each for each in answer["changed"] if each not in (*late, *foreign)]
+    unset = [each for each in answer["changed"] if each not in answer["settings"] and each not in late]
+    foreign = [each for each in answer["changed"] if "." in each and each not in unset]
+    early = [each for each in answer["changed"] if each not in (*late, *unset, *foreign)]
     parts = [f"{', '.join(early)} in force"] if early else []
+    if unset:
+        parts.append(f"{', '.join(unset)} unset")
     if foreign:
         parts.append(f"{', '.join(foreign)} kept for its extension, which checks it by itself")
     if late:
