@@ -249,10 +249,18 @@ def _check_progress(
         how = "" if code is None else f" ({describe_exit(code)})"
     if not has_ended and time.monotonic() <= deadline:
         return
-    said = f"{last_error(log_path(installation, part.name), log_start)}; see `excimer logs {part.name}`"
+    problems = [] if has_ended else _own_words(installation, part)
+    reason = "; ".join(problems) or last_error(log_path(installation, part.name), log_start)
+    said = f"{reason}; see `excimer logs {part.name}`"
     if has_ended:
         raise ProcessFailedError(f"{part.name} did not start{how}: {said}")
     raise HealthTimeoutError(f"{part.name} runs but does not become ready: {said}")
+
+
+def _own_words(installation: Installation, part: Part) -> list[str]:
+    """What a part that runs says is wrong with it: more to the point than the last line of its log."""
+    process = find_process(installation, part.name, part.lock_dir)
+    return [] if process is None else probe_health(part.http_address, process.pid).warnings
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,8 @@ async def serve(settings):
         raise RefusedError("port 5 of 127.0.0.1 is taken by another program")
     with InstanceLock(settings.data_dir, "service"):
         health = Health("service", ready=settings.how != "never ready")
+        if settings.how == "unwell":
+            health.report("disk", "it is on fire")
         async with serving_light_http(settings.http_listen, health, lambda: b""):
             while True:
                 try:
@@ -173,6 +175,10 @@ def test_failures_show_what_the_service_said(installation: Installation) -> None
     with pytest.raises(ExcimerError, match="waits runs but does not become ready: its log"):
         start_parts(installation, [waits], lambda *_: None, limit_s=1.5)
     assert stop(installation, waits) == ["waits"]
+    unwell = part_of(installation, "unwell", "unwell")
+    with pytest.raises(ExcimerError, match="unwell runs but does not become ready: disk: it is on fire; see"):
+        start_parts(installation, [unwell], lambda *_: None, limit_s=1.5)
+    assert stop(installation, unwell) == ["unwell"]
 
 
 def test_one_command_at_a_time(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
