@@ -138,7 +138,9 @@ def test_an_interrupted_start_is_repaired_by_the_next(stack: Stack) -> None:
         assert start.returncode in (130, -signal.SIGINT, 0)
         assert "Traceback" not in errors or start.returncode == -signal.SIGINT
         stack.json("start")
+    assert "no endpoint runs: `excimer endpoint start NAME`" in stack.run("start")[2]
     assert stack.json("endpoint", "start", "main")["started"]
+    assert "no endpoint runs" not in stack.run("start")[2]
     assert stack.sql("select count(*) from flights") == "336776"
 
 

@@ -276,7 +276,7 @@ def _lock_dir_of(directory: Path, part: str) -> Path:
 
 @app.command()
 def start(context: typer.Context) -> None:
-    """Start the services that do not run: broker, safekeepers, pageserver, controller."""
+    """Start the services that do not run: broker, safekeepers, pageserver, controller. Not endpoints."""
     session = session_of(context)
     installation = load_installation(session.directory)
     started = start_services(session, installation)
@@ -286,6 +286,9 @@ def start(context: typer.Context) -> None:
         else "everything runs",
         {"started": started},
     )
+    endpoints = _endpoint_rows(installation)
+    if endpoints and all(row["pid"] is None for row in endpoints):
+        session.note("no endpoint runs: `excimer endpoint start NAME`, or `excimer up` for main")
 
 
 def start_services(session: Session, installation: Installation) -> list[str]:
