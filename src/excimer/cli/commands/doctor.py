@@ -23,7 +23,7 @@ from excimer.cli.installation import (
     is_free,
     load_installation,
 )
-from excimer.cli.local_processes import find_process, probe_health
+from excimer.cli.local_processes import ProcessRecord, find_process, probe_health
 from excimer.cli.session import Session, session_of
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def examine(session: Session) -> Iterator[Finding]:
         yield Finding("installation", "problem", str(error))
         return
     yield _check_keys(installation)
-    for part in installation.service_parts():
-        yield from _check_part(installation, part)
+    yield from _check_services(installation)
     yield from _check_endpoints(installation)
 
 
@@ -198,13 +197,24 @@ def _check_endpoints(installation: Installation) -> Iterator[Finding]:
             yield from _check_health(path.stem, settings["http_listen"], process.pid)
 
 
-def _check_part(installation: Installation, part: Part) -> Iterator[Finding]:
-    process = find_process(installation, part.name, part.lock_dir)
+def _check_services(installation: Installation) -> Iterator[Finding]:
+    """An installation that is stopped as a whole is well; one that lacks a part is not."""
+    parts = installation.service_parts()
+    processes = {part.name: find_process(installation, part.name, part.lock_dir) for part in parts}
+    some_run = any(processes.values())
+    for part in parts:
+        yield from _check_part(part, processes[part.name], others_run=some_run)
+
+
+def _check_part(part: Part, process: ProcessRecord | None, *, others_run: bool) -> Iterator[Finding]:
     if process is None:
-        if is_free(parse_address(part.http_address).port):
-            yield Finding(part.name, "ok", "does not run")
-        else:
+        if not is_free(parse_address(part.http_address).port):
             yield Finding(part.name, "problem", f"does not run, and its port {part.http_address} is taken")
+        elif others_run:
+            detail = f"does not run, and others do: excimer logs {part.name}, then excimer start"
+            yield Finding(part.name, "problem", detail)
+        else:
+            yield Finding(part.name, "ok", "does not run")
         return
     yield from _check_health(part.name, part.http_address, process.pid)
 
@@ -222,5 +232,6 @@ def _check_health(part: str, http_address: str, pid: int) -> Iterator[Finding]:
 
 def _show(console: "Console", findings: list[Finding]) -> None:
     marks = {"ok": "[green]✓[/green]", "warning": "[yellow]![/yellow]", "problem": "[red]✗[/red]"}
+    width = max(len(finding.check) for finding in findings)
     for finding in findings:
-        console.print(f"{marks[finding.verdict]} {finding.check:<16} {finding.detail}", highlight=False)
+        console.print(f"{marks[finding.verdict]} {finding.check:<{width}} {finding.detail}", highlight=False)
