@@ -38,7 +38,7 @@ cdef class AcceptedWal:
     cdef void commit_append(
         self, int64_t connection, uint64_t end_lsn, uint64_t commit_lsn, uint64_t horizon_lsn
     ) noexcept nogil:
-        """What was checked is written up to `end_lsn`; it came from `connection`, which announced the others."""
+        """What was checked is written up to `end_lsn`; it came from `connection`, which said the rest."""
         self.streaming_connection = connection
         self.take_announcement(commit_lsn, horizon_lsn)
         if end_lsn > self.write_lsn:
