@@ -168,7 +168,8 @@ def make_installation(
     if directory.is_dir() and any(directory.iterdir()) and not _is_unfinished(directory):
         if not force:
             raise StateDirectoryError(
-                f"{directory} is not empty: name another with --dir, or delete what is there with --force"
+                f"{directory} is not empty: name another with --dir, or delete an installation that is there "
+                "with excimer init --force"
             )
         _remove_installation(directory)
     elif directory.exists() and not directory.is_dir():
