@@ -41,7 +41,7 @@ from excimer.service.settings import Settings
 from tests.kit.directories import reachable_directory
 
 SERVICE = """
-import asyncio, sys
+import asyncio, os, signal, sys
 from pathlib import Path
 from excimer.base.errors import RefusedError
 from excimer.service.health import Health
@@ -58,6 +58,10 @@ class S(Settings, frozen=True):
 async def serve(settings):
     if settings.how == "refuse":
         raise RefusedError("port 5 of 127.0.0.1 is taken by another program")
+    if settings.how == "stopped":
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
     with InstanceLock(settings.data_dir, "service"):
         health = Health("service", ready=settings.how != "never ready")
         if settings.how == "unwell":
@@ -175,6 +179,8 @@ def test_failures_show_what_the_service_said(installation: Installation) -> None
     with pytest.raises(ExcimerError, match="waits runs but does not become ready: its log"):
         start_parts(installation, [waits], lambda *_: None, limit_s=1.5)
     assert stop(installation, waits) == ["waits"]
+    with pytest.raises(ProcessFailedError, match="small was stopped while it started, perhaps by another"):
+        start_parts(installation, [part_of(installation, "stopped")], lambda *_: None)
     unwell = part_of(installation, "unwell", "unwell")
     with pytest.raises(ExcimerError, match="unwell runs but does not become ready: disk: it is on fire; see"):
         start_parts(installation, [unwell], lambda *_: None, limit_s=1.5)
