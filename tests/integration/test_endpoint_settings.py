@@ -120,8 +120,8 @@ def test_no_setting_that_is_allowed_stops_commits(stack: Stack) -> None:
     stack.text("endpoint", "config", "main", "set", *hostile)
     stack.text("endpoint", "stop", "main")
     stack.text("endpoint", "start", "main")
-    with stack.connect() as connection:
-        connection.execute("set statement_timeout = 0; set idle_session_timeout = 0")
+    options = "-c statement_timeout=0 -c idle_session_timeout=0"
+    with psycopg.connect(stack.url("main"), autocommit=True, options=options) as connection:
         connection.execute("create table written (at int)")
         for number in range(50):
             connection.execute("insert into written values (%s)", (number,))

@@ -13,7 +13,15 @@ from excimer.base.address import Address
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.cli.errors import NotRunningError
 from excimer.compute.local_access import LocalAccess
-from excimer.wire.pg_client import ClientConnection, ClientEvent, PostgresError, QueryDone, QueryFailed, Ready
+from excimer.wire.pg_client import (
+    UNLIMITED_SESSION,
+    ClientConnection,
+    ClientEvent,
+    PostgresError,
+    QueryDone,
+    QueryFailed,
+    Ready,
+)
 from excimer.wire.pg_messages import TERMINATE, ProtocolViolationError
 
 ANSWER_TIMEOUT_S: Final = 60.0
@@ -24,6 +32,7 @@ _NO_SUCH_DATABASE: Final = "3D000"
 _RETRYABLE_CLASSES: Final = ("08", "53", "57")
 _RECEIVE_SIZE_BYTES: Final = 1 << 16
 _SESSION: Final = {
+    **UNLIMITED_SESSION,
     "log_statement": "none",
     "log_min_duration_statement": "-1",
     "log_min_duration_sample": "-1",

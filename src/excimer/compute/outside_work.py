@@ -28,7 +28,7 @@ from excimer.postgres import PostgresBuild
 from excimer.postgres.library_lists import split_libraries
 from excimer.postgres.setting_rules import PostgresSettingError
 from excimer.service.replication_client import ReplicationClient, connect_replication
-from excimer.wire.pg_client import PostgresError
+from excimer.wire.pg_client import UNLIMITED_SESSION, PostgresError
 
 GATE: Final = "excimer_subscriptions_may_start"
 """Same as in csrc/endpoint/background_work.c."""
@@ -40,10 +40,7 @@ DATABASES: Final = ("postgres", "template1")
 """Subscriptions are in a catalog that all databases share; a cluster nearly always has both of these."""
 
 _SAFE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_$/.-")
-_OPTIONS: Final = (
-    "-c synchronous_commit=on -c default_transaction_read_only=off -c statement_timeout=0 -c lock_timeout=0 "
-    "-c idle_session_timeout=0 -c idle_in_transaction_session_timeout=0"
-)
+_OPTIONS: Final = "-c synchronous_commit=on -c default_transaction_read_only=off"
 _NO_SUCH_DATABASE: Final = ("3D000", "55000")
 
 
@@ -93,7 +90,12 @@ async def _connect(address: PostgresAddress) -> ReplicationClient:
                 Address(address.socket_dir, address.port),
                 user=address.user,
                 application_name=APPLICATION_NAME,
-                parameters={"replication": "database", "database": database, "options": _OPTIONS},
+                parameters={
+                    **UNLIMITED_SESSION,
+                    "replication": "database",
+                    "database": database,
+                    "options": _OPTIONS,
+                },
             )
         except PostgresError as error:
             if error.sqlstate not in _NO_SUCH_DATABASE:

@@ -37,6 +37,7 @@ from excimer.consensus.wal_window import WalWindow
 from excimer.service.logs import get_logger
 from excimer.service.replication_client import ReplicationClient, connect_replication
 from excimer.service.tasks import Backoff, TaskScope
+from excimer.wire.pg_client import UNLIMITED_SESSION
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     ProposerId,
@@ -48,7 +49,7 @@ from excimer.wire.safekeeping import (
 
 ELECTION_TIMEOUT_S = 30.0
 HEARTBEAT_INTERVAL_S = 1.0
-WALSENDER_PARAMETERS = {"wal_sender_timeout": "60s"}
+WALSENDER_PARAMETERS = {**UNLIMITED_SESSION, "wal_sender_timeout": "60s"}
 """Whatever the endpoint's own setting is: with one that is too short no commit would come through."""
 
 PROPOSER_SLOT = PROPOSER_NAME

@@ -14,6 +14,7 @@ Unix socket); what is inside CopyData (`replication`).
 """
 
 from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
@@ -28,6 +29,17 @@ from excimer.wire.pg_messages import (
     encode_query,
     encode_startup,
 )
+
+UNLIMITED_SESSION: Final = {
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_session_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+}
+"""Start-up parameters of our own connections, whatever limits the endpoint, database or role sets.
+
+`transaction_timeout` is not among them, because PostgreSQL before 17 refuses a name that it does not know.
+"""
 
 _AUTHENTICATION_OK = 0
 _AUTHENTICATION_CLEARTEXT = 3
