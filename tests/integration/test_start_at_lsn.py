@@ -166,7 +166,7 @@ def test_leftovers_are_killed_and_a_failed_start_is_an_error(cluster: Cluster) -
             second = await PostgresProcess.start(
                 cluster.build.postgres, cluster.data_dir, cluster.build.whole_environment(), cluster.log
             )
-            with pytest.raises(PostgresStartError, match="status 1 at start: lock file"):
+            with pytest.raises(PostgresStartError, match="code 1 at start: lock file"):
                 await second.wait_ready()
             segments = shared_memory_segments(cluster.data_dir)
             assert segments

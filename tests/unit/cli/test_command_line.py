@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -146,6 +147,7 @@ def test_an_interrupt_is_said_in_one_line(
 )
 def test_ctrl_c_and_its_kind_during_the_imports_are_no_traceback(tmp_path: Path, interrupt: str) -> None:
     (tmp_path / "typer.py").write_text(f"{interrupt}\n")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup makes children ignore it
     ended = subprocess.run(
         [sys.executable, "-m", "excimer.cli", "status"],
         capture_output=True,
@@ -153,6 +155,7 @@ def test_ctrl_c_and_its_kind_during_the_imports_are_no_traceback(tmp_path: Path,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
+    signal.signal(signal.SIGHUP, before)
     assert (ended.returncode, ended.stderr) == (130, "excimer: interrupted before anything was done\n")
 
 

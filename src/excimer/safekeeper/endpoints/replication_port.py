@@ -31,6 +31,7 @@ from excimer.base.errors import (
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn, format_lsn
 from excimer.safekeeper.metrics import SafekeeperMetrics
+from excimer.safekeeper.registry import TimelineNotFoundError
 from excimer.safekeeper.timeline import SafekeeperTimeline
 from excimer.safekeeper.timeline_door import TimelineDoor, confirms_durability
 from excimer.safekeeper.wal_retention import ReaderPosition
@@ -191,7 +192,9 @@ class _Session:
             if timeline is not None:
                 await self._serve_until_expiry(timeline)
         except ExcimerError as error:
-            log.warning("WAL reader refused", error=error)
+            # A pageserver may hear of a timeline before this safekeeper does: it comes again.
+            is_early = isinstance(error, TimelineNotFoundError)
+            (log.info if is_early else log.warning)("WAL reader refused", error=error)
             self._writer.write(pg.encode_error(str(error), sqlstate_of(error), severity="FATAL"))
             with contextlib.suppress(OSError):
                 await self._writer.drain()
