@@ -29,6 +29,7 @@ from excimer.wire.auth import KeyPair
 from tests.kit import ingest_workload, redo_workload
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.directories import reachable_directory
+from tests.kit.kept_wal import KeptWal
 from tests.kit.page_truth import Comparison, recover
 from tests.kit.pageservers import PageserverProcess
 from tests.kit.stack import Stack, running_stack
@@ -163,8 +164,9 @@ def finished() -> Iterator[Run]:
         stack.text("tenant", "create", "--set-default")
         branch = branch_of(stack)
         branch.configure(**SMALL_LAYERS)
-        live(stack, root)
-        history = stack_history(branch, build_of(NEWEST_VERSION), root)
+        with KeptWal(branch.wal_dir(1), root / "kept") as kept:
+            live(stack, root)
+            history = stack_history(branch, build_of(NEWEST_VERSION), root, kept)
         arrive(branch, history.record_ends[-1])
         yield Run(stack, branch, history, root)
 

@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -56,6 +56,7 @@ from excimer.pgformat.wal_segment import segment_name
 from excimer.postgres import PostgresBuild
 from excimer.wire.auth import Claims, Right, encode_token
 from tests.kit.builds import build_of
+from tests.kit.kept_wal import KeptWal
 from tests.kit.page_client import PageClient, connect_pages
 from tests.kit.page_truth import SETTINGS, Comparer, Comparison, History, chunks, recover
 from tests.kit.stack import Stack
@@ -98,9 +99,11 @@ class Branch(NamedTuple):
     def path(self) -> str:
         return f"/tenant/{self.tenant_id}/timeline/{self.timeline_id}"
 
-    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        """Whatever the pageserver answers."""
-        headers = {"Authorization": f"Bearer {self.installation.admin_token()}"}
+    def ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, token: str | None = None
+    ) -> httpx.Response:
+        """Whatever the pageserver answers, by default to the installation's user."""
+        headers = {"Authorization": f"Bearer {token or self.installation.admin_token()}"}
         url = f"http://{self.http_address}/v1{path}"
         return httpx.request(method, url, headers=headers, json=body, timeout=HTTP_TIMEOUT_S)
 
@@ -127,7 +130,8 @@ class Branch(NamedTuple):
         return self._must("PUT", f"{self.path}/do_gc")
 
     def lease(self, lsn: Lsn) -> None:
-        self._must("POST", f"{self.path}/lsn_lease", {"lsn": format_lsn(lsn)})
+        body = {"lsn": format_lsn(lsn)}
+        _answer(self.ask("POST", f"{self.path}/lsn_lease", body, self.token(Right.READ_PAGES)))
 
     def layers(self) -> list[dict[str, Any]]:
         return list(self._must("GET", f"{self.path}/layer_map")["layers"])
@@ -201,9 +205,9 @@ class StackHistory(History):
         return {record.data[_MANAGER_OFFSET] for record in self.records}
 
 
-def stack_history(branch: Branch, build: PostgresBuild, root: Path, safekeeper: int = 1) -> StackHistory:
-    """What a safekeeper holds of a timeline that began as an empty cluster, up to its commit LSN."""
-    known = branch.at_safekeeper(safekeeper)
+def stack_history(branch: Branch, build: PostgresBuild, root: Path, kept: KeptWal) -> StackHistory:
+    """Of a timeline that began as an empty cluster, up to its commit LSN; `kept` is of safekeeper 1."""
+    known = branch.at_safekeeper(1)
     size, start_lsn = known["wal_segment_size"], parse_lsn(known["start_lsn"])
     beginning = root / "beginning"
     copy_data_dir(initdb_template(build), beginning)
@@ -213,7 +217,7 @@ def stack_history(branch: Branch, build: PostgresBuild, root: Path, safekeeper: 
     first = bytearray((beginning / "pg_wal" / name).read_bytes())
     _SYSTEM_ID.pack_into(first, _SYSTEM_ID_OFFSET, known["system_id"])
     before = {name: bytes(first)}
-    return _continued(branch, build, beginning, before, start_lsn, root / "wal", safekeeper)
+    return _continued(branch, build, beginning, before, start_lsn, root / "wal", kept.read)
 
 
 def imported_history(
@@ -222,7 +226,11 @@ def imported_history(
     """Of an imported cluster: a copy of it, its source's WAL from `start_lsn` on, and then its own."""
     names = [path for path in source_wal_dir.iterdir() if len(path.name) == _SEGMENT_NAME_LENGTH]
     before = {path.name: path.read_bytes() for path in names}
-    return _continued(branch, build, beginning, before, start_lsn, wal_dir, 1)
+
+    def read(name: str) -> bytes:
+        return (branch.wal_dir(1) / name).read_bytes()
+
+    return _continued(branch, build, beginning, before, start_lsn, wal_dir, read)
 
 
 def _continued(
@@ -232,10 +240,10 @@ def _continued(
     before: Mapping[str, bytes],
     history_lsn: Lsn,
     wal_dir: Path,
-    safekeeper: int,
+    read: Callable[[str], bytes],
 ) -> StackHistory:
-    """`before` are the segments up to where the safekeeper's WAL starts, by name."""
-    known = branch.at_safekeeper(safekeeper)
+    """`before` are the segments up to where the timeline's own WAL starts, by name; `read` gives its own."""
+    known = branch.at_safekeeper(1)
     size = known["wal_segment_size"]
     own_lsn, commit_lsn = parse_lsn(known["start_lsn"]), parse_lsn(known["commit_lsn"])
     origin = history_lsn // size * size
@@ -246,7 +254,7 @@ def _continued(
         kept = max(0, min(size, own_lsn - number * size))
         segment = before[name][:kept] if kept else b""
         if kept < size:
-            segment += (branch.wal_dir(safekeeper) / name).read_bytes()[kept:]
+            segment += read(name)[kept:]
         segment = segment[: commit_lsn - number * size].ljust(size, b"\0")
         (wal_dir / name).write_bytes(segment)
         data += segment
