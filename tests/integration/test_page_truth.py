@@ -307,7 +307,7 @@ def test_what_is_no_longer_retained_is_refused(collected: Collected) -> None:
         compare(collected.moments, run.branch, [gone])
     refused = run.stack.run("timeline", "branch", "--branch-name", "late", "--at", format_lsn(gone))
     assert (refused.returncode, "its history reaches from" in refused.stderr) == (1, True), refused.stderr
-    lease = run.branch.ask("POST", f"{run.branch.path}/lsn_lease", {"lsn": format_lsn(gone)})
+    lease = run.branch.try_lease(gone)
     assert (lease.status_code, "no history" in lease.text) == (400, True), lease.text
 
 

@@ -130,8 +130,12 @@ class Branch(NamedTuple):
         return self._must("PUT", f"{self.path}/do_gc")
 
     def lease(self, lsn: Lsn) -> None:
+        _answer(self.try_lease(lsn))
+
+    def try_lease(self, lsn: Lsn) -> httpx.Response:
+        """Whatever the pageserver answers to who may read the branch's pages."""
         body = {"lsn": format_lsn(lsn)}
-        _answer(self.ask("POST", f"{self.path}/lsn_lease", body, self.token(Right.READ_PAGES)))
+        return self.ask("POST", f"{self.path}/lsn_lease", body, self.token(Right.READ_PAGES))
 
     def layers(self) -> list[dict[str, Any]]:
         return list(self._must("GET", f"{self.path}/layer_map")["layers"])
