@@ -54,7 +54,7 @@ from excimer.compute.outside_work import (
 from excimer.compute.page_relay import relaying_pages
 from excimer.compute.places import ComputePlaces
 from excimer.compute.position_client import PositionClient
-from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, kill_left_behind
+from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, check_port, kill_left_behind
 from excimer.compute.postgres_settings import (
     access_arguments,
     fixed_arguments,
@@ -179,6 +179,7 @@ class Attempt:
         clock = _StepClock()
         await self._clean_up()
         # Before the election, which ends whoever else serves this timeline.
+        check_port(spec.port)
         bind_listen(str(Address(spec.host, spec.port)), "PostgreSQL", is_ours=False).close()
         pair = None if spec.certificate is None else await asyncio.to_thread(read_pair, spec.certificate)
         end_lsn = spec.static_lsn

@@ -12,10 +12,12 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from excimer.base.errors import RetryableError
+from excimer.base.errors import RefusedError, RetryableError
 from excimer.io.processes import describe_exit, spawn_async
 from excimer.service.log_files import open_log
 
+FIRST_UNPRIVILEGED_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+USUAL_FIRST_UNPRIVILEGED_PORT = 1024
 START_TIMEOUT_S = 60.0
 FAST_STOP_TIMEOUT_S = 3.0
 LOG_READ_SIZE_BYTES = 1 << 16
@@ -29,8 +31,25 @@ _IPC_RMID = 0
 _libc = ctypes.CDLL(None)
 
 
+class ReservedPortError(RefusedError):
+    """PostgreSQL's port is one that only root may listen on, and PostgreSQL never runs as root."""
+
+
 class PostgresStartError(RetryableError):
     """postgres did not come up."""
+
+
+def check_port(port: int) -> None:
+    """Raises `ReservedPortError`. That we ourselves may listen there as root says nothing of PostgreSQL."""
+    try:
+        first_free = int(FIRST_UNPRIVILEGED_PORT.read_text())
+    except (OSError, ValueError):
+        first_free = USUAL_FIRST_UNPRIVILEGED_PORT
+    if port < first_free:
+        raise ReservedPortError(
+            f"PostgreSQL cannot listen on port {port}, "
+            f"which is reserved for root: choose one from {first_free} on"
+        )
 
 
 class PostgresProcess:

@@ -130,4 +130,6 @@ def test_options_that_do_nothing_are_said_to(tmp_path: Path, capsys: pytest.Capt
         "--safekeepers 3",
     ]
     assert "tenant create NAME --pg-version 17" in said[0]
+    _say_what_does_nothing(session, installation, 13, None)
+    assert "versions are 14 to 18" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "state")

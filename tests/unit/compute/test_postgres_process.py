@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from excimer.compute.postgres_process import kill_left_behind
+from excimer.compute import postgres_process
+from excimer.compute.postgres_process import ReservedPortError, check_port, kill_left_behind
 
 
 @pytest.mark.parametrize("is_removed", [False, True])
@@ -35,3 +36,19 @@ def test_what_was_left_behind_is_killed_also_behind_a_link_or_in_a_removed_direc
         finally:
             inside.kill()
             other.kill()
+
+
+@pytest.mark.parametrize(
+    ("said", "first_free"), [("1024\n", 1024), ("500\n", 500), ("nonsense", 1024), (None, 1024)]
+)
+def test_a_port_that_is_reserved_for_root_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, first_free: int
+) -> None:
+    """We may be root and could listen there; PostgreSQL never is."""
+    source = tmp_path / "ip_unprivileged_port_start"
+    if said is not None:
+        source.write_text(said)
+    monkeypatch.setattr(postgres_process, "FIRST_UNPRIVILEGED_PORT", source)
+    check_port(first_free)
+    with pytest.raises(ReservedPortError, match=f"port {first_free - 1}, .* from {first_free} on"):
+        check_port(first_free - 1)

@@ -91,11 +91,18 @@ def _say_what_does_nothing(
     trust_local: bool = False,
 ) -> None:
     """Options that only a new installation has an ear for."""
+    from excimer.controller.core import PG_VERSIONS
+
     config = installation.config
     if pg_version not in (None, config.pg_version):
+        instead = (
+            f"for another version: excimer tenant create NAME --pg-version {pg_version}"
+            if pg_version in PG_VERSIONS
+            else f"versions are {PG_VERSIONS[0]} to {PG_VERSIONS[-1]}"
+        )
         session.note(
             f"--pg-version {pg_version} does nothing here: {session.directory} is of PostgreSQL "
-            f"{config.pg_version}; for another version: excimer tenant create NAME --pg-version {pg_version}"
+            f"{config.pg_version}; {instead}"
         )
     if safekeepers not in (None, len(config.safekeepers)):
         session.note(
