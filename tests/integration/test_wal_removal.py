@@ -98,17 +98,3 @@ def test_wal_that_a_safekeeper_lacks_is_kept_until_it_is_back(stack: Stack) -> N
     assert sorted(wal_sizes(stack, timeline_id))[1] >= 4 * SEGMENT_SIZE_BYTES
     stack.text("start")
     stack.wait_until(lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "it is trimmed")
-
-
-def test_an_idle_branch_without_a_compute_and_an_archived_one_are_trimmed(stack: Stack) -> None:
-    branch = stack.branch("leaf")
-    for _ in range(3):
-        stack.query(
-            "insert into t select g, repeat(md5(g::text), 30) from generate_series(1, 14000) g", "leaf"
-        )
-    stack.text("endpoint", "stop", "leaf", "--destroy")
-    stack.text("timeline", "archive", "leaf")
-    timeline_id = str(branch["timeline_id"])
-    stack.wait_until(
-        lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "the archived one is trimmed"
-    )
