@@ -33,7 +33,7 @@ from excimer.service.health import Health
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.metrics import new_registry
 from excimer.service.replication_client import connect_replication
-from excimer.service.tasks import SystemClock, TaskScope, contained
+from excimer.service.tasks import SystemClock, TaskScope
 from excimer.wire.auth import Resource, Right, TokenVerifier
 from excimer.wire.replication import format_options
 from tests.kit import rights_table as table
@@ -297,7 +297,7 @@ def test_the_page_service() -> None:
                 service = PageService(
                     find_timeline=cast(Callable[[TenantId, TimelineId], ServedTimeline], finder.find),
                     verifier=VERIFIER,
-                    spawn=lambda name, coroutine: scope.start(name, contained(name, coroutine)),
+                    spawn=scope.contain,
                     metrics=PageServiceMetrics(CollectorRegistry()),
                     lsn_wait_timeout_s=1.0,
                 )

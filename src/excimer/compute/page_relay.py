@@ -23,7 +23,7 @@ from typing import Final
 from excimer.base.address import Address
 from excimer.io.processes import give_to_user
 from excimer.service.logs import get_logger
-from excimer.service.tasks import TaskScope, contained
+from excimer.service.tasks import TaskScope
 from excimer.service.tls import client_tls
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -38,7 +38,7 @@ async def relaying_pages(path: Path, pageserver: Address) -> AsyncIterator[None]
     async with TaskScope() as scope:
 
         def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            scope.start("page relay", contained("page relay", _relay(reader, writer, pageserver)))
+            scope.contain("page relay", _relay(reader, writer, pageserver))
 
         server = await asyncio.start_unix_server(accepted, path, limit=_COPY_SIZE_BYTES)
         os.chmod(path, 0o600)

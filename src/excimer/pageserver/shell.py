@@ -11,11 +11,10 @@ Not here: decisions. This module only connects parts.
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from fastapi import Depends, FastAPI
@@ -53,7 +52,7 @@ from excimer.service.instance_lock import InstanceLock
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
 from excimer.service.metrics import add_disks, new_registry
-from excimer.service.tasks import SystemClock, TaskScope, contained, running
+from excimer.service.tasks import SystemClock, TaskScope, running
 from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
 from excimer.storage.engine.local_disk import LocalDisk
 from excimer.wire.auth import Right, TokenVerifier
@@ -227,13 +226,10 @@ def _storage_context(
 def _page_service(
     settings: PageserverSettings, tenants: Tenants, scope: TaskScope, registry: CollectorRegistry
 ) -> PageService:
-    def spawn(name: str, coroutine: Coroutine[Any, Any, None]) -> None:
-        scope.start(name, contained(name, coroutine))
-
     return PageService(
         find_timeline=tenants.active_for_compute,
         verifier=TokenVerifier(settings.auth_public_key_path.read_bytes()),
-        spawn=spawn,
+        spawn=scope.contain,
         metrics=PageServiceMetrics(registry),
         lsn_wait_timeout_s=settings.lsn_wait_timeout_s,
     )

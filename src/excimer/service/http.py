@@ -55,7 +55,7 @@ from excimer.service.http_guard import (
 )
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger, log_context
-from excimer.service.tasks import SystemClock, TaskScope, contained
+from excimer.service.tasks import SystemClock, TaskScope
 from excimer.wire.auth import AuthError, Claims, Resource, Right, TokenVerifier, authorize
 
 HTTP_UNAUTHORIZED: Final = 401
@@ -226,8 +226,7 @@ class _Server(uvicorn.Server):
 
     def _accepted(self, admission: Admission) -> None:
         protocol = _HttpConnection(self.config, self.server_state, admission)
-        serving = serve_protocol(admission, protocol)
-        self._scope.start("http connection", contained("http connection", serving))
+        self._scope.contain("http connection", serve_protocol(admission, protocol))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

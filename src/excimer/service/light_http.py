@@ -17,7 +17,7 @@ from excimer.service.health import HTTP_OK, Health
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
 from excimer.service.plain_metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
-from excimer.service.tasks import TaskScope, contained
+from excimer.service.tasks import TaskScope
 
 REQUEST_LIMIT_S = 5.0
 REQUEST_SIZE_MAX = 16 * 1024
@@ -52,7 +52,7 @@ class _LightServer:
         self._scope = scope
 
     def accepted(self, admission: Admission) -> None:
-        self._scope.start("http request", contained("http request", self._serve(admission)))
+        self._scope.contain("http request", self._serve(admission))
 
     async def _serve(self, admission: Admission) -> None:
         """One request; the admission's deadline ends it."""

@@ -60,6 +60,7 @@ class TaskScope:
     def __init__(self) -> None:
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_leaving = False
 
     async def __aenter__(self) -> "TaskScope":
         await self._group.__aenter__()
@@ -68,6 +69,7 @@ class TaskScope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_leaving = True
         for task in list(self._tasks):
             task.cancel()
         try:
@@ -78,7 +80,10 @@ class TaskScope:
             raise
 
     def start(self, name: str, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Runs `coroutine` in the scope. Its error cancels the whole scope."""
+        """Runs `coroutine` in the scope. Its error cancels the whole scope.
+
+        What is started while the scope is being left, by a callback for example, is cancelled at once.
+        """
         try:
             task = self._group.create_task(coroutine, name=name)
         except RuntimeError:  # the scope is being left
@@ -86,6 +91,22 @@ class TaskScope:
             raise
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if self._is_leaving:
+            task.cancel()
+        return task
+
+    def contain(self, name: str, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs one piece of work, a connection for example, whose unexpected error is logged and goes no
+        further.
+        """
+        containing = _contained(name, coroutine)
+        try:
+            task = self.start(name, containing)
+        except RuntimeError:
+            coroutine.close()
+            raise
+        # A task that is cancelled before its first step never comes to await the coroutine.
+        task.add_done_callback(lambda _: coroutine.close())
         return task
 
     def supervise(
@@ -115,8 +136,7 @@ async def supervised(name: str, job: Callable[[], Awaitable[None]], backoff: Bac
         await asyncio.sleep(wait_s)
 
 
-async def contained(name: str, coroutine: Coroutine[Any, Any, None]) -> None:
-    """One piece of work, a request for example, whose unexpected error is logged and goes no further."""
+async def _contained(name: str, coroutine: Coroutine[Any, Any, None]) -> None:
     try:
         await coroutine
     except Exception as error:

@@ -22,7 +22,7 @@ from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.metrics import PageServiceMetrics
 from excimer.service.connections import ConnectionLimits
 from excimer.service.listen import bind_listen, bound_address
-from excimer.service.tasks import TaskScope, contained, running
+from excimer.service.tasks import TaskScope, running
 from excimer.wire.auth import AuthError, Right, TokenVerifier, generate_key_pair
 from excimer.wire.page_service import (
     BLOCKS_MAX,
@@ -98,7 +98,7 @@ async def world(
         service = PageService(
             find_timeline=find,
             verifier=TokenVerifier(KEYS.public_pem),
-            spawn=lambda name, coroutine: scope.start(name, contained(name, coroutine)),
+            spawn=scope.contain,
             metrics=PageServiceMetrics(CollectorRegistry()),
             lsn_wait_timeout_s=lsn_wait_timeout_s,
             limits=limits,

@@ -23,7 +23,7 @@ from excimer.service.connections import (
     TooManyConnectionsError,
 )
 from excimer.service.listen import bind_listen, bound_address
-from excimer.service.tasks import TaskScope, contained, running
+from excimer.service.tasks import TaskScope, running
 
 PASSWORD = b"sesame\n"
 
@@ -45,7 +45,7 @@ class Echo:
                 yield self
 
     def _accepted(self, admission: Admission) -> None:
-        self._scope.start("connection", contained("connection", self._serve(admission)))
+        self._scope.contain("connection", self._serve(admission))
 
     async def _serve(self, admission: Admission) -> None:
         reader, writer = await open_streams(admission)

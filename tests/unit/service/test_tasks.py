@@ -1,6 +1,7 @@
 """Task scopes: nothing is left behind, errors come out as themselves, supervised jobs are restarted."""
 
 import asyncio
+import gc
 import io
 import json
 import logging
@@ -52,6 +53,57 @@ def test_an_error_of_the_block_is_not_hidden() -> None:
 
     with pytest.raises(RetryableError, match="from the block"):
         asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_cancelled_before_its_first_step_is_not_reported_as_never_awaited() -> None:
+    begun: list[str] = []
+
+    async def connection() -> None:
+        begun.append("begun")
+
+    async def main() -> None:
+        async with TaskScope() as scope:
+            scope.contain("connection", connection())
+
+    asyncio.run(main())
+    gc.collect()
+    assert begun == []
+
+
+def test_what_a_callback_starts_while_the_scope_is_left_is_cancelled_too() -> None:
+    ended: list[str] = []
+
+    async def main() -> None:
+        async with TaskScope() as scope:
+
+            async def accept_at_the_end() -> None:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    scope.contain("late connection", wait_for_ever())
+                    ended.append("accepted")
+
+            scope.start("accept", accept_at_the_end())
+            await asyncio.sleep(0)
+
+    async def wait_for_ever() -> None:
+        await asyncio.Event().wait()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    assert ended == ["accepted"]
+
+
+def test_an_unexpected_error_of_contained_work_goes_no_further() -> None:
+    async def fail() -> None:
+        raise ValueError("bad")
+
+    async def main() -> str:
+        async with TaskScope() as scope:
+            await scope.contain("fails", fail())
+            return "went on"
+
+    assert asyncio.run(main()) == "went on"
 
 
 def test_a_supervised_job_is_restarted_until_it_returns() -> None:

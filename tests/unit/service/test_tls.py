@@ -31,7 +31,7 @@ from excimer.service.light_http import serving_light_http
 from excimer.service.listen import ListenError, bind_listen, bound_address
 from excimer.service.postgres_tls import SSL_REQUEST, open_postgres_streams
 from excimer.service.settings import TlsSettings, load_settings, save_settings
-from excimer.service.tasks import TaskScope, contained, running
+from excimer.service.tasks import TaskScope, running
 from excimer.service.tls import TlsFilesError, client_tls, configure_tls
 from excimer.service.tls_protocol import connect_tls
 from excimer.service.tls_socket import TlsSocket
@@ -354,7 +354,7 @@ async def postgres_port() -> AsyncIterator[Address]:
                 admission.release()
 
             def accepted(admission: Admission) -> None:
-                scope.start("connection", contained("connection", serve(admission)))
+                scope.contain("connection", serve(admission))
 
             async with running("accept", accept_connections(bound, gate, accepted)):
                 yield bound_address(bound)

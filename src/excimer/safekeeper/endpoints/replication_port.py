@@ -40,7 +40,7 @@ from excimer.service.accept import accept_connections
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
 from excimer.service.postgres_tls import open_postgres_streams
-from excimer.service.tasks import TaskScope, contained
+from excimer.service.tasks import TaskScope
 from excimer.wire import pg_messages as pg
 from excimer.wire.auth import AuthError, Claims, Right, RightMissingError, TokenExpiredError
 from excimer.wire.pg_server import (
@@ -138,7 +138,7 @@ class ReplicationPort:
         async with TaskScope() as scope:
 
             def accepted(admission: Admission) -> None:
-                scope.start("wal reader", contained("wal reader", self._serve_connection(admission)))
+                scope.contain("wal reader", self._serve_connection(admission))
 
             await accept_connections(self._listening, self._gate, accepted)
 
