@@ -44,7 +44,8 @@ def cache_directory() -> Path:
             f"name another in {DIRECTORY_VARIABLE}"
         ) from error
     if unprivileged_user() is not None and not is_reachable(directory):
-        _open_to_others(directory)
+        if not any(directory.iterdir()):  # somebody's own place stays as closed as it is
+            _open_to_others(directory)
         require_reachable(directory)
     return directory
 

@@ -7,15 +7,20 @@ As root, PostgreSQL runs as an unprivileged user, which must pass through the di
 *passable* directory has that user's group and mode 0710: who is in the group may go through it, not list it.
 When we are not root it is 0700, as all others are.
 
+Whoever mistypes a directory's name, or takes a file system's root, must not find it closed to everybody else:
+what somebody names is claimed first (`claim_private_dir`).
+
 Not here: directories that PostgreSQL owns (`processes.make_owned_dir`).
 """
 
 import contextlib
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
+from excimer.base.errors import RefusedError
 from excimer.io.processes import unprivileged_user
 
 PRIVATE_FILE: Final = 0o600
@@ -23,6 +28,10 @@ PRIVATE_DIRECTORY: Final = 0o700
 PASSABLE_DIRECTORY: Final = 0o710
 PRIVATE_UMASK: Final = 0o077
 """Of every service, so that what libraries make (SQLite, object stores) is private too."""
+
+
+class ForeignDirectoryError(RefusedError):
+    """A directory was named that holds something, and nothing by which we would know it as ours."""
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -56,10 +65,26 @@ def touch_private(path: Path) -> None:
         os.close(descriptor)
 
 
+def claim_private_dir(path: Path, marks: Collection[str], *, passable: bool = False) -> Path:
+    """`make_private_dir` for a directory that was named by somebody: it must be missing, empty, or ours.
+
+    `marks` are names of entries; one that has any of them is ours. Raises `ForeignDirectoryError` before
+    anything is changed, OSError.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        entries = os.listdir(path)
+        if entries and not any(mark in entries for mark in marks):
+            raise ForeignDirectoryError(
+                f"{path} is not empty, and what it holds is not Excimer's: name another directory"
+            )
+    return make_private_dir(path, passable=passable)
+
+
 def make_private_dir(path: Path, *, passable: bool = False) -> Path:
     """Makes a directory of ours, or takes the rights of others from one that is there; `path`.
 
-    Missing parents are made like it. Raises OSError.
+    For names within a directory that is ours already, see `claim_private_dir`. Missing parents are made like
+    it. Raises OSError.
     """
     if not path.parent.exists():
         make_private_dir(path.parent, passable=passable)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from excimer.base.errors import RefusedError
-from excimer.io.private_files import PRIVATE_FILE, make_private_dir
+from excimer.io.private_files import PRIVATE_FILE, claim_private_dir
 
 LOCK_FILE_NAME = "LOCK"
 
@@ -25,9 +25,10 @@ class InstanceLock:
     def __init__(self, data_dir: Path, what: str, *, passable: bool = False) -> None:
         """Makes `data_dir` if needed, and closes it to others; `passable` as in `make_private_dir`.
 
-        Raises `AlreadyRunningError` at once, without waiting.
+        Raises `AlreadyRunningError` at once, without waiting, and `ForeignDirectoryError` for one that holds
+        other things and no lock of ours.
         """
-        make_private_dir(data_dir, passable=passable)
+        claim_private_dir(data_dir, (LOCK_FILE_NAME,), passable=passable)
         path = data_dir / LOCK_FILE_NAME
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
         try:

@@ -106,6 +106,21 @@ def test_what_somebody_needs_is_not_taken_for_half_made(tmp_path: Path, left: st
     assert path.exists()
 
 
+def test_a_directory_of_somebody_else_keeps_its_rights(tmp_path: Path) -> None:
+    """As `--dir /` or `--dir /etc` would name: neither closed to others, nor with anything of ours in it."""
+    (tmp_path / "passwd").touch()
+    (tmp_path / "run").mkdir()
+    for path in (tmp_path, tmp_path / "run"):
+        path.chmod(0o755)
+    with pytest.raises(StateDirectoryError, match="is not empty, and is no installation"):
+        make(Session(tmp_path, as_json=True))
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path, tmp_path / "run")} == {
+        tmp_path.name: 0o755,
+        "run": 0o755,
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"passwd", "run"}
+
+
 def test_if_nothing_is_made_nothing_is_left(tmp_path: Path) -> None:
     session = Session(tmp_path / "state", as_json=True)
     with pytest.raises(KeyboardInterrupt), making(session):

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from excimer.io.private_files import make_private_dir, touch_private, write_private
+from excimer.io.private_files import (
+    ForeignDirectoryError,
+    claim_private_dir,
+    make_private_dir,
+    touch_private,
+    write_private,
+)
 from excimer.io.processes import unprivileged_user
 
 
@@ -105,3 +111,18 @@ def test_directories(tmp_path: Path, umask: int) -> None:
     user = unprivileged_user()
     assert mode_of(passable) == (0o700 if user is None else 0o710)
     assert passable.stat().st_gid == (passable.stat().st_gid if user is None else user.gid)
+
+
+def test_a_directory_of_others_that_was_named_is_not_touched(tmp_path: Path) -> None:
+    """Once `--dir /etc` closed /etc to everybody but root."""
+    for name in ("taken", "ours", "empty"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "taken" / "passwd").touch()
+    (tmp_path / "ours" / "LOCK").touch()
+    with pytest.raises(ForeignDirectoryError, match="taken is not empty"):
+        claim_private_dir(tmp_path / "taken", ("LOCK",), passable=True)
+    assert mode_of(tmp_path / "taken") == 0o755
+    for name in ("ours", "empty", "missing"):
+        claim_private_dir(tmp_path / name, ("LOCK",))
+        assert mode_of(tmp_path / name) == 0o700, name

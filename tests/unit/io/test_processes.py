@@ -212,6 +212,20 @@ def test_an_entry_is_made_once_by_many(own_cache: Path) -> None:
     assert sorted(path.name for path in found[0].iterdir()) == ["half", "whole"]
 
 
+@as_root
+def test_the_cache_opens_no_directory_that_holds_somebody_s_files(own_cache: Path) -> None:
+    """As EXCIMER_CACHE_DIR=/root would name."""
+    home = own_cache / "cache"
+    home.mkdir(mode=0o700)
+    (home / "diary").touch()
+    with pytest.raises(UnreachableError, match="cannot be read by the user"):
+        cache_directory()
+    assert home.stat().st_mode & 0o777 == 0o700
+    (home / "diary").unlink()
+    assert cache_directory() == home
+    assert home.stat().st_mode & 0o777 == 0o755
+
+
 def test_a_failure_and_a_crash_leave_no_entry(own_cache: Path) -> None:
     def fail(place: Path) -> None:
         (place / "half").write_text("half")

@@ -190,8 +190,7 @@ def make_installation(
 def making(session: Session) -> Iterator[None]:
     """One command at a time makes an installation or makes one ready. Nothing is left if none comes of it."""
     run_dir = session.directory / "run"
-    if session.directory.exists() and not session.directory.is_dir():
-        raise StateDirectoryError(f"{session.directory} is not a directory")
+    _refuse_foreign(session.directory)
     make_private_dir(session.directory, passable=True)
     make_private_dir(run_dir)
     try:
@@ -203,6 +202,22 @@ def making(session: Session) -> Iterator[None]:
                 (run_dir / MAKING_LOCK).unlink()
                 run_dir.rmdir()
                 session.directory.rmdir()
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Before its rights are changed or anything is put into it. Raises `StateDirectoryError`."""
+    if directory.exists() and not directory.is_dir():
+        raise StateDirectoryError(f"{directory} is not a directory")
+    entries = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+    is_ours = CONFIG_NAME in entries or all(_is_own_entry(name) for name in entries)
+    if not is_ours:
+        raise StateDirectoryError(
+            f"{directory} is not empty, and is no installation of Excimer: name another with --dir"
+        )
+
+
+def _is_own_entry(name: str) -> bool:
+    return name in OWN_ENTRIES or name.startswith(f".{CONFIG_NAME}.")
 
 
 def _is_unfinished(directory: Path) -> bool:
