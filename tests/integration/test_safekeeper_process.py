@@ -277,6 +277,39 @@ def test_only_a_pageservers_word_that_wal_is_durable_removes_it(
         assert rest == bytes(wal.stream)[first_lsn - START : end_lsn - START]
 
 
+def test_a_pageserver_that_left_where_it_was_behind_keeps_no_wal_by_its_position(
+    cluster: SafekeeperCluster, member: SafekeeperProcess
+) -> None:
+    """What it needs is what is not durable, and it says so; an ordinary reader has only its place."""
+    wal = build_wal(3 * SEGMENT_SIZE_BYTES)
+    end_lsn = wal.ends[-1]
+    pageserver = make_token(
+        cluster.keys, Right.READ_WAL, tenant_id=TENANT, timeline_id=TIMELINE, holder="pageserver:1"
+    )
+
+    async def confirm() -> None:
+        client = await connect_reader(member, pageserver)
+        try:
+            await client.confirm_durable(end_lsn)
+        finally:
+            client.close()
+
+    def first_lsn() -> Lsn:
+        return parse_lsn(member.timeline()["wal_start_lsn"])
+
+    proposer, start_lsn = leading(cluster)
+    with proposer:
+        proposer.append_all(start_lsn, bytes(wal.stream))
+        proposer.send(CommitAnnounce(proposer.term, end_lsn, end_lsn))
+        assert asyncio.run(read_wal(member, pageserver, START, 1000))
+        asyncio.run(confirm())
+        deadline = time.monotonic() + 10
+        while first_lsn() <= START:
+            assert time.monotonic() < deadline, member.timeline()
+            time.sleep(0.05)
+    assert member.timeline()["wal_kept_for"] == "object_storage"
+
+
 def test_garbage_on_every_port_leaves_the_process_alive(
     cluster: SafekeeperCluster, member: SafekeeperProcess
 ) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from excimer.base.lsn import parse_lsn
+from excimer.base.lsn import format_lsn, parse_lsn
+from excimer.safekeeper.control_file import read_control_file
 from tests.kit.builds import NEWEST_VERSION
 from tests.kit.stack import Stack, running_stack
 
@@ -30,6 +31,25 @@ def wal_sizes(stack: Stack, timeline_id: str) -> list[int]:
         SEGMENT_SIZE_BYTES * len(list(directory.glob("0*")))
         for directory in stack.directory.glob(f"safekeepers/*/*/{timeline_id}")
     ]
+
+
+def wal_bounds(stack: Stack, timeline_id: str) -> str:
+    """What each safekeeper knows, for the message of a test that fails."""
+    records = [read_control_file(path) for path in stack.directory.glob(f"safekeepers/*/*/{timeline_id}")]
+    return "; ".join(
+        f"safekeeper {record.node_id}: WAL from {format_lsn(record.wal_start_lsn)}, durable "
+        f"{format_lsn(record.durable_lsn)}, horizon {format_lsn(record.horizon_lsn)}, commit "
+        f"{format_lsn(record.commit_lsn)}"
+        for record in records
+    )
+
+
+def wait_trimmed(stack: Stack, timeline_id: str, what: str) -> None:
+    """Two segments are left on each safekeeper."""
+    try:
+        stack.wait_until(lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, what)
+    except AssertionError as error:
+        raise AssertionError(f"{wal_bounds(stack, timeline_id)}\n{error}") from error
 
 
 def main_timeline(stack: Stack) -> str:
@@ -64,16 +84,14 @@ def test_a_long_load_holds_twice_what_is_not_flushed_and_an_idle_branch_two_segm
         assert max(sizes) <= 2 * (end - heard_lsn) + 2 * SEGMENT_SIZE_BYTES, (sizes, end - heard_lsn)
         flushed.append((time.monotonic(), flushed_lsn(stack)))
     assert flushed[-1][1] - flushed[0][1] > 3 * SEGMENT_SIZE_BYTES, "it was flushed meanwhile"
-    stack.wait_until(
-        lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "an idle branch is trimmed"
-    )
+    wait_trimmed(stack, timeline_id, "an idle branch is trimmed")
 
 
 def test_everything_goes_on_from_what_is_left(stack: Stack) -> None:
     timeline_id = main_timeline(stack)
     write(stack)
     (before,) = stack.query("select count(*), sum(hashtext(b)) from t")
-    stack.wait_until(lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "it is trimmed")
+    wait_trimmed(stack, timeline_id, "it is trimmed")
     stack.branch("twig")
     assert stack.query("select count(*), sum(hashtext(b)) from t", "twig") == [before]
     stack.text("endpoint", "stop", "twig", "--destroy")
@@ -86,7 +104,7 @@ def test_everything_goes_on_from_what_is_left(stack: Stack) -> None:
     stack.text("endpoint", "start", "main")
     assert stack.query("select count(*), sum(hashtext(b)) from t") == [before]
     write(stack)
-    stack.wait_until(lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "it is trimmed")
+    wait_trimmed(stack, timeline_id, "it is trimmed")
 
 
 def test_wal_that_a_safekeeper_lacks_is_kept_until_it_is_back(stack: Stack) -> None:
@@ -97,4 +115,18 @@ def test_wal_that_a_safekeeper_lacks_is_kept_until_it_is_back(stack: Stack) -> N
     time.sleep(MEMORY_S)
     assert sorted(wal_sizes(stack, timeline_id))[1] >= 4 * SEGMENT_SIZE_BYTES
     stack.text("start")
-    stack.wait_until(lambda: max(wal_sizes(stack, timeline_id)) <= 2 * SEGMENT_SIZE_BYTES, "it is trimmed")
+    wait_trimmed(stack, timeline_id, "it is trimmed")
+
+
+def test_an_idle_branch_without_a_compute_and_an_archived_one_are_trimmed(stack: Stack) -> None:
+    timeline_ids = {name: str(stack.branch(name)["timeline_id"]) for name in ("idle", "archived")}
+    for name in timeline_ids:
+        for _ in range(3):
+            stack.query(
+                "insert into t select g, repeat(md5(g::text), 30) from generate_series(1, 14000) g", name
+            )
+    for name in timeline_ids:
+        stack.text("endpoint", "stop", name, "--destroy")
+    stack.text("timeline", "archive", "archived")
+    for name, timeline_id in timeline_ids.items():
+        wait_trimmed(stack, timeline_id, f"the {name} branch is trimmed")

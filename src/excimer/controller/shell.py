@@ -279,8 +279,7 @@ class Controller:
         )
         await self._db(self._store.put_timeline, timeline)
         placements = core.plan_placements(timeline, await self._db(self._store.list_safekeepers))
-        for placement in placements:
-            await self._db(self._store.put_placement, placement)
+        await self._db(self._store.put_placements, placements)
         answers = await asyncio.gather(
             *(self._place(timeline, placement) for placement in placements), return_exceptions=True
         )
@@ -291,7 +290,7 @@ class Controller:
         safekeepers = {row.id: row for row in await self._db(self._store.list_safekeepers)}
         api = SafekeeperApi(safekeepers[placement.safekeeper_id], self._tokens)
         await api.create_timeline(timeline)
-        await self._db(self._store.put_placement, msgspec.structs.replace(placement, ready=True))
+        await self._db(self._store.put_placements, [msgspec.structs.replace(placement, ready=True)])
 
     async def delete_timeline(self, tenant_reference: str, reference: str) -> bool:
         """True when it is gone everywhere, False when unreachable parts are deleted later."""

@@ -284,9 +284,10 @@ class SqliteStore:
             return self._select(Placement)
         return self._select(Placement, "WHERE timeline_id = ?", (timeline_id,))
 
-    def put_placement(self, placement: Placement) -> None:
+    def put_placements(self, placements: Sequence[Placement]) -> None:
         with self._transaction() as connection:
-            self._put(connection, ("timeline_id", "safekeeper_id"), placement)
+            for placement in placements:
+                self._put(connection, ("timeline_id", "safekeeper_id"), placement)
 
     def remove_placement(self, timeline_id: TimelineId, safekeeper_id: NodeId) -> None:
         with self._transaction() as connection:

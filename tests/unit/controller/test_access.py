@@ -1,7 +1,9 @@
 """Who is given access to WAL: the pageserver that has the tenant, for one timeline, and nobody else."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -10,6 +12,7 @@ import pytest
 from excimer.base.ids import TenantId, TimelineId
 from excimer.controller.core import IncompleteError
 from excimer.controller.model import UnknownNameError
+from excimer.controller.sqlite_store import SqliteStore
 from excimer.wire.auth import Claims, Right, RightMissingError, TokenVerifier
 from tests.kit.storage_fakes import KEYS, World, fake_world
 
@@ -60,6 +63,31 @@ def test_nobody_else_gets_any(tmp_path: Path, claims: Claims) -> None:
             await world.controller.access.wal_access(TENANT, MAIN, claims)
 
     play(tmp_path, story)
+
+
+def test_no_moment_of_a_branchs_making_shows_a_part_of_its_safekeepers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pageserver asks as soon as it has made the branch, and keeps the answer for half an hour."""
+    seen: list[set[str]] = []
+    transaction = SqliteStore._transaction
+
+    @contextlib.contextmanager
+    def watched(store: SqliteStore) -> Iterator[sqlite3.Connection]:
+        with transaction(store) as connection:
+            yield connection
+        members: dict[str, set[str]] = {}
+        for placement in store.list_placements():
+            members.setdefault(placement.timeline_id, set()).add(str(placement.safekeeper_id))
+        seen.extend(members.values())
+
+    monkeypatch.setattr(SqliteStore, "_transaction", watched)
+
+    async def story(world: World) -> None:
+        assert len(seen) >= 3, "there were moments to look at"
+
+    play(tmp_path, story)
+    assert all(members == {"1", "2", "3"} for members in seen), seen
 
 
 def test_only_what_is_there_and_complete(tmp_path: Path) -> None:

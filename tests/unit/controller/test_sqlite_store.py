@@ -71,7 +71,7 @@ def filled(tmp_path: Path) -> SqliteStore:
     store.put_nodes([PAGESERVER], [SAFEKEEPER])
     store.put_tenant(TENANT)
     store.put_timeline(TIMELINE)
-    store.put_placement(PLACEMENT)
+    store.put_placements([PLACEMENT])
     store.add_endpoint(ENDPOINT)
     store.set_default_tenant(TENANT.tenant_id)
     return store
@@ -96,7 +96,7 @@ def test_rows_are_replaced_by_id(tmp_path: Path) -> None:
     active = msgspec.structs.replace(TENANT, state="active", generation=2)
     ready = msgspec.structs.replace(PLACEMENT, ready=True)
     store.put_tenant(active)
-    store.put_placement(ready)
+    store.put_placements([ready])
     assert store.list_tenants() == [active]
     assert store.list_placements() == [ready]
     store.close()

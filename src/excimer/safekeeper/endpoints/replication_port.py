@@ -17,6 +17,7 @@ Not here: what is committed (`consensus.acceptor`), protocol framing (`wire.pg_s
 import asyncio
 import contextlib
 import socket
+from collections.abc import Iterator
 from typing import assert_never
 
 from excimer.base.clock import Clock, unix_to_timestamptz
@@ -282,20 +283,33 @@ class _Session:
         """CopyBoth until the client ends it. Raises errors before it begins, and fatal ones."""
         _check_start(timeline, command)
         self._sent_lsn = command.start_lsn
-        position = timeline.readers.enter(command.start_lsn)
-        try:
+        with self._keeping_place(timeline, command.start_lsn) as position:
             self._writer.write(pg.COPY_BOTH_RESPONSE)
             self._protocol.begin_copy()
             async with TaskScope() as scope:
                 sending = scope.start("send WAL", self._send_wal(timeline))
                 is_connected = await self._receive_status(timeline, position)
                 sending.cancel()
-        finally:
-            timeline.readers.leave(position, self._clock.monotonic())
         self._protocol.end_copy()
         if is_connected:
             done = pg.encode_command_complete("START_STREAMING") + pg.READY_FOR_QUERY
             self._writer.write(pg.COPY_DONE + done)
+
+    @contextlib.contextmanager
+    def _keeping_place(self, timeline: SafekeeperTimeline, start_lsn: Lsn) -> Iterator[ReaderPosition]:
+        """The reader's position, for which WAL is kept; but not a pageserver's.
+
+        What that needs is what it has not called durable, and its position is only where it was when it last
+        spoke: an archived branch's WAL would stay for it although all of it is durable.
+        """
+        if self._claims is not None and confirms_durability(self._claims):
+            yield ReaderPosition(start_lsn)
+            return
+        position = timeline.readers.enter(start_lsn)
+        try:
+            yield position
+        finally:
+            timeline.readers.leave(position, self._clock.monotonic())
 
     async def _send_wal(self, timeline: SafekeeperTimeline) -> None:
         """Until cancelled. Chunks end at page boundaries or at the commit LSN, which ends a record."""
