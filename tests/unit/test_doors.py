@@ -1,4 +1,4 @@
-"""Every right is tried at every door: what the table opens is open, and everything else stays shut."""
+"""A1: every right is tried at every door: what the table opens is open, and everything else stays shut."""
 
 import asyncio
 import functools

@@ -4,7 +4,7 @@
 
     claims = holder, rights, tenant | all, timeline | all, expiry
                         |
-    authorize(claims, right, resource)     the only decision; every door asks it
+    authorize(claims, right, resource)     the only decision (A1); every door asks it
 
 A right is for a resource: all, a tenant, or one timeline. None implies another, and a branch's token reads
 what the branch has of its ancestors, because that is for the pageserver to find. A token without rights only
