@@ -50,6 +50,7 @@ def test_restore_reset_detach_archive(stack: Stack) -> None:
     # Back to before the mistake: the endpoint stays on the name, the mistake on another.
     assert "runs on branch main" in refused(stack, "timeline", "restore", "main", "--to", good_lsn)
     said = stack.json("timeline", "restore", "main", "--to", good_lsn, "--stop-endpoints")
+    assert said["stopped_endpoints"] == ["main"]
     old = said["old_branch"]["name"]
     stack.text("endpoint", "start", "main")
     assert notes(stack, "main") == ["a", "b"]

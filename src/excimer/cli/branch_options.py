@@ -12,16 +12,65 @@ from excimer.cli.moments import EXAMPLES, MomentError, parse_moment
 
 POINT_HELP: Final = "LSN (0/16B3748) or time (2026-01-31T12:00:00Z, -5m, yesterday 14:00; zone: local)"
 
+POINT: Final = "LSN|TIME"
+
 TenantOption = Annotated[
     str | None,
-    typer.Option("--tenant", help="Tenant; default: the default one.", autocompletion=complete_tenant),
+    typer.Option(
+        "--tenant",
+        metavar="TENANT",
+        help="Name or id of the tenant; default: the default one.",
+        autocompletion=complete_tenant,
+    ),
 ]
-TenantArgument = Annotated[str, typer.Argument(help="Name or id.", autocompletion=complete_tenant)]
+TenantArgument = Annotated[
+    str, typer.Argument(metavar="TENANT", help="Name or id of the tenant.", autocompletion=complete_tenant)
+]
+OptionalTenantArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="TENANT",
+        help="Name or id of the tenant; default: the default one.",
+        show_default=False,
+        autocompletion=complete_tenant,
+    ),
+]
 BranchArgument = Annotated[
-    str, typer.Argument(help="Name or id of the branch.", autocompletion=complete_branch)
+    str, typer.Argument(metavar="BRANCH", help="Name or id of the branch.", autocompletion=complete_branch)
 ]
+BranchOption = Annotated[
+    str,
+    typer.Option(
+        "--branch", "-b", metavar="BRANCH", help="Name or id of the branch.", autocompletion=complete_branch
+    ),
+]
+NewBranchArgument = Annotated[
+    str | None, typer.Argument(metavar="BRANCH", help="Name of the new branch.", show_default=False)
+]
+NewBranchAlias = Annotated[str | None, typer.Option("--branch", "-b", hidden=True)]
+"""How the name of a new branch was given formerly."""
+
 EndpointArgument = Annotated[
-    str, typer.Argument(help="Name of the endpoint.", autocompletion=complete_endpoint)
+    str,
+    typer.Argument(metavar="ENDPOINT", help="Name of the endpoint.", autocompletion=complete_endpoint),
+]
+OptionalEndpointArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="ENDPOINT",
+        help="Name of the endpoint; default: the only one.",
+        show_default=False,
+        autocompletion=complete_endpoint,
+    ),
+]
+VersionOption = Annotated[
+    int | None,
+    typer.Option(
+        "--pg-version",
+        metavar="VERSION",
+        help="PostgreSQL version; default: that of `init`.",
+        show_default=False,
+    ),
 ]
 KeepActiveOption = Annotated[
     bool,
@@ -33,6 +82,13 @@ KeepActiveOption = Annotated[
 ]
 
 _LSN = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}\Z")
+
+
+def new_branch_name(argument: str | None, option: str | None) -> str:
+    """Raises `UsageError` unless it is given exactly once."""
+    if (argument is None) == (option is None):
+        raise UsageError("Missing argument 'BRANCH'." if argument is None else "name the new branch once")
+    return argument if argument is not None else str(option)
 
 
 def branch_point(at: str | None) -> dict[str, str]:

@@ -13,7 +13,8 @@ import typer
 
 from excimer.base.errors import ExcimerError
 from excimer.cli.controller_client import ControllerClient
-from excimer.cli.installation import Installation, load_installation
+from excimer.cli.endpoint_choice import choose_name
+from excimer.cli.installation import Installation, load_installation, logged_parts
 from excimer.cli.session import find_directory
 
 ANSWER_LIMIT_S: Final = 1.0
@@ -57,10 +58,8 @@ complete_endpoint = _completing(_endpoints)
 def complete_part(context: typer.Context, incomplete: str) -> list[str]:
     """Services, and endpoints by their own names: those that have a log."""
     with contextlib.suppress(ExcimerError, OSError):
-        found = _installation(context).logs_dir.glob("*.log")
-        return sorted(
-            name for path in found if (name := path.stem.removeprefix("endpoint-")).startswith(incomplete)
-        )
+        names = (part.removeprefix("endpoint-") for part in logged_parts(_installation(context)))
+        return sorted(name for name in names if name.startswith(incomplete))
     return []
 
 
@@ -68,6 +67,6 @@ def complete_setting(context: typer.Context, incomplete: str) -> list[str]:
     """Of the endpoint on the line those of its settings that could be unset."""
 
     def names(client: ControllerClient, line: typer.Context) -> Any:
-        return client.get("endpoints", str(line.params.get("name")), "settings")["settings"]
+        return client.get("endpoints", choose_name(client, line.params.get("name")), "settings")["settings"]
 
     return _completing(names)(context, incomplete)

@@ -287,6 +287,18 @@ def endpoint_part_name(endpoint: str) -> str:
     return f"endpoint-{endpoint}"
 
 
+def logged_parts(installation: Installation, *, with_deleted: bool = False) -> list[str]:
+    """Services and endpoints that have a log; those of deleted endpoints stay where they are."""
+    found = sorted(path.stem for path in installation.logs_dir.glob("*.log"))
+    return found if with_deleted else [part for part in found if not is_deleted(installation, part)]
+
+
+def is_deleted(installation: Installation, part: str) -> bool:
+    """Whether a part that has a log is an endpoint that is no more."""
+    prefix = endpoint_part_name("")
+    return part.startswith(prefix) and not installation.endpoint_dir(part.removeprefix(prefix)).exists()
+
+
 def load_installation(directory: Path) -> Installation:
     """Raises `StateDirectoryError` that says what to do."""
     path = directory / CONFIG_NAME

@@ -252,7 +252,7 @@ def _check_progress(
     problems = [] if has_ended else _own_words(installation, part)
     reason = "; ".join(problems) or last_error(log_path(installation, part.name), log_start)
     said = f"{reason}; see `excimer logs {part.name}`"
-    if has_ended and launched is not None and launched.process.returncode == -signal.SIGTERM:
+    if has_ended and launched is not None and launched.process.returncode in (0, -signal.SIGTERM):
         raise ProcessFailedError(f"{part.name} was stopped while it started, perhaps by another command")
     if has_ended:
         raise ProcessFailedError(f"{part.name} did not start{how}: {said}")

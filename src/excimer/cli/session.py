@@ -32,11 +32,18 @@ CONFIG_NAME: Final = "config.toml"
 FLAGS: Final = ("--json",)
 VALUED: Final = ("--dir",)
 FOREIGN: Final = ["pg", "exec"]
+FORMER: Final = {
+    "--branch-name": "--branch",
+    "--ancestor-branch-name": "--ancestor",
+    "--ancestor-start-lsn": "--at",
+}
+"""Names that options had, and that are still understood."""
 
 
 def common_options_first(arguments: Sequence[str]) -> list[str]:
     """``start --json`` -> ``--json start``. What follows ``--`` or ``pg exec`` belongs to another program and
-    stays. A moment that looks like options is told apart from them: ``-5m`` -> ``now-5m``.
+    stays. A moment that looks like options is told apart from them: ``-5m`` -> ``now-5m``. Former names of
+    options get their present ones.
     """
     common: list[str] = []
     rest: list[str] = []
@@ -51,7 +58,8 @@ def common_options_first(arguments: Sequence[str]) -> list[str]:
         elif argument in VALUED:
             common += [argument, *[value for value in [next(waiting, None)] if value is not None]]
         else:
-            rest.append(argument)
+            name, equals, value = argument.partition("=")
+            rest.append(FORMER.get(name, name) + equals + value)
     return common + rest
 
 

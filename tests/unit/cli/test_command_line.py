@@ -86,11 +86,11 @@ def test_help_of_every_command_works(tmp_path: Path) -> None:
         (["nonsense"], "No such command 'nonsense'"),
         (["tenat"], "Did you mean 'tenant'?"),
         (["start", "--bad"], "No such option"),
-        (["timeline", "branch"], "Missing option '--branch-name'"),
+        (["timeline", "branch"], "Missing argument 'BRANCH'"),
         (["init", "--safekeepers", "many"], "Invalid value for '--safekeepers'"),
         (["init", "--safekeepers", "2"], "must be odd"),
         (["endpoint", "create"], "Missing argument"),
-        (["logs"], "Missing argument"),
+        (["profile"], "Missing argument"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(tmp_path: Path, arguments: list[str], said: str) -> None:

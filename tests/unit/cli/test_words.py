@@ -20,7 +20,7 @@ from excimer.cli.commands.endpoint import _show_endpoints
 from excimer.cli.commands.installation import _show_status
 from excimer.cli.commands.tenant import _show_tenants
 from excimer.cli.commands.timeline import _show_tree
-from excimer.cli.commands.timeline_history import running_sentence
+from excimer.cli.commands.timeline_history import running_sentence, stopped_sentence
 from excimer.cli.log_lines import as_json_line, failure
 from excimer.cli.session import Session, find_directory, is_styled
 from excimer.storage.format.tenant_settings import TenantSettings
@@ -74,6 +74,16 @@ def test_everything_that_is_to_be_stopped_is_named() -> None:
         "main, ro run on branch b: excimer endpoint stop main, excimer endpoint stop ro, "
         "or pass --stop-endpoints"
     )
+
+
+def test_endpoints_that_were_stopped_for_a_change_are_named_with_the_way_back() -> None:
+    assert stopped_sentence(["main"]) == (
+        "endpoint main was stopped and stays so: excimer endpoint start main"
+    )
+    assert stopped_sentence(["a", "b"]) == (
+        "endpoints a, b were stopped and stay so: excimer endpoint start a, excimer endpoint start b"
+    )
+    assert "unarchive the branch, then excimer endpoint start a" in stopped_sentence(["a"], is_archived=True)
 
 
 def test_log_lines_as_json_are_json_whatever_was_written() -> None:

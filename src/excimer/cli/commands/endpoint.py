@@ -3,22 +3,32 @@
 Not here: how clients reach them (`endpoint_access`).
 """
 
+import contextlib
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from excimer.base.errors import ConflictError
+from excimer.base.errors import ConflictError, NotFoundError
 from excimer.base.lsn import InvalidLsnError, parse_lsn
-from excimer.cli.branch_options import POINT_HELP, EndpointArgument, branch_point
+from excimer.cli.branch_options import (
+    POINT,
+    POINT_HELP,
+    BranchOption,
+    EndpointArgument,
+    OptionalEndpointArgument,
+    TenantOption,
+    branch_point,
+)
 from excimer.cli.commands import endpoint_access
 from excimer.cli.commands.endpoint_config import config, parse_assignments
 from excimer.cli.commands.logs import FollowOption, LinesOption, show_log
-from excimer.cli.completion import complete_branch, complete_tenant
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.credentials import find_credentials, public_url, url_of
+from excimer.cli.endpoint_choice import choose_endpoint, choose_name
 from excimer.cli.endpoint_remains import remove_remains
-from excimer.cli.errors import NotRunningError, StillRunningError, UsageError
+from excimer.cli.errors import NotRunningError, ProcessFailedError, StillRunningError, UsageError
 from excimer.cli.installation import (
     HOST,
     Installation,
@@ -61,28 +71,28 @@ for _name, _command in endpoint_access.COMMANDS.items():
 def create(
     context: typer.Context,
     name: EndpointArgument,
-    branch_name: Annotated[
-        str, typer.Option("--branch-name", help="Branch it serves.", autocompletion=complete_branch)
-    ] = "main",
+    branch_name: BranchOption = "main",
     pg_version: Annotated[
-        int | None, typer.Option(help="Must be the branch's; a check, not a choice.", show_default=False)
+        int | None,
+        typer.Option(
+            metavar="VERSION", help="Must be the branch's; a check, not a choice.", show_default=False
+        ),
     ] = None,
-    lsn: Annotated[
-        str | None, typer.Option(help="Read-only, showing the branch at this LSN.", show_default=False)
-    ] = None,
+    lsn: Annotated[str | None, typer.Option(hidden=True, help="Former name of --at, for LSNs only.")] = None,
     at: Annotated[
         str | None,
-        typer.Option("--at", help=f"Read-only, showing the branch then: {POINT_HELP}.", show_default=False),
+        typer.Option(
+            "--at",
+            metavar=POINT,
+            help=f"Read-only, showing the branch then: {POINT_HELP}.",
+            show_default=False,
+        ),
     ] = None,
     pg_port: Annotated[
-        int | None, typer.Option(help="PostgreSQL's port; default: a free one.", show_default=False)
+        int | None,
+        typer.Option(metavar="PORT", help="PostgreSQL's port; default: a free one.", show_default=False),
     ] = None,
-    tenant: Annotated[
-        str,
-        typer.Option(
-            help="Tenant; default: the default one.", show_default=False, autocompletion=complete_tenant
-        ),
-    ] = "",
+    tenant: TenantOption = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -108,7 +118,7 @@ def create(
         raise UsageError("--lsn and --at exclude each other")
     body = {
         "name": name,
-        "tenant": tenant,
+        "tenant": tenant or "",
         "branch": branch_name,
         "mode": "static" if point else "primary",
         "lsn": point.get("at_lsn"),
@@ -130,8 +140,8 @@ def create(
     )
 
 
-def branch_of(client: ControllerClient, tenant: str, branch_name: str) -> dict[str, Any]:
-    """Of a tenant, or (empty) of the default one."""
+def branch_of(client: ControllerClient, tenant: str | None, branch_name: str) -> dict[str, Any]:
+    """Of a tenant, or (None) of the default one."""
     name = tenant or client.get("default_tenant")["tenant_id"]
     branch: dict[str, Any] = client.get("tenants", name, "branches", branch_name)
     return branch
@@ -165,11 +175,12 @@ def create_endpoint(installation: Installation, body: dict[str, Any], pg_port: i
 
 
 @app.command()
-def start(context: typer.Context, name: EndpointArgument) -> None:
+def start(context: typer.Context, name: OptionalEndpointArgument = None) -> None:
     """Start an endpoint and wait until PostgreSQL answers."""
     session = session_of(context)
     begun = time.monotonic()
     installation = load_installation(session.directory)
+    name = choose_name(ControllerClient(installation), name)
     endpoint, is_new = start_endpoint(session, installation, name)
     elapsed_s = time.monotonic() - begun
     url = current_url(session, installation, endpoint)
@@ -187,19 +198,37 @@ def current_url(session: Session, installation: Installation, endpoint: dict[str
     return url_of(endpoint, credentials)
 
 
-def start_endpoint(session: Session, installation: Installation, name: str) -> tuple[dict[str, Any], bool]:
-    """The endpoint, and whether it was started now. Refuses a second primary on a branch."""
+def start_endpoint(
+    session: Session, installation: Installation, name: str, *, stop_first: Callable[[], object] | None = None
+) -> tuple[dict[str, Any], bool]:
+    """The endpoint, and whether it was started now. Refuses a second primary on a branch.
+
+    `stop_first` is called before, with no other command in between. A process that another command replaces
+    while it starts is followed by its successor.
+    """
     client = ControllerClient(installation)
-    with exclusive(installation, session.note):
-        spec = client.get("endpoints", name, "spec")
-        endpoint: dict[str, Any] = spec["endpoint"]
-        if endpoint["mode"] == "primary":
-            _refuse_second_primary(installation, client, endpoint)
-        part = installation.endpoint_part(spec)
-        make_private_dir(part.lock_dir, passable=True)
-        launched = launch_parts(installation, [part])
-    wait_for_parts(installation, [part], launched, session.done)
-    return endpoint, bool(launched)
+    is_new = False
+    while True:
+        with exclusive(installation, session.note):
+            spec = client.get("endpoints", name, "spec")
+            endpoint: dict[str, Any] = spec["endpoint"]
+            if endpoint["mode"] == "primary":
+                _refuse_second_primary(installation, client, endpoint)
+            if stop_first is not None:
+                stop_first()
+                stop_first = None
+            part = installation.endpoint_part(spec)
+            make_private_dir(part.lock_dir, passable=True)
+            launched = launch_parts(installation, [part])
+        is_new = is_new or bool(launched)
+        try:
+            wait_for_parts(installation, [part], launched, session.done)
+            return endpoint, is_new
+        except ProcessFailedError:
+            with exclusive(installation, session.note):  # who stopped it for a restart has started it, too
+                is_replaced = is_running(installation, name)
+            if not is_replaced:
+                raise
 
 
 def _refuse_second_primary(
@@ -225,9 +254,9 @@ def _process_of(installation: Installation, name: str) -> ProcessRecord | None:
 @app.command()
 def stop(
     context: typer.Context,
-    name: EndpointArgument,
+    name: OptionalEndpointArgument = None,
     destroy: Annotated[
-        bool, typer.Option("--destroy", help="Also delete the endpoint; the branch stays.")
+        bool, typer.Option("--destroy", help="Also delete the endpoint, by its name; the branch stays.")
     ] = False,
     immediate: Annotated[bool, typer.Option("--immediate", help="Kill at once; no commit is lost.")] = False,
 ) -> None:
@@ -239,7 +268,10 @@ def stop(
     session = session_of(context)
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
-    endpoint = client.get("endpoints", name)
+    if destroy and name is None:
+        raise UsageError("Missing argument 'ENDPOINT': what is deleted is named")
+    endpoint = choose_endpoint(client, name)
+    name = str(endpoint["name"])
     was_running = stop_endpoint(session, installation, name, immediate=immediate)
     if destroy:
         delete_endpoint(installation, client, name)
@@ -253,17 +285,24 @@ def stop(
 
 def stop_endpoint(session: Session, installation: Installation, name: str, *, immediate: bool) -> bool:
     """Whether it ran."""
-    part = Running(endpoint_part_name(name), installation.endpoint_dir(name), ENDPOINT_STOP_LIMIT_S)
     with exclusive(installation, session.note):
-        was_running = bool(stop_parts(installation, [part], session.done, immediate=immediate))
-        remove_remains(installation.endpoint_dir(name))
+        return _stop_now(session, installation, name, immediate=immediate)
+
+
+def _stop_now(session: Session, installation: Installation, name: str, *, immediate: bool) -> bool:
+    """Whether it ran; to be called in `exclusive`."""
+    part = Running(endpoint_part_name(name), installation.endpoint_dir(name), ENDPOINT_STOP_LIMIT_S)
+    was_running = bool(stop_parts(installation, [part], session.done, immediate=immediate))
+    remove_remains(installation.endpoint_dir(name))
     return was_running
 
 
 def delete_endpoint(installation: Installation, client: ControllerClient, name: str) -> None:
+    """What another command deletes at the same time is deleted, too."""
     import shutil
 
-    client.delete("endpoints", name)
+    with contextlib.suppress(NotFoundError):
+        client.delete("endpoints", name)
     part = endpoint_part_name(name)
     shutil.rmtree(installation.endpoint_dir(name), ignore_errors=True)
     (installation.run_dir / f"{part}.toml").unlink(missing_ok=True)
@@ -340,19 +379,19 @@ def tenant_names(client: ControllerClient) -> dict[str, str]:
 
 
 @app.command()
-def show(context: typer.Context, name: EndpointArgument) -> None:
+def show(context: typer.Context, name: OptionalEndpointArgument = None) -> None:
     """Show all of an endpoint: where it is, how it is, its settings."""
     session = session_of(context)
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
-    endpoint = client.get("endpoints", name)
+    endpoint = choose_endpoint(client, name)
     value = (
         endpoint
         | state_of(installation, endpoint)
         | {
             "tenant": tenant_names(client).get(endpoint["tenant_id"], endpoint["tenant_id"]),
             "url": public_url(installation, endpoint),
-            "postgres_log": str(installation.endpoint_dir(name) / POSTGRES_LOG_NAME),
+            "postgres_log": str(installation.endpoint_dir(endpoint["name"]) / POSTGRES_LOG_NAME),
         }
     )
     session.answer(value, lambda console: _show_endpoint(console, value))
@@ -393,25 +432,29 @@ def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
 @app.command()
 def restart(
     context: typer.Context,
-    name: EndpointArgument,
+    name: OptionalEndpointArgument = None,
     immediate: Annotated[bool, typer.Option("--immediate", help="Kill at once; no commit is lost.")] = False,
 ) -> None:
     """Stop an endpoint if it runs, and start it: settings that wait for a new start are then in force."""
     session = session_of(context)
     installation = load_installation(session.directory)
     begun = time.monotonic()
-    ControllerClient(installation).get("endpoints", name, "spec")  # what cannot start is not stopped
-    was_running = stop_endpoint(session, installation, name, immediate=immediate)
-    endpoint, _ = start_endpoint(session, installation, name)
+    chosen = choose_name(ControllerClient(installation), name)
+    stopped: list[bool] = []
+
+    def stop_first() -> None:
+        stopped.append(_stop_now(session, installation, chosen, immediate=immediate))
+
+    endpoint, _ = start_endpoint(session, installation, chosen, stop_first=stop_first)
     url = current_url(session, installation, endpoint)
     elapsed_s = round(time.monotonic() - begun, 3)
-    session.say(url, endpoint | {"url": url, "was_running": was_running, "elapsed_s": elapsed_s})
+    session.say(url, endpoint | {"url": url, "was_running": any(stopped), "elapsed_s": elapsed_s})
 
 
 @app.command("logs")
 def show_logs(
     context: typer.Context,
-    name: EndpointArgument,
+    name: OptionalEndpointArgument = None,
     postgres: Annotated[
         bool, typer.Option("--postgres", help="PostgreSQL's own log instead of its manager's.")
     ] = False,
@@ -421,12 +464,15 @@ def show_logs(
     """Show the last lines of an endpoint's log: its manager's, or PostgreSQL's own."""
     session = session_of(context)
     installation = load_installation(session.directory)
+    name = choose_name(ControllerClient(installation), name)
+    if not installation.endpoint_dir(name).exists():
+        ControllerClient(installation).get("endpoints", name)
+        raise NotRunningError(f"endpoint {name} has not run yet: excimer endpoint start {name}")
     path = log_path(installation, endpoint_part_name(name))
     if postgres:
         path = installation.endpoint_dir(name) / POSTGRES_LOG_NAME
     if not path.exists():
-        ControllerClient(installation).get("endpoints", name)
-        raise NotRunningError(f"endpoint {name} has not run yet: excimer endpoint start {name}")
+        raise NotRunningError(f"endpoint {name} has written no such log yet: excimer endpoint start {name}")
     show_log(session, path, lines, follow=follow)
 
 

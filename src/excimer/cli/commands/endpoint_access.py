@@ -3,6 +3,7 @@
 Not here: roles (`role`).
 """
 
+import ipaddress
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -10,32 +11,40 @@ from typing import Annotated, Any, Final
 import typer
 
 from excimer.base.address import Address, InvalidAddressError, parse_address
+from excimer.cli.branch_options import OptionalEndpointArgument
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.credentials import DATABASE, address_of, find_credentials, url_of
+from excimer.cli.endpoint_choice import choose_endpoint
 from excimer.cli.errors import UsageError
 from excimer.cli.installation import load_installation
 from excimer.cli.session import session_of
 from excimer.compute.local_access import read_local_access
 from excimer.compute.places import LOCAL_ACCESS_NAME
 
-NameArgument = Annotated[str, typer.Argument(help="Name of the endpoint.")]
 CertificateOption = Annotated[
     Path | None,
-    typer.Option("--tls-cert", help="PEM file of the certificate, with its chain.", show_default=False),
+    typer.Option(
+        "--tls-cert", metavar="FILE", help="PEM file of the certificate, with its chain.", show_default=False
+    ),
 ]
 KeyOption = Annotated[
     Path | None,
-    typer.Option("--tls-key", help="PEM file of its key, without passphrase.", show_default=False),
+    typer.Option(
+        "--tls-key", metavar="FILE", help="PEM file of its key, without passphrase.", show_default=False
+    ),
 ]
 
 
 def url(
     context: typer.Context,
-    name: NameArgument,
+    name: OptionalEndpointArgument = None,
     role: Annotated[
-        str | None, typer.Option("--role", "-U", help="Default: the superuser.", show_default=False)
+        str | None,
+        typer.Option("--role", "-U", metavar="ROLE", help="Default: the superuser.", show_default=False),
     ] = None,
-    database: Annotated[str, typer.Option("--database", "-d")] = DATABASE,
+    database: Annotated[
+        str, typer.Option("--database", "-d", metavar="DATABASE", help="Which database.")
+    ] = DATABASE,
     without_password: Annotated[
         bool, typer.Option("--no-password", help="For where others may see it.")
     ] = False,
@@ -44,7 +53,7 @@ def url(
     session = session_of(context)
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
-    endpoint = client.get("endpoints", name)
+    endpoint = choose_endpoint(client, name)
     found = find_credentials(installation, client, endpoint, role)
     if without_password:
         found = found._replace(password=None, problem=None)
@@ -58,7 +67,7 @@ def url(
 
 def listen(
     context: typer.Context,
-    name: NameArgument,
+    name: OptionalEndpointArgument = None,
     address: Annotated[
         str | None, typer.Argument(metavar="[ADDR[:PORT]]", help="Default: as it is.", show_default=False)
     ] = None,
@@ -70,7 +79,10 @@ def listen(
     session = session_of(context)
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
-    endpoint = client.get("endpoints", name)
+    if address is None and name is not None and is_address(name):
+        name, address = None, name
+    endpoint = choose_endpoint(client, name)
+    name = str(endpoint["name"])
     changes = listen_changes(address, tls_cert, tls_key)
     if not changes and not no_tls:
         raise UsageError("nothing to change: give an address, a certificate, or --no-tls")
@@ -113,6 +125,15 @@ def parse_listen(text: str) -> tuple[str, int | None]:
     if not text or parsed.port == 0:
         raise UsageError(f"{text!r} is not an address to listen on: write ADDR or ADDR:PORT")
     return parsed.host, parsed.port if has_port else None
+
+
+def is_address(text: str) -> bool:
+    """Whether a word is an IP address, with or without a port, rather than the name of an endpoint."""
+    try:
+        ipaddress.ip_address(parse_listen(text)[0])
+    except (UsageError, ValueError):
+        return False
+    return True
 
 
 def check_listen_here(endpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`excimer endpoint config NAME list | set | unset`: an endpoint's own PostgreSQL settings.
+"""`excimer endpoint config [ENDPOINT] list | set | unset`: an endpoint's own PostgreSQL settings.
 
 The controller keeps the list and has it checked; a running compute is told to take it over.
 """
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from excimer.cli.branch_options import EndpointArgument
+from excimer.cli.branch_options import OptionalEndpointArgument
 from excimer.cli.completion import complete_setting
 from excimer.cli.controller_client import ControllerClient
+from excimer.cli.endpoint_choice import choose_name
 from excimer.cli.errors import UsageError
 from excimer.cli.installation import HOST, Installation, endpoint_part_name, load_installation
 from excimer.cli.local_processes import find_process, probe_health
@@ -35,15 +36,17 @@ class Action(StrEnum):
     UNSET = "unset"
 
 
+ACTIONS: Final = frozenset(Action)
+
+
 def config(
     context: typer.Context,
-    name: EndpointArgument,
-    action: Annotated[Action, typer.Argument(help="What to do with its settings.")] = Action.LIST,
-    arguments: Annotated[
+    name: OptionalEndpointArgument = None,
+    words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=VALUE]... | [NAME]...",
-            help="To set: work_mem=64MB; to unset: work_mem.",
+            metavar="[list | set NAME=VALUE... | unset NAME...]",
+            help="What to do with its settings: set work_mem=64MB, unset work_mem; default: list.",
             show_default=False,
             autocompletion=complete_setting,
         ),
@@ -56,9 +59,11 @@ def config(
     endpoint has them in force at once, but for those that PostgreSQL reads only when it starts.
     """
     session = session_of(context)
-    body = change_of(action, arguments or [], unset_all=unset_all)
+    name, action, arguments = parse_words(name, words or [])
+    body = change_of(action, arguments, unset_all=unset_all)
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
+    name = choose_name(client, name)
     place = ("endpoints", name, "settings")
     if body is None:
         answer = client.get(*place) | {"running": False, "restart_pending": []}
@@ -72,23 +77,37 @@ def config(
     session.say(sentence_of(name, answer), answer)
 
 
+def parse_words(name: str | None, words: Sequence[str]) -> tuple[str | None, Action, list[str]]:
+    """The endpoint's name if there is one, the action, and what belongs to it. Raises `UsageError`.
+
+    A first word that is an action is one, unless another follows it: then it is an endpoint's name.
+    """
+    if name is not None and name in ACTIONS and not (words and words[0] in ACTIONS):
+        name, words = None, [name, *words]
+    if not words:
+        return name, Action.LIST, []
+    if words[0] not in ACTIONS:
+        raise UsageError(f"{words[0]!r} is neither list, nor set, nor unset")
+    return name, Action(words[0]), list(words[1:])
+
+
 def change_of(action: Action, arguments: Sequence[str], *, unset_all: bool) -> dict[str, Any] | None:
     """The request's body, or None where nothing is changed. Raises `UsageError`."""
     if unset_all and action is not Action.UNSET:
         raise UsageError("--all belongs to unset")
     if action is Action.SET:
         if not arguments:
-            raise UsageError("name what to set: excimer endpoint config NAME set work_mem=64MB")
+            raise UsageError("name what to set: excimer endpoint config ENDPOINT set work_mem=64MB")
         return {"set": parse_assignments(arguments, "set")}
     if action is Action.UNSET:
         if unset_all == bool(arguments):
-            raise UsageError("name what to unset, or --all: excimer endpoint config NAME unset work_mem")
+            raise UsageError("name what to unset, or --all: excimer endpoint config ENDPOINT unset work_mem")
         wrong = next((text for text in arguments if "=" in text), None)
         if wrong is not None:
             raise UsageError(f"unset takes names, not {wrong!r}")
         return {"unset": [ALL] if unset_all else list(arguments)}
     if arguments:
-        raise UsageError("list takes nothing more: excimer endpoint config NAME list")
+        raise UsageError("list takes nothing more: excimer endpoint config ENDPOINT list")
     return None
 
 

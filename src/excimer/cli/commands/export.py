@@ -10,7 +10,7 @@ import typer
 
 from excimer.base.errors import RefusedError
 from excimer.base.lsn import format_lsn, parse_lsn
-from excimer.cli.branch_options import POINT_HELP, BranchArgument, TenantOption, branch_point
+from excimer.cli.branch_options import POINT, POINT_HELP, BranchArgument, TenantOption, branch_point
 from excimer.cli.commands.tenant import tenant_name
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
@@ -40,6 +40,7 @@ def export(
     out: Annotated[
         str,
         typer.Argument(
+            metavar="OUT",
             help="A directory to make; or a file to make, by its name: .tar, .tar.gz, .tgz, .tar.zst; "
             "or -, a tar to standard output.",
             show_default=False,
@@ -49,6 +50,7 @@ def export(
         str | None,
         typer.Option(
             "--at",
+            metavar=POINT,
             help=POINT_HELP + "; default: now.",
             show_default=False,
         ),

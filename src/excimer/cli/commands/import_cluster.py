@@ -1,4 +1,4 @@
-"""`excimer import DIR|URL --branch-name NAME`: an existing cluster becomes a branch of its own."""
+"""`excimer import DIR|URL --branch NAME`: an existing cluster becomes a branch of its own."""
 
 import contextlib
 import re
@@ -40,12 +40,17 @@ def import_cluster(
             "(a role with REPLICATION; passwords from ~/.pgpass or PGPASSWORD).",
         ),
     ],
-    branch_name: Annotated[str, typer.Option("--branch-name", help="Name of the new branch.")],
+    branch_name: Annotated[
+        str, typer.Option("--branch", "-b", metavar="BRANCH", help="Name of the new branch.")
+    ],
     tenant: TenantOption = None,
     to: Annotated[
         str | None,
         typer.Option(
-            "--to", help="Import WAL up to this LSN; default: all there is now.", show_default=False
+            "--to",
+            metavar="LSN",
+            help="Import WAL up to this LSN; default: all there is now.",
+            show_default=False,
         ),
     ] = None,
     keep_active: KeepActiveOption = False,

@@ -80,15 +80,21 @@ TrustLocalOption = Annotated[
 @app.command()
 def init(
     context: typer.Context,
-    pg_version: Annotated[int, typer.Option(help="PostgreSQL version of new tenants.")] = 18,
-    safekeepers: Annotated[int, typer.Option(help="How many safekeepers: 1 is light, 3 survive a loss.")] = 3,
+    pg_version: Annotated[
+        int, typer.Option(metavar="VERSION", help="PostgreSQL version of new tenants.")
+    ] = 18,
+    safekeepers: Annotated[
+        int, typer.Option(metavar="COUNT", help="How many safekeepers: 1 is light, 3 survive a loss.")
+    ] = 3,
     force: Annotated[
-        bool, typer.Option(help="Delete an installation that is there, with all its data.")
+        bool, typer.Option("--force", help="Delete an installation that is there, with all its data.")
     ] = False,
     broker_url: Annotated[
         str | None,
         typer.Option(
-            help="A NATS server to use, nats://USER:PASSWORD@HOST:PORT; default: our own.", show_default=False
+            metavar="URL",
+            help="A NATS server to use, nats://USER:PASSWORD@HOST:PORT; default: our own.",
+            show_default=False,
         ),
     ] = None,
     object_store: Annotated[
@@ -111,10 +117,17 @@ def init(
         bool, typer.Option("--tls", help="Services speak TLS, with certificates that are made here.")
     ] = False,
     tls_cert: Annotated[
-        Path | None, typer.Option(help="TLS with this certificate, PEM, for 127.0.0.1.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="TLS with this certificate, PEM, for 127.0.0.1.", show_default=False
+        ),
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-cert.", show_default=False)] = None,
-    tls_ca: Annotated[Path | None, typer.Option(help="The CA of --tls-cert.", show_default=False)] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The key of --tls-cert.", show_default=False)
+    ] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The CA of --tls-cert.", show_default=False)
+    ] = None,
     trust_local: TrustLocalOption = False,
 ) -> None:
     """Make a new local installation."""

@@ -28,7 +28,10 @@ def layers(
     context: typer.Context,
     branch: BranchArgument = "main",
     svg: Annotated[
-        Path | None, typer.Option("--svg", help="Write the picture to this file as SVG.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--svg", metavar="FILE", help="Write the picture to this file as SVG.", show_default=False
+        ),
     ] = None,
     tenant: TenantOption = None,
 ) -> None:

@@ -10,8 +10,9 @@ import typer
 
 from excimer.base.errors import NotFoundError
 from excimer.cli.completion import complete_part
-from excimer.cli.errors import NotRunningError
-from excimer.cli.installation import endpoint_part_name, load_installation
+from excimer.cli.errors import NotRunningError, UsageError
+from excimer.cli.installation import Installation, endpoint_part_name, load_installation, logged_parts
+from excimer.cli.local_processes import log_path
 from excimer.cli.log_lines import as_json_line, pretty, tail
 from excimer.cli.session import Session, session_of
 from excimer.service.log_files import numbered
@@ -21,25 +22,33 @@ app = typer.Typer()
 POLL_S = 0.2
 
 FollowOption = Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are written.")]
-LinesOption = Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last lines.")]
+LinesOption = Annotated[
+    int, typer.Option("--lines", "-n", metavar="COUNT", min=0, help="How many of the last lines.")
+]
 
 
 @app.command()
 def logs(
     context: typer.Context,
     part: Annotated[
-        str,
+        str | None,
         typer.Argument(
+            metavar="PART",
             help="broker, controller, pageserver, safekeeper-1, or an endpoint's name.",
+            show_default=False,
             autocompletion=complete_part,
         ),
-    ],
+    ] = None,
     follow: FollowOption = False,
     lines: LinesOption = 100,
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="Look among endpoints that were deleted, too.")
+    ] = False,
 ) -> None:
     """Show the last lines of a part's log; with --json one object a line, as in the file."""
     session = session_of(context)
-    show_log(session, _find_log(load_installation(session.directory).logs_dir, part), lines, follow=follow)
+    installation = load_installation(session.directory)
+    show_log(session, find_log(installation, part, with_deleted=deleted), lines, follow=follow)
 
 
 def show_log(session: Session, path: Path, lines: int, *, follow: bool) -> None:
@@ -53,14 +62,18 @@ def show_log(session: Session, path: Path, lines: int, *, follow: bool) -> None:
             _follow(path, size, shown)
 
 
-def _find_log(logs_dir: Path, part: str) -> Path:
-    for name in (part, endpoint_part_name(part)):
-        path = logs_dir / f"{name}.log"
-        if "/" not in name and path.exists():
-            return path
-    known = sorted(path.stem for path in logs_dir.glob("*.log")) if logs_dir.is_dir() else []
+def find_log(installation: Installation, part: str | None, *, with_deleted: bool = False) -> Path:
+    """Raises `UsageError`, NotFoundError that list what there is; `NotRunningError` where nothing is."""
+    known = logged_parts(installation, with_deleted=with_deleted)
     if not known:
         raise NotRunningError("there are no logs yet: excimer start")
+    if part is None:
+        raise UsageError(f"name a part; there are: {', '.join(known)}")
+    for name in (part, endpoint_part_name(part)):
+        if name in known:
+            return log_path(installation, name)
+        if name in logged_parts(installation, with_deleted=True):
+            raise NotFoundError(f"endpoint {part} was deleted: excimer logs {part} --deleted shows its log")
     import difflib
 
     near = difflib.get_close_matches(part, known, n=1)

@@ -7,10 +7,9 @@ import typer
 
 from excimer.base.errors import NotFoundError
 from excimer.base.keys import DEFAULT_TABLESPACE, GLOBAL_TABLESPACE, SLRU_DIRECTORIES
-from excimer.cli.branch_options import POINT_HELP, TenantOption, branch_point
+from excimer.cli.branch_options import POINT, POINT_HELP, BranchOption, TenantOption, branch_point
 from excimer.cli.commands.endpoint import is_running
 from excimer.cli.commands.tenant import tenant_name
-from excimer.cli.completion import complete_branch
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import NotRunningError, UsageError
 from excimer.cli.installation import Installation, load_installation
@@ -28,6 +27,7 @@ def page(
     relation: Annotated[
         str,
         typer.Argument(
+            metavar="RELATION",
             help="SPC/DB/REL; an SLRU's DIRECTORY/SEGMENT; or a table's or index's name, "
             "which an endpoint that runs on the branch looks up.",
             show_default=False,
@@ -39,14 +39,13 @@ def page(
             metavar="[FORK] BLOCK", help="Fork: main (default), fsm, vm or init.", show_default=False
         ),
     ],
-    branch: Annotated[
-        str, typer.Option("--branch", "-b", help="Name or id of the branch.", autocompletion=complete_branch)
-    ] = "main",
+    branch: BranchOption = "main",
     at: Annotated[
-        str | None, typer.Option("--at", help=POINT_HELP + "; default: now.", show_default=False)
+        str | None,
+        typer.Option("--at", metavar=POINT, help=POINT_HELP + "; default: now.", show_default=False),
     ] = None,
     database: Annotated[
-        str, typer.Option("--database", "-d", help="Where a name is looked up.")
+        str, typer.Option("--database", "-d", metavar="DATABASE", help="Where a name is looked up.")
     ] = "postgres",
     tenant: TenantOption = None,
 ) -> None:

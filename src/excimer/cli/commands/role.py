@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 import typer
 
 from excimer.base.errors import ConflictError, NotFoundError, RefusedError
-from excimer.cli.commands.psql import choose_endpoint
+from excimer.cli.commands.psql import running_endpoint
+from excimer.cli.completion import complete_endpoint
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.credentials import (
     Credentials,
@@ -36,10 +37,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
-RoleArgument = Annotated[str, typer.Argument(help="Name of the role.")]
+RoleArgument = Annotated[str, typer.Argument(metavar="ROLE", help="Name of the role.")]
 EndpointOption = Annotated[
     str | None,
-    typer.Option("--endpoint", "-e", help="Default: the only one that runs, or `main`.", show_default=False),
+    typer.Option(
+        "--endpoint",
+        "-e",
+        metavar="ENDPOINT",
+        help="Name of the endpoint; default: the only one.",
+        show_default=False,
+        autocompletion=complete_endpoint,
+    ),
 ]
 PromptOption = Annotated[bool, typer.Option("--prompt", help="Ask for the password instead of making one.")]
 StdinOption = Annotated[
@@ -78,7 +86,7 @@ class OpenEndpoint(NamedTuple):
 @contextlib.contextmanager
 def _opened(session: Session, name: str | None, *, to_write: bool) -> Iterator[OpenEndpoint]:
     installation = load_installation(session.directory)
-    endpoint = choose_endpoint(installation, name)
+    endpoint = running_endpoint(installation, name)
     if to_write and endpoint["mode"] != "primary":
         raise ReadOnlyEndpointError(
             f"endpoint {endpoint['name']} is read-only: change roles on a primary of branch "
@@ -115,7 +123,10 @@ def create(
     in_role: Annotated[
         list[str] | None,
         typer.Option(
-            "--in-role", help="Member of this role, as pg_read_all_data; repeatable.", show_default=False
+            "--in-role",
+            metavar="ROLE",
+            help="Member of this role, as pg_read_all_data; repeatable.",
+            show_default=False,
         ),
     ] = None,
     prompt: PromptOption = False,

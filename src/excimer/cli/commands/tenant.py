@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from excimer.base.errors import NotFoundError, RetryableError
-from excimer.cli.branch_options import TenantArgument
-from excimer.cli.completion import complete_tenant
+from excimer.cli.branch_options import OptionalTenantArgument, TenantArgument, VersionOption
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
 from excimer.cli.installation import load_installation
@@ -23,11 +22,13 @@ app = typer.Typer(no_args_is_help=True)
 @app.command()
 def create(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="A name; none: the id.", show_default=False)] = "",
-    set_default: Annotated[bool, typer.Option(help="Make it the tenant that commands mean.")] = False,
-    pg_version: Annotated[
-        int | None, typer.Option(help="PostgreSQL version; default: that of `init`.", show_default=False)
-    ] = None,
+    name: Annotated[
+        str, typer.Argument(metavar="TENANT", help="A name; none: the id.", show_default=False)
+    ] = "",
+    set_default: Annotated[
+        bool, typer.Option("--set-default", help="Make it the tenant that commands mean.")
+    ] = False,
+    pg_version: VersionOption = None,
 ) -> None:
     """Make a tenant with a first branch `main`. The first tenant becomes the default one."""
     session = session_of(context)
@@ -86,12 +87,7 @@ def _show_tenants(console: "Console", tenants: list[dict[str, Any]]) -> None:
 @app.command()
 def size(
     context: typer.Context,
-    tenant: Annotated[
-        str,
-        typer.Argument(
-            help="Name or id; none: the default one.", show_default=False, autocompletion=complete_tenant
-        ),
-    ] = "",
+    tenant: OptionalTenantArgument = None,
 ) -> None:
     """Show a tenant's synthetic size, and the sizes of its branches."""
     session = session_of(context)
@@ -160,12 +156,7 @@ def set_default_tenant(
 @app.command()
 def config(
     context: typer.Context,
-    tenant: Annotated[
-        str,
-        typer.Argument(
-            help="Name or id; default: the default one.", show_default=False, autocompletion=complete_tenant
-        ),
-    ] = "",
+    tenant: OptionalTenantArgument = None,
     changes: Annotated[
         list[str] | None,
         typer.Option(
@@ -180,7 +171,7 @@ def config(
     session = session_of(context)
     wanted = parse_settings(changes or [])
     client = ControllerClient(load_installation(session.directory))
-    place = ("tenants", tenant_name(client, tenant or None), "config")
+    place = ("tenants", tenant_name(client, tenant), "config")
     if replace:
         chosen = {name: value for name, value in wanted.items() if value is not None}
         answer = client.put(*place, body=chosen)

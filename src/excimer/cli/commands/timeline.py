@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from excimer.cli.branch_options import (
+    POINT,
     POINT_HELP,
     BranchArgument,
     KeepActiveOption,
+    NewBranchAlias,
+    NewBranchArgument,
     TenantOption,
+    VersionOption,
     branch_point,
+    new_branch_name,
 )
 from excimer.cli.commands import timeline_history
 from excimer.cli.commands.tenant import read_sizes, size_text, tenant_name
@@ -35,14 +40,14 @@ for _name, _command in timeline_history.COMMANDS.items():
 @app.command()
 def create(
     context: typer.Context,
-    branch_name: Annotated[str, typer.Option("--branch-name", help="Name of the new branch.")],
+    name: NewBranchArgument = None,
+    former_name: NewBranchAlias = None,
     tenant: TenantOption = None,
-    pg_version: Annotated[
-        int | None, typer.Option(help="PostgreSQL version; default: that of `init`.", show_default=False)
-    ] = None,
+    pg_version: VersionOption = None,
 ) -> None:
     """Make a branch without an ancestor: a fresh, empty cluster."""
     session = session_of(context)
+    branch_name = new_branch_name(name, former_name)
     installation = load_installation(session.directory)
     body = {"name": branch_name, "pg_version": pg_version or installation.config.pg_version}
     made = create_branch(session, tenant, body)
@@ -52,13 +57,14 @@ def create(
 @app.command()
 def branch(
     context: typer.Context,
-    branch_name: Annotated[str, typer.Option("--branch-name", help="Name of the new branch.")],
+    name: NewBranchArgument = None,
+    former_name: NewBranchAlias = None,
     ancestor: Annotated[
         str,
         typer.Option(
             "--ancestor",
-            "--ancestor-branch-name",
-            help="Branch to start from.",
+            metavar="BRANCH",
+            help="Name or id of the branch to start from.",
             autocompletion=complete_branch,
         ),
     ] = "main",
@@ -66,7 +72,7 @@ def branch(
         str | None,
         typer.Option(
             "--at",
-            "--ancestor-start-lsn",
+            metavar=POINT,
             help=POINT_HELP + " of the ancestor; default: now.",
             show_default=False,
         ),
@@ -79,6 +85,7 @@ def branch(
     It does not act on the outside by itself: its subscriptions are disabled, schedulers do not run.
     """
     session = session_of(context)
+    branch_name = new_branch_name(name, former_name)
     body = {"name": branch_name, "ancestor": ancestor, "keep_active": keep_active}
     made = create_branch(session, tenant, body | branch_point(at))
     session.say(f"branch {made['name']} made from {ancestor} at {made['ancestor_lsn']}", made)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from excimer.cli.branch_options import (
+    POINT,
     POINT_HELP,
     BranchArgument,
     KeepActiveOption,
@@ -27,7 +28,9 @@ from excimer.cli.session import Session, session_of
 
 KeepOption = Annotated[
     str | None,
-    typer.Option("--preserve-under-name", help="Name for what the branch was.", show_default=False),
+    typer.Option(
+        "--preserve-under-name", metavar="BRANCH", help="Name for what the branch was.", show_default=False
+    ),
 ]
 StopOption = Annotated[
     bool, typer.Option("--stop-endpoints", help="Stop the branch's endpoints that run; else it is refused.")
@@ -37,7 +40,7 @@ StopOption = Annotated[
 def restore(
     context: typer.Context,
     branch_name: BranchArgument,
-    to: Annotated[str, typer.Option("--to", help=POINT_HELP + " of the branch's history.")],
+    to: Annotated[str, typer.Option("--to", metavar=POINT, help=POINT_HELP + " of the branch's history.")],
     preserve_under_name: KeepOption = None,
     stop_endpoints: StopOption = False,
     keep_active: KeepActiveOption = False,
@@ -129,7 +132,9 @@ def detach_ancestor(context: typer.Context, branch_name: BranchArgument, tenant:
 def lsn_at(
     context: typer.Context,
     branch_name: BranchArgument,
-    time: Annotated[str, typer.Argument(help="2026-01-31T12:00:00Z, -5m, yesterday 14:00; zone: local.")],
+    time: Annotated[
+        str, typer.Argument(metavar="TIME", help="2026-01-31T12:00:00Z, -5m, yesterday 14:00; zone: local.")
+    ],
     tenant: TenantOption = None,
 ) -> None:
     """Show the LSN of a branch at a moment: the newest before any later commit."""
@@ -144,7 +149,7 @@ def lsn_at(
 def time_of(
     context: typer.Context,
     branch_name: BranchArgument,
-    lsn: Annotated[str, typer.Argument(help="Like 0/16B3748.")],
+    lsn: Annotated[str, typer.Argument(metavar="LSN", help="Like 0/16B3748.")],
     tenant: TenantOption = None,
 ) -> None:
     """Show when the last commit at or before an LSN of a branch happened."""
@@ -174,15 +179,30 @@ def _change(
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
     place = ("tenants", tenant_name(client, tenant), "branches", branch_name)
-    if stop_endpoints:
-        for name in _running(installation, client, place):
-            stop_endpoint(session, installation, name, immediate=False)
-    with exclusive(installation, session.note):
-        if stop_endpoints is not None:
-            _refuse_running(session, _running(installation, client, place), branch_name)
-        with session.step(f"{action.replace('_', '-')} {branch_name}"):
-            done: dict[str, Any] = client.post(*place, action, body=body)
-    return done
+    stopped: list[str] = []
+    try:
+        if stop_endpoints:
+            for name in _running(installation, client, place):
+                stop_endpoint(session, installation, name, immediate=False)
+                stopped.append(name)
+        with exclusive(installation, session.note):
+            if stop_endpoints is not None:
+                _refuse_running(session, _running(installation, client, place), branch_name)
+            with session.step(f"{action.replace('_', '-')} {branch_name}"):
+                done: dict[str, Any] = client.post(*place, action, body=body)
+    finally:
+        if stopped:
+            session.note(stopped_sentence(stopped, is_archived=action == "archive"))
+    return done if stop_endpoints is None else done | {"stopped_endpoints": stopped}
+
+
+def stopped_sentence(names: Sequence[str], *, is_archived: bool = False) -> str:
+    """That endpoints were stopped for a change, whether it came about or not, and how they run again."""
+    which, verbs = (f"endpoint {names[0]}", "was stopped and stays so")
+    if len(names) > 1:
+        which, verbs = f"endpoints {', '.join(names)}", "were stopped and stay so"
+    starts = ", ".join(f"excimer endpoint start {name}" for name in names)
+    return f"{which} {verbs}: {'unarchive the branch, then ' if is_archived else ''}{starts}"
 
 
 def _running(installation: Installation, client: ControllerClient, place: tuple[str, ...]) -> list[str]:

@@ -38,11 +38,19 @@ def up(
     ] = False,
     pg_version: Annotated[
         int | None,
-        typer.Option(help=f"For a new installation; default: {DEFAULT_VERSION}.", show_default=False),
+        typer.Option(
+            metavar="VERSION",
+            help=f"PostgreSQL version of a new installation; default: {DEFAULT_VERSION}.",
+            show_default=False,
+        ),
     ] = None,
     safekeepers: Annotated[
         int | None,
-        typer.Option(help=f"For a new installation; default: {SAFEKEEPERS}.", show_default=False),
+        typer.Option(
+            metavar="COUNT",
+            help=f"How many safekeepers a new installation has; default: {SAFEKEEPERS}.",
+            show_default=False,
+        ),
     ] = None,
     trust_local: TrustLocalOption = False,
 ) -> None:
