@@ -85,7 +85,9 @@ def test_restore_reset_detach_archive(stack: Stack) -> None:
     assert notes(stack, "early") == ["a", "b"]
 
     # Put away: nothing starts on it; and back.
-    assert "archive early first" in refused(stack, "timeline", "archive", "dev", "--stop-endpoints")
+    told = stack.run("timeline", "archive", "dev", "--stop-endpoints").stderr.splitlines()
+    assert told[0] == "endpoint dev was stopped and stays so: excimer endpoint start dev"
+    assert "archive early first" in told[1]
     for name in ("early", "dev"):
         stack.json("timeline", "archive", name, "--stop-endpoints")
     assert "unarchive dev" in refused(stack, "endpoint", "start", "dev")

@@ -1,5 +1,6 @@
 """The whole stack under clumsy hands: started twice at once, interrupted, killed, damaged, and the demo."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -142,6 +143,44 @@ def test_an_interrupted_start_is_repaired_by_the_next(stack: Stack) -> None:
     assert stack.json("endpoint", "start", "main")["started"]
     assert "no endpoint runs" not in stack.run("start")[2]
     assert stack.sql("select count(*) from flights") == "336776"
+
+
+def test_who_waits_is_told_for_what(stack: Stack) -> None:
+    """A halted safekeeper is not waited for in silence; a halted pageserver does not keep a list back."""
+    pids = {part: pid for part, (_, pid) in stack.states().items()}
+    stack.json("endpoint", "stop", "main")
+    missing = "waits for a majority of safekeepers: safekeeper-1 does not answer"
+    with halted(pids["safekeeper-1"]):
+        start = stack.begin("endpoint", "start", "main")
+        assert start.stderr is not None
+        assert missing in start.stderr.readline()
+        assert missing in stack.run("status")[1]
+        assert stack.states()["safekeeper-1"][0] == "silent"
+    _, errors = start.communicate(timeout=COMMAND_TIMEOUT_S)
+    assert start.returncode == 0, errors
+    with halted(pids["pageserver"]):
+        begun = time.monotonic()
+        code, output, errors = stack.run("timeline", "list")
+        elapsed_s = time.monotonic() - begun
+        listed = stack.json("timeline", "list")
+    silent = f"pageserver (process {pids['pageserver']}) does not answer"
+    assert (code, f"{silent}: sizes (?) and damage are not known" in errors) == (0, True)
+    assert "main" in output
+    assert " ?" in output
+    assert elapsed_s < 20, "the controller gives the pageserver 30 s"
+    assert listed["problem"] == silent
+    assert {row["logical_size_bytes"] for row in listed["branches"]} == {None}
+    assert stack.json("timeline", "list")["problem"] is None
+
+
+@contextlib.contextmanager
+def halted(pid: int | None) -> Iterator[None]:
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_what_was_killed_is_started_again_and_the_rest_left_alone(stack: Stack) -> None:

@@ -287,7 +287,7 @@ def data_of(path: Path) -> Iterator[bytes]:
 
 
 def test_passwords_are_nowhere_but_in_the_controllers_database(stack: Stack) -> None:
-    stack.text("role", "create", "seen")
+    stack.text("role", "create", "seen", "--endpoint", "main")
     stack.query("create table seen_by_the_log(a int)")
     passwords = {
         stack.json("endpoint", "url", "main", "-U", role)["password"] for role in ("postgres", "seen")

@@ -1,4 +1,4 @@
-"""A1: what a superuser's SQL finds: it looks where PostgreSQL's user may, and tries what it found at every door.
+"""A1: what a superuser's SQL finds: it looks where PostgreSQL's user may, and tries all of it at every door.
 
 PostgreSQL is another user than Excimer only when Excimer is started as root, as CI and containers do; else
 its user may read the installation's keys, which docs/architecture/rights.md says.

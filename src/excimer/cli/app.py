@@ -124,4 +124,6 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    context.obj = Session(directory.absolute() if directory else find_directory(), as_json)
+    session = Session(directory.absolute() if directory else find_directory(), as_json)
+    session.make_current()
+    context.obj = session

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode
 from excimer.base.errors import ConflictError, NotFoundError, RefusedError, RetryableError
 from excimer.cli.errors import NotRunningError
 from excimer.cli.installation import Installation
+from excimer.cli.service_silence import early_word
 from excimer.service.blocking_http import http_connection
 
 CALL_TIMEOUT_S: Final = 180.0
@@ -23,6 +24,7 @@ class ControllerBusyError(RetryableError):
 
 class ControllerClient:
     def __init__(self, installation: Installation, limit_s: float = CALL_TIMEOUT_S) -> None:
+        self._installation = installation
         self._address = installation.controller_address
         self._token = installation.admin_token()
         self._limit_s = limit_s
@@ -51,9 +53,10 @@ class ControllerClient:
         if query:
             path += "?" + urlencode(query)
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            status, content = answer.status, answer.read()
+            with early_word(self._installation, "the controller"):
+                connection.request(method, path, None if body is None else json.dumps(body), headers)
+                answer = connection.getresponse()
+                status, content = answer.status, answer.read()
         except TimeoutError as error:
             raise ControllerBusyError(f"the controller did not answer within {self._limit_s:g} s") from error
         except (OSError, http.client.HTTPException) as error:

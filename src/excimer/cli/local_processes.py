@@ -312,31 +312,32 @@ def _wait_gone(record: ProcessRecord, deadline: float) -> bool:
     halted_until = time.monotonic() + HALTED_LIMIT_S
     while record.is_alive():
         now = time.monotonic()
-        if now > deadline or (now > halted_until and _is_halted(record.pid)):
+        if now > deadline or (now > halted_until and is_halted(record.pid)):
             return False
         time.sleep(POLL_S)
     return True
 
 
-def _is_halted(pid: int) -> bool:
+def is_halted(pid: int) -> bool:
+    """Whether somebody has stopped the process (SIGSTOP)."""
     try:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
     except (OSError, IndexError):
         return False
 
 
-def probe(http_address: str, pid: int | None) -> int:
+def probe(http_address: str, pid: int | None, limit_s: float = PROBE_TIMEOUT_S) -> int:
     """The status that `/healthz` of process `pid` answers; 0 when nobody, or another process, answers."""
-    return probe_health(http_address, pid).status
+    return probe_health(http_address, pid, limit_s).status
 
 
-def probe_health(http_address: str, pid: int | None) -> Probed:
+def probe_health(http_address: str, pid: int | None, limit_s: float = PROBE_TIMEOUT_S) -> Probed:
     """The same, with its warnings."""
     import http.client
 
     from excimer.service.blocking_http import http_connection
 
-    connection = http_connection(http_address, PROBE_TIMEOUT_S)
+    connection = http_connection(http_address, limit_s)
     try:
         connection.request("GET", "/healthz")
         answer = connection.getresponse()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -85,6 +86,14 @@ def is_styled(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
+_current: ContextVar["Session | None"] = ContextVar("session", default=None)
+
+
+def current_session() -> "Session | None":
+    """Of the command that runs; None before there is one, and for a shell's completion."""
+    return _current.get()
+
+
 @dataclass
 class Session:
     """One run of the command line."""
@@ -92,6 +101,10 @@ class Session:
     directory: Path
     as_json: bool = False
     started: float = field(default_factory=time.monotonic)
+
+    def make_current(self) -> None:
+        """What waits somewhere below speaks to this session's user."""
+        _current.set(self)
 
     def answer(self, value: Any, show: "Callable[[Console], None]") -> None:
         """Writes the command's result: `value` as JSON, or `show` for people."""

@@ -85,6 +85,9 @@ from excimer.service.tls import has_tls
 from excimer.wire.endpoint_tokens import EndpointTokens
 
 BASEBACKUP_NOTICE_S = 5.0
+AWAITED_NOTICE_S = 2.0
+"""A step that takes longer is spoken of to whoever asks how the endpoint is."""
+ELECTION = "election"
 
 log = get_logger(__name__)
 
@@ -136,6 +139,21 @@ class Attempt:
         self.arena: Arena | None = None
         self.proposer: Proposer | None = None
         self.backpressure: Backpressure | None = None
+        self._step = ""
+        self._step_since = time.monotonic()
+
+    @property
+    def awaited(self) -> str | None:
+        """What a start, or commits if postgres runs, wait for; None while there is nothing to speak of."""
+        if time.monotonic() - self._step_since < AWAITED_NOTICE_S:
+            return None
+        missing = None if self.proposer is None else self.proposer.missing_majority()
+        if self._step == ELECTION:
+            return missing or "an election by the safekeepers"
+        return missing or self._step or None
+
+    def _begin(self, step: str) -> None:
+        self._step, self._step_since = step, time.monotonic()
 
     async def run(self) -> AttemptEnd:
         self._task = asyncio.current_task()
@@ -193,16 +211,20 @@ class Attempt:
                 safekeepers=spec.safekeepers,
                 token=token,
             )
+            self._begin(ELECTION)
             election = await self.proposer.elect()
             end_lsn = election.start_lsn
             clock.step("election")
         elif spec.pageserver_http_address:
+            self._begin(f"the pageserver to keep {format_lsn(end_lsn)}")
             await self._hold_lsn(scope, end_lsn)
+        self._begin(f"the pageserver to have WAL up to {format_lsn(end_lsn)} and send a basebackup")
         backup = await self._fetch_basebackup(end_lsn)
         clock.step("basebackup")
         await asyncio.to_thread(self._lay_directory, backup, pair)
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
+        self._begin("PostgreSQL to accept connections")
         self._process = process = await self._start_postgres()
         await self._wait_ready(process)
         assert self.arena is not None
@@ -223,6 +245,7 @@ class Attempt:
             scope.start("certificate", following)
         access = LocalAccess(socket_dir=socket_dir, port=spec.port, superuser=superuser)
         write_local_access(spec.places.local_access, access)
+        self._begin("")
         self._on_started()
         status = await process.wait_exit()
         return Ended(time.monotonic(), f"postgres {describe_exit(status)}")

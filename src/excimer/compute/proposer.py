@@ -165,6 +165,13 @@ class Proposer:
         """Safekeepers that are connected now."""
         return sum(peer.is_connected for peer in self._peers)
 
+    def missing_majority(self) -> str | None:
+        """Which safekeepers are missing for a majority, in one sentence; None while enough of them answer."""
+        silent = [peer.silence for peer in self._peers if peer.silence is not None]
+        if len(self._peers) - len(silent) >= majority(len(self._peers)):
+            return None
+        return f"a majority of safekeepers: {', '.join(silent)}"
+
     def renew_token(self, token: str) -> None:
         """For connections to come, and for those that are open."""
         self._core.token = token

@@ -25,6 +25,8 @@ from excimer.wire.safekeeping import (
 CONNECT_TIMEOUT_S = 5.0
 SILENT_S_MAX = 10.0
 """A connected safekeeper answers each heartbeat; one that is silent this long is dialled anew."""
+ANSWER_S_MAX = 2.5
+"""One that has not said a word for this long is not counted on; heartbeats come each second."""
 RECONNECT = Backoff(first_s=0.05, most_s=2.0, reset_after_s=10.0)
 
 log = get_logger(__name__)
@@ -78,10 +80,23 @@ class SafekeeperPeer:
         """Why it is not connected, as last heard; None while it is."""
         self._owner = owner
         self._connection: _Connection | None = None
+        self._is_mute = False
+        """The connection before this one ended because nothing came on it."""
 
     @property
     def is_connected(self) -> bool:
         return self._connection is not None
+
+    @property
+    def silence(self) -> str | None:
+        """That it cannot be counted on now, and why if that is known; None while it answers."""
+        if self._connection is None:
+            why = f": {self.failure}" if self.is_hopeless else ""
+            return f"safekeeper {self.address} does not answer{why}"
+        is_still_mute = self._is_mute and not self._connection.has_heard
+        if is_still_mute or self._connection.silent_s > ANSWER_S_MAX:
+            return f"safekeeper {self.address} does not answer"
+        return None
 
     @property
     def is_hopeless(self) -> bool:
@@ -115,7 +130,10 @@ class SafekeeperPeer:
     def check_alive(self) -> None:
         """Drops a connection on which nothing has come for too long."""
         connection = self._connection
+        if connection is not None and connection.has_heard:
+            self._is_mute = False
         if connection is not None and connection.silent_s > SILENT_S_MAX:
+            self._is_mute = True
             self.drop(SafekeeperFailedError(f"safekeeper {self.address} does not answer"))
 
     def drop(self, failure: ExcimerError) -> None:
@@ -179,12 +197,16 @@ class _Connection(asyncio.Protocol):
         self._parser = AcceptorMessageParser()
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._heard_at = self._loop.time()
+        self._made_at = self._heard_at = self._loop.time()
         self.closed = asyncio.Event()
 
     @property
     def silent_s(self) -> float:
         return self._loop.time() - self._heard_at
+
+    @property
+    def has_heard(self) -> bool:
+        return self._heard_at > self._made_at
 
     def write(self, frame: bytes) -> None:
         if self._transport is not None:

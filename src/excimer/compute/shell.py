@@ -109,6 +109,7 @@ class Manager:
         self._endpoint = Endpoint()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._attempt: Attempt | None = None
+        health.on_ask = self._report_awaited
         self.disk = DiskWatch(health, [settings.endpoint_dir], self._waiting_for_room)
         self.starts = 0
 
@@ -126,6 +127,15 @@ class Manager:
             if waiting
             else None
         )
+
+    def _report_awaited(self) -> None:
+        """What a start waits for makes it unwell; that commits wait while postgres runs is a warning."""
+        attempt = self._attempt
+        awaited = None if attempt is None or self._endpoint.state is State.WAITING else attempt.awaited
+        starts = self._endpoint.state is State.STARTING
+        self._health.report("start", f"waits for {awaited}" if awaited and starts else None)
+        waits = f"without {awaited}; commits wait" if awaited and self.is_running else None
+        self._health.warn("the endpoint", waits)
 
     @property
     def is_running(self) -> bool:

@@ -7,6 +7,7 @@ Not here: restarting anything; that is the business of whoever asks.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -24,6 +25,8 @@ class Health:
     problems: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
     facts: dict[str, str | int] = field(default_factory=dict)
+    on_ask: Callable[[], None] | None = None
+    """Called before each answer: what only somebody who asks wants to know is looked up then."""
 
     def report(self, check: str, problem: str | None) -> None:
         """Records that `check` fails because of `problem`, or (None) that it holds."""
@@ -45,6 +48,8 @@ class Health:
 
     def answer(self) -> tuple[int, bytes]:
         """HTTP status and JSON body. The pid tells a service from another one that took its port."""
+        if self.on_ask is not None:
+            self.on_ask()
         well = "degraded" if self.warnings else "ok"
         status = "starting" if not self.ready else "unhealthy" if self.problems else well
         body = {

@@ -24,6 +24,7 @@ from excimer.cli.installation import (
     load_installation,
 )
 from excimer.cli.local_processes import ProcessRecord, find_process, probe_health
+from excimer.cli.service_silence import at_once
 from excimer.cli.session import Session, session_of
 
 if TYPE_CHECKING:
@@ -190,11 +191,16 @@ def _check_keys(installation: Installation) -> Finding:
 
 def _check_endpoints(installation: Installation) -> Iterator[Finding]:
     """Those that run. Their settings say where to ask, whether or not a controller runs."""
-    for path in sorted(installation.run_dir.glob(f"{endpoint_part_name('*')}.toml")):
-        settings = tomllib.loads(path.read_text())
-        process = find_process(installation, path.stem, Path(settings["endpoint_dir"]))
-        if process is not None:
-            yield from _check_health(path.stem, settings["http_listen"], process.pid)
+    paths = sorted(installation.run_dir.glob(f"{endpoint_part_name('*')}.toml"))
+    for findings in at_once(lambda path: list(_check_endpoint(installation, path)), paths):
+        yield from findings
+
+
+def _check_endpoint(installation: Installation, path: Path) -> Iterator[Finding]:
+    settings = tomllib.loads(path.read_text())
+    process = find_process(installation, path.stem, Path(settings["endpoint_dir"]))
+    if process is not None:
+        yield from _check_health(path.stem, settings["http_listen"], process.pid)
 
 
 def _check_services(installation: Installation) -> Iterator[Finding]:
@@ -202,8 +208,10 @@ def _check_services(installation: Installation) -> Iterator[Finding]:
     parts = installation.service_parts()
     processes = {part.name: find_process(installation, part.name, part.lock_dir) for part in parts}
     some_run = any(processes.values())
-    for part in parts:
-        yield from _check_part(part, processes[part.name], others_run=some_run)
+    for findings in at_once(
+        lambda part: list(_check_part(part, processes[part.name], others_run=some_run)), parts
+    ):
+        yield from findings
 
 
 def _check_part(part: Part, process: ProcessRecord | None, *, others_run: bool) -> Iterator[Finding]:

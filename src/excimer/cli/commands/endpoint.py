@@ -44,13 +44,13 @@ from excimer.cli.local_processes import (
     find_process,
     launch_parts,
     log_path,
-    probe_health,
     stop_parts,
     wait_for_parts,
 )
+from excimer.cli.part_state import ask_part
+from excimer.cli.service_silence import at_once, early_word_of
 from excimer.cli.session import Session, session_of
 from excimer.io.private_files import make_private_dir
-from excimer.service.health import HTTP_OK
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -222,7 +222,8 @@ def start_endpoint(
             launched = launch_parts(installation, [part])
         is_new = is_new or bool(launched)
         try:
-            wait_for_parts(installation, [part], launched, session.done)
+            with early_word_of(session, installation, [part]):
+                wait_for_parts(installation, [part], launched, session.done)
             return endpoint, is_new
         except ProcessFailedError:
             with exclusive(installation, session.note):  # who stopped it for a restart has started it, too
@@ -315,29 +316,31 @@ def list_endpoints(context: typer.Context) -> None:
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
     tenants = tenant_names(client)
+    listed = client.get("endpoints")["endpoints"]
+    states = at_once(lambda row: state_of(installation, row), listed)
     rows = [
         row
-        | state_of(installation, row)
+        | state
         | {"url": public_url(installation, row), "tenant": tenants.get(row["tenant_id"], row["tenant_id"])}
-        for row in client.get("endpoints")["endpoints"]
+        for row, state in zip(listed, states, strict=True)
     ]
     session.answer({"endpoints": rows}, lambda console: _show_endpoints(console, rows))
 
 
 def state_of(installation: Installation, endpoint: dict[str, Any]) -> dict[str, Any]:
-    """``state``: running, starting, stopped, ended (by itself, for `reason`); and what `problems` it has."""
+    """``state``: as `part_state`, stopped, ended (by itself, for `reason`); and what `problems` it has."""
     process = _process_of(installation, endpoint["name"])
     if process is None:
         reason = end_of(installation, endpoint)
         state = "stopped" if reason is None else "ended"
         return {"state": state, "pid": None, "reason": reason, "problems": [], "restart_pending": []}
-    probed = probe_health(f"{HOST}:{endpoint['http_port']}", process.pid)
+    state, words, facts = ask_part(installation, process, f"{HOST}:{endpoint['http_port']}")
     return {
-        "state": "running" if probed.status == HTTP_OK else "starting",
+        "state": "starting" if state == "unwell" else state,
         "pid": process.pid,
         "reason": None,
-        "problems": probed.warnings,
-        "restart_pending": [name for name in probed.facts.get("restart_pending", "").split(",") if name],
+        "problems": words,
+        "restart_pending": [name for name in facts.get("restart_pending", "").split(",") if name],
     }
 
 

@@ -83,7 +83,8 @@ def parse_words(name: str | None, words: Sequence[str]) -> tuple[str | None, Act
     A first word that is an action is one, unless another follows it: then it is an endpoint's name.
     """
     if name is not None and name in ACTIONS and not (words and words[0] in ACTIONS):
-        name, words = None, [name, *words]
+        words = [name, *words]
+        name = None
     if not words:
         return name, Action.LIST, []
     if words[0] not in ACTIONS:

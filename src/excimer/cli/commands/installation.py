@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 
+from excimer.base.errors import RetryableError
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.endpoint_remains import remove_remains
 from excimer.cli.errors import (
     EXIT_UNAVAILABLE,
-    NotRunningError,
     StateDirectoryError,
     StillRunningError,
     UsageError,
@@ -42,11 +42,12 @@ from excimer.cli.local_processes import (
     hold_lock,
     launch_parts,
     log_path,
-    probe_health,
     stop_parts,
     wait_for_parts,
 )
 from excimer.cli.log_lines import failure
+from excimer.cli.part_state import ask_part
+from excimer.cli.service_silence import at_once, early_word_of
 from excimer.cli.session import Session, session_of
 from excimer.compute.last_end import read_end
 from excimer.io.private_files import make_private_dir
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 BROKER: Final = "broker"
+STATUS_LIMIT_S: Final = 2.0
+"""How long `status` waits for the controller's list, which comes from memory."""
 MAKING_LOCK: Final = "making.lock"
 MAKING_LIMIT_S: Final = 300.0
 """The first tenant takes an initdb, on a slow machine."""
@@ -327,7 +330,8 @@ def start_services(session: Session, installation: Installation) -> list[str]:
     with exclusive(installation, session.note):
         ensure_tokens(installation)
         launched = launch_parts(installation, parts)
-    wait_for_parts(installation, parts, launched, session.done)
+    with early_word_of(session, installation, parts):
+        wait_for_parts(installation, parts, launched, session.done)
     return list(launched)
 
 
@@ -374,12 +378,9 @@ def status(context: typer.Context) -> None:
     """Show which parts run. The exit code is 4 unless all services are well."""
     session = session_of(context)
     installation = load_installation(session.directory)
-    rows = [
-        _status_row(installation, part.name, part.lock_dir, part.http_address)
-        for part in installation.service_parts()
-    ]
+    rows, endpoint_rows = at_once(lambda ask: ask(installation), [_service_rows, _endpoint_rows])
     services_well = all(row["state"] == "running" for row in rows)
-    rows += _endpoint_rows(installation)
+    rows += endpoint_rows
     tls = _tls_status(installation)
     trusts = installation.config.trust_local
     value = {
@@ -415,8 +416,7 @@ def _status_row(installation: Installation, part: str, lock_dir: Path, http_addr
         if reason is not None:
             state, warnings = "ended", [reason]
     else:
-        status, warnings, _ = probe_health(http_address, process.pid)
-        state = {200: "running", 0: "starting"}.get(status, "unwell")
+        state, warnings, _ = ask_part(installation, process, http_address)
     return {
         "part": part,
         "state": state,
@@ -426,21 +426,31 @@ def _status_row(installation: Installation, part: str, lock_dir: Path, http_addr
     }
 
 
+def _service_rows(installation: Installation) -> list[dict[str, Any]]:
+    return at_once(
+        lambda part: _status_row(installation, part.name, part.lock_dir, part.http_address),
+        installation.service_parts(),
+    )
+
+
 def _endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
     try:
-        endpoints = ControllerClient(installation).get("endpoints")["endpoints"]
-    except NotRunningError:
+        client = ControllerClient(installation, limit_s=STATUS_LIMIT_S)
+        endpoints = client.get("endpoints")["endpoints"]
+    except RetryableError:
         return _unknown_endpoint_rows(installation)
-    return [
-        _status_row(
-            installation,
-            endpoint_part_name(endpoint["name"]),
-            installation.endpoint_dir(endpoint["name"]),
-            f"127.0.0.1:{endpoint['http_port']}",
-        )
-        | {"branch": endpoint["branch"], "postgres_port": endpoint["postgres_port"]}
-        for endpoint in endpoints
-    ]
+    return at_once(
+        lambda endpoint: (
+            _status_row(
+                installation,
+                endpoint_part_name(endpoint["name"]),
+                installation.endpoint_dir(endpoint["name"]),
+                f"127.0.0.1:{endpoint['http_port']}",
+            )
+            | {"branch": endpoint["branch"], "postgres_port": endpoint["postgres_port"]}
+        ),
+        endpoints,
+    )
 
 
 def _unknown_endpoint_rows(installation: Installation) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from excimer.base.errors import NotFoundError, RetryableError
 from excimer.cli.branch_options import OptionalTenantArgument, TenantArgument, VersionOption
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
@@ -108,14 +107,6 @@ def _show_sizes(console: "Console", answer: dict[str, Any]) -> None:
         kinds = (row[f"{kind}_size_bytes"] for kind in ("logical", "resident", "remote"))
         table.add_row(row["name"], *("archived" if size is None else size_text(size) for size in kinds))
     console.print(table)
-
-
-def read_sizes(client: ControllerClient, tenant: str) -> Any:
-    """None while the pageserver cannot be asked: what does not need sizes goes on without."""
-    try:
-        return client.get("tenants", tenant, "sizes")
-    except (RetryableError, NotFoundError):
-        return None
 
 
 def size_text(size_bytes: int) -> str:

@@ -21,16 +21,19 @@ from excimer.cli.branch_options import (
     new_branch_name,
 )
 from excimer.cli.commands import timeline_history
-from excimer.cli.commands.tenant import read_sizes, size_text, tenant_name
+from excimer.cli.commands.tenant import size_text, tenant_name
 from excimer.cli.completion import complete_branch
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
+from excimer.cli.service_silence import ask_service
 from excimer.cli.session import PIPE_WIDTH, Session, session_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True)
+
+PAGESERVER = "pageserver"
 
 
 for _name, _command in timeline_history.COMMANDS.items():
@@ -103,11 +106,13 @@ def create_branch(session: Session, tenant: str | None, body: dict[str, Any]) ->
 def list_branches(context: typer.Context, tenant: TenantOption = None) -> None:
     """List branches as a tree."""
     session = session_of(context)
-    client = ControllerClient(load_installation(session.directory))
+    installation = load_installation(session.directory)
+    client = ControllerClient(installation)
     name = tenant_name(client, tenant)
     answer = client.get("tenants", name, "branches")
     endpoints = client.get("endpoints")["endpoints"]
-    known_sizes = read_sizes(client, name) or {"branches": [], "damaged": []}
+    found = ask_service(installation, PAGESERVER, lambda: client.get("tenants", name, "sizes"))
+    known_sizes = found.answer or {"branches": [], "damaged": []}
     sizes = {row["timeline_id"]: row for row in known_sizes["branches"]}
     damage = {row["timeline_id"]: row["reason"] for row in known_sizes["damaged"]}
     for row in answer["branches"]:
@@ -115,7 +120,10 @@ def list_branches(context: typer.Context, tenant: TenantOption = None) -> None:
         known = sizes.get(row["timeline_id"], {})
         for kind in ("logical", "resident", "remote"):
             row[f"{kind}_size_bytes"] = known.get(f"{kind}_size_bytes")
+    answer["problem"] = found.problem
     session.answer(answer, lambda console: _show_tree(console, name, answer["branches"], endpoints))
+    if found.problem is not None:
+        session.note(f"{found.problem}: sizes (?) and damage are not known")
 
 
 def _show_tree(
@@ -157,7 +165,9 @@ def _branch_label(row: dict[str, Any], endpoints: list[dict[str, Any]]) -> str:
     state += " [red]damaged[/red]" if row["damage"] else ""
     identity = f"[dim]{row['timeline_id']} pg{row['pg_version']}[/dim]"
     size = row["logical_size_bytes"]
-    shown = "" if size is None else f" {size_text(size)}"
+    shown = " ?" if size is None else f" {size_text(size)}"
+    if row["state"] == "archived":
+        shown = ""
     return f"[bold]{escape(row['name'])}[/bold]{where} {identity}{shown}{state}{used}"
 
 

@@ -180,6 +180,7 @@ def _change(
     client = ControllerClient(installation)
     place = ("tenants", tenant_name(client, tenant), "branches", branch_name)
     stopped: list[str] = []
+    is_archived = False
     try:
         if stop_endpoints:
             for name in _running(installation, client, place):
@@ -190,9 +191,10 @@ def _change(
                 _refuse_running(session, _running(installation, client, place), branch_name)
             with session.step(f"{action.replace('_', '-')} {branch_name}"):
                 done: dict[str, Any] = client.post(*place, action, body=body)
+        is_archived = action == "archive"
     finally:
         if stopped:
-            session.note(stopped_sentence(stopped, is_archived=action == "archive"))
+            session.note(stopped_sentence(stopped, is_archived=is_archived))
     return done if stop_endpoints is None else done | {"stopped_endpoints": stopped}
 
 
