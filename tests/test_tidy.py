@@ -175,3 +175,15 @@ def test_no_merge_was_left_halfway() -> None:
         if re.match(r"(<<<<<<<|>>>>>>>)( |$)", line) or (path.suffix == ".md" and line == "=" * 7)
     ]
     assert not found, f"conflict markers: {', '.join(found)}"
+
+
+def test_the_one_page_architecture_names_what_exists() -> None:
+    """Every path in it is there, and every package and C library of ours is in its map."""
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    for name in re.findall(r"`([\w./]+/[\w./]*)`", page):
+        places = [root / f"{name}{suffix}" for root in (ROOT, SOURCE) for suffix in ("", ".py", ".pyx")]
+        assert any(path.exists() for path in places), f"ARCHITECTURE.md names {name}, which is not there"
+    code_map = page.partition("## Map of the code")[2]
+    packages = {path.parent for path in SOURCE.glob("*/__init__.py")} | {*(ROOT / "csrc").iterdir()}
+    missing = sorted(path.name for path in packages if not re.search(rf"\b{path.name}\b", code_map))
+    assert not missing, f"the map of the code in ARCHITECTURE.md lacks {missing}"
