@@ -136,7 +136,7 @@ def _words_of(installation: Installation, part: Part) -> str | None:
     state, words, _ = ask_part(installation, process, part.http_address)
     if state == "running":
         return None
-    return "; ".join(words) or f"process {process.pid} does not say what it waits for"
+    return "; ".join(words) or f"process {process.pid} has said nothing yet"
 
 
 @contextlib.contextmanager

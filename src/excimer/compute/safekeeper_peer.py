@@ -26,7 +26,9 @@ CONNECT_TIMEOUT_S = 5.0
 SILENT_S_MAX = 10.0
 """A connected safekeeper answers each heartbeat; one that is silent this long is dialled anew."""
 ANSWER_S_MAX = 2.5
-"""One that has not said a word for this long is not counted on; heartbeats come each second."""
+"""One that has said nothing for this long is not counted on; heartbeats come each second."""
+GREETING_S_MAX = 1.0
+"""The same for one that has not said anything yet on its connection."""
 RECONNECT = Backoff(first_s=0.05, most_s=2.0, reset_after_s=10.0)
 
 log = get_logger(__name__)
@@ -93,8 +95,9 @@ class SafekeeperPeer:
         if self._connection is None:
             why = f": {self.failure}" if self.is_hopeless else ""
             return f"safekeeper {self.address} does not answer{why}"
-        is_still_mute = self._is_mute and not self._connection.has_heard
-        if is_still_mute or self._connection.silent_s > ANSWER_S_MAX:
+        has_spoken = self._connection.has_heard
+        limit_s = ANSWER_S_MAX if has_spoken else GREETING_S_MAX
+        if (self._is_mute and not has_spoken) or self._connection.silent_s > limit_s:
             return f"safekeeper {self.address} does not answer"
         return None
 

@@ -150,7 +150,7 @@ def test_who_waits_for_a_start_hears_what_the_part_waits_for(
         hear(capsys, "PostgreSQL to accept connections …\n")
         monkeypatch.setattr(part_state, "probe_health", lambda *_: Probed(200, [], {}))
         time.sleep(0.1)
-    assert "is not ready yet: process" not in capsys.readouterr().err
+    assert "has said nothing" not in capsys.readouterr().err
 
 
 def test_a_halted_process_is_silent_at_once_and_another_one_with_time(installation: Installation) -> None:

@@ -44,7 +44,7 @@ async def elect_without(addresses: list[str], words: list[str]) -> str:
 def test_those_that_refuse_connections_and_those_that_never_speak_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(safekeeper_peer, "ANSWER_S_MAX", 0.1)
+    monkeypatch.setattr(safekeeper_peer, "GREETING_S_MAX", 0.1)
     monkeypatch.setattr(safekeeper_peer, "SILENT_S_MAX", 0.5)
 
     async def run() -> None:
