@@ -29,7 +29,7 @@ from excimer.wire.endpoint_tokens import EndpointTokens
 from excimer.wire.page_service import Hello, encode_client_message
 from tests.kit.builds import NEWEST_VERSION
 from tests.kit.page_client import connect_pages
-from tests.kit.stack import Stack, running_stack
+from tests.kit.stack import Stack, error_lines, running_stack
 from tests.kit.stack_truth import Branch, branch_of
 
 FUTURE = "7/0"
@@ -66,7 +66,7 @@ def refused(stack: Stack, *arguments: str) -> tuple[int, str]:
     result = stack.run(*arguments)
     assert result.returncode in (EXIT_REFUSED, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_UNAVAILABLE), result
     assert result.stderr.startswith("excimer: "), result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert len(error_lines(result.stderr)) == 1
     assert len(result.stderr) < 500
     return result.returncode, result.stderr.removeprefix("excimer: ").strip()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.kit.builds import NEWEST_VERSION
-from tests.kit.stack import Stack, running_stack
+from tests.kit.stack import Stack, error_lines, running_stack
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def write(stack: Stack, endpoint: str, *texts: str) -> str:
 def refused(stack: Stack, *arguments: str) -> str:
     done = stack.run(*arguments)
     assert done.returncode == 1, done
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert len(error_lines(done.stderr)) == 1, done.stderr
     return done.stderr
 
 
@@ -85,7 +85,7 @@ def test_restore_reset_detach_archive(stack: Stack) -> None:
     assert notes(stack, "early") == ["a", "b"]
 
     # Put away: nothing starts on it; and back.
-    told = stack.run("timeline", "archive", "dev", "--stop-endpoints").stderr.splitlines()
+    told = error_lines(stack.run("timeline", "archive", "dev", "--stop-endpoints").stderr)
     assert told[0] == "endpoint dev was stopped and stays so: excimer endpoint start dev"
     assert "archive early first" in told[1]
     for name in ("early", "dev"):

@@ -23,6 +23,7 @@ from excimer.cli.errors import ProcessFailedError
 from excimer.cli.installation import Installation, create_installation, new_config
 from excimer.cli.local_processes import Running, start_parts, stop_parts
 from excimer.service.http import serving_http
+from tests.kit.stack import error_lines
 from tests.kit.storage_fakes import FakeNode, pageserver_app
 
 
@@ -56,7 +57,7 @@ class CommandLine:
         done = self.run(*arguments)
         assert done.returncode != 0
         assert "Traceback" not in done.stderr
-        errors = done.stderr.splitlines()
+        errors = error_lines(done.stderr)
         assert len(errors) == 1, errors
         return done.returncode, errors[0]
 

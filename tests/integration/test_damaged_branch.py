@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.kit.builds import NEWEST_VERSION
-from tests.kit.stack import Stack, running_stack
+from tests.kit.stack import Stack, error_lines, running_stack
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def one_line(stack: Stack, *arguments: str) -> str:
     """What a command says that must fail."""
     done = stack.run(*arguments)
     assert done.returncode, done
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert len(error_lines(done.stderr)) == 1, done.stderr
     return done.stderr
 
 

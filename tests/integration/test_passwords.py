@@ -18,7 +18,7 @@ from excimer.postgres import run_initdb
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.certificates import write_certificate
 from tests.kit.scram_login import failed_login
-from tests.kit.stack import CommandFailedError, Stack, running_stack
+from tests.kit.stack import CommandFailedError, Stack, error_lines, running_stack
 
 STRANGE_ROLE = 'a "strange" rôle/%40'
 STRANGE_PASSWORD = "p@ss:/?#[]%41 'w\"ö\\rd"
@@ -53,7 +53,7 @@ def refusal(stack: Stack, *arguments: str, stdin: str | None = None) -> tuple[in
         stack.command(*arguments), input=stdin, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode != 0, done.stdout
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert len(error_lines(done.stderr)) == 1, done.stderr
     return done.returncode, done.stderr
 
 

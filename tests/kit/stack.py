@@ -28,6 +28,12 @@ KEEP_VARIABLE = "EXCIMER_TEST_KEEP"
 Row = tuple[Any, ...]
 
 
+def error_lines(stderr: str) -> list[str]:
+    """What a command wrote to standard error, without what a slow machine makes it say of its waiting."""
+    remarks = ("waiting for ", "endpoint-main is not ready yet")
+    return [line for line in stderr.splitlines() if not line.startswith(remarks)]
+
+
 class CommandFailedError(AssertionError):
     """An `excimer` command ended with an error."""
 

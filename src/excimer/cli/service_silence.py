@@ -6,6 +6,7 @@ All are asked at once, so that this takes as long as the slowest may take and no
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -22,6 +23,8 @@ PATIENCE_S: Final = 1.0
 EARLY_WORD_S: Final = 3.0
 """After which somebody who waits hears for what."""
 AGAIN_S: Final = 1.0
+WORDLESS_S: Final = 10.0
+"""A process that has not said anything of itself is mentioned only after this: it may just be slow."""
 
 
 class Asked(NamedTuple):
@@ -117,26 +120,31 @@ def early_word(installation: Installation, what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def early_word_of(session: Session, installation: Installation, parts: Sequence[Part]) -> Iterator[None]:
     """While this takes long, says what those of the parts wait for that are not well yet."""
+    begun = time.monotonic()
 
     def words() -> list[str]:
-        said = at_once(lambda part: _words_of(installation, part), parts)
-        return [
-            f"{part.name} is not ready yet: {each}" for part, each in zip(parts, said, strict=True) if each
-        ]
+        has_had_time = time.monotonic() - begun > WORDLESS_S
+        said = at_once(lambda part: _words_of(installation, part, has_had_time=has_had_time), parts)
+        pairs = zip(parts, said, strict=True)
+        return [f"{part.name} is not ready yet: {each}" for part, each in pairs if each is not None]
 
     with _speaking(words, session):
         yield
 
 
-def _words_of(installation: Installation, part: Part) -> str | None:
-    """None for a part that is well, and for one that is gone, of which whoever waits will hear."""
+def _words_of(installation: Installation, part: Part, *, has_had_time: bool) -> str | None:
+    """None for a part that is well, for one that is gone, of which whoever waits will hear, and at first for
+    one that has nothing to say.
+    """
     process = find_process(installation, part.name, part.lock_dir)
     if process is None:
         return None
     state, words, _ = ask_part(installation, process, part.http_address)
     if state == "running":
         return None
-    return "; ".join(words) or f"process {process.pid} has said nothing yet"
+    if words:
+        return "; ".join(words)
+    return f"process {process.pid} has said nothing yet" if has_had_time else None
 
 
 @contextlib.contextmanager
