@@ -22,6 +22,7 @@ from bench import (
     ingest,
     many_tenants,
     page_reads,
+    stack_memory,
     starting,
     warm_reads,
 )
@@ -41,6 +42,7 @@ FAMILIES = (
     Family(("branch_ms",), branching.measure),
     Family(("attach_first_page_ms",), first_page.measure),
     Family(many_tenants.IDS, many_tenants.measure),
+    Family(stack_memory.IDS, stack_memory.measure),
     Family(("endpoint_start_ms", "manifest_to_row_ms"), starting.measure),
 )
 

@@ -51,6 +51,7 @@ GOALS = {
         Goal("tenants_start_s", "s", 10.0, False, "a pageserver with 1,000 tenants of 3 branches"),
         Goal("tenants_rss_mib", "MiB", 2048.0, False, "its memory"),
         Goal("tenants_idle_cpu_percent", "%", 1.0, False, "its CPU while nothing happens, of a core"),
+        Goal("stack_idle_rss_mib", "MiB", 160.0, False, "all services of an installation, idle, shared once"),
         Goal("endpoint_start_ms", "ms", 1000.0, False, "endpoint start, command to first row"),
         Goal("manifest_to_row_ms", "ms", 200.0, False, "of that, from the basebackup to the first row"),
     )

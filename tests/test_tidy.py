@@ -19,9 +19,10 @@ LAYERS = (
     {"storage.engine", "service"},
     {"pageserver", "safekeeper", "broker", "compute", "controller", "proxy", "console", "scrubber"},
     {"export"},
+    {"supervisor"},
     {"cli"},
 )
-SERVICES = LAYERS[-3]
+SERVICES = LAYERS[-4]
 PURE = {"base", "pgformat", "wire", "consensus", "storage.format", "storage.plan"}
 IMPURE_MODULES = {"asyncio", "os", "socket", "time", "random", "threading", "subprocess"}
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

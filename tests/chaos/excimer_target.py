@@ -109,6 +109,7 @@ class ExcimerTarget:
             "NATS server": lambda: children(self._pid("broker"), b"nats"),
         }
         found: list[Fault] = [Kill(name, find) for name, find in processes.items()]
+        found.append(Kill("supervisor", self._pid_of("supervisor")))
         found += [Stall(name, find) for name, find in processes.items()]
         found += [BriefStalls("backends", self._backends)] * 3
         found += [BrokenLink(self._links, link, state) for link in self._links.names for state in _BROKEN]

@@ -136,7 +136,7 @@ def test_an_interrupted_start_is_repaired_by_the_next(stack: Stack) -> None:
         time.sleep(wait_s)
         start.send_signal(signal.SIGINT)
         _, errors = start.communicate(timeout=COMMAND_TIMEOUT_S)
-        assert start.returncode in (130, -signal.SIGINT, 0)
+        assert start.returncode in (130, -signal.SIGINT, 0), errors
         assert "Traceback" not in errors or start.returncode == -signal.SIGINT
         stack.json("start")
     assert "no endpoint runs: `excimer endpoint start NAME`" in stack.run("start")[2]
@@ -183,13 +183,25 @@ def halted(pid: int | None) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_what_was_killed_is_started_again_and_the_rest_left_alone(stack: Stack) -> None:
+def test_what_was_killed_comes_back_and_the_rest_is_left_alone(stack: Stack) -> None:
+    """Services by themselves; an endpoint when it is started."""
     before = stack.states()
     for part in ("pageserver", "broker", "endpoint-main"):
         pid = before[part][1]
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-    assert sorted(stack.json("start")["started"]) == ["broker", "pageserver"]
+    deadline = time.monotonic() + COMMAND_TIMEOUT_S
+    while not all(
+        stack.states()[part][0] == "running" and stack.states()[part][1] != before[part][1]
+        for part in ("pageserver", "broker")
+    ):
+        assert time.monotonic() < deadline, stack.states()
+        time.sleep(0.1)
+    assert stack.json("start")["started"] == []
+    rows = {row["part"]: row for row in json.loads(stack.run("--json", "status")[1])["parts"]}
+    assert (rows["broker"]["restarts"], rows["broker"]["last_end"]) == (1, "died of SIGKILL")
+    assert rows["controller"]["restarts"] == 0
+    assert "restarted once, the last one died of SIGKILL" in stack.run("status")[1]
     assert stack.json("endpoint", "start", "main")["started"]
     after = stack.states()
     assert all(state == "running" for part, (state, _) in after.items() if part != f"endpoint-{DEMO}")
@@ -199,9 +211,10 @@ def test_what_was_killed_is_started_again_and_the_rest_left_alone(stack: Stack) 
 
 def test_status_shows_endpoints_without_a_controller(stack: Stack) -> None:
     before = stack.states()
-    controller = before["controller"][1]
-    assert controller is not None
-    os.kill(controller, signal.SIGKILL)
+    assert stack.json("stop", "controller", "--immediate")["stopped"] == ["controller"]
+    assert stack.json("stop", "controller")["stopped"] == []
+    code, _, errors = stack.run("stop", "endpoint-main")
+    assert (code, "no service 'endpoint-main'; there are: broker, " in errors) == (3, True)
     assert stack.states()["endpoint-main"] == ("unknown", before["endpoint-main"][1])
     stack.json("start")
     assert stack.states()["endpoint-main"] == before["endpoint-main"]

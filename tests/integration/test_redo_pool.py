@@ -17,7 +17,7 @@ from excimer.pgformat.wal_record import Rmgr, record_crc
 from excimer.postgres import redo_extension
 from excimer.postgres.redo_template import redo_control_file
 from excimer.storage.engine.redo_pool import RedoError, RedoPool, RedoUnavailableError
-from excimer.storage.engine.redo_worker import RedoWorker, RedoWorkerError
+from excimer.storage.engine.redo_worker import LOG_SIZE_MAX, RedoWorker, RedoWorkerError
 from excimer.wire.redo import REQUEST_HEAD, STATISTICS_REQUEST, encode_redo_request
 from tests.kit.builds import ALL_VERSIONS, NEWEST_VERSION, build_of
 from tests.kit.directories import reachable_directory
@@ -290,6 +290,26 @@ def test_workers_are_locked_in() -> None:
     assert "Max processes 0 0 processes" in " ".join(limits.split())
     names = {variable.partition(b"=")[0] for variable in environment if variable}
     assert names <= {b"LC_ALL", b"TZ", b"LD_LIBRARY_PATH", b"LD_PRELOAD"}
+
+
+def test_the_log_of_a_worker_stays_short() -> None:
+    with reachable_directory() as root:
+        build = build_of(NEWEST_VERSION)
+        worker = RedoWorker(build, redo_extension(build), redo_control_file(build), root)
+        try:
+            log = worker.directory / "log"
+            with log.open("ab") as file:
+                file.write(bytes(LOG_SIZE_MAX - log.stat().st_size))
+            assert worker.exchange([plain_request(1)], 10).failure is None
+            assert log.stat().st_size == LOG_SIZE_MAX, "at the bound it is kept"
+            with log.open("ab") as file:
+                file.write(b"WARNING:  once more\n")
+            assert worker.exchange([plain_request(2)], 10).failure is None
+            assert log.stat().st_size == 0
+            flags = Path(f"/proc/{worker.process_id}/fdinfo/2").read_text().split("flags:")[1].split()[0]
+            assert int(flags, 8) & os.O_APPEND, "what the worker writes next would leave a hole"
+        finally:
+            worker.close()
 
 
 def test_a_closed_pool_says_so() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import psycopg
 
 from excimer.io.processes import program_environment
+from excimer.supervisor.protocol import ForgetPart, ask
 from tests.kit.builds import build_of
 
 COMMAND_TIMEOUT_S = 180
@@ -156,7 +157,11 @@ class Stack:
         return int(json.loads((self.directory / "run" / f"{part}.pid").read_text())["pid"])
 
     def kill(self, part: str) -> None:
-        """SIGKILL, as a machine's death would do it to this part; the PostgreSQL it runs included."""
+        """SIGKILL, as a machine's death would do it to this part, which stays dead until it is started; the
+        PostgreSQL it runs included.
+        """
+        with contextlib.suppress(OSError):  # there is no supervisor
+            ask(self.directory / "run", ForgetPart(part=part), COMMAND_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid(part), signal.SIGKILL)
 
@@ -175,6 +180,8 @@ class Stack:
         self.kill_everything()
 
     def kill_everything(self) -> None:
+        if (self.directory / "run" / "supervisor.pid").exists():
+            self.kill("supervisor")
         for record in (self.directory / "run").glob("*.pid"):
             self.kill(record.stem)
 

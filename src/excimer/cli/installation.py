@@ -102,6 +102,8 @@ class Part:
     """Where the process keeps its instance lock."""
     standard_input: bytes = field(default=b"", repr=False)
     """What it must know and no file may: its tokens."""
+    is_restarted: bool = True
+    """Whether the supervisor starts it again when it dies; an endpoint needs new tokens first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +278,15 @@ class Installation:
             )
         name = endpoint_part_name(endpoint["name"])
         tokens = msgspec.json.encode(spec["tokens"])
-        return Part(name, "excimer.compute", settings, settings.http_listen, settings.endpoint_dir, tokens)
+        return Part(
+            name,
+            "excimer.compute",
+            settings,
+            settings.http_listen,
+            settings.endpoint_dir,
+            tokens,
+            is_restarted=False,
+        )
 
 
 def _path(text: str | None) -> Path | None:

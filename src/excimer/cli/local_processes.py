@@ -1,8 +1,7 @@
 """Detached processes of a local installation: start what does not run, wait until well, stop.
 
-Who is who: a pid alone may belong to somebody else after a restart of the machine, so `run/PART.pid`
-also holds the process's start time (and the boot's id). If the CLI was interrupted between starting a
-process and recording it, the process's own instance lock leads to it.
+The supervisor starts them (`supervision`), so that they share memory and come back when they die. Who is who
+is in `supervisor.process_records`.
 
 Starting is idempotent. Two commands do not start or stop at the same time (`run/cli.lock`), but they may
 wait at the same time until what they started is well.
@@ -12,8 +11,6 @@ import contextlib
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,16 +19,24 @@ from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
-import excimer
 from excimer.base.errors import RetryableError
 from excimer.cli.errors import BusyError, ProcessFailedError
 from excimer.cli.installation import Installation, Part, make_directories
 from excimer.cli.log_lines import last_error
-from excimer.io.private_files import touch_private, write_private
+from excimer.cli.supervision import (
+    SUPERVISOR,
+    ask_supervisor,
+    log_path,
+    part_states,
+    program_path_environment,
+    supervisor_lock_dir,
+)
+from excimer.io.private_files import touch_private
 from excimer.service.health import HTTP_OK
-from excimer.service.instance_lock import LOCK_FILE_NAME
-from excimer.service.log_files import open_log, rotate
 from excimer.service.settings import save_settings
+from excimer.supervisor import process_records
+from excimer.supervisor.process_records import ProcessRecord, record_path, settings_path
+from excimer.supervisor.protocol import Started, StartPart
 
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 10.0
@@ -45,16 +50,13 @@ POLL_S: Final = 0.02
 BUSY_LIMIT_S: Final = 90.0
 PROBE_TIMEOUT_S: Final = 2.0
 
-STAT_START_TIME: Final = 19
-"""Index of a process's start time among the fields of /proc/PID/stat after the program's name."""
-
 
 class HealthTimeoutError(RetryableError):
     """A process runs but does not become well in time."""
 
 
 class LaunchedProcess(NamedTuple):
-    process: "subprocess.Popen[bytes]"
+    pid: int
     log_start: int
     """Where in the part's log the words of this process begin."""
 
@@ -79,17 +81,6 @@ class Probed(NamedTuple):
     """What is to be looked at: why a part is not well, and what is wrong although it does its work."""
     facts: dict[str, str]
     """What a compute says of its settings, see `excimer.compute.settings_keeper`."""
-
-
-class ProcessRecord(msgspec.Struct, frozen=True):
-    """Identifies one process on one boot of the machine."""
-
-    pid: int
-    start_ticks: int
-    boot_id: str
-
-    def is_alive(self) -> bool:
-        return self.boot_id == _boot_id() and _start_ticks(self.pid) == self.start_ticks
 
 
 @contextlib.contextmanager
@@ -125,18 +116,7 @@ def hold_lock(path: Path, note: Callable[[str], None], limit_s: float) -> Iterat
 
 def find_process(installation: Installation, part: str, lock_dir: Path) -> ProcessRecord | None:
     """The running process of a part, from its record or else from its instance lock."""
-    record = _read_record(_record_path(installation, part))
-    if record is not None and record.is_alive():
-        return record
-    return _find_by_lock(lock_dir, settings_path(installation, part))
-
-
-def settings_path(installation: Installation, part: str) -> Path:
-    return installation.run_dir / f"{part}.toml"
-
-
-def log_path(installation: Installation, part: str) -> Path:
-    return installation.logs_dir / f"{part}.log"
+    return process_records.find_process(installation.run_dir, part, lock_dir)
 
 
 def start_parts(
@@ -152,9 +132,13 @@ def start_parts(
 
 
 def launch_parts(installation: Installation, parts: Sequence[Part]) -> Launched:
-    """Starts those that do not run, all at once; to be called in `exclusive`. Answers them by name."""
+    """Starts those that do not run, all at once; to be called in `exclusive`. Answers them by name.
+
+    From then on all of them are watched. Raises as `ask_supervisor`.
+    """
     make_directories(installation)
-    return {part.name: _launch(installation, part) for part in parts if _is_absent(installation, part)}
+    launched = {part.name: _launch(installation, part) for part in parts}
+    return {name: process for name, process in launched.items() if process is not None}
 
 
 def wait_for_parts(
@@ -171,20 +155,16 @@ def wait_for_parts(
     """
     begun = time.monotonic()
     waiting = list(parts)
-    try:
-        while waiting:
-            for part in list(waiting):
-                if _is_well(installation, part):
-                    waiting.remove(part)
-                    if part.name in launched:
-                        started(part.name, time.monotonic() - begun)
-                else:
-                    _check_progress(installation, part, launched.get(part.name), begun + limit_s)
-            if waiting:
-                time.sleep(POLL_S)
-    finally:
-        for process, _ in launched.values():
-            process.returncode = process.poll() or 0  # it outlives us on purpose: no warning about that
+    while waiting:
+        for part in list(waiting):
+            if _is_well(installation, part):
+                waiting.remove(part)
+                if part.name in launched:
+                    started(part.name, time.monotonic() - begun)
+            else:
+                _check_progress(installation, part, launched.get(part.name), begun + limit_s)
+        if waiting:
+            time.sleep(POLL_S)
 
 
 def _is_absent(installation: Installation, part: Part) -> bool:
@@ -196,66 +176,67 @@ def _is_well(installation: Installation, part: Part) -> bool:
     return process is not None and probe(part.http_address, process.pid) == HTTP_OK
 
 
-def _launch(installation: Installation, part: Part) -> LaunchedProcess:
-    settings = settings_path(installation, part.name)
+def _launch(installation: Installation, part: Part) -> LaunchedProcess | None:
+    """Has the supervisor start a part that does not run, or watch one that does; None for the latter."""
     log = log_path(installation, part.name)
-    save_settings(
-        settings,
-        msgspec.structs.replace(part.settings, log_path=log, tls=installation.config.tls),
-        "Written by excimer at each start; changes are lost.",
-    )
-    rotate(log)
-    with os.fdopen(open_log(log), "ab") as output, _interrupts_later():
-        log_start = output.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", part.module, str(settings)],
-            stdin=subprocess.PIPE if part.standard_input else subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=_environment(),
-            cwd="/",
-            start_new_session=True,
+    if _is_absent(installation, part):
+        save_settings(
+            settings_path(installation.run_dir, part.name),
+            msgspec.structs.replace(part.settings, log_path=log, tls=installation.config.tls),
+            "Written by excimer at each start; changes are lost.",
         )
-        _write_record(_record_path(installation, part.name), process.pid)
-        _hand_over(process, part.standard_input)
-    return LaunchedProcess(process, log_start)
+    request = StartPart(
+        part=part.name,
+        module=part.module,
+        lock_dir=part.lock_dir,
+        log_path=log,
+        environment=program_path_environment(),
+        is_restarted=part.is_restarted,
+    )
+    with _as_standard_input(part.standard_input) as standard_input:
+        answer = ask_supervisor(installation, request, standard_input)
+    if isinstance(answer, Started) and answer.is_new:
+        return LaunchedProcess(answer.pid, answer.log_start)
+    return None
 
 
-def _hand_over(process: "subprocess.Popen[bytes]", content: bytes) -> None:
-    """Less than a pipe holds, so that this does not wait; whether it was read shows in its health."""
-    if process.stdin is not None:
-        with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(content)
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with the Excimer that runs here findable from the root directory too."""
-    source = str(Path(excimer.__file__).parent.parent)
-    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([source, *map(os.path.abspath, others)])}
+@contextlib.contextmanager
+def _as_standard_input(content: bytes) -> Iterator[int | None]:
+    """A pipe with `content`, which is less than a pipe holds, to hand on; None for no content."""
+    if not content:
+        yield None
+        return
+    reading, writing = os.pipe()
+    try:
+        with open(writing, "wb") as file:
+            file.write(content)
+        yield reading
+    finally:
+        os.close(reading)
 
 
 def _check_progress(
     installation: Installation, part: Part, launched: LaunchedProcess | None, deadline: float
 ) -> None:
-    """Raises when a part that is not well has ended, or has had its time."""
-    if launched is None:
-        has_ended, log_start, how = _is_absent(installation, part), 0, ""
-    else:
-        has_ended, log_start = launched.process.poll() is not None, launched.log_start
-        from excimer.io.processes import describe_exit
-
-        code = launched.process.returncode
-        how = "" if code is None else f" ({describe_exit(code)})"
+    """Raises when a part that is not well has ended and does not come back, or has had its time."""
+    process = find_process(installation, part.name, part.lock_dir)
+    state = None if process is not None else part_states(installation).get(part.name)
+    comes_back = state is not None and (state.is_awaited or state.pid is not None)
+    has_ended = process is None and not comes_back
     if not has_ended and time.monotonic() <= deadline:
         return
     problems = [] if has_ended else _own_words(installation, part)
+    log_start = 0 if launched is None else launched.log_start
     reason = "; ".join(problems) or last_error(log_path(installation, part.name), log_start)
     said = f"{reason}; see `excimer logs {part.name}`"
-    if has_ended and launched is not None and launched.process.returncode in (0, -signal.SIGTERM):
+    was_stopped = state is None or state.last_exit_code in (0, -signal.SIGTERM)
+    if has_ended and launched is not None and was_stopped:
         raise ProcessFailedError(f"{part.name} was stopped while it started, perhaps by another command")
+    how = f" ({state.last_end})" if state is not None and state.last_end else ""
     if has_ended:
         raise ProcessFailedError(f"{part.name} did not start{how}: {said}")
+    if process is None:
+        raise ProcessFailedError(f"{part.name} dies again and again{how}: {said}")
     raise HealthTimeoutError(f"{part.name} runs but does not become ready: {said}")
 
 
@@ -298,8 +279,14 @@ def stop_parts(
                 raise ProcessFailedError(f"{each.part} (process {record.pid}) cannot be stopped")
         stopped(f"{each.part} stopped", time.monotonic() - begun)
     for each in parts:
-        _record_path(installation, each.part).unlink(missing_ok=True)
+        record_path(installation.run_dir, each.part).unlink(missing_ok=True)
     return [each.part for each, _ in running]
+
+
+def stop_supervisor(installation: Installation, *, immediate: bool) -> None:
+    """Before services are stopped, for it would start them again. Raises as `stop_parts`."""
+    supervisor = Running(SUPERVISOR, supervisor_lock_dir(installation.run_dir), STOP_LIMIT_S)
+    stop_parts(installation, [supervisor], lambda *_: None, immediate=immediate)
 
 
 def _signal(record: ProcessRecord, number: signal.Signals) -> None:
@@ -354,65 +341,3 @@ def probe_health(http_address: str, pid: int | None, limit_s: float = PROBE_TIME
         + [f"{about} is {warning}" for about, warning in sorted(body.warnings.items())],
         {"settings": body.settings, "restart_pending": body.restart_pending},
     )
-
-
-@contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Keeps Ctrl-C from falling between the start of a process and its record."""
-    caught: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if caught:
-        raise KeyboardInterrupt
-
-
-def _record_path(installation: Installation, part: str) -> Path:
-    return installation.run_dir / f"{part}.pid"
-
-
-def _write_record(path: Path, pid: int) -> None:
-    ticks = _start_ticks(pid)
-    if ticks is not None:
-        record = ProcessRecord(pid, ticks, _boot_id())
-        write_private(path, msgspec.json.encode(record))
-
-
-def _read_record(path: Path) -> ProcessRecord | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=ProcessRecord)
-    except (OSError, msgspec.DecodeError):
-        return None  # none, or damaged: the instance lock knows too
-
-
-def _find_by_lock(lock_dir: Path, settings: Path) -> ProcessRecord | None:
-    try:
-        with open(lock_dir / LOCK_FILE_NAME) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pid = int(file.read())
-            else:
-                return None
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (OSError, ValueError):
-        return None
-    ticks = _start_ticks(pid)
-    if ticks is None or os.fsencode(settings) not in arguments:
-        return None
-    return ProcessRecord(pid, ticks, _boot_id())
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When the process started, in ticks since boot; None if there is no such process or only its remains."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[STAT_START_TIME])
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -10,8 +10,9 @@ import time
 from typing import NamedTuple
 
 from excimer.cli.installation import HOST, Installation
-from excimer.cli.local_processes import START_LIMIT_S, Probed, ProcessRecord, is_halted, probe_health
+from excimer.cli.local_processes import START_LIMIT_S, Probed, is_halted, probe_health
 from excimer.service.health import HTTP_OK
+from excimer.supervisor.process_records import ProcessRecord
 
 _SAFEKEEPER = re.compile(rf"safekeeper {re.escape(HOST)}:(\d+)")
 

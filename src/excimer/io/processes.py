@@ -231,6 +231,17 @@ def die_with_parent(number: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
+def release_freed_memory() -> None:
+    """Gives memory that has been freed back to the system, after work that took much and is rare.
+
+    The C library keeps it otherwise, for good where a thread's arena is in use at its end. Blocks for
+    milliseconds; other threads that allocate wait for a part of that. Without glibc nothing happens.
+    """
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def hide_memory() -> None:
     """For a process whose memory holds what its own user must not read.
 

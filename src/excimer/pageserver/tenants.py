@@ -21,6 +21,7 @@ from excimer.base.clock import unix_to_timestamptz
 from excimer.base.errors import CorruptionError, FencedError, RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, record_end
+from excimer.io.processes import release_freed_memory
 from excimer.pageserver.active_timeline import (
     ActiveTimeline,
     TimelineWorld,
@@ -322,6 +323,7 @@ class Tenants:
                 return existing.detail()
             if new.ancestor_timeline_id is None:
                 timeline = await self._bootstrap(store, new)
+                await self._in_thread(release_freed_memory)  # 25 MiB: the files of the cluster
             else:
                 timeline = await self._branch(tenant_id, store, new)
             return self._activate(tenant, timeline).detail()
@@ -373,6 +375,7 @@ class Tenants:
         job = ClusterImport(store, timeline_id, self._world.executor, own_control_file)
         async with tenant.imports.running(store, timeline_id, job) as running:
             made = await job.run(chunks)
+            await self._in_thread(release_freed_memory)
             async with tenant.changing:
                 self._attached(tenant_id)
                 timeline = await store.finish_import(made, job.readable_lsn)

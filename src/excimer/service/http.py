@@ -20,10 +20,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from pydantic import BaseModel, Field
 from starlette import types as asgi
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -160,6 +161,34 @@ def create_app(
         return Response(metrics.render(registry), media_type=metrics.CONTENT_TYPE)
 
     return app
+
+
+def warm_up() -> None:
+    """Lets FastAPI and pydantic make now what they make for a process's first app; nothing of it is kept.
+
+    Of the 13 MiB that a service's own app takes in a fork, 7 are then shared with all others.
+    """
+
+    class Sample(BaseModel):
+        name: str
+        size: int | None = Field(default=None, description="as of a route that takes a body")
+        rows: list[str] = []
+
+    def checked(request: Request) -> bool:
+        return bool(request.scope["type"] == "http")
+
+    app = create_app("sample", "0", Health("sample"), metrics.new_registry("sample", "0"), verifier=None)
+    router = APIRouter(prefix="/v1/{tenant_id}", dependencies=[Depends(checked)])
+
+    @router.get("/{timeline_id}")
+    async def read(tenant_id: str, timeline_id: str, lsn: str | None = None, most: int = 1) -> list[Sample]:
+        return []
+
+    @router.post("/{timeline_id}", status_code=201)
+    async def change(tenant_id: str, timeline_id: str, body: Sample) -> dict[str, Any]:
+        return {}
+
+    app.include_router(router, dependencies=[Depends(checked)])
 
 
 @contextlib.asynccontextmanager

@@ -8,7 +8,8 @@ import pytest
 from excimer.cli.commands import doctor
 from excimer.cli.commands.doctor import Finding, _check_services
 from excimer.cli.installation import Installation, create_installation, new_config
-from excimer.cli.local_processes import Probed, ProcessRecord
+from excimer.cli.local_processes import Probed
+from excimer.supervisor.process_records import ProcessRecord
 
 ME = ProcessRecord(pid=os.getpid(), start_ticks=0, boot_id="")
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,13 +21,10 @@ from excimer.cli.installation import (
     PORTS,
     Installation,
     Part,
-    create_installation,
     free_ports,
     load_installation,
-    new_config,
 )
 from excimer.cli.local_processes import (
-    ProcessRecord,
     Running,
     exclusive,
     find_process,
@@ -35,68 +33,17 @@ from excimer.cli.local_processes import (
 )
 from excimer.cli.log_lines import last_error, pretty, tail
 from excimer.cli.session import Session
+from excimer.cli.supervision import interrupts_later, program_path_environment
 from excimer.compute.places import find_places
 from excimer.pageserver.settings import PageserverSettings
-from excimer.service.settings import Settings
+from excimer.supervisor.process_records import ProcessRecord, boot_id, start_ticks
 from tests.kit.directories import reachable_directory
-
-SERVICE = """
-import asyncio, os, signal, sys
-from pathlib import Path
-from excimer.base.errors import RefusedError
-from excimer.service.health import Health
-from excimer.service.instance_lock import InstanceLock
-from excimer.service.light_http import serving_light_http
-from excimer.service.process_main import run_service
-from excimer.service.settings import Settings
-
-class S(Settings, frozen=True):
-    data_dir: Path
-    http_listen: str
-    how: str = ""
-
-async def serve(settings):
-    if settings.how == "refuse":
-        raise RefusedError("port 5 of 127.0.0.1 is taken by another program")
-    if settings.how == "stopped":
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
-    with InstanceLock(settings.data_dir, "service"):
-        health = Health("service", ready=settings.how != "never ready")
-        if settings.how == "unwell":
-            health.report("disk", "it is on fire")
-        async with serving_light_http(settings.http_listen, health, lambda: b""):
-            while True:
-                try:
-                    await asyncio.sleep(60)
-                except asyncio.CancelledError:
-                    if settings.how != "stubborn":
-                        raise
-
-sys.exit(run_service("service", S, serve, stop_limit_s=60))
-"""
-
-
-class ServiceSettings(Settings, frozen=True):
-    data_dir: Path
-    http_listen: str
-    how: str = ""
+from tests.kit.small_service import part_of, small_installation
 
 
 @pytest.fixture
-def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "small_service.py").write_text(SERVICE)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    return create_installation(tmp_path / "state", new_config(18, 1))
-
-
-def part_of(installation: Installation, how: str = "", name: str = "small") -> Part:
-    listen = f"127.0.0.1:{free_ports(1)[0]}"
-    data_dir = installation.directory / name
-    settings = ServiceSettings(data_dir=data_dir, http_listen=listen, how=how)
-    return Part(name, "small_service", settings, listen, data_dir)
+def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
+    yield from small_installation(tmp_path, monkeypatch)
 
 
 def stop(
@@ -148,12 +95,12 @@ def test_a_process_without_a_record_is_found_by_its_lock(installation: Installat
 def test_a_pid_of_somebody_else_is_not_ours(installation: Installation) -> None:
     part = part_of(installation)
     path = installation.run_dir / "small.pid"
-    own_ticks = local_processes._start_ticks(os.getpid())
+    own_ticks = start_ticks(os.getpid())
     assert own_ticks is not None
     for record in (
-        ProcessRecord(os.getpid(), own_ticks + 1, local_processes._boot_id()),
+        ProcessRecord(os.getpid(), own_ticks + 1, boot_id()),
         ProcessRecord(os.getpid(), own_ticks, "another boot"),
-        ProcessRecord(2**22 + 5, own_ticks, local_processes._boot_id()),
+        ProcessRecord(2**22 + 5, own_ticks, boot_id()),
     ):
         path.write_bytes(msgspec.json.encode(record))
         assert find_process(installation, "small", part.lock_dir) is None
@@ -203,7 +150,7 @@ def test_one_command_at_a_time(installation: Installation, monkeypatch: pytest.M
 
 def test_an_interrupt_while_starting_is_not_lost(installation: Installation) -> None:
     def start_and_interrupt() -> None:
-        with local_processes._interrupts_later():
+        with interrupts_later():
             os.kill(os.getpid(), signal.SIGINT)
             recorded.append("process started and recorded")
 
@@ -313,7 +260,7 @@ def test_children_find_this_excimer() -> None:
     code = "import excimer; print(excimer.__file__)"
     shown = subprocess.run(
         [sys.executable, "-c", code],
-        env=local_processes._environment(),
+        env=program_path_environment(),
         cwd="/",
         capture_output=True,
         text=True,

@@ -23,9 +23,10 @@ from excimer.cli.installation import (
     is_free,
     load_installation,
 )
-from excimer.cli.local_processes import ProcessRecord, find_process, probe_health
+from excimer.cli.local_processes import find_process, probe_health
 from excimer.cli.service_silence import at_once
 from excimer.cli.session import Session, session_of
+from excimer.supervisor.process_records import ProcessRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -38,19 +38,19 @@ from excimer.cli.installation import (
 )
 from excimer.cli.local_processes import (
     ENDPOINT_STOP_LIMIT_S,
-    ProcessRecord,
     Running,
     exclusive,
     find_process,
     launch_parts,
-    log_path,
     stop_parts,
     wait_for_parts,
 )
 from excimer.cli.part_state import ask_part
 from excimer.cli.service_silence import at_once, early_word_of
 from excimer.cli.session import Session, session_of
+from excimer.cli.supervision import log_path
 from excimer.io.private_files import make_private_dir
+from excimer.supervisor.process_records import ProcessRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 
-from excimer.base.errors import RetryableError
+from excimer.base.errors import NotFoundError, RetryableError
+from excimer.cli.completion import complete_part
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.endpoint_remains import remove_remains
 from excimer.cli.errors import (
@@ -41,18 +42,27 @@ from excimer.cli.local_processes import (
     find_process,
     hold_lock,
     launch_parts,
-    log_path,
     stop_parts,
+    stop_supervisor,
     wait_for_parts,
 )
 from excimer.cli.log_lines import failure
 from excimer.cli.part_state import ask_part
 from excimer.cli.service_silence import at_once, early_word_of
 from excimer.cli.session import Session, session_of
+from excimer.cli.supervision import (
+    SUPERVISOR,
+    find_supervisor,
+    forget_part,
+    log_path,
+    part_states,
+    supervisor_lock_dir,
+)
 from excimer.compute.last_end import read_end
 from excimer.io.private_files import make_private_dir
 from excimer.service.settings import TlsSettings
 from excimer.service.tls import Tls
+from excimer.supervisor.protocol import WatchedPart
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,6 +81,9 @@ FIRST_ENTRIES: Final = frozenset({"run", "logs", "keys", "endpoints", TLS_NAME})
 
 TRUST_LOCAL_NOTICE: Final = (
     "trust-local: every user of this machine can connect as any role, superusers included, without a password"
+)
+NO_SUPERVISOR_NOTICE: Final = (
+    "the supervisor does not run: a service that dies stays down; excimer start starts one"
 )
 TrustLocalOption = Annotated[
     bool,
@@ -302,6 +315,8 @@ def _unconfigured(directory: Path) -> Installation:
 
 
 def _lock_dir_of(directory: Path, part: str) -> Path:
+    if part == SUPERVISOR:
+        return supervisor_lock_dir(directory / "run")
     kind, _, name = part.partition("-")
     return directory / {"safekeeper": "safekeepers", "endpoint": "endpoints"}.get(kind, kind) / name
 
@@ -338,21 +353,51 @@ def start_services(session: Session, installation: Installation) -> list[str]:
 @app.command()
 def stop(
     context: typer.Context,
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SERVICE]...",
+            help="Only these, as `status` names them.",
+            show_default=False,
+            autocompletion=complete_part,
+        ),
+    ] = None,
     immediate: Annotated[
         bool, typer.Option("--immediate", help="Kill at once, as a power failure would; no commit is lost.")
     ] = False,
 ) -> None:
-    """Stop endpoints, then services. Data stays."""
+    """Stop endpoints, then services; or only the services named. Data stays."""
     session = session_of(context)
     installation = load_installation(session.directory)
-    stopped = stop_everything(session, installation, immediate=immediate)
+    if parts:
+        stopped = stop_services(session, installation, parts, immediate=immediate)
+    else:
+        stopped = stop_everything(session, installation, immediate=immediate)
     session.say(f"{len(stopped)} stopped" if stopped else "nothing ran", {"stopped": stopped})
+
+
+def stop_services(
+    session: Session, installation: Installation, names: list[str], *, immediate: bool
+) -> list[str]:
+    """Names of those that ran. They stay stopped until the next start. Raises `NotFoundError`."""
+    known = {part.name: part for part in installation.service_parts()}
+    for name in names:
+        if name not in known:
+            raise NotFoundError(
+                f"no service {name!r}; there are: {', '.join(known)}; for an endpoint: excimer endpoint stop"
+            )
+    running = [Running(name, known[name].lock_dir, STOP_LIMIT_S) for name in dict.fromkeys(names)]
+    with exclusive(installation, session.note):
+        for each in running:
+            forget_part(installation, each.part)
+        return stop_parts(installation, running, session.done, immediate=immediate)
 
 
 def stop_everything(session: Session, installation: Installation, *, immediate: bool) -> list[str]:
     """Names of the parts that ran."""
     stopped: list[str] = []
     with exclusive(installation, session.note):
+        stop_supervisor(installation, immediate=immediate)
         for stage in _stop_stages(installation):
             stopped += stop_parts(installation, stage, session.done, immediate=immediate)
             for each in stage:
@@ -383,16 +428,29 @@ def status(context: typer.Context) -> None:
     rows += endpoint_rows
     tls = _tls_status(installation)
     trusts = installation.config.trust_local
+    supervisor = find_supervisor(installation)
     value = {
         "directory": str(installation.directory),
         "well": services_well,
+        "supervisor": {"pid": None if supervisor is None else supervisor.pid},
         "trust_local": trusts,
         "parts": rows,
         "tls": tls,
     }
-    session.answer(value, lambda console: _show_status(console, rows, tls, trusts_local=trusts))
+    session.answer(
+        value,
+        lambda console: _show_status(
+            console, rows, tls, trusts_local=trusts, has_supervisor=supervisor is not None
+        ),
+    )
     if not services_well:
         raise typer.Exit(EXIT_UNAVAILABLE)
+
+
+def _restarts(states: Mapping[str, WatchedPart], part: str) -> dict[str, Any]:
+    """How often the supervisor has started a part again, and how its last process ended."""
+    state = states.get(part, WatchedPart(pid=None))
+    return {"restarts": state.restarts, "last_end": state.last_end, "is_awaited": state.is_awaited}
 
 
 def _tls_status(installation: Installation) -> dict[str, str] | None:
@@ -427,8 +485,12 @@ def _status_row(installation: Installation, part: str, lock_dir: Path, http_addr
 
 
 def _service_rows(installation: Installation) -> list[dict[str, Any]]:
+    states = part_states(installation)
     return at_once(
-        lambda part: _status_row(installation, part.name, part.lock_dir, part.http_address),
+        lambda part: (
+            _status_row(installation, part.name, part.lock_dir, part.http_address)
+            | _restarts(states, part.name)
+        ),
         installation.service_parts(),
     )
 
@@ -468,12 +530,17 @@ def _unknown_endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
     ]
 
 
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def _show_status(
     console: "Console",
     rows: list[dict[str, Any]],
     tls: dict[str, str] | None,
     *,
     trusts_local: bool = False,
+    has_supervisor: bool = True,
 ) -> None:
     from excimer.cli.tables import plain_table
 
@@ -482,6 +549,8 @@ def _show_status(
     for row in rows:
         color = colors.get(row["state"], "yellow")
         extra = f"branch {row['branch']}, port {row['postgres_port']}" if "branch" in row else ""
+        if row.get("restarts"):
+            extra = f"restarted {_times(row['restarts'])}, the last one {row['last_end']}"
         table.add_row(
             row["part"], f"[{color}]{row['state']}[/{color}]", str(row["pid"] or ""), row["http"], extra
         )
@@ -492,5 +561,7 @@ def _show_status(
     for row in rows:
         for warning in row["warnings"]:
             console.print(f"{row['part']}: {warning}", style="red", highlight=False, soft_wrap=True)
+    if not has_supervisor and any(row["pid"] for row in rows):
+        console.print(NO_SUPERVISOR_NOTICE, style="yellow", highlight=False, soft_wrap=True)
     if trusts_local:
         console.print(TRUST_LOCAL_NOTICE, style="yellow", highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.io.confinement import Confinement
@@ -47,6 +47,7 @@ ERROR_TEXT_SIZE_BYTES_MAX = 1 << 16
 _POSITION = struct.Struct("<QQII")
 _POSITION_FILE = "excimer_position"
 _LOG_FILE = "log"
+LOG_SIZE_MAX = 1 << 20
 _RECORD = re.compile(r"record ([0-9A-F]+)/([0-9A-F]+) ")
 
 _SETTINGS = {
@@ -121,6 +122,7 @@ class RedoWorker:
         self._sent = 0
         self._incoming = bytearray(READ_SIZE_BYTES)
         self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.close)
             make_redo_directory(self.directory, build.version, control_file)
@@ -151,15 +153,16 @@ class RedoWorker:
         environment = {"LC_ALL": "C", "TZ": "UTC", **build.environment(), "LD_PRELOAD": str(extension)}
         if without:
             environment["EXCIMER_REDO_WITHOUT"] = ",".join(without)
-        with (self.directory / _LOG_FILE).open("wb") as log:
-            process = spawn(
-                [*arguments, "postgres"],
-                environment=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                new_session=False,
-            )
+        # Appends, so that it may be cut while the worker has it open.
+        self._log = (self.directory / _LOG_FILE).open("ab", buffering=0)
+        process = spawn(
+            [*arguments, "postgres"],
+            environment=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            new_session=False,
+        )
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
@@ -204,6 +207,7 @@ class RedoWorker:
         answers = _Answers(self._incoming, len(requests))
         problem = self._converse(b"".join(requests), answers, timeout_s)
         pages = answers.pages()
+        self._keep_log_short()
         if len(pages) == len(requests):
             return Exchange(pages, None)
         if answers.error is not None:
@@ -274,6 +278,13 @@ class RedoWorker:
         except (OSError, struct.error):
             return Position(0, 0, 0, 0)
 
+    def _keep_log_short(self) -> None:
+        """Records that PostgreSQL warns of may come by the million. Nobody reads a worker's log but
+        `_read_log`, so what is cut off is not kept.
+        """
+        if self._log is not None and os.fstat(self._log.fileno()).st_size > LOG_SIZE_MAX:
+            self._log.truncate(0)
+
     def _read_log(self) -> str:
         try:
             text = (self.directory / _LOG_FILE).read_bytes()[-2000:].decode(errors="replace")
@@ -296,6 +307,9 @@ class RedoWorker:
     def close(self) -> None:
         """Kills the process and removes its directory. May be called more than once."""
         process = self._process
+        if self._log is not None:
+            self._log.close()
+            self._log = None
         if process is not None:
             process.kill()
             process.wait()

@@ -1,0 +1,73 @@
+"""A fork of the supervisor becomes a service: session, signals, standard streams, environment, name."""
+
+import contextlib
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from excimer.service.process_main import EXIT_CRASHED
+from excimer.supervisor.process_names import show_as
+from excimer.supervisor.process_records import settings_path
+from excimer.supervisor.protocol import StartPart
+from excimer.supervisor.settings import SupervisorSettings
+
+OWN_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+"""Those that the supervisor handles itself; blocked while it forks, so that none is taken for the other's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What a fork is to run when it has left the supervisor's rooms."""
+
+    part: str
+    module: str
+    arguments: list[str]
+
+
+def launch_of(start: StartPart, settings: SupervisorSettings) -> Launched:
+    return Launched(start.part, start.module, [str(settings_path(settings.run_dir, start.part))])
+
+
+def become(launched: Launched, environment: dict[str, str], standard_input: int | None, log: int) -> None:
+    """The first steps of a fork, which has `OWN_SIGNALS` blocked. Takes over both descriptors.
+
+    Ends the process if one of them fails: as the supervisor's twin it must not go on.
+    """
+    try:
+        _take_place(launched, environment, standard_input, log)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.write(log, f"excimer {launched.part}: {error}\n".encode())
+        os._exit(EXIT_CRASHED)
+
+
+def _take_place(
+    launched: Launched, environment: dict[str, str], standard_input: int | None, log: int
+) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in OWN_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OWN_SIGNALS)
+    os.setsid()
+    _take(standard_input if standard_input is not None else os.open(os.devnull, os.O_RDONLY), [0])
+    _take(log, [1, 2])
+    os.environ.clear()
+    os.environ.update(environment)
+    show_as(launched.part, ["-m", launched.module, *launched.arguments])
+
+
+def _take(descriptor: int, places: Iterable[int]) -> None:
+    for place in places:
+        os.dup2(descriptor, place)
+    os.close(descriptor)
+
+
+def run_launched(launched: Launched) -> int:
+    """Runs the service as ``python -m MODULE`` would; its exit code, unless it leaves by SystemExit."""
+    sys.argv[:] = [launched.module, *launched.arguments]
+    runpy.run_module(launched.module, run_name="__main__", alter_sys=True)
+    return 0
