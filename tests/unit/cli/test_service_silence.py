@@ -16,7 +16,7 @@ import pytest
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.cli import part_state, service_silence
 from excimer.cli.installation import HOST, Installation, create_installation, new_config
-from excimer.cli.local_processes import Probed, ProcessRecord
+from excimer.cli.local_processes import Probed
 from excimer.cli.part_state import with_names
 from excimer.cli.service_silence import (
     Asked,
@@ -27,6 +27,7 @@ from excimer.cli.service_silence import (
     silent_services,
 )
 from excimer.cli.session import Session
+from excimer.supervisor.process_records import ProcessRecord
 
 ME = ProcessRecord(pid=os.getpid(), start_ticks=0, boot_id="")
 LIMIT_S = 60
