@@ -356,8 +356,8 @@ def stop(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SERVICE]...",
-            help="Only these, as `status` names them.",
+            metavar="PART",
+            help="Only these services, as `status` names them.",
             show_default=False,
             autocompletion=complete_part,
         ),
