@@ -21,7 +21,7 @@ import pytest
 from excimer.cli.__main__ import main
 from excimer.cli.errors import ProcessFailedError
 from excimer.cli.installation import Installation, create_installation, new_config
-from excimer.cli.local_processes import Running, start_parts, stop_parts
+from excimer.cli.local_processes import Running, start_parts, stop_parts, stop_supervisor
 from excimer.service.http import serving_http
 from tests.kit.stack import error_lines
 from tests.kit.storage_fakes import FakeNode, pageserver_app
@@ -101,6 +101,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
         start_parts(installation, parts, lambda *_: None)
         yield CommandLine(installation, node)
     finally:
+        stop_supervisor(installation, immediate=False)
         stop_parts(installation, running, lambda *_: None, immediate=False)
         pageserver.stop()
 
@@ -274,11 +275,14 @@ def test_status_logs_and_a_second_instance(line: CommandLine) -> None:
 def test_a_port_is_taken(line: CommandLine, tmp_path: Path) -> None:
     """By another installation, which is well: it must not be taken for the one being started."""
     other = create_installation(tmp_path / "other", line.installation.config)
-    for part in other.service_parts():
-        if part.name in ("broker", "controller", "safekeeper-1"):
-            said = f"{part.name} did not start .*: port [0-9]+ of 127.0.0.1 is taken by another program"
-            with pytest.raises(ProcessFailedError, match=said):
-                start_parts(other, [part], lambda *_: None)
+    try:
+        for part in other.service_parts():
+            if part.name in ("broker", "controller", "safekeeper-1"):
+                said = f"{part.name} did not start .*: port [0-9]+ of 127.0.0.1 is taken by another program"
+                with pytest.raises(ProcessFailedError, match=said):
+                    start_parts(other, [part], lambda *_: None)
+    finally:
+        stop_supervisor(other, immediate=True)
 
 
 def test_an_api_call_without_a_token_is_refused(line: CommandLine, tmp_path: Path) -> None:
