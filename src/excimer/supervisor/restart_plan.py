@@ -3,7 +3,7 @@
 =============================== ==================================================================
 it ended                        then
 =============================== ==================================================================
-with exit code 0                it was stopped on purpose: left alone
+with exit code 0, or of SIGTERM it was stopped on purpose (SIGTERM came before it could handle it): left alone
 with another, soon after it was it cannot start: left alone, and whoever started it hears why
 started by a person
 otherwise                       started again after `FIRST_WAIT_S`, doubling up to `WAIT_MAX_S`; the
@@ -11,11 +11,13 @@ otherwise                       started again after `FIRST_WAIT_S`, doubling up 
 =============================== ==================================================================
 """
 
+import signal
 from dataclasses import dataclass
 from typing import Final
 
 FIRST_WAIT_S: Final = 0.25
 WAIT_MAX_S: Final = 30.0
+STOPPED: Final = (0, -signal.SIGTERM)
 START_S: Final = 10.0
 """Who ends by itself within this time has never served."""
 PROVEN_S: Final = 60.0
@@ -48,7 +50,7 @@ class Restart:
 
 def plan_restart(life: Life, failures: int) -> Leave | Restart:
     """`failures` have come before in a row."""
-    if life.exit_code == 0:
+    if life.exit_code in STOPPED:
         return Leave(is_failure=False)
     has_failed_by_itself = life.exit_code is not None and life.exit_code > 0
     if has_failed_by_itself and not life.is_restart and life.lived_s < START_S:

@@ -39,7 +39,7 @@ from excimer.supervisor.protocol import (
     receive,
     socket_address,
 )
-from excimer.supervisor.restart_plan import Leave, Life, Restart, plan_restart
+from excimer.supervisor.restart_plan import STOPPED, Leave, Life, Restart, plan_restart
 from excimer.supervisor.settings import SupervisorSettings
 from excimer.supervisor.watched import Watched
 
@@ -250,7 +250,9 @@ class Supervisor:
         part = watched.start.part
         how = "ended" if code is None else describe_exit(code)
         life = Life(now - watched.started_at, code, is_restart=watched.restarts > 0)
-        plan = plan_restart(life, watched.failures) if watched.start.is_restarted else Leave(code != 0)
+        plan = (
+            plan_restart(life, watched.failures) if watched.start.is_restarted else Leave(code not in STOPPED)
+        )
         watched.ended(how, code, now)
         match plan:
             case Leave():

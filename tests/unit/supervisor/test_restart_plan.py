@@ -18,8 +18,9 @@ from excimer.supervisor.restart_plan import (
 
 @pytest.mark.parametrize("lived_s", [0.0, START_S, 10 * PROVEN_S])
 @pytest.mark.parametrize("is_restart", [False, True])
-def test_a_clean_end_was_meant(lived_s: float, is_restart: bool) -> None:
-    assert plan_restart(Life(lived_s, 0, is_restart), 3) == Leave(is_failure=False)
+@pytest.mark.parametrize("code", [0, -signal.SIGTERM])
+def test_a_stop_was_meant(lived_s: float, is_restart: bool, code: int) -> None:
+    assert plan_restart(Life(lived_s, code, is_restart), 3) == Leave(is_failure=False)
 
 
 def test_who_cannot_start_is_left_alone() -> None:
