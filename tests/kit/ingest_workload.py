@@ -4,7 +4,16 @@ from excimer.postgres import PostgresBuild
 from tests.kit import redo_workload
 from tests.kit.stock_server import StockServer
 
-LIFE = """
+MANY_SUBTRANSACTIONS = """
+do $$ begin
+  for i in 1..17000 loop
+    begin insert into subxact_t values (i); exception when raise_exception then null; end;
+  end loop;
+end $$;
+"""
+"""The record that ends their transaction has more than 64 KiB: ingest takes it in parts."""
+
+LIFE = f"""
 create table subxact_t(id int);
 do $$ begin
   for i in 1..150 loop
@@ -15,6 +24,8 @@ do $$ begin
     end;
   end loop;
 end $$;
+{MANY_SUBTRANSACTIONS}
+begin; {MANY_SUBTRANSACTIONS} rollback;
 begin; create table rolled_back_t as select 1 as a; rollback;
 create table dropped_t as select g, repeat('d', 100) as d from generate_series(1, 500) g;
 drop table dropped_t;
@@ -43,7 +54,10 @@ select pg_switch_wal();
 select lo_create(0), lo_create(0);
 """
 
-TWO_PHASE = """
+TWO_PHASE = f"""
+begin; {MANY_SUBTRANSACTIONS} prepare transaction 'long';
+begin; {MANY_SUBTRANSACTIONS} prepare transaction 'long and left';
+commit prepared 'long';
 begin; insert into subxact_t values (1001);
 savepoint a; insert into subxact_t values (1002); savepoint b; insert into subxact_t values (1003);
 prepare transaction 'committed later';

@@ -26,6 +26,13 @@ PAYLOADS = st.one_of(
     st.builds(
         records.encode_commit_times, st.integers(-(2**63), 2**63 - 1), st.integers(0, 65535), st.lists(U32)
     ),
+    st.builds(records.encode_clog_status_set, st.sampled_from(XactStatus), st.lists(U32, max_size=20)),
+    st.builds(
+        records.encode_commit_times_set,
+        st.integers(-(2**63), 2**63 - 1),
+        st.integers(0, 65535),
+        st.lists(U32),
+    ),
     st.builds(records.encode_vm_set, U32, st.integers(0, 3)),
     st.builds(records.encode_vm_clear, BLOCKS, sets_lsn=st.booleans()),
     st.builds(records.encode_vm_truncate, U32),
@@ -90,6 +97,26 @@ def test_commit_status_takes_two_bits_of_each_xid() -> None:
     assert page[:3] == bytes([0, 0b10_01_10_00, 0])
 
 
+@given(PAGES, st.sampled_from(XactStatus), st.lists(U32, max_size=60))
+def test_a_set_does_what_the_list_does(page: bytes, status: XactStatus, xids: list[int]) -> None:
+    assert after(page, records.encode_clog_status_set(status, xids)) == after(
+        page, records.encode_clog_status(status, xids)
+    )
+    assert after(page, records.encode_commit_times_set(-7, 5, xids)) == after(
+        page, records.encode_commit_times(-7, 5, xids)
+    )
+
+
+def test_a_set_that_says_another_count_or_goes_beyond_the_page_is_refused() -> None:
+    miscounted = bytearray(records.encode_clog_status_set(XactStatus.COMMITTED, [1, 2]))
+    miscounted[2] = 3
+    beyond = bytearray(records.encode_commit_times_set(-7, 5, [1]))
+    beyond[2], beyond[-1] = 2, 0x08
+    for apply in (records.apply_native, native_apply.apply_native):
+        for payload in (miscounted, beyond):
+            assert applied(apply, bytes(8192), bytes(payload), LSN) is None
+
+
 def test_multixact_entries() -> None:
     page = after(bytes(8192), records.encode_offsets([(2047, 77), (2046, 70)]))
     assert struct.unpack_from("<II", page, 8184) == (70, 77)
@@ -127,4 +154,4 @@ def test_truncation_clears_the_tail_only() -> None:
 
 
 def test_operations_are_numbered_for_ever() -> None:
-    assert [(op.name, op.value) for op in NativeOp][-1] == ("VM_TRUNCATE", 7)
+    assert [(op.name, op.value) for op in NativeOp][-1] == ("COMMIT_TIMES_SET", 9)

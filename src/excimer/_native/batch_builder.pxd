@@ -36,4 +36,5 @@ cdef class BatchBuilder:
         self, const StorageKey* key, uint8_t kind, uint8_t flags, uint64_t lsn, uint64_t offset, uint32_t size
     ) noexcept nogil
     cdef void end_record(self) noexcept nogil
+    cdef void give_back(self) noexcept nogil
     cdef uint8_t* add_data(self, size_t size) noexcept nogil

@@ -16,6 +16,7 @@ from excimer.storage.format.values import PackedBatch
 cdef enum:
     ENTRY_SIZE = 40
     INITIAL_SIZE = 1 << 16
+    CAPACITY_KEPT = 32 << 20
 
 
 cdef inline void put_big_endian(uint8_t* data, uint32_t value) noexcept nogil:
@@ -61,13 +62,27 @@ cdef class BatchBuilder:
         )
         self.entries_size -= self.whole_entries_size
         self.data_size -= self.whole_data_size
-        memmove(self.entries, self.entries + self.whole_entries_size, self.entries_size)
-        memmove(self.data, self.data + self.whole_data_size, self.data_size)
+        if self.entries_size:
+            memmove(self.entries, self.entries + self.whole_entries_size, self.entries_size)
+        if self.data_size:
+            memmove(self.data, self.data + self.whole_data_size, self.data_size)
         for at in range(32, self.entries_size, ENTRY_SIZE):
             put_u64(self.entries + at, u64(self.entries + at) - self.whole_data_size)
         self.whole_entries_size = 0
         self.whole_data_size = 0
+        self.give_back()
         return batch
+
+    cdef void give_back(self) noexcept nogil:
+        """Memory that only a batch of extreme size needed."""
+        if self.entries_capacity > CAPACITY_KEPT and self.entries_size == 0:
+            free(self.entries)
+            self.entries = NULL
+            self.entries_capacity = 0
+        if self.data_capacity > CAPACITY_KEPT and self.data_size == 0:
+            free(self.data)
+            self.data = NULL
+            self.data_capacity = 0
 
     cdef void end_record(self) noexcept nogil:
         """All values so far belong to whole records."""

@@ -57,6 +57,7 @@ cdef class ChangeSet:
         self, uint32_t spc, uint32_t db, uint32_t rel, uint8_t fork, uint32_t block, bint needs_zero
     ) noexcept nogil
     cdef void touch_slru(self, uint32_t slru, uint32_t page, uint32_t index) noexcept nogil
+    cdef void touch_slru_segment(self, uint32_t slru, uint32_t page) noexcept nogil
     cdef bint has_unknown_sizes(self) noexcept nogil
     cdef void grow(self) noexcept nogil
     cdef void grow_to(self, Touch* touch) noexcept nogil
@@ -67,7 +68,9 @@ cdef class ChangeSet:
         self, const StorageKey* key, uint8_t kind, uint8_t flags, const void* payload, uint32_t size
     ) noexcept nogil
     cdef uint8_t* put_native(self, const StorageKey* key, uint32_t size) noexcept nogil
-    cdef void drop_relation(self, uint32_t spc, uint32_t db, uint32_t rel) noexcept nogil
+    cdef void drop_relation(
+        self, uint32_t spc, uint32_t db, uint32_t rel, bint stays_unknown
+    ) noexcept nogil
     cdef void put_commit_time(self, int64_t time) noexcept nogil
     cdef void put_origin(self, uint16_t origin, uint64_t remote_lsn) noexcept nogil
     cdef void put_state(self) noexcept nogil

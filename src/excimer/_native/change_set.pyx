@@ -109,6 +109,24 @@ cdef class ChangeSet:
             touch.needs_zero = True
             touch.first_id = touch.last_id = index
 
+    cdef void touch_slru_segment(self, uint32_t slru, uint32_t page) noexcept nogil:
+        """For pages that come in ascending order: a touch for the farthest of each segment."""
+        cdef SizeKey key
+        cdef Touch* touch
+        if self.touch_count:
+            touch = &self.touches[self.touch_count - 1]
+            if (
+                touch.key.kind == SLRU_SIZE
+                and touch.key.spc == slru
+                and touch.key.rel == page // SEGMENT_BLOCKS
+            ):
+                touch.block = page % SEGMENT_BLOCKS
+                return
+        key.kind, key.spc, key.db, key.rel, key.fork = SLRU_SIZE, slru, 0, page // SEGMENT_BLOCKS, 0
+        touch = self.touch(&key, page % SEGMENT_BLOCKS)
+        if touch != NULL:
+            touch.needs_zero = True
+
     cdef bint has_unknown_sizes(self) noexcept nogil:
         cdef size_t at
         for at in range(self.touch_count):
@@ -217,8 +235,13 @@ cdef class ChangeSet:
             self.batch.add_entry(key, VALUE_NATIVE, 0, self.lsn, offset, size)
         return place
 
-    cdef void drop_relation(self, uint32_t spc, uint32_t db, uint32_t rel) noexcept nogil:
-        """All forks, also those whose size is unknown here: a tombstone too many does no harm."""
+    cdef void drop_relation(
+        self, uint32_t spc, uint32_t db, uint32_t rel, bint stays_unknown
+    ) noexcept nogil:
+        """All forks, also those whose size is unknown here: a tombstone too many does no harm.
+
+        What was unknown and stays so must not be asked for before the batch is put.
+        """
         cdef SizeKey size_key
         cdef StorageKey key
         cdef SizeSlot* slot
@@ -230,12 +253,13 @@ cdef class ChangeSet:
             slot = self.sizes.find(&size_key)
             if slot != NULL and not slot.exists:
                 continue
-            slot = self.sizes.insert(&size_key)
-            if slot == NULL:
-                self.batch.is_out_of_memory = True
-                return
-            slot.exists = 0
-            slot.blocks = 0
+            if slot != NULL or not stays_unknown:
+                slot = self.sizes.insert(&size_key)
+                if slot == NULL:
+                    self.batch.is_out_of_memory = True
+                    return
+                slot.exists = 0
+                slot.blocks = 0
             key.kind, key.spc, key.db, key.rel, key.fork = RELATION_SIZE, spc, db, rel, fork
             self.put(&key, VALUE_TOMBSTONE, STARTS_CHAIN, NULL, 0)
 

@@ -24,6 +24,8 @@ cdef enum:
     SUB_COMMITTED = 3
     COMMITTED = 1
     VM_BITS = 3
+    XACT_SET_SIZE = 4096
+    COMMIT_TIME_SET_SIZE = 103
 
 cdef enum:
     OP_CLOG_STATUS = 1
@@ -33,6 +35,8 @@ cdef enum:
     OP_VM_SET = 5
     OP_VM_CLEAR = 6
     OP_VM_TRUNCATE = 7
+    OP_CLOG_STATUS_SET = 8
+    OP_COMMIT_TIMES_SET = 9
 
 
 def apply_native(bytearray page, bytes payload, uint64_t lsn):
@@ -66,7 +70,26 @@ cdef int check(const uint8_t* record, size_t size) noexcept nogil:
         return 0 if size == 4 + 8 * count else -1
     if record[0] == OP_VM_TRUNCATE:
         return 0 if size == 4 and count < PAGE_SIZE - PAGE_HEADER_SIZE and record[1] < 8 else -1
+    if record[0] == OP_CLOG_STATUS_SET:
+        return check_set(record + 4, count, XACTS_PER_PAGE) if size == 4 + XACT_SET_SIZE else -1
+    if record[0] == OP_COMMIT_TIMES_SET and size == 14 + COMMIT_TIME_SET_SIZE:
+        return check_set(record + 14, count, COMMIT_TIMES_PER_PAGE)
     return -1
+
+
+cdef inline bint has_bit(const uint8_t* bits, uint32_t index) noexcept nogil:
+    return bits[index // 8] >> index % 8 & 1
+
+
+cdef int check_set(const uint8_t* bits, uint32_t count, uint32_t limit) noexcept nogil:
+    """-1 unless `count` bits are set, all of them below `limit`."""
+    cdef uint32_t index, found = 0
+    for index in range((limit + 7) // 8 * 8):
+        if has_bit(bits, index):
+            if index >= limit:
+                return -1
+            found += 1
+    return 0 if found == count else -1
 
 
 cdef int check_places(
@@ -96,6 +119,14 @@ cdef void apply(uint8_t* page, const uint8_t* record, uint64_t lsn) noexcept nog
     elif record[0] == OP_CLOG_STATUS:
         for index in range(count):
             clog_status(page, u16(item + 2 * index), record[1])
+    elif record[0] == OP_CLOG_STATUS_SET:
+        for index in range(XACTS_PER_PAGE):
+            if has_bit(item, index):
+                clog_status(page, index, record[1])
+    elif record[0] == OP_COMMIT_TIMES_SET:
+        for index in range(COMMIT_TIMES_PER_PAGE):
+            if has_bit(record + 14, index):
+                memcpy(page + index * COMMIT_TIME_SIZE, item, COMMIT_TIME_SIZE)
     else:
         for _index in range(count):
             if record[0] == OP_OFFSETS:

@@ -5,6 +5,8 @@ from excimer.pgformat.wal_record import WalRecord
 DONE: int
 SPECIAL: int
 UNKNOWN_SIZES: int
+LONG_RECORD: int
+LONG_XACT_SIZE_BYTES: int
 
 class WalDecoder:
     changes: ChangeSet
@@ -18,6 +20,7 @@ class WalDecoder:
         checkpoint_state: bytes,
         *,
         previous_lsn: int = 0,
+        long_xact_size_bytes: int = ...,
     ) -> None: ...
     @property
     def position(self) -> Lsn: ...

@@ -7,9 +7,10 @@ The decoder walks the records of a chunk and adds to one batch what each does to
 * commits, aborts, multixacts and visibility bits change SLRU and VM pages (`native_records`);
 * what ends a transaction of a replication origin moves the origin's progress.
 
-It stops where Python must act, in WAL order: at a *special* record (everything rare), and when
-a size is *unknown* to its table. The state of a checkpoint is kept in the bytes of
-`checkpoint_state` and becomes a value whenever a record changed it.
+It stops where Python must act, in WAL order: at a *special* record (everything rare), when
+a size is *unknown* to its table, and behind a *long* transaction's end, so that its values are put at once.
+Long records that end or prepare a transaction never lie in memory as a whole (`long_xact`). The state of a
+checkpoint is kept in the bytes of `checkpoint_state` and becomes a value whenever a record changed it.
 
 Not here: finding records (`wal_scanner`), special records (`excimer.pageserver.special_records`).
 """
@@ -37,6 +38,7 @@ from excimer._native.change_set cimport (
     Touch,
 )
 from excimer._native.little_endian cimport put_u16, put_u32, put_u64, u32
+from excimer._native.long_xact cimport LongXact
 from excimer._native.record_parts cimport BlockPart, RecordParts, split_record
 from excimer._native.slru_values cimport (
     COMMIT_TIMES_PER_PAGE,
@@ -58,12 +60,16 @@ from excimer.pgformat.wal_segment import InvalidWalError
 DONE = 0
 SPECIAL = 1
 UNKNOWN_SIZES = 2
+LONG_RECORD = 3
+
+LONG_XACT_SIZE_BYTES = 1 << 16
 
 cdef enum:
     STOP_FAILED = -1
     STOP_DONE = 0
     STOP_SPECIAL = 1
     STOP_UNKNOWN = 2
+    STOP_LONG = 3
 
 cdef enum:
     HEAP_BLOCKS_PER_VM_PAGE = 32672
@@ -107,8 +113,9 @@ cdef class WalDecoder:
     """`feed` a chunk, then `run` until DONE; at the other stops do what they ask for first.
 
     SPECIAL: handle `special_record`, add values to `changes.batch`, then `finish_special`.
-    UNKNOWN_SIZES: `changes.sizes.set` each of `unknown_keys`. Raises `InvalidWalError` where the
-    WAL is damaged; what came before is in the batch.
+    UNKNOWN_SIZES: `changes.sizes.set` each of `unknown_keys`. LONG_RECORD: put the batch.
+    Raises `InvalidWalError` where the WAL is damaged; what came before is in the batch.
+    `long_xact_size_bytes` is from where on transactions' records are taken in parts.
     """
 
     cdef WalScanner scanner
@@ -121,6 +128,8 @@ cdef class WalDecoder:
     cdef RecordView view
     cdef RecordParts parts
     cdef XactParts xact
+    cdef LongXact long_xact
+    cdef bint is_long
     cdef VmClear[VM_CLEARS_MAX] clears
     cdef int clear_count
     cdef const char* failure
@@ -133,10 +142,13 @@ cdef class WalDecoder:
         bytes checkpoint_state,
         *,
         uint64_t previous_lsn=0,
+        uint32_t long_xact_size_bytes=LONG_XACT_SIZE_BYTES,
     ):
         self.scanner = WalScanner(
             start_lsn, pg_version, segment_size_bytes, previous_lsn=previous_lsn, keep_records=True
         )
+        self.long_xact = LongXact(pg_version, long_xact_size_bytes)
+        self.scanner.give_to(self.long_xact)
         self.changes = ChangeSet()
         self.changes.load_checkpoint_state(checkpoint_state)
         self.pg_version = pg_version
@@ -205,9 +217,13 @@ cdef class WalDecoder:
             self.changes.grow()
             self.emit()
             self.finish_record()
+            if self.is_long:
+                self.long_xact.forget()
+                return STOP_LONG
         return STOP_FAILED
 
     cdef void begin_record(self) noexcept nogil:
+        self.is_long = self.view.was_taken
         if not self.view.is_whole:
             self.begin_skimmed()
             return
@@ -222,7 +238,7 @@ cdef class WalDecoder:
             self.collect()
 
     cdef void begin_skimmed(self) noexcept nogil:
-        """A long record of which only the header was kept: it changes no page."""
+        """A long record of which only the header was kept: it changes no page, or was taken in parts."""
         memset(&self.parts, 0, sizeof(self.parts))
         self.parts.xid = u32(self.view.data + 4)
         self.parts.info = self.view.data[16]
@@ -232,6 +248,10 @@ cdef class WalDecoder:
         self.clear_count = 0
         self.changes.begin(self.view.end_lsn)
         self.changes.advance_xid(self.parts.xid)
+        if self.is_long:
+            self.failure = self.long_xact.finish()
+            self.xact = self.long_xact.xact
+            self.long_xact.collect(self.changes, self.records_commit_times())
 
     cdef void finish_record(self) noexcept nogil:
         self.changes.put_state()
@@ -247,7 +267,7 @@ cdef class WalDecoder:
         if rmgr == RM_XLOG:  # checkpoints, next oid, parameters, end of recovery; unheard of
             return info in (0x00, 0x10, 0x30, 0x60, 0x80, 0x90, 0xC0, 0xF0)
         if rmgr == RM_XACT:
-            return info & 0x70 in (0x10, 0x70)  # prepare; unheard of
+            return not self.is_long and info & 0x70 in (0x10, 0x70)  # prepare; unheard of
         if rmgr == RM_SMGR:
             return info != 0x10  # all but creation
         if rmgr == RM_MULTIXACT:
@@ -423,7 +443,9 @@ cdef class WalDecoder:
                 self.emit_record(block, record_offset)
         if self.clear_count:
             self.emit_vm_clears()
-        if self.parts.rmgr == RM_XACT and self.xact.xid:
+        if self.is_long and self.long_xact.is_prepare:
+            self.long_xact.put_prepared(self.changes)
+        elif self.parts.rmgr == RM_XACT and self.xact.xid:
             self.emit_xact()
         elif self.parts.rmgr == RM_MULTIXACT:
             for at in range(self.changes.touch_count):
@@ -524,13 +546,19 @@ cdef class WalDecoder:
         cdef uint64_t xid
         cdef const uint8_t* relation
         cdef StorageKey key
-        for at in range(self.changes.touch_count):
-            put_xact_page(self.changes, &self.changes.touches[at], &self.xact)
+        cdef uint32_t last_xid
+        if self.is_long:
+            self.long_xact.put_pages(self.changes, self.records_commit_times())
+            last_xid = self.long_xact.last_xid or self.xact.xid
+        else:
+            for at in range(self.changes.touch_count):
+                put_xact_page(self.changes, &self.changes.touches[at], &self.xact)
+            last_xid = xact_id(&self.xact, self.xact.subxact_count)
         if self.records_commit_times():
-            self.changes.advance_newest_commit_time(xact_id(&self.xact, self.xact.subxact_count))
+            self.changes.advance_newest_commit_time(last_xid)
         for index in range(self.xact.relation_count):
             relation = self.xact.relations + 12 * index
-            self.changes.drop_relation(u32(relation), u32(relation + 4), u32(relation + 8))
+            self.changes.drop_relation(u32(relation), u32(relation + 4), u32(relation + 8), self.is_long)
         if self.xact.is_prepared:
             xid = self.changes.full_xid(self.xact.xid)
             memset(&key, 0, sizeof(key))

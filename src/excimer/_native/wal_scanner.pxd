@@ -7,8 +7,14 @@ cdef struct RecordView:
     const uint8_t* data  # the record, or its header alone; valid until the next call
     uint32_t size
     bint is_whole  # all of it is there, not just the header
+    bint was_taken  # a `RecordTaker` got what follows the header
     uint64_t start_lsn
     uint64_t end_lsn
+
+
+cdef class RecordTaker:
+    cdef bint begin(self, const uint8_t* header) noexcept nogil
+    cdef void take(self, const uint8_t* part, uint32_t size) noexcept nogil
 
 
 cdef class WalScanner:
@@ -33,6 +39,9 @@ cdef class WalScanner:
     cdef size_t record_capacity
     cdef uint32_t record_fill
     cdef bint is_skimmed  # only the header is kept
+    cdef RecordTaker taker  # or None
+    cdef bint has_taker
+    cdef bint is_taken  # the taker gets what is not kept
     cdef uint32_t record_crc  # of what was not kept
     cdef uint64_t skip_to  # end of the segment that a switch record closes, 0 without one
 
@@ -54,4 +63,5 @@ cdef class WalScanner:
     cdef int check_page_header(self) noexcept nogil
     cdef int check_record(self, const uint8_t* data, uint32_t total) noexcept nogil
     cdef int finish(self, const uint8_t* data, uint32_t total, RecordView* view) noexcept nogil
+    cdef void give_to(self, RecordTaker taker)
     cdef int raise_error(self) except -1

@@ -65,13 +65,24 @@ cdef enum:
     NO_MEMORY
 
 
+cdef class RecordTaker:
+    """Takes records in parts, as their bytes pass; for native callers who can do with that."""
+
+    cdef bint begin(self, const uint8_t* header) noexcept nogil:
+        """Whether it wants the rest of the record with this header of 24 bytes."""
+        return False
+
+    cdef void take(self, const uint8_t* part, uint32_t size) noexcept nogil:
+        """The next bytes; whether their checksum is right is known when the record is whole."""
+
+
 cdef class WalScanner:
     """Reads from `start_lsn`, the end of a record (or the very beginning of WAL).
 
     `previous_lsn` is the start of the record that ends there, 0 when unknown. `last_record_end`
     and `last_record_start` stand for the last complete, valid record seen. `check_crc=False` is
     for bytes that were checked before. `keep_records` is for native callers that look at records; those
-    that change no page are skimmed all the same when they are long.
+    that change no page are skimmed all the same when they are long, and those that a taker wants go to it.
     """
 
     def __cinit__(
@@ -216,18 +227,28 @@ cdef class WalScanner:
             return RECORD_HEADER_SIZE
         return (u32(self.record) + 7) & ~7
 
+    cdef void give_to(self, RecordTaker taker):
+        self.taker = taker
+        self.has_taker = True
+
     cdef int take_part(self, const uint8_t* part, uint32_t size) noexcept nogil:
         """The next bytes of a record that does not lie in one piece."""
-        cdef uint32_t total
+        cdef uint32_t total, rest
         if self.record_fill == 0:
             self.is_skimmed = False
+            self.is_taken = False
             self.record_crc = 0
         if self.record_fill == RECORD_HEADER_SIZE:
-            self.is_skimmed = not self.keeps_records or self.is_long_for_nothing()
+            self.is_taken = self.has_taker and self.taker.begin(self.record)
+            self.is_skimmed = not self.keeps_records or self.is_taken or self.is_long_for_nothing()
         if self.is_skimmed:
             total = u32(self.record)  # behind it is padding
-            if self.checks_crc and self.record_fill < total:
-                self.record_crc = crc32c(self.record_crc, part, min(size, total - self.record_fill))
+            if self.record_fill < total:
+                rest = min(size, total - self.record_fill)
+                if self.checks_crc:
+                    self.record_crc = crc32c(self.record_crc, part, rest)
+                if self.is_taken:
+                    self.taker.take(part, rest)
         else:
             if self.reserve(self.record_fill + size) == FAILED:
                 return FAILED
@@ -337,6 +358,7 @@ cdef class WalScanner:
         view.data = data
         view.size = total
         view.is_whole = data != self.record or not self.is_skimmed
+        view.was_taken = not view.is_whole and self.is_taken
         view.start_lsn = self.record_start
         view.end_lsn = self.lsn
         self.last_record_start = self.record_start

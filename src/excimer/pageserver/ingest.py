@@ -6,6 +6,7 @@
                  |  stops for
                  +-- a size it does not know  -> timeline.get_value
                  +-- a special record         -> special_records
+                 +-- a long record's end      -> what it changed is put at once
 
 Every record type of PostgreSQL 14 to 18 is handled; one that nobody has heard of stops ingest with an error,
 because passing over it would make wrong pages (S1). Only WAL at or below the commit LSN comes here (C3).
@@ -20,7 +21,7 @@ Not here: receiving WAL (`wal_receiver`), what the rare records do (`special_rec
 from collections.abc import Callable
 from typing import Protocol
 
-from excimer._native.wal_decoder import DONE, SPECIAL, WalDecoder
+from excimer._native.wal_decoder import DONE, LONG_RECORD, LONG_XACT_SIZE_BYTES, SPECIAL, WalDecoder
 from excimer.base.errors import CorruptionError, RefusedError
 from excimer.base.keys import KeyKind, kind_range, make_key, origin_key, parse_key
 from excimer.base.lsn import Lsn, format_lsn
@@ -78,9 +79,15 @@ class WalIngest:
     """
 
     def __init__(
-        self, timeline: IngestedTimeline, *, read_pages: ReadPages, put_batch: PutBatch | None = None
+        self,
+        timeline: IngestedTimeline,
+        *,
+        read_pages: ReadPages,
+        put_batch: PutBatch | None = None,
+        long_xact_size_bytes: int = LONG_XACT_SIZE_BYTES,
     ) -> None:
-        """`put_batch` stands in for the timeline's own, say to wait while memory is full.
+        """`put_batch` stands in for the timeline's own, say to wait while memory is full; records of
+        transactions that are as long as `long_xact_size_bytes` are never held whole.
 
         Raises `CheckpointMissingError`.
         """
@@ -97,6 +104,7 @@ class WalIngest:
             timeline.wal_segment_size_bytes,
             state,
             previous_lsn=timeline.prev_record_lsn,
+            long_xact_size_bytes=long_xact_size_bytes,
         )
         self._changes = self._decoder.changes
         commit_time = timeline.get_value(_COMMIT_TIME_KEY, lsn)
@@ -135,6 +143,8 @@ class WalIngest:
             while (stop := self._decoder.run()) != DONE:
                 if stop == SPECIAL:
                     self._apply_special()
+                elif stop == LONG_RECORD:
+                    self.put()
                 else:
                     for key in self._decoder.unknown_keys:
                         self.size(key)

@@ -11,6 +11,11 @@ without a redo worker. All little-endian; every payload begins with ``u8 op``::
     VM_SET        u8 op, u8 bits, u16 0, u32 heap block
     VM_CLEAR      u8 op, u8 sets LSN, u16 count, count x (u32 heap block, u8 bits, 3 zeros)
     VM_TRUNCATE   u8 op, u8 bit offset, u16 byte offset: clears all bits from there on
+    CLOG_STATUS_SET   u8 op, u8 status, u16 count, 4096 bytes: a bit for each xid of the page, lowest first
+    COMMIT_TIMES_SET  u8 op, u8 0, u16 count, i64 time, u16 origin, 103 bytes: a bit for each entry
+
+A transaction of thousands of subtransactions writes the sets, which are shorter than a list of theirs; their
+count is that of the bits that are set.
 
 Pages come out byte for byte as PostgreSQL's redo leaves them; visibility map pages get the record's LSN
 from VM_SET and, where the record refers to the map's page, from VM_CLEAR; SLRU pages have no LSN.
@@ -46,6 +51,8 @@ _HEAD = struct.Struct("<BBH")
 _OFFSET = struct.Struct("<HHI")
 _MEMBER = struct.Struct("<HBxI")
 _COMMIT_TIME = struct.Struct("<qH")
+_XACT_SET_SIZE_BYTES = XACTS_PER_PAGE // 8
+_COMMIT_TIME_SET_SIZE_BYTES = (COMMIT_TIMES_PER_PAGE + 7) // 8
 _VM_CLEAR = struct.Struct("<IB3x")
 _U32 = struct.Struct("<I")
 _EMPTY_PAGE_HEADER = struct.Struct("<QHHHHHHI")
@@ -60,6 +67,8 @@ class NativeOp(IntEnum):
     VM_SET = 5
     VM_CLEAR = 6
     VM_TRUNCATE = 7
+    CLOG_STATUS_SET = 8
+    COMMIT_TIMES_SET = 9
 
 
 class XactStatus(IntEnum):
@@ -77,6 +86,14 @@ def encode_clog_status(status: XactStatus, xids: Sequence[int]) -> bytes:
     """For xids of one page."""
     indexes = [xid % XACTS_PER_PAGE for xid in xids]
     return struct.pack(f"<BBH{len(xids)}H", NativeOp.CLOG_STATUS, status, len(xids), *indexes)
+
+
+def encode_clog_status_set(status: XactStatus, xids: Sequence[int]) -> bytes:
+    """As `encode_clog_status`, with a bit for each xid of the page."""
+    indexes = {xid % XACTS_PER_PAGE for xid in xids}
+    return _HEAD.pack(NativeOp.CLOG_STATUS_SET, status, len(indexes)) + _pack_set(
+        indexes, _XACT_SET_SIZE_BYTES
+    )
 
 
 def encode_offsets(entries: Sequence[tuple[int, int]]) -> bytes:
@@ -100,6 +117,13 @@ def encode_commit_times(time: int, origin: int, xids: Sequence[int]) -> bytes:
     return head + struct.pack(f"<{len(xids)}H", *indexes)
 
 
+def encode_commit_times_set(time: int, origin: int, xids: Sequence[int]) -> bytes:
+    """As `encode_commit_times`, with a bit for each entry of the page."""
+    indexes = {xid % COMMIT_TIMES_PER_PAGE for xid in xids}
+    head = _HEAD.pack(NativeOp.COMMIT_TIMES_SET, 0, len(indexes)) + _COMMIT_TIME.pack(time, origin)
+    return head + _pack_set(indexes, _COMMIT_TIME_SET_SIZE_BYTES)
+
+
 def encode_vm_set(heap_block: int, bits: int) -> bytes:
     return _HEAD.pack(NativeOp.VM_SET, bits, 0) + _U32.pack(heap_block)
 
@@ -115,6 +139,20 @@ def encode_vm_truncate(heap_blocks: int) -> bytes:
     """Clears what the map's page says of heap blocks at and beyond `heap_blocks`."""
     within = heap_blocks % HEAP_BLOCKS_PER_VM_PAGE
     return _HEAD.pack(NativeOp.VM_TRUNCATE, within % 4 * 2, within // 4)
+
+
+def _pack_set(indexes: set[int], size_bytes: int) -> bytes:
+    return sum(1 << index for index in indexes).to_bytes(size_bytes, "little")
+
+
+def _unpack_set(bits: bytes, count: int, limit: int) -> list[int]:
+    """Indexes of the bits that are set: `count` of them, all below `limit`."""
+    indexes = [8 * at + bit for at, byte in enumerate(bits) if byte for bit in range(8) if byte >> bit & 1]
+    if len(indexes) != count:
+        raise InvalidNativeRecordError(f"native record has a set of {len(indexes)} that says {count}")
+    for index in indexes[-1:]:
+        _check_place(index, limit)
+    return indexes
 
 
 def apply_native(page: bytearray, payload: bytes, lsn: int) -> None:
@@ -146,10 +184,19 @@ def _check_place(place: int, limit: int) -> int:
 def _apply_clog_status(page: bytearray, status: int, count: int, body: bytes, lsn: int) -> None:
     _check_length(body, 2 * count)
     for (index,) in struct.iter_unpack("<H", body):
-        place, shift = _check_place(index, XACTS_PER_PAGE) // 4, index % 4 * 2
-        current = page[place] >> shift & 3
-        if status == XactStatus.SUB_COMMITTED and current == XactStatus.COMMITTED:
-            continue
+        _set_status(page, _check_place(index, XACTS_PER_PAGE), status)
+
+
+def _apply_clog_status_set(page: bytearray, status: int, count: int, body: bytes, lsn: int) -> None:
+    _check_length(body, _XACT_SET_SIZE_BYTES)
+    for index in _unpack_set(body, count, XACTS_PER_PAGE):
+        _set_status(page, index, status)
+
+
+def _set_status(page: bytearray, index: int, status: int) -> None:
+    place, shift = index // 4, index % 4 * 2
+    current = page[place] >> shift & 3
+    if status != XactStatus.SUB_COMMITTED or current != XactStatus.COMMITTED:
         page[place] = page[place] & ~(3 << shift) | (status & 3) << shift
 
 
@@ -174,6 +221,13 @@ def _apply_commit_times(page: bytearray, small: int, count: int, body: bytes, ls
     for (entry,) in struct.iter_unpack("<H", body[_COMMIT_TIME.size :]):
         place = _check_place(entry, COMMIT_TIMES_PER_PAGE) * COMMIT_TIME_SIZE_BYTES
         _COMMIT_TIME.pack_into(page, place, time, origin)
+
+
+def _apply_commit_times_set(page: bytearray, small: int, count: int, body: bytes, lsn: int) -> None:
+    _check_length(body, _COMMIT_TIME.size + _COMMIT_TIME_SET_SIZE_BYTES)
+    for entry in _unpack_set(body[_COMMIT_TIME.size :], count, COMMIT_TIMES_PER_PAGE):
+        place = entry * COMMIT_TIME_SIZE_BYTES
+        page[place : place + COMMIT_TIME_SIZE_BYTES] = body[: _COMMIT_TIME.size]
 
 
 def _apply_vm_set(page: bytearray, bits: int, count: int, body: bytes, lsn: int) -> None:
@@ -230,4 +284,6 @@ _APPLY = {
     NativeOp.VM_SET: _apply_vm_set,
     NativeOp.VM_CLEAR: _apply_vm_clear,
     NativeOp.VM_TRUNCATE: _apply_vm_truncate,
+    NativeOp.CLOG_STATUS_SET: _apply_clog_status_set,
+    NativeOp.COMMIT_TIMES_SET: _apply_commit_times_set,
 }

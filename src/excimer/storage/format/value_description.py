@@ -17,6 +17,7 @@ _NATIVE_COUNTS: Mapping[int, str] = {
     NativeOp.OFFSETS: "offsets of {count} multixacts",
     NativeOp.MEMBERS: "{count} multixact members",
     NativeOp.COMMIT_TIMES: "commit times of {count} transactions",
+    NativeOp.COMMIT_TIMES_SET: "commit times of {count} transactions",
     NativeOp.VM_CLEAR: "visibility bits of {count} heap blocks cleared",
     NativeOp.VM_SET: "visibility bits of a heap block set",
     NativeOp.VM_TRUNCATE: "visibility map cut off",
@@ -58,6 +59,6 @@ def _describe(value: Value, pg_version: int) -> str:
 
 def _describe_native(payload: bytes) -> str:
     operation, argument, count = _NATIVE_HEAD.unpack_from(payload)
-    if operation == NativeOp.CLOG_STATUS:
+    if operation in (NativeOp.CLOG_STATUS, NativeOp.CLOG_STATUS_SET):
         return f"{count} transactions {XactStatus(argument).name.lower().replace('_', ' ')}"
     return _NATIVE_COUNTS[NativeOp(operation)].format(count=count)
