@@ -6,12 +6,12 @@ from tests.kit.stock_server import StockServer
 
 MANY_SUBTRANSACTIONS = """
 do $$ begin
-  for i in 1..17000 loop
+  for i in 1..2100 loop
     begin insert into subxact_t values (i); exception when raise_exception then null; end;
   end loop;
 end $$;
 """
-"""The record that ends their transaction has more than 64 KiB: ingest takes it in parts."""
+"""The record that ends their transaction has more than a page: ingest of these tests takes it in parts."""
 
 LIFE = f"""
 create table subxact_t(id int);

@@ -33,7 +33,7 @@ from excimer.base.keys import (
     relation_size_key,
     slru_block_key,
 )
-from excimer.base.lsn import Lsn, format_lsn
+from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn, format_lsn
 from excimer.io.filesystem import LocalFilesystem
 from excimer.io.object_store import MemoryObjectStore
 from excimer.io.processes import run
@@ -202,7 +202,7 @@ def blocking_ingest(timeline: Timeline, loop: asyncio.AbstractEventLoop) -> WalI
     def read_pages(key: bytes, count: int, lsn: Lsn) -> bytes:
         return asyncio.run_coroutine_threadsafe(timeline.get_pages(key, count, lsn), loop).result()
 
-    return WalIngest(timeline, read_pages=read_pages)
+    return WalIngest(timeline, read_pages=read_pages, long_xact_size_bytes=WAL_PAGE_SIZE_BYTES)
 
 
 def chunks(wal: bytes, start_lsn: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[bytes, Lsn]]:

@@ -1,6 +1,6 @@
 """In-memory pageserver and safekeepers that speak the documented HTTP interface, and can be told to fail."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +41,18 @@ class FakeNode:
     writers: int = 0
     newest_lsn: int | None = None
     """What a pageserver answers for any time, because it knows no later commit."""
+    sources: Sequence["FakeNode"] = ()
+    """Safekeepers whose WAL a pageserver ingests at once, unless it stands still."""
+    stands_still: bool = False
     leases: list[tuple[str, str]] = field(default_factory=list)
     """By timeline and holder."""
+
+    def with_wal(self, timeline: dict[str, Any]) -> dict[str, Any]:
+        """As a pageserver shows it."""
+        lsn: int = parse_lsn(timeline["last_record_lsn"])
+        if not self.stands_still:
+            lsn = max([lsn, *(source.commit_lsn for source in self.sources)])
+        return timeline | {"last_record_lsn": format_lsn(lsn)}
 
     def check(self) -> None:
         if self.failing:
@@ -142,7 +152,7 @@ def add_history_routes(app: FastAPI, node: FakeNode) -> None:
     @app.get(path)
     async def list_timelines(tenant_id: str) -> list[dict[str, Any]]:
         node.check()
-        return list(node.timelines.values())
+        return [node.with_wal(timeline) for timeline in node.timelines.values()]
 
     @app.put(path + "/{timeline_id}/archival_config")
     async def set_archival_config(tenant_id: str, timeline_id: str, body: dict[str, str]) -> None:
@@ -239,6 +249,7 @@ async def fake_world(data_dir: Path) -> AsyncIterator[World]:
     """A controller on a real store with one fake pageserver and three fake safekeepers."""
     pageserver = FakeNode()
     safekeepers = [FakeNode() for _ in range(3)]
+    pageserver.sources = safekeepers
     store = SqliteStore(data_dir)
     async with AsyncExitStack() as stack:
         stack.callback(store.close)

@@ -88,6 +88,13 @@ def plan_point(end_lsn: Lsn, position: QuorumPosition, waited_s: float, stalled_
     )
 
 
+def _behind(timeline: Timeline, seen_lsn: Lsn, lsn: Lsn) -> IngestBehindError:
+    return IngestBehindError(
+        f"the pageserver has branch {timeline.name!r} up to {format_lsn(seen_lsn)} and not yet "
+        f"up to {format_lsn(lsn)}: try again"
+    )
+
+
 class BranchPoints:
     """Asks safekeepers and pageserver; for all operations that take a point in history."""
 
@@ -111,6 +118,18 @@ class BranchPoints:
         if isinstance(at, str):
             return await self.lsn_at(tenant, timeline, at)
         return await self._reached(tenant, timeline, at)
+
+    async def find_ingested(self, tenant: Tenant, timeline: Timeline, at: Lsn | str | None) -> Lsn:
+        """As `find`, and the pageserver has WAL up to there.
+
+        It may wait for long, so nobody who calls it holds the tenant's lock. Raises also `IngestBehindError`.
+        """
+        lsn = await self.find(tenant, timeline, at)
+        if isinstance(at, str):
+            return lsn  # the pageserver itself has named it
+        end_lsn = record_end(lsn, timeline.wal_segment_size)
+        await self.wait_until_ingested(await self._pageserver_api(tenant), timeline, end_lsn)
+        return lsn
 
     async def newest_commit_lsn(self, timeline: Timeline) -> Lsn:
         """At least everything that a client was told is committed before this call.
@@ -142,23 +161,29 @@ class BranchPoints:
         return lsn
 
     async def wait_until_ingested(self, pageserver: PageserverApi, timeline: Timeline, lsn: Lsn) -> None:
-        """Raises `IngestBehindError` if the pageserver does not come so far in a bounded time."""
+        """Raises `IngestBehindError` if the pageserver does not come so far in a bounded time.
+
+        One that does not serve the branch is not waited for: what is asked of it next says why.
+        """
         clock = self._clock
         begun = progressed = clock.monotonic()
         seen_lsn = Lsn(0)
         while True:
             known = (await pageserver.list_timelines(timeline.tenant_id)).get(timeline.timeline_id)
-            if known is not None and (known.is_archived or known.last_record_lsn >= lsn):
+            if known is None or known.is_archived or known.last_record_lsn >= lsn:
                 return
             now = clock.monotonic()
-            if known is not None and known.last_record_lsn > seen_lsn:
+            if known.last_record_lsn > seen_lsn:
                 seen_lsn, progressed = known.last_record_lsn, now
             if now - progressed >= INGEST_STALL_S or now - begun >= INGEST_WAIT_S_MAX:
-                raise IngestBehindError(
-                    f"the pageserver has branch {timeline.name!r} up to {format_lsn(seen_lsn)} and not yet "
-                    f"up to {format_lsn(lsn)}: try again"
-                )
+                raise _behind(timeline, seen_lsn, lsn)
             await asyncio.sleep(INGEST_POLL_S)
+
+    async def require_ingested(self, pageserver: PageserverApi, timeline: Timeline, lsn: Lsn) -> None:
+        """As `wait_until_ingested`, and does not wait."""
+        known = (await pageserver.list_timelines(timeline.tenant_id)).get(timeline.timeline_id)
+        if known is not None and not known.is_archived and known.last_record_lsn < lsn:
+            raise _behind(timeline, known.last_record_lsn, lsn)
 
     async def _reached(self, tenant: Tenant, timeline: Timeline, at: Lsn) -> Lsn:
         end_lsn = record_end(at, timeline.wal_segment_size)

@@ -52,6 +52,10 @@ class IncompleteError(RetryableError):
     """What is referred to is still being created."""
 
 
+class BranchChangedError(RetryableError):
+    """A name has come to mean another branch while an operation was under way."""
+
+
 class BranchArchivedError(ConflictError):
     """An archived branch is only kept."""
 
@@ -195,6 +199,39 @@ def plan_timeline(
         wal_segment_size=ancestor.wal_segment_size if ancestor else 0,
         created_at=now,
     )
+
+
+def plan_branch(
+    timelines: Sequence[Timeline],
+    tenant: Tenant,
+    timeline_id: TimelineId,
+    name: str,
+    ancestor: str | None,
+    pg_version: int | None,
+    now: float,
+) -> tuple[Timeline, Timeline | None]:
+    """The row for a timeline that is asked for, which may be there already, and its parent if it has one."""
+    existing = next((row for row in timelines if row.timeline_id == timeline_id), None)
+    if existing is not None and existing.state == "active":
+        return existing, None
+    refuse_deleted(existing, "branch", timeline_id)
+    parent = find_branch(timelines, ancestor) if ancestor is not None else None
+    if pg_version is None and parent is None:
+        raise BadRequestError("a timeline without an ancestor needs a PostgreSQL version")
+    version = parent.pg_version if parent is not None else pg_version
+    row = existing or plan_timeline(timelines, tenant, timeline_id, name, version or 0, parent, now)
+    return row, parent
+
+
+def refuse_deleted(row: Tenant | Timeline | None, what: str, row_id: str) -> None:
+    if row is not None and row.state == "deleting":
+        raise BadRequestError(f"{what} {row_id} is being deleted: use a new id")
+
+
+def check_same_branch(seen: Timeline | None, now: Timeline | None) -> None:
+    """Raises `BranchChangedError` if a name means another branch now than before the tenant was locked."""
+    if seen is not None and (now is None or now.timeline_id != seen.timeline_id):
+        raise BranchChangedError(f"branch {seen.name!r} has just become another: try again")
 
 
 def made_quiet(timeline: Timeline, quieting_id: str) -> Timeline:

@@ -22,6 +22,7 @@ Not here: the decisions (`branch_history`), reconciliation itself (`shell`).
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -123,21 +124,32 @@ class BranchHistory:
         keeps_subscriptions: bool,
     ) -> tuple[Timeline, Timeline | None]:
         tenant = await self._tools.find_tenant(tenant_reference)
-        async with self._tools.lock(tenant.tenant_id):
+
+        async def look() -> tuple[Timeline | None, Timeline, Timeline, str | None]:
             timelines = await self._timelines(tenant)
             row = next((each for each in timelines if each.timeline_id == timeline_id), None)
-            if row is not None and row.state == "active":
-                return row, None
-            if row is not None and row.state != "replacing":
+            if row is not None and row.state not in ("active", "replacing"):
                 raise BadRequestError(f"timeline id {timeline_id} is in use: choose a new one")
+            if row is not None and row.state == "active":
+                return row, row, row, None
             branch = core.find_branch(timelines, reference)
             plan.check_settled(branch)
             await self._refuse_writer(branch)
             source, kept_as = plan_it(branch, timelines)
-            start_lsn = await self._tools.points.find(tenant, source, at)
+            return row, branch, source, kept_as
+
+        row, _, seen, _ = await look()
+        if row is not None and row.state == "active":
+            return row, None
+        start_lsn = await self._tools.points.find_ingested(tenant, seen, at)
+        async with self._tools.lock(tenant.tenant_id):
+            row, branch, source, kept_as = await look()
+            if row is not None and row.state == "active":
+                return row, None
+            core.check_same_branch(seen, source)
             if row is None:
                 row = plan.plan_replacement(
-                    timelines,
+                    await self._timelines(tenant),
                     branch,
                     source,
                     timeline_id,
@@ -173,6 +185,7 @@ class BranchHistory:
     async def archive(self, tenant_reference: str, reference: str) -> Timeline:
         """`archived`, or `archiving` when what is unreachable is finished later. Repeatable."""
         tenant = await self._tools.find_tenant(tenant_reference)
+        await self._wait_for_the_last_wal(tenant, reference)
         async with self._tools.lock(tenant.tenant_id):
             timelines = await self._timelines(tenant)
             branch = core.find_branch(timelines, reference)
@@ -182,6 +195,18 @@ class BranchHistory:
                 await self._refuse_writer(branch)
                 branch = await self._set_state(branch, "archiving")
             return await self._drive(tenant, branch, back_to="active")
+
+    async def _wait_for_the_last_wal(self, tenant: Tenant, reference: str) -> None:
+        """Of a branch that is to be archived; nobody waits behind it. What comes later, comes later."""
+        timelines = await self._timelines(tenant)
+        branch = core.find_branch(timelines, reference)
+        if branch.state in core.ARCHIVE_STATES:
+            return
+        plan.check_settled(branch)
+        plan.check_archivable(branch, timelines)
+        await self._refuse_writer(branch)
+        with contextlib.suppress(RetryableError):
+            await self._tools.points.find_ingested(tenant, branch, None)
 
     async def unarchive(self, tenant_reference: str, reference: str) -> Timeline:
         """`active`, or `unarchiving` when what is unreachable is finished later. Repeatable."""
@@ -282,7 +307,7 @@ class BranchHistory:
             await _refuse_damaged(pageserver, branch)
         if branch.state == "archiving":
             wanted_lsn = await self._tools.points.newest_commit_lsn(branch)
-            await self._tools.points.wait_until_ingested(pageserver, branch, wanted_lsn)
+            await self._tools.points.require_ingested(pageserver, branch, wanted_lsn)
             await pageserver.set_archived(*ids, is_archived=True)
             return await self._set_state(branch, "archived")
         if branch.state == "unarchiving":

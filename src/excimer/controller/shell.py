@@ -30,7 +30,6 @@ from excimer.controller.imports import Imports
 from excimer.controller.model import (
     HIDDEN_STATES,
     MAIN_BRANCH,
-    BadRequestError,
     ComputeSpec,
     Endpoint,
     EndpointMode,
@@ -151,7 +150,7 @@ class Controller:
             existing = next((row for row in tenants if row.tenant_id == tenant_id), None)
             if existing is not None and existing.state == "active":
                 return existing
-            _refuse_deleted(existing, "tenant", tenant_id)
+            core.refuse_deleted(existing, "tenant", tenant_id)
             core.check_pg_version(pg_version)
             pageservers = await self._db(self._store.list_pageservers)
             tenant = existing or core.plan_tenant(
@@ -225,22 +224,23 @@ class Controller:
         It does not act on the outside by itself unless it is to keep that up. Repeatable with the same id.
         """
         tenant = await self.find_tenant(tenant_reference)
+        timelines = await self._db(self._store.list_timelines, tenant.tenant_id)
+        timeline, seen = core.plan_branch(
+            timelines, tenant, timeline_id, name, ancestor, pg_version, self._clock.now()
+        )
+        if timeline.state == "active":
+            return timeline
+        start_lsn = await self._points.find_ingested(tenant, seen, at) if seen is not None else None
         async with self._lock(tenant.tenant_id):
             timelines = await self._db(self._store.list_timelines, tenant.tenant_id)
-            existing = next((row for row in timelines if row.timeline_id == timeline_id), None)
-            if existing is not None and existing.state == "active":
-                return existing
-            _refuse_deleted(existing, "branch", timeline_id)
-            parent = core.find_branch(timelines, ancestor) if ancestor is not None else None
-            if pg_version is None and parent is None:
-                raise BadRequestError("a timeline without an ancestor needs a PostgreSQL version")
-            version = parent.pg_version if parent is not None else pg_version
-            timeline = existing or core.plan_timeline(
-                timelines, tenant, timeline_id, name, version or 0, parent, self._clock.now()
+            timeline, parent = core.plan_branch(
+                timelines, tenant, timeline_id, name, ancestor, pg_version, self._clock.now()
             )
-            if parent is not None and existing is None and not keep_active:
+            if timeline.state == "active":
+                return timeline
+            core.check_same_branch(seen, parent)
+            if parent is not None and not keep_active and timeline not in timelines:
                 timeline = core.made_quiet(timeline, timeline_id)
-            start_lsn = await self._points.find(tenant, parent, at) if parent is not None else None
             await self._db(self._store.put_timeline, timeline)
             try:
                 timeline = await self._complete_timeline(tenant, timeline, start_lsn)
@@ -330,10 +330,13 @@ class Controller:
     ) -> Endpoint:
         """`at`: the LSN or the time (RFC 3339) that a static endpoint shows; None for a primary."""
         tenant = await self.find_tenant(tenant_reference)
+        timeline = await self.find_branch(tenant.tenant_id, branch)
+        core.check_in_service(timeline)
+        lsn = None if at is None else await self._points.find(tenant, timeline, at)
         async with self._lock(tenant.tenant_id):
-            timeline = await self.find_branch(tenant.tenant_id, branch)
-            core.check_in_service(timeline)
-            lsn = None if at is None else await self._points.find(tenant, timeline, at)
+            now = await self.find_branch(tenant.tenant_id, branch)
+            core.check_in_service(now)
+            core.check_same_branch(timeline, now)
             settings = await self.settings.check(timeline.pg_version, postgres_settings)
             endpoint = core.plan_endpoint(
                 await self._db(self._store.list_endpoints),
@@ -544,8 +547,3 @@ def _in_state(tenant: Tenant, state: State) -> Tenant:
 
 def _with_state(timeline: Timeline, state: State) -> Timeline:
     return msgspec.structs.replace(timeline, state=state)
-
-
-def _refuse_deleted(row: Tenant | Timeline | None, what: str, row_id: str) -> None:
-    if row is not None and row.state == "deleting":
-        raise BadRequestError(f"{what} {row_id} is being deleted: use a new id")

@@ -9,7 +9,7 @@ import pytest
 from excimer.base.errors import RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn
-from excimer.controller import branch_points
+from excimer.controller import branch_points, core
 from excimer.controller.branch_points import (
     COMMIT_WAIT_S,
     WRITTEN_STALL_S,
@@ -80,7 +80,9 @@ def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def has_come_to(world: World, lsn: int, commit_lsn: int | None = None) -> None:
+def has_come_to(world: World, lsn: int, commit_lsn: int | None = None, *, is_ingested: bool = True) -> None:
+    """The pageserver has what is committed, or none of it yet."""
+    world.pageserver.stands_still = not is_ingested
     for safekeeper in world.safekeepers:
         safekeeper.flush_lsn = lsn
         safekeeper.commit_lsn = lsn if commit_lsn is None else commit_lsn
@@ -164,12 +166,12 @@ def test_a_time_that_a_pageserver_behind_does_not_know_is_asked_for_again(tmp_pa
     """It knew no later commit, which is the answer of one that has not ingested it yet."""
 
     async def story(world: World) -> None:
-        has_come_to(world, START_LSN + 4096)
+        has_come_to(world, START_LSN + 4096, is_ingested=False)
         world.pageserver.newest_lsn = START_LSN + 8
         branching = asyncio.ensure_future(branch_at(world, "2026-01-01T00:00:00Z"))
         await asyncio.sleep(0.2)
         assert not branching.done()
-        world.pageserver.timelines[MAIN]["last_record_lsn"] = "0/1501060"
+        world.pageserver.stands_still = False
         world.pageserver.newest_lsn = None
         assert await branching == START_LSN + 2026
 
@@ -182,9 +184,62 @@ def test_a_pageserver_that_stands_still_is_not_waited_for_without_end(
     monkeypatch.setattr(branch_points, "INGEST_STALL_S", 0.1)
 
     async def story(world: World) -> None:
-        has_come_to(world, START_LSN + 4096)
+        has_come_to(world, START_LSN + 4096, is_ingested=False)
         world.pageserver.newest_lsn = START_LSN + 8
         with pytest.raises(RetryableError, match="up to 0/1500060 and not yet up to 0/1501060"):
             await branch_at(world, "2026-01-01T00:00:00Z")
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("waiting", ["branch", "restore", "archive"])
+def test_nobody_waits_behind_one_that_waits_for_ingest(tmp_path: Path, waiting: str) -> None:
+    async def story(world: World) -> None:
+        controller = world.controller
+        other, third = TimelineId("0b" * 16), TimelineId("0c" * 16)
+        await controller.create_timeline("", other, "other", ancestor="main", at=None, pg_version=None)
+        has_come_to(world, START_LSN + 4096, is_ingested=False)
+        if waiting == "branch":
+            held: Awaitable[object] = branch_at(world, Lsn(START_LSN + 4096))
+        elif waiting == "restore":
+            held = controller.history.restore("", "main", BRANCH, Lsn(START_LSN + 4096), None)
+        else:
+            held = controller.history.archive("", "other")
+        operation = asyncio.ensure_future(held)
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(10):
+            await controller.create_timeline(
+                "", third, "third", ancestor="main", at=Lsn(START_LSN), pg_version=None
+            )
+            await controller.create_endpoint(
+                "ep",
+                "",
+                "third",
+                mode="primary",
+                at=None,
+                pg_version=None,
+                ports=(5000, 5001),
+                postgres_settings={},
+            )
+            await controller.delete_endpoint("ep")
+            assert await controller.delete_timeline("", "third")
+        assert not operation.done()
+        world.pageserver.stands_still = False
+        await operation
+
+    play(tmp_path, story)
+
+
+def test_a_name_that_has_become_another_branch_meanwhile_is_not_branched(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        other = TimelineId("0b" * 16)
+        has_come_to(world, START_LSN + 4096, is_ingested=False)
+        branching = asyncio.ensure_future(branch_at(world, Lsn(START_LSN + 4096)))
+        await asyncio.sleep(0.1)
+        await world.controller.history.restore("", "main", other, Lsn(START_LSN), None)
+        world.pageserver.stands_still = False
+        with pytest.raises(core.BranchChangedError, match="'main' has just become another"):
+            await branching
+        assert BRANCH not in {row.timeline_id for row in await world.controller.list_timelines(TENANT)}
 
     play(tmp_path, story)

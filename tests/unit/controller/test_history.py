@@ -286,6 +286,7 @@ def test_archiving_and_detaching_go_on_when_the_pageserver_is_back(tmp_path: Pat
 def test_archiving_waits_until_the_pageserver_has_all(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         write(world, 2000)
+        world.pageserver.stands_still = True
         archiving = asyncio.ensure_future(world.controller.history.archive("", "main"))
         await asyncio.sleep(0.2)
         assert not archiving.done()
