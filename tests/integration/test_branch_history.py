@@ -45,6 +45,8 @@ def test_restore_reset_detach_archive(stack: Stack) -> None:
     good_lsn = write(stack, "main", "a", "b")
     moment = stack.json("timeline", "time-of", "main", good_lsn)["timestamp"]
     found = stack.json("timeline", "lsn-at", "main", moment)["lsn"]
+    # It may be later than the good LSN by what background processes wrote, never by a commit.
+    assert stack.json("timeline", "time-of", "main", found)["timestamp"] == moment
     write(stack, "main", "mistake")
 
     # Back to before the mistake: the endpoint stays on the name, the mistake on another.
@@ -60,7 +62,6 @@ def test_restore_reset_detach_archive(stack: Stack) -> None:
     stack.text("endpoint", "start", "old")
     assert notes(stack, "old") == ["a", "b", "mistake"]
     stack.text("endpoint", "stop", "old", "--destroy")
-    assert int(found.split("/")[1], 16) <= int(good_lsn.split("/")[1], 16)
 
     # A branch goes its way, and comes back to its parent.
     stack.branch("dev")

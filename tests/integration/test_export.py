@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import pytest
 
 from excimer.base.address import Address
 from excimer.base.lsn import format_lsn, parse_lsn
 from excimer.cli.commands.endpoint import create_endpoint
+from excimer.cli.commands.export import access_of, renewal_of
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.installation import load_installation
 from excimer.export.directory_sink import DirectorySink
@@ -277,13 +277,15 @@ async def _check_lease(branched: Branched) -> None:
     client = ControllerClient(installation)
     body = {"branch": "main", "at_lsn": branched.past_lsn}
     ticket = client.post("tenants", client.get("default_tenant")["name"], "branch_access", body=body)
-    access = msgspec.convert(ticket, BranchAccess)
+    access = access_of(ticket)
+    renew = renewal_of(client, ticket)
+    assert (await renew()).valid_for_s > 3600
     pageserver = HttpClient("pageserver", access.pageserver_http_address, installation.admin_token())
     build = build_of(branched.stack.pg_version)
     async with place_for_cluster(build) as cluster:
         sink = _CollectingSink(cluster.data_dir, pageserver, access)
         lsn = parse_lsn(branched.past_lsn)
-        exported = await run_export(access, lsn, sink, lambda done, total: None)
+        exported = await run_export(access, lsn, sink, lambda done, total: None, renew)
         assert parse_lsn(sink.collected["cutoff_lsn"]) > exported.lsn
         assert sink.collected["held_points"] >= 1
         timeline = path_of("v1", "tenant", access.tenant_id, "timeline", access.timeline_id)

@@ -18,6 +18,7 @@ from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.export.layout import CONTROL_FILE_PATH, ExportLayout, PageFile, plan_export
 from excimer.export.lease import ExportLease, keep_lease
 from excimer.export.page_stream import PATIENCE_S, RETRY_DELAY_S_MAX, BranchAccess, PageStream
+from excimer.export.reading_token import Renew
 from excimer.export.sink import ExportSink
 from excimer.pgformat.basebackup import Basebackup
 from excimer.service.tasks import running
@@ -35,12 +36,19 @@ class Exported:
     """Of all files of pages; with holes, where there are any."""
 
 
-async def run_export(access: BranchAccess, lsn: Lsn, sink: ExportSink, report: Report) -> Exported:
-    """Writes the branch as it is at `lsn` and returns when it is durable.
+async def run_export(
+    access: BranchAccess, lsn: Lsn, sink: ExportSink, report: Report, renew: Renew
+) -> Exported:
+    """Writes the branch as it is at `lsn` and returns when it is durable; `renew` is for the access's token.
 
     Raises what the pageserver answers with, `PageserverUnreachableError`, `OutputRefusedError`, OSError.
     Whatever it raises, and when it is cancelled, nothing of the export is left behind.
     """
+    async with running("export token", access.token.keep(renew)):
+        return await _export(access, lsn, sink, report)
+
+
+async def _export(access: BranchAccess, lsn: Lsn, sink: ExportSink, report: Report) -> Exported:
     backup = await _basebackup(access, lsn)
     layout = plan_export(backup, int(time.time()))
     lease = ExportLease(access, Lsn(backup.lsn))
@@ -80,7 +88,7 @@ async def _basebackup(access: BranchAccess, lsn: Lsn) -> Basebackup:
     while True:
         try:
             return await fetch_basebackup(
-                access.page_service_address, access.tenant_id, access.timeline_id, access.token, lsn
+                access.page_service_address, access.tenant_id, access.timeline_id, access.token.text, lsn
             )
         except RetryableError:
             if time.monotonic() > deadline:

@@ -34,7 +34,7 @@ class ExportLease:
 
     async def ask(self) -> float:
         """Raises what the pageserver answers: refused, when the history is gone."""
-        client = HttpClient("pageserver", self._access.pageserver_http_address, self._access.token)
+        client = HttpClient("pageserver", self._access.pageserver_http_address, self._access.token.text)
         body = {"lsn": format_lsn(self._lsn), "holder": self._holder}
         answer = await client.post(self._path, body)
         return datetime.fromisoformat(answer["valid_until"]).timestamp() - time.time()
@@ -42,7 +42,9 @@ class ExportLease:
     async def release(self) -> None:
         """Gives it back. If that fails, it runs out by itself."""
         access = self._access
-        client = HttpClient("pageserver", access.pageserver_http_address, access.token, RELEASE_TIMEOUT_S)
+        client = HttpClient(
+            "pageserver", access.pageserver_http_address, access.token.text, RELEASE_TIMEOUT_S
+        )
         with suppress(ExcimerError):
             await client.delete(self._path + path_of(self._holder))
 

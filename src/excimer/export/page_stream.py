@@ -23,6 +23,7 @@ from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES, parse_key
 from excimer.base.lsn import Lsn
 from excimer.export.layout import PageFile, PageRun, page_runs
+from excimer.export.reading_token import ReadingToken
 from excimer.service.tls import client_tls
 from excimer.wire.page_service import (
     ErrorAnswer,
@@ -56,13 +57,13 @@ class PageserverUnreachableError(RetryableError):
 
 @dataclass(frozen=True, slots=True)
 class BranchAccess:
-    """Where a branch can be read, and the right to do so."""
+    """Where a branch can be read, and the right to do so, which is renewed."""
 
     tenant_id: TenantId
     timeline_id: TimelineId
     page_service_address: str
     pageserver_http_address: str
-    token: str
+    token: ReadingToken
 
 
 @dataclass(slots=True)
@@ -187,7 +188,7 @@ class _Connection:
         return messages
 
     async def hello(self, access: BranchAccess) -> None:
-        self.send(Hello(access.tenant_id, access.timeline_id, access.token))
+        self.send(Hello(access.tenant_id, access.timeline_id, access.token.text))
         answer = (await self.receive())[0]
         if isinstance(answer, ErrorAnswer):
             raise error_from_answer(answer)

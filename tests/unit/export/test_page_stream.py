@@ -15,6 +15,7 @@ from excimer.base.keys import BLOCK_SIZE_BYTES, Relation, relation_block_key
 from excimer.base.lsn import Lsn
 from excimer.export.layout import PageFile, page_runs
 from excimer.export.page_stream import IN_FLIGHT_MAX, BranchAccess, PageserverUnreachableError, PageStream
+from excimer.export.reading_token import NewToken, ReadingToken
 from excimer.wire.page_service import ErrorCode, Pages, encode_server_message
 from tests.kit.fake_page_server import FakePageServer
 
@@ -40,15 +41,18 @@ def _files() -> list[PageFile]:
     ]
 
 
-def _access(address: str) -> BranchAccess:
+def _access(address: str, token: ReadingToken | None = None) -> BranchAccess:
     chance = random.Random(2)
-    return BranchAccess(new_tenant_id(chance), new_timeline_id(chance), address, "unused:1", "token")
+    token = token or ReadingToken(NewToken("token", 60.0))
+    return BranchAccess(new_tenant_id(chance), new_timeline_id(chance), address, "unused:1", token)
 
 
-async def _read(server: FakePageServer, *, patience_s: float = 20.0) -> dict[str, bytes]:
+async def _read(
+    server: FakePageServer, *, patience_s: float = 20.0, token: ReadingToken | None = None
+) -> dict[str, bytes]:
     """The files' content, as pieces came; their order is checked."""
     found: dict[str, bytes] = {}
-    stream = PageStream(_access(server.address), LSN, patience_s=patience_s)
+    stream = PageStream(_access(server.address, token), LSN, patience_s=patience_s)
     async for file, data in stream.read(_files()):
         assert file.path not in found or file.path == list(found)[-1], "a file came in two parts"
         found[file.path] = found.get(file.path, b"") + data
@@ -65,6 +69,26 @@ def test_pages_come_in_order_whatever_the_order_of_answers(server: FakePageServe
     assert found == _expected(server)
     assert list(found) == [file.path for file in _files()]
     assert {request.lsn for request in server.requests} == {LSN}
+
+
+def test_a_connection_that_is_lost_comes_back_with_the_newest_token(server: FakePageServer) -> None:
+    token = ReadingToken(NewToken("first", 60.0))
+    server.behaviour.cut_after_bytes = 5000
+
+    def renew() -> None:
+        while not server.hellos:
+            time.sleep(0.01)
+        token.text = "second"
+        while server.hellos[-1].token != "second":
+            time.sleep(0.01)
+        server.behaviour.cut_after_bytes = None
+
+    async def both() -> dict[str, bytes]:
+        found, _ = await asyncio.gather(_read(server, token=token), asyncio.to_thread(renew))
+        return found
+
+    assert asyncio.run(asyncio.wait_for(both(), 60)) == _expected(server)
+    assert [hello.token for hello in server.hellos] == sorted(hello.token for hello in server.hellos)
 
 
 def test_errors_that_may_pass_and_lost_connections_cost_only_time(server: FakePageServer) -> None:

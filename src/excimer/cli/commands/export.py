@@ -20,6 +20,8 @@ from excimer.cli.session import Session, session_of
 if TYPE_CHECKING:
     from excimer.export.job import Exported
     from excimer.export.ownership import Owner
+    from excimer.export.page_stream import BranchAccess
+    from excimer.export.reading_token import Renew
     from excimer.export.sink import ExportSink
 
 app = typer.Typer()
@@ -68,7 +70,7 @@ def export(
     ticket = client.post("tenants", tenant_name(client, tenant), "branch_access", body=body)
     begun = time.monotonic()
     try:
-        exported = asyncio.run(_export(ticket, sink, _Progress(session)))
+        exported = asyncio.run(_export(client, ticket, sink, _Progress(session)))
     except OSError as error:
         raise ExportFailedError(
             f"{error.filename or out} cannot be written: {error.strerror or error}; "
@@ -99,19 +101,42 @@ def sink_for(out: str, owner: "Owner") -> "ExportSink":
     return DirectorySink(Path(out), owner)
 
 
-async def _export(ticket: dict[str, Any], sink: "ExportSink", progress: "_Progress") -> "Exported":
-    from excimer.export.job import run_export
+def access_of(ticket: dict[str, Any]) -> "BranchAccess":
+    """What the controller has answered to a reader of a branch."""
     from excimer.export.page_stream import BranchAccess
+    from excimer.export.reading_token import NewToken, ReadingToken
 
-    access = BranchAccess(
+    return BranchAccess(
         ticket["tenant_id"],
         ticket["timeline_id"],
         ticket["page_service_address"],
         ticket["pageserver_http_address"],
-        ticket["token"],
+        ReadingToken(NewToken(ticket["token"], ticket["valid_for_s"])),
     )
+
+
+def renewal_of(client: ControllerClient, ticket: dict[str, Any]) -> "Renew":
+    """Asks for the same point of the same branch again, which may have another name by now."""
+    from excimer.export.reading_token import NewToken
+
+    body = {"branch": ticket["timeline_id"], "at_lsn": ticket["lsn"]}
+
+    async def renew() -> NewToken:
+        parts = "tenants", ticket["tenant_id"], "branch_access"
+        newer = await asyncio.to_thread(client.post, *parts, body=body)
+        return NewToken(newer["token"], newer["valid_for_s"])
+
+    return renew
+
+
+async def _export(
+    client: ControllerClient, ticket: dict[str, Any], sink: "ExportSink", progress: "_Progress"
+) -> "Exported":
+    from excimer.export.job import run_export
+
+    lsn, renew = parse_lsn(ticket["lsn"]), renewal_of(client, ticket)
     try:
-        return await run_export(access, parse_lsn(ticket["lsn"]), sink, progress.report)
+        return await run_export(access_of(ticket), lsn, sink, progress.report, renew)
     finally:
         progress.end()
 

@@ -13,6 +13,7 @@ from excimer.base.lsn import Lsn, format_lsn, parse_lsn
 from excimer.controller.endpoints.api_models import Body, LsnText
 from excimer.controller.model import BadRequestError
 from excimer.controller.shell import Controller
+from excimer.controller.tokens import READING_TOKEN_LIFE_S
 
 
 class BranchAccessBody(Body):
@@ -32,6 +33,7 @@ class BranchAccessAnswer(BaseModel):
     page_service_address: str
     pageserver_http_address: str
     token: str
+    valid_for_s: float
 
 
 def point_in_history(at_lsn: str | None, at_timestamp: datetime | None) -> Lsn | str | None:
@@ -53,7 +55,7 @@ def point_in_history(at_lsn: str | None, at_timestamp: datetime | None) -> Lsn |
 def add_reading_routes(router: APIRouter, controller: Controller) -> None:
     @router.post("/tenants/{tenant}/branch_access", tags=["branches"])
     async def branch_access(tenant: str, body: BranchAccessBody) -> BranchAccessAnswer:
-        """Where and with which token a branch can be read for a day, and the LSN of the point asked for."""
+        """Where and with which token a branch can be read, and the LSN of the point asked for."""
         at = point_in_history(body.at_lsn, body.at_timestamp)
         timeline, lsn = await controller.point_in_branch(tenant, body.branch, at)
         pageserver, _ = await controller.pageserver_of(timeline.tenant_id)
@@ -66,6 +68,7 @@ def add_reading_routes(router: APIRouter, controller: Controller) -> None:
             page_service_address=pageserver.page_service_address,
             pageserver_http_address=pageserver.http_address,
             token=controller.reading_token(timeline),
+            valid_for_s=READING_TOKEN_LIFE_S,
         )
 
     @router.get("/tenants/{tenant}/layer_map", tags=["branches"])
