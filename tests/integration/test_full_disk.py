@@ -7,8 +7,10 @@ are skipped.
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +18,15 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from excimer.base.lsn import Lsn, parse_lsn
+from tests.kit import tpcb
 from tests.kit.builds import NEWEST_VERSION
 from tests.kit.stack import Stack, running_stack
+from tests.kit.stack_truth import Branch, arrive, branch_of
 
 WAIT_S = 60
 ROWS = 20
+NO_ROOM = "No space left on device"
 
 
 @contextlib.contextmanager
@@ -42,9 +48,9 @@ def small_disk(directory: Path, size_mib: int) -> Iterator[None]:
         shutil.rmtree(kept)
 
 
-def fill(directory: Path) -> Path:
+def fill(directory: Path, name: str = "filler") -> Path:
     """All that is left, to the last block."""
-    filler = directory / "filler"
+    filler = directory / name
     with filler.open("wb", buffering=0) as file:
         for step in (1 << 20, 4096):
             with contextlib.suppress(OSError):
@@ -156,3 +162,81 @@ def test_a_safekeeper_waits_for_room(stack: Stack) -> None:
         rows = {row["part"]: row for row in stack.json("status")["parts"]}
         check_waits(stack, "safekeeper-1", directory, rows["safekeeper-1"]["http"])
         stack.text("stop")
+
+
+FLUSH_BYTES = 1 << 20
+"""So that pgbench has the pageserver flush every second or so."""
+
+
+@contextlib.contextmanager
+def kept_full(directory: Path) -> Iterator[None]:
+    """However much its user removes: a pageserver gives up copies of layers to make room."""
+    stopped = threading.Event()
+
+    def keep() -> None:
+        with contextlib.ExitStack() as fillers:
+            while not stopped.is_set():
+                filler = fill(directory, f"filler-{time.monotonic_ns()}")
+                fillers.callback(filler.unlink)
+                stopped.wait(0.2)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def transactions(stack: Stack) -> int:
+    return int(stack.query("select count(*) from pgbench_history")[0][0])
+
+
+def test_a_pageserver_keeps_what_comes_in_memory_and_goes_on(stack: Stack) -> None:
+    """Under pgbench: nothing can be flushed, reads and commits go on, and with room all becomes durable."""
+    stack.text("stop")
+    directory = stack.directory / "pageserver"
+    with small_disk(directory, 160):
+        stack.text("start")
+        stack.text("endpoint", "start", "main")
+        branch = branch_of(stack)
+        branch.configure(flush_size_bytes=FLUSH_BYTES)
+        tpcb.load(stack, 1)
+        rows = {row["part"]: row for row in stack.json("status")["parts"]}
+        address, pid = rows["pageserver"]["http"], stack.pid("pageserver")
+        load = stack.program("pgbench", "-n", "-c", "4", "-T", "600")
+        try:
+            with kept_full(directory):
+                stack.wait_until(lambda: said_of(stack, "pageserver", directory), "status says it")
+                status, metrics = health(address)
+                assert status == "degraded"
+                assert f'excimer_disk_full{{path="{directory}"}} 1.0' in metrics
+                assert f"the disk of {directory} is full" in stack.run("doctor").stdout.replace("\n", "")
+                durable_lsn, written = durable(branch), transactions(stack)
+                stack.wait_until(lambda: transactions(stack) > written + 1000, "commits go on")
+                stack.wait_until(lambda: NO_ROOM in pageserver_log(stack), "a flush finds no room")
+                assert durable(branch) == durable_lsn
+            stack.wait_until(lambda: durable(branch) > durable_lsn, "flushes go on by themselves")
+            stack.wait_until(lambda: not said_of(stack, "pageserver", directory), "status says it no more")
+        finally:
+            load.send_signal(signal.SIGINT)
+            load.communicate(timeout=WAIT_S)
+        assert stack.pid("pageserver") == pid
+        before = tpcb.check(stack)
+        lsn = parse_lsn(stack.query("select pg_current_wal_flush_lsn()::text")[0][0])
+        arrive(branch, lsn)
+        branch.flush()
+        assert durable(branch) >= lsn
+        stack.text("endpoint", "stop", "main")
+        stack.text("endpoint", "start", "main")
+        assert tpcb.check(stack) == before, "what the compute had is what the pageserver has"
+        stack.text("stop")
+
+
+def durable(branch: Branch) -> Lsn:
+    return parse_lsn(branch.at_pageserver()["remote_consistent_lsn"])
+
+
+def pageserver_log(stack: Stack) -> str:
+    return (stack.directory / "logs" / "pageserver.log").read_text()
