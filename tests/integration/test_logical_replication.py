@@ -12,6 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from excimer.base.errors import ExcimerError
 from excimer.compute.outside_work import GATE, mark_name
 from excimer.io.processes import make_owned_dir
 from excimer.postgres import run_initdb
@@ -23,6 +24,22 @@ VERSIONS = [int(text) for text in os.environ.get("EXCIMER_LOGICAL_VERSIONS", str
 PUBLISHER = {"wal_level": "logical", "listen_addresses": "127.0.0.1", "fsync": "off"}
 HOLDERS_OF_A_QUORUM = ("safekeeper-2", "safekeeper-3")
 ROWS_WHILE_NO_QUORUM = 50
+PUBLISHER_POSITIONS = {
+    "publisher's WAL": "select pg_current_wal_lsn()",
+    "its slots": "select slot_name, active, active_pid, restart_lsn, confirmed_flush_lsn"
+    " from pg_replication_slots",
+    "its walsenders": "select pid, state, sent_lsn, write_lsn, flush_lsn, replay_lsn, reply_time"
+    " from pg_stat_replication",
+}
+SUBSCRIBER_POSITIONS = {
+    "subscriber's WAL": "select pg_current_wal_lsn()::text, pg_current_wal_flush_lsn()::text",
+    "its subscriptions": "select subname, subenabled from pg_subscription",
+    "its workers": "select pid, received_lsn::text, latest_end_lsn::text, last_msg_receipt_time"
+    " from pg_stat_subscription",
+    "its origins": "select external_id, remote_lsn::text, local_lsn::text from pg_replication_origin_status",
+    "its quorum": "select application_name, state, sent_lsn::text, flush_lsn::text, sync_state"
+    " from pg_stat_replication",
+}
 
 
 class Subscribed:
@@ -46,9 +63,32 @@ class Subscribed:
         return [row for (row,) in self.stack.query("select a from log order by a", endpoint)]
 
     def wait_for_all(self, endpoint: str = "main") -> None:
-        self.stack.wait_until(
-            lambda: len(set(self.rows(endpoint))) >= self.next_row, "the last rows' arrival"
-        )
+        """As long as rows come: how many there are and how fast they go depends on the machine."""
+        arrived = -1
+        while arrived < self.next_row:
+            before = arrived
+            self.stack.wait_until(
+                lambda before=before: self.arrived(endpoint) > before,  # type: ignore[misc]
+                f"the arrival of another row than {before} of {self.next_row}",
+                report=lambda: self.positions(endpoint),
+            )
+            arrived = self.arrived(endpoint)
+
+    def arrived(self, endpoint: str) -> int:
+        return int(self.stack.query("select count(distinct a) from log", endpoint)[0][0])
+
+    def positions(self, endpoint: str) -> str:
+        """Who has got how far, each in its own LSNs."""
+        told = []
+        for who, query in PUBLISHER_POSITIONS.items():
+            with contextlib.suppress(ExcimerError):
+                told.append(f"{who}: {self.publisher.sql(query)}")
+        for who, query in SUBSCRIBER_POSITIONS.items():
+            try:
+                told.append(f"{who}: {self.stack.query(query, endpoint)}")
+            except psycopg.Error as error:
+                told.append(f"{who}: {error}")
+        return "\n".join([*told, self.stack.run("status").stdout])
 
     def flush_lsn(self) -> str:
         """Up to where the publisher was told that it need keep nothing."""

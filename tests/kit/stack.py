@@ -185,11 +185,18 @@ class Stack:
         for record in (self.directory / "run").glob("*.pid"):
             self.kill(record.stem)
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    def wait_until(
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        timeout_s: float = 60.0,
+        report: Callable[[], str] = str,
+    ) -> None:
+        """`report` tells what only the one who waits can: it is asked when the time is over."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, (
-                f"{what} did not happen in {timeout_s:.0f} s\n{self.log_tails()}"
+                f"{what} did not happen in {timeout_s:.0f} s\n{report()}\n{self.log_tails()}"
             )
             time.sleep(0.05)
 
