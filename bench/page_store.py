@@ -39,6 +39,7 @@ from excimer.storage.engine.redo_pool import RedoPool
 from excimer.storage.engine.tenant import NewTimeline, TenantStorage
 from excimer.storage.engine.tenant_marker import create_tenant
 from excimer.storage.engine.timeline import Timeline
+from excimer.storage.format.relation_size import size_blocks
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.page_truth import History, OnePool, write_history
 from tests.kit.stock_server import StockServer
@@ -198,7 +199,7 @@ async def _images(timeline: Timeline, lsn: Lsn) -> AsyncIterator[tuple[bytes, by
         block_kind = _SIZE_KINDS.get(KeyKind(fields.kind))
         if block_kind is None:
             continue
-        size = int.from_bytes(value, "little")
+        size = size_blocks(value)
         for block in range(0, size, READ_BLOCKS):
             count = min(READ_BLOCKS, size - block)
             pages = await timeline.get_pages(make_key(block_kind, *fields[1:5], block), count, lsn)
