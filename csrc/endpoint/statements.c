@@ -1,5 +1,6 @@
 /*
- * CREATE TABLESPACE is refused before it touches a file; CREATE EXTENSION says how to get what is missing.
+ * CREATE TABLESPACE is refused before it touches a file; CREATE EXTENSION, COLLATION and DATABASE say how to get what
+ * this build lacks.
  *
  * A tablespace is a directory outside of what a branch consists of, or (in place) one that no start directory would
  * bring back. All else that names one (CREATE DATABASE, SET TABLESPACE, ...) fails by itself: there is none to name.
@@ -26,6 +27,13 @@ static void pass_on(PlannedStmt *statement, const char *text, bool is_read_only_
         statement, text, is_read_only_tree, context, parameters, environment, destination, completion);
 }
 
+/* Whether what a statement asks for may be missing from the build: an extension, or ICU. */
+static bool may_ask_too_much(Node *statement)
+{
+    return IsA(statement, CreateExtensionStmt) || IsA(statement, CreatedbStmt) ||
+           (IsA(statement, DefineStmt) && ((DefineStmt *) statement)->kind == OBJECT_COLLATION);
+}
+
 static void run_statement(PlannedStmt *statement, const char *text, bool is_read_only_tree,
                           ProcessUtilityContext context, ParamListInfo parameters, QueryEnvironment *environment,
                           DestReceiver *destination, QueryCompletion *completion)
@@ -34,7 +42,7 @@ static void run_statement(PlannedStmt *statement, const char *text, bool is_read
 
     if (IsA(statement->utilityStmt, CreateTableSpaceStmt))
         refuse_tablespace();
-    if (!IsA(statement->utilityStmt, CreateExtensionStmt) || extension_hint == NULL || extension_hint[0] == '\0') {
+    if (!may_ask_too_much(statement->utilityStmt) || extension_hint == NULL || extension_hint[0] == '\0') {
         pass_on(statement, text, is_read_only_tree, context, parameters, environment, destination, completion);
         return;
     }
@@ -48,7 +56,7 @@ static void run_statement(PlannedStmt *statement, const char *text, bool is_read
 
         MemoryContextSwitchTo(caller);
         error = CopyErrorData();
-        /* No control file: 0A000 from 15 on, before that 58P01, which is also a script that is missing. */
+        /* No control file: 0A000 from 15 on, before that 58P01, which is also a script that is missing. No ICU: 0A000. */
         if (error->sqlerrcode == ERRCODE_FEATURE_NOT_SUPPORTED || error->sqlerrcode == ERRCODE_UNDEFINED_FILE) {
             FlushErrorState();
             error->hint = extension_hint;

@@ -33,12 +33,13 @@ create_sparse_segments(SMgrRelation smgr, ForkNumber fork)
 {
     char first[MAXPGPATH];
 
+    /* No strlcpy: a build that found one in its own libc does not declare it, and ours may have none. */
 #if PG_VERSION_NUM >= 180000
-    strlcpy(first, relpath(SMGR_LOCATOR(smgr), fork).str, sizeof first);
+    snprintf(first, sizeof first, "%s", relpath(SMGR_LOCATOR(smgr), fork).str);
 #else
     char *allocated = relpath(SMGR_LOCATOR(smgr), fork);
 
-    strlcpy(first, allocated, sizeof first);
+    snprintf(first, sizeof first, "%s", allocated);
     pfree(allocated);
 #endif
     for (int segment = 0; segment < segments_of_fork[fork]; segment++)
@@ -47,7 +48,7 @@ create_sparse_segments(SMgrRelation smgr, ForkNumber fork)
         int fd;
 
         if (segment == 0)
-            strlcpy(path, first, sizeof path);
+            snprintf(path, sizeof path, "%s", first);
         else
             snprintf(path, sizeof path, "%s.%d", first, segment);
         fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);

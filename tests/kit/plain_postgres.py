@@ -31,7 +31,7 @@ class PlainPostgres:
 
     @property
     def address(self) -> PostgresAddress:
-        return PostgresAddress(str(self.root), self.port)
+        return PostgresAddress(str(self.root), self.port, self.build.version)
 
     @property
     def url(self) -> str:

