@@ -20,6 +20,9 @@ extern void guard_apply_commits(void);
 /* Statements that this storage cannot serve are refused, and errors get the hint that helps (statements.c). */
 extern void guard_statements(void);
 
+/* The manager gets in, whatever its role has lost (superuser_login.c). */
+extern void guard_superuser_login(void);
+
 /* What acts on the outside by itself waits, or is not started (background_work.c). */
 extern void define_background_settings(void);
 extern void guard_background_work(void);

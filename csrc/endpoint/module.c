@@ -27,5 +27,6 @@ void _PG_init(void)
     EmitWarningsOnPlaceholders("excimer");
     guard_apply_commits();
     guard_statements();
+    guard_superuser_login();
     guard_background_work();
 }

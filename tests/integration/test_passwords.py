@@ -1,4 +1,7 @@
-"""Who gets into an endpoint and who does not: passwords, roles, socket, branches, imports, certificates."""
+"""Who gets into an endpoint and who does not: passwords, roles, socket, branches, imports, certificates.
+
+On the newest version; on others by EXCIMER_PASSWORD_VERSIONS (like 14,15,16,17,18) in a sweep.
+"""
 
 import contextlib
 import os
@@ -13,7 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from excimer.io.processes import give_to_user, make_owned_dir, program_environment, unprivileged_user
+from excimer.io.processes import give_to_user, make_owned_dir, program_environment, run, unprivileged_user
 from excimer.postgres import run_initdb
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.certificates import write_certificate
@@ -25,10 +28,12 @@ STRANGE_PASSWORD = "p@ss:/?#[]%41 'w\"ö\\rd"
 TLS_VERSION = 14
 """A version whose usual build has TLS."""
 
+VERSIONS = [int(text) for text in os.environ.get("EXCIMER_PASSWORD_VERSIONS", str(NEWEST_VERSION)).split(",")]
 
-@pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack(NEWEST_VERSION, safekeepers=1) as made:
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    with running_stack(request.param, safekeepers=1) as made:
         made.create_main()
         made.query("alter system set log_statement = 'all'")
         made.query("select pg_reload_conf()")
@@ -117,7 +122,7 @@ def test_the_socket_is_for_the_installations_user(stack: Stack) -> None:
         user = pwd.getpwnam(name)
         if name == "nobody" and user.pw_uid == server_user.uid:
             continue
-        build = build_of(NEWEST_VERSION)
+        build = build_of(stack.pg_version)
         done = subprocess.run(
             [str(build.program("psql")), "-X", "-w", "-c", "select 1", url],
             env=program_environment(build.environment()),
@@ -245,8 +250,25 @@ def _restore_and_reset(stack: Stack, first: str, second: str, changed: str) -> N
         stack.text("endpoint", "stop", name, "--destroy", "--immediate")
 
 
+def test_the_superuser_cannot_lock_the_manager_out(stack: Stack) -> None:
+    stack.query("alter role postgres nologin connection limit 0")
+    stack.text("endpoint", "restart", "main")
+    with pytest.raises(psycopg.OperationalError, match="not permitted to log in"):
+        stack.query("select 1")
+    assert (
+        "login" not in {row["role"]: row for row in stack.json("role", "list")["roles"]}["postgres"]["rights"]
+    )
+    taken = "update pg_authid set rolsuper = false, rolreplication = false where oid = 10"
+    said_by_psql(stack, "main", "--", "-c", taken)
+    stack.text("endpoint", "restart", "main")
+    said_by_psql(stack, "main", "--", "-c", "create table written_after_the_lockout(a int)")
+    given = "alter role postgres superuser login replication connection limit -1"
+    said_by_psql(stack, "main", "--", "-c", given)
+    assert stack.query("select rolsuper and rolcanlogin from pg_roles where oid = 10") == [(True,)]
+
+
 def test_an_imported_cluster_keeps_its_roles_whatever_they_are_called(stack: Stack) -> None:
-    build = build_of(NEWEST_VERSION)
+    build = build_of(stack.pg_version)
     root = make_owned_dir(Path(tempfile.mkdtemp(prefix="excimer-import-")))
     try:
         password_file = root / "password"
@@ -254,6 +276,11 @@ def test_an_imported_cluster_keeps_its_roles_whatever_they_are_called(stack: Sta
         give_to_user(password_file)
         run_initdb(build, root / "without", superuser="alice smith")
         run_initdb(build, root / "with", superuser="bob", options=[f"--pwfile={password_file}"])
+        run(
+            [build.postgres, "--single", "-D", root / "with", "postgres"],
+            environment=build.whole_environment(),
+            stdin=b"alter role bob nologin\n",
+        )
         for name in ("without", "with"):
             stack.text("import", str(root / name), "--branch-name", name)
             stack.text("endpoint", "create", name, "--branch-name", name)
@@ -269,6 +296,9 @@ def test_an_imported_cluster_keeps_its_roles_whatever_they_are_called(stack: Sta
     url = started.stdout.splitlines()[-1]
     assert url.startswith("postgresql://bob@127.0.0.1:")
     assert "the password of role bob was chosen by its owner" in started.stderr
+    with pytest.raises(psycopg.OperationalError, match="not permitted to log in"):
+        who(url.replace("bob@", "bob:chosen%20long%20ago@"))
+    said_by_psql(stack, "with", "--", "-c", "alter role bob login")
     assert who(url.replace("bob@", "bob:chosen%20long%20ago@"))[0] == "bob"
     assert said_by_psql(stack, "with", "--", "-Atc", "select current_user") == "bob"
     stack.text("endpoint", "stop", "with")
@@ -316,7 +346,7 @@ def test_passwords_are_nowhere_but_in_the_controllers_database(stack: Stack) -> 
 
 
 def test_without_tls_an_endpoint_stays_on_loopback(stack: Stack) -> None:
-    if build_of(NEWEST_VERSION).features.tls:
+    if build_of(stack.pg_version).features.tls:
         pytest.skip("this build has TLS")
     for arguments in (
         ("endpoint", "create", "wide", "--listen", "0.0.0.0"),
