@@ -162,6 +162,32 @@ def test_a_running_server_becomes_a_branch_while_it_is_written_to(stack: Stack, 
     assert past.returncode != 0
 
 
+def test_what_the_build_here_lacks_is_refused_before_anything_is_copied(stack: Stack, root: Path) -> None:
+    data_dir = root / "data"
+    run_initdb(build_of(stack.pg_version), data_dir)
+    with source(stack, data_dir) as server:
+        server.sql("create extension pageinspect; create extension amcheck")
+        server.sql("update pg_proc set probin = '$libdir/gone' where probin like '%/pageinspect'")
+        server.sql("update pg_proc set probin = '$libdir/dropped' where probin like '%/amcheck'")
+        server.sql("drop extension amcheck")
+        refused = stack.run("import", url_of(server), "--branch-name", "lacking")
+        assert refused.returncode == 1
+        assert "the cluster uses gone (database postgres), which PostgreSQL" in refused.stderr
+        assert "excimer pg add PG_CONFIG" in refused.stderr
+        assert server.sql("select count(*) from pg_stat_progress_basebackup") == [["0"]]
+    refused = stack.run("import", str(data_dir), "--branch-name", "lacking")
+    assert "the cluster uses gone (the database in base/" in refused.stderr
+    assert "dropped" not in refused.stderr
+    assert "lacking" not in {row["name"] for row in stack.json("timeline", "list")["branches"]}
+    stack.text("import", str(data_dir), "--branch-name", "lacking", "--allow-lacking")
+    serve(stack, "lacking")
+    refused = stack.run("import", stack.url("lacking"), "--branch-name", "again")
+    assert refused.returncode == 1
+    assert "is an endpoint of Excimer" in refused.stderr
+    assert "excimer export" in refused.stderr
+    stack.text("endpoint", "stop", "lacking")
+
+
 def test_a_backup_of_a_promoted_standby_and_that_server_itself(stack: Stack, root: Path) -> None:
     """PostgreSQL's timeline 2, data checksums, and the directory that pg_basebackup leaves."""
     build = build_of(stack.pg_version)

@@ -160,7 +160,9 @@ def _find_start(directory: Path, control: ControlFile, pg_version: int, to_lsn: 
         state = ClusterState(control.state).name.lower().replace("_", " ")
         raise SourceRefusedError(
             f"the cluster in {directory} was not shut down cleanly (its state is: {state}) and is no backup: "
-            "start PostgreSQL on it and stop it, or take a backup with pg_basebackup"
+            "start PostgreSQL on it and stop it (a fresh `excimer export` needs that too: "
+            f"`excimer pg exec {pg_version} pg_ctl -D {directory} -w start`, then stop), or take a backup "
+            "with pg_basebackup"
         )
     end_lsn = checkpoint_end(directory, control, pg_version)
     if to_lsn is not None and to_lsn != end_lsn:

@@ -21,7 +21,7 @@ Not here: sending the frames (`import_upload`).
 import secrets
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from psycopg import Error, pq
@@ -51,6 +51,11 @@ from excimer.wire.replication import (
 
 APPLICATION_NAME: Final = "excimer_import"
 STATUS_INTERVAL_S: Final = 5.0
+NO_REPLICATION_LINE: Final = "no pg_hba.conf entry for replication connection"
+REPLICATION_HINT: Final = (
+    " (a line `host replication ROLE ADDRESS scram-sha-256` there lets it in; endpoints of Excimer have "
+    "none: make a branch, or use excimer export)"
+)
 _NO_SLOT_SQLSTATES: Final = ("53400", "55000")
 """No slot is free, or the server allows none."""
 _SIZE_UNITS: Final = {"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
@@ -60,7 +65,10 @@ _NEW_ARCHIVE, _ARCHIVE_DATA = b"n", b"d"
 class ServerSource:
     """An `ImportSource`. Connects at once. Raises `SourceRefusedError`, `SourceLostError`."""
 
-    def __init__(self, url: str, to_lsn: Lsn | None) -> None:
+    def __init__(
+        self, url: str, to_lsn: Lsn | None, check_version: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """`check_version` is called with the major version before a backup is asked for; it may raise."""
         self._to_lsn = to_lsn
         self._connections: list[pq.abc.PGconn] = []
         self._wal = self._connect(url)
@@ -69,6 +77,7 @@ class ServerSource:
         self.total_size_bytes = 0
         self.pg_version = self._files.server_version // 10_000
         self._check_server()
+        check_version(self.pg_version)
         self._system_id, self._postgres_timeline, _ = self._identify()
         self._segment_size = _parse_size(self._show("wal_segment_size"))
         self._slot = self._reserve_wal()
@@ -114,7 +123,8 @@ class ServerSource:
         if connection.status != pq.ConnStatus.OK:
             message = connection.get_error_message()
             connection.finish()
-            raise SourceRefusedError(f"cannot connect to the server: {message}")
+            hint = REPLICATION_HINT if NO_REPLICATION_LINE in message else ""
+            raise SourceRefusedError(f"cannot connect to the server: {message.strip()}{hint}")
         self._connections.append(connection)
         return connection
 

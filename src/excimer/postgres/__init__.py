@@ -22,7 +22,7 @@ from excimer.postgres.discovery import add_build, find_build, find_builds
 from excimer.postgres.endpoint_module import endpoint_module
 from excimer.postgres.installation import BuildSource, install_build
 from excimer.postgres.redo_extension import redo_extension
-from excimer.postgres.remedies import extension_hint, remedy
+from excimer.postgres.remedies import extension_hint, remedy, remedy_for
 
 __all__ = [
     "DEFAULT_VERSION",
@@ -40,5 +40,6 @@ __all__ = [
     "install_build",
     "redo_extension",
     "remedy",
+    "remedy_for",
     "run_initdb",
 ]

@@ -3,6 +3,7 @@
 Not here: what a build has (`inspection`), bringing one (`installation`).
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from excimer.postgres.build import PostgresBuild
@@ -38,6 +39,18 @@ def remedy(build: PostgresBuild) -> str | None:
                 f"on Debian `apt-get install {DEBIAN_LIBRARIES[library]}` brings {library} for {name}"
             )
     return "; ".join(ways) or None
+
+
+def remedy_for(build: PostgresBuild, things: Sequence[str]) -> str:
+    """A clause with the command that brings those things, each called as in a list of what builds lack."""
+    brought = [thing for thing in things if thing in brought_by_install(build.version)]
+    others = [thing for thing in things if thing not in brought]
+    ways = []
+    if brought:
+        ways.append(f"`excimer pg install {build.version}` brings a build with {_listed(brought)}")
+    if others:
+        ways.append(f"`excimer pg add PG_CONFIG` names an installation that has {_listed(others)}")
+    return "; ".join(ways)
 
 
 def extension_hint(build: PostgresBuild) -> str:

@@ -57,6 +57,10 @@ def backup(directory: Path, **changes: bytes) -> Path:
         ({"PG_VERSION": b"18\n"}, "cannot read .*pg_control"),
         ({"PG_VERSION": b"18\n", "global/pg_control": b"x" * 8192}, "pg_control's checksum is wrong"),
         ({"PG_VERSION": b"18\n", "global/pg_control": RUNNING.pack()}, "its state is: in production"),
+        (
+            {"PG_VERSION": b"18\n", "global/pg_control": RUNNING.pack()},
+            "export. needs that too: .*pg exec 18 pg_ctl",
+        ),
         ({"PG_VERSION": b"18\n", "global/pg_control": STOPPED.pack()}, "the last checkpoint is missing"),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -20,6 +20,9 @@ from excimer.cli.errors import UsageError
 from excimer.cli.import_source import ImportSource
 from excimer.cli.installation import load_installation
 from excimer.cli.session import Session, session_of
+
+if TYPE_CHECKING:
+    from excimer.cli.import_needs import ClusterNeeds
 
 app = typer.Typer()
 
@@ -54,6 +57,12 @@ def import_cluster(
         ),
     ] = None,
     keep_active: KeepActiveOption = False,
+    allow_lacking: Annotated[
+        bool,
+        typer.Option(
+            "--allow-lacking", help="Also what the PostgreSQL build here lacks something for that it uses."
+        ),
+    ] = False,
 ) -> None:
     """Bring in an existing cluster, stopped or running, as a branch of its own.
 
@@ -65,7 +74,7 @@ def import_cluster(
     client = ControllerClient(installation)
     place = ("tenants", tenant_name(client, tenant))
     _check_name_is_free(client, place, branch_name)
-    with contextlib.closing(_open_source(source, to)) as opened:
+    with contextlib.closing(_open_source(session, source, to, allow_lacking=allow_lacking)) as opened:
         body = {"timeline_id": secrets.token_hex(16), "name": branch_name, "pg_version": opened.pg_version}
         body["keep_active"] = keep_active
         begun = client.post(*place, "imports", body=body)
@@ -86,15 +95,34 @@ def _check_name_is_free(client: ControllerClient, place: tuple[str, ...], name: 
         raise ConflictError(f"there is already a branch {name!r}")
 
 
-def _open_source(source: str, to: str | None) -> ImportSource:
+def _open_source(session: Session, source: str, to: str | None, *, allow_lacking: bool) -> ImportSource:
+    """Raises `SourceRefusedError` also for a cluster that would not work with the build that is here."""
     to_lsn = _parse_target(to)
     if _URL.match(source):
         from excimer.cli.import_server import ServerSource
+        from excimer.cli.import_server_needs import server_needs
 
-        return ServerSource(source, to_lsn)
+        needs = server_needs(source)
+        return ServerSource(
+            source, to_lsn, lambda version: _check_build(session, version, needs, allow_lacking=allow_lacking)
+        )
     from excimer.cli.import_directory import DirectorySource
+    from excimer.cli.import_directory_needs import directory_needs
 
-    return DirectorySource(Path(source), to_lsn)
+    opened = DirectorySource(Path(source), to_lsn)
+    needs = directory_needs(Path(source), opened.pg_version)
+    _check_build(session, opened.pg_version, needs, allow_lacking=allow_lacking)
+    return opened
+
+
+def _check_build(session: Session, version: int, needs: "ClusterNeeds", *, allow_lacking: bool) -> None:
+    from excimer.cli.import_needs import check_needs
+    from excimer.postgres import find_build
+
+    if not allow_lacking:
+        for what in needs.unseen:
+            session.note(f"not known whether the build here has all that is used by {what}")
+        check_needs(find_build(version), needs)
 
 
 def _parse_target(to: str | None) -> Lsn | None:
