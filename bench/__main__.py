@@ -24,6 +24,7 @@ from bench import (
     page_reads,
     stack_memory,
     starting,
+    tls_commits,
     warm_reads,
 )
 from bench.model import FULL, GOALS, QUICK, Bench, Family, Result, make_result
@@ -34,6 +35,7 @@ LATEST = Path(__file__).parent / "results" / "latest.json"
 FAMILIES = (
     Family(("warm_select_ratio",), warm_reads.measure),
     Family(("tpcb_quorum_ratio", "commit_latency_ratio"), commits.measure),
+    Family(("tls_commit_latency_ratio", "tls_tpcb_ratio"), tls_commits.measure),
     Family(("backpressure_tps_ratio",), backpressure.measure),
     Family(("ingest_pgbench_mb_s", "ingest_copy_mb_s", "ingest_vs_recovery_ratio"), ingest.measure),
     Family(page_reads.IDS, page_reads.measure),

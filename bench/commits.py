@@ -36,7 +36,7 @@ def measure(bench: Bench) -> Samples:
         scale = str(effort.pgbench_scale)
         return run_pgbench(target, "-s", scale, "-f", script, clients=1, seconds=effort.run_s)
 
-    with measured_stack() as ours, quorum_postgres(ours.target.build) as plain, _script() as script:
+    with measured_stack() as ours, quorum_postgres(ours.target.build) as plain, one_row_script() as script:
         targets = (ours.target, plain)
         for target in targets:
             load(target, effort.pgbench_scale)
@@ -57,7 +57,8 @@ def measure(bench: Bench) -> Samples:
 
 
 @contextlib.contextmanager
-def _script() -> Iterator[str]:
+def one_row_script() -> Iterator[str]:
+    """The path of pgbench's script of one update."""
     with tempfile.TemporaryDirectory(prefix="excimer-bench-") as directory:
         path = Path(directory) / "one_row.sql"
         path.write_text(ONE_ROW)

@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import ssl
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -20,19 +21,21 @@ SETTLE_LIMIT_S = 300.0
 class MeasuredStack:
     """A running installation with one tenant, its branch `main` and the endpoint of that name."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, name: str) -> None:
         self.stack = stack
         endpoint = stack.endpoint(ENDPOINT)
         self.target = Target(
-            "excimer", build_of(stack.pg_version), int(endpoint["postgres_port"]), endpoint["password"]
+            name, build_of(stack.pg_version), int(endpoint["postgres_port"]), endpoint["password"]
         )
         self.tenant_id = str(endpoint["tenant_id"])
         self.timeline_id = str(endpoint["timeline_id"])
         settings = tomllib.loads((stack.directory / "run" / "pageserver.toml").read_text())
         token = (stack.directory / "keys" / "admin.token").read_text().strip()
+        ca = stack.directory / "tls" / "ca.pem"
         self.pageserver = httpx.Client(
-            base_url=f"http://{settings['http_listen']}/v1",
+            base_url=f"{'https' if ca.exists() else 'http'}://{settings['http_listen']}/v1",
             headers={"Authorization": f"Bearer {token}"},
+            verify=ssl.create_default_context(cafile=ca) if ca.exists() else True,
             timeout=120,
         )
 
@@ -78,10 +81,13 @@ class MeasuredStack:
 
 
 @contextlib.contextmanager
-def measured_stack() -> Iterator[MeasuredStack]:
-    """Three safekeepers, one pageserver, one compute; all stopped and removed at the end."""
-    with running_stack(NEWEST_VERSION) as stack:
+def measured_stack(name: str = "excimer", options: Sequence[str] = ()) -> Iterator[MeasuredStack]:
+    """Three safekeepers, one pageserver, one compute; all stopped and removed at the end.
+
+    `options` are those of `excimer init`, `name` is how notes call it.
+    """
+    with running_stack(NEWEST_VERSION, options=options) as stack:
         stack.create_main()
-        measured = MeasuredStack(stack)
+        measured = MeasuredStack(stack, name)
         with measured.pageserver:
             yield measured

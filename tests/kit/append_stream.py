@@ -6,7 +6,7 @@
 import socket
 import threading
 
-from excimer._native.append_lane import LaneLock
+from excimer._native.channel import Channel
 from excimer.base.ids import NodeId
 from excimer.safekeeper.timeline import SafekeeperTimeline
 from excimer.wire.safekeeping import (
@@ -75,14 +75,14 @@ class StreamDriver(Driver):
         parser = ProposerMessageParser()
         parser.feed(GREETING)
         buffer = bytearray(self.buffer_size_bytes)
-        send_lock = LaneLock()
+        channel = Channel(ours.fileno())
         while True:
             if parser.rest_size_bytes > len(buffer) // 2:
-                size = ours.recv_into(buffer)
+                size = channel.receive_into(buffer)
             else:
                 rest = parser.take_rest()
                 buffer[: len(rest)] = rest
-                size = self.timeline.serve(self.connection, ours.fileno(), buffer, len(rest), send_lock)
+                size = self.timeline.serve(self.connection, channel, buffer, len(rest))
             if size == 0:
                 return
             frames = parser.feed(memoryview(buffer)[:size])
@@ -90,7 +90,7 @@ class StreamDriver(Driver):
             self.handled += messages
             if messages:
                 for _, answer in self.timeline.handle(self.connection, messages):
-                    ours.sendall(encode_acceptor_message(answer))
+                    channel.send_all(encode_acceptor_message(answer))
 
 
 def _feed(theirs: socket.socket, data: bytes) -> None:

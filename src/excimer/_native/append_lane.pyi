@@ -2,12 +2,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from excimer._native.accepted_wal import AcceptedWal
+from excimer._native.channel import Channel
+from excimer._native.native_lock import NativeLock
 from excimer._native.wal_scanner import WalScanner
 from excimer.base.lsn import Lsn
-
-class LaneLock:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
 
 class CommitMark:
     commit_lsn: Lsn
@@ -19,12 +17,8 @@ class _Disk(Protocol):
     def pwrite(self, fd: int, data: bytes, offset: int) -> None: ...
     def fdatasync(self, fd: int) -> None: ...
 
-class _Channel(Protocol):
-    def receive_into(self, buffer: memoryview, /) -> int: ...
-    def send_all(self, data: bytes, /) -> None: ...
-
 class AppendLane:
-    lock: LaneLock
+    lock: NativeLock
     def __init__(
         self,
         mark: CommitMark,
@@ -48,9 +42,4 @@ class AppendLane:
     def take_flushes(self) -> tuple[list[float], int]: ...
     @property
     def open_to(self) -> int | None: ...
-    def serve(
-        self, connection: int, socket_fd: int, buffer: bytearray, size_bytes: int, send_lock: LaneLock
-    ) -> int: ...
-    def serve_channel(
-        self, connection: int, channel: _Channel, buffer: bytearray, size_bytes: int
-    ) -> int: ...
+    def serve(self, connection: int, channel: Channel, buffer: bytearray, size_bytes: int) -> int: ...

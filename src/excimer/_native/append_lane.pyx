@@ -1,8 +1,8 @@
-"""A commit's way through a safekeeper: socket, check, disk, acknowledgement, without the interpreter.
+"""A commit's way through a safekeeper: channel, check, disk, acknowledgement, without the interpreter.
 
 ::
 
-    recv -> whole append frames -> check (accepted_wal, C1) -> records checked (wal_scanner)
+    receive -> whole append frames -> check (accepted_wal, C1) -> records checked (wal_scanner)
          -> pwrite -> one fdatasync for all (D1) -> answer
 
 A commit waits for this, at a process whose caches hold somebody else's data by then: the interpreter's way
@@ -18,14 +18,6 @@ Not here: what may be accepted (`accepted_wal`), segments (`safekeeper.wal_stora
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.pythread cimport (
-    WAIT_LOCK,
-    PyThread_acquire_lock,
-    PyThread_allocate_lock,
-    PyThread_free_lock,
-    PyThread_release_lock,
-    PyThread_type_lock,
-)
 from libc.errno cimport EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memmove
@@ -33,18 +25,13 @@ from libc.string cimport memcpy, memmove
 import os
 
 from excimer._native.accepted_wal cimport NEW_WAL, AcceptedWal
+from excimer._native.channel cimport Channel
 from excimer._native.little_endian cimport put_u32, put_u64, u32, u64
+from excimer._native.native_lock cimport NativeLock
 from excimer._native.wal_scanner cimport WalScanner
 
 from excimer.pgformat.wal_segment import InvalidWalError
 from excimer.wire.safekeeping import WAL_CHUNK_SIZE_BYTES_MAX
-
-cdef extern from "<sys/socket.h>" nogil:
-    enum: MSG_NOSIGNAL
-    enum: SHUT_RDWR
-    ssize_t recv(int fd, void* buffer, size_t size, int flags)
-    ssize_t send(int fd, const void* buffer, size_t size, int flags)
-    int shutdown(int fd, int how)
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t pwrite(int fd, const void* buffer, size_t size, int64_t offset)
@@ -73,7 +60,7 @@ cdef enum:
 
 cdef uint32_t LENGTH_MAX = WAL_CHUNK_SIZE_BYTES_MAX + WAL_POSITION - KIND_POSITION
 
-cdef struct Batch:  # what became of the bytes of one `recv`
+cdef struct Batch:  # what became of the bytes of one `receive`
     size_t taken
     bint is_left  # what follows is the caller's
     bint is_failed
@@ -83,34 +70,6 @@ cdef struct Batch:  # what became of the bytes of one `recv`
     uint64_t flushed_size_bytes
     double[FLUSHES_MAX] flush_seconds
     uint8_t[ANSWER_SIZE] answer
-
-
-cdef class LaneLock:
-    """A lock for `with` that native code takes without the GIL. Not reentrant."""
-
-    cdef PyThread_type_lock lock
-
-    def __cinit__(self):
-        self.lock = PyThread_allocate_lock()
-        if self.lock == NULL:
-            raise MemoryError("no memory for a lock")
-
-    def __dealloc__(self):
-        if self.lock != NULL:
-            PyThread_free_lock(self.lock)
-
-    def __enter__(self):
-        with nogil:
-            self.take()
-
-    def __exit__(self, *_):
-        self.release()
-
-    cdef void take(self) noexcept nogil:
-        PyThread_acquire_lock(self.lock, WAIT_LOCK)
-
-    cdef void release(self) noexcept nogil:
-        PyThread_release_lock(self.lock)
 
 
 cdef class CommitMark:
@@ -151,7 +110,7 @@ cdef class AppendLane:
     `disk` has Python's `pwrite(fd, data, offset)` and `fdatasync(fd)` to use in place of the system's.
     """
 
-    cdef readonly LaneLock lock
+    cdef readonly NativeLock lock
     cdef CommitMark mark
     cdef object failed
     cdef object tell
@@ -169,7 +128,7 @@ cdef class AppendLane:
     cdef object error
 
     def __cinit__(self, CommitMark mark, *, failed, tell, disk=None):
-        self.lock = LaneLock()
+        self.lock = NativeLock()
         self.mark = mark
         self.failed = failed
         self.tell = tell
@@ -214,9 +173,7 @@ cdef class AppendLane:
         """The connection that it is open to, or None."""
         return None if self.connection == NOBODY else self.connection
 
-    def serve(
-        self, int64_t connection, int socket_fd, uint8_t[::1] buffer, size_t size_bytes, LaneLock send_lock
-    ):
+    def serve(self, int64_t connection, Channel channel not None, uint8_t[::1] buffer, size_t size_bytes):
         """Receives into `buffer`, behind `size_bytes` that are there, and carries out appends until other
         things have come.
 
@@ -225,57 +182,22 @@ cdef class AppendLane:
         """
         cdef ssize_t left
         with nogil:
-            left = self.run(connection, socket_fd, &buffer[0], buffer.shape[0], size_bytes, send_lock)
+            left = self.run(connection, channel, &buffer[0], buffer.shape[0], size_bytes)
         if left >= 0:
             return left
         error, self.error = self.error, None
         raise error
 
-    def serve_channel(self, int64_t connection, channel, uint8_t[::1] buffer, size_t size_bytes):
-        """As `serve`, where bytes come and go through `channel.receive_into(memoryview)` and
-        `channel.send_all(bytes)`, which may raise OSError: a TLS connection has its own way to the socket.
-        """
-        cdef Batch batch
-        cdef size_t fill = size_bytes
-        cdef size_t received
-        view = memoryview(buffer)
-        while True:
-            received = channel.receive_into(view[fill:])
-            if received == 0:
-                return 0
-            fill += received
-            with nogil:
-                self.take_batch(connection, &buffer[0], fill, &batch)
-            if batch.is_failed:
-                error, self.error = self.error, None
-                raise error
-            if batch.taken:
-                channel.send_all(PyBytes_FromStringAndSize(<const char*> batch.answer, ANSWER_SIZE))
-                if batch.tells:
-                    self.tell_batch(&batch)
-                fill -= batch.taken
-                memmove(&buffer[0], &buffer[0] + batch.taken, fill)
-            if batch.is_left or fill == <size_t> buffer.shape[0]:
-                return fill
-
     cdef ssize_t run(
-        self,
-        int64_t connection,
-        int socket_fd,
-        uint8_t* data,
-        size_t capacity,
-        size_t fill,
-        LaneLock send_lock,
+        self, int64_t connection, Channel channel, uint8_t* data, size_t capacity, size_t fill
     ) noexcept nogil:
         """As `serve`; negative with `error` set."""
         cdef ssize_t received
         cdef Batch batch
         while True:
-            received = recv(socket_fd, data + fill, capacity - fill, 0)
+            received = channel.receive(data + fill, capacity - fill)
             if received < 0:
-                if errno == EINTR:
-                    continue
-                self.remember(errno)
+                self.take_error(channel)
                 return -1
             if received == 0:
                 return 0
@@ -284,7 +206,9 @@ cdef class AppendLane:
             if batch.is_failed:
                 return -1
             if batch.taken:
-                self.speak(socket_fd, send_lock, &batch)
+                channel.send(batch.answer, ANSWER_SIZE)  # persisted, so spoken
+                if batch.tells:
+                    self.tell_batch(&batch)
                 fill -= batch.taken
                 memmove(data, data + batch.taken, fill)
             if batch.is_left or fill == capacity:
@@ -399,20 +323,6 @@ cdef class AppendLane:
                 return False
         return True
 
-    cdef void speak(self, int socket_fd, LaneLock send_lock, Batch* batch) noexcept nogil:
-        """Persisted, so spoken; a failure shows as the end of the connection. Whoever waits hears after."""
-        cdef ssize_t sent = -1
-        send_lock.take()
-        while sent < 0:
-            sent = send(socket_fd, batch.answer, ANSWER_SIZE, MSG_NOSIGNAL)
-            if sent < 0 and errno != EINTR:
-                break
-        send_lock.release()
-        if sent != ANSWER_SIZE:
-            shutdown(socket_fd, SHUT_RDWR)
-        if batch.tells:
-            self.tell_batch(batch)
-
     cdef void tell_batch(self, Batch* batch) noexcept with gil:
         seconds = [batch.flush_seconds[index] for index in range(batch.flush_count)]
         self.tell(seconds, batch.flushed_size_bytes, bool(batch.has_risen))
@@ -448,8 +358,8 @@ cdef class AppendLane:
         self.error = error
         self.error = self.failed(error)
 
-    cdef void remember(self, int error_number) noexcept with gil:
-        self.error = OSError(error_number, os.strerror(error_number))
+    cdef void take_error(self, Channel channel) noexcept with gil:
+        self.error = channel.take_error()
 
 
 cdef double now() noexcept nogil:

@@ -13,7 +13,7 @@ from excimer.base.address import Address
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.service.logs import get_logger
 from excimer.service.tasks import Backoff
-from excimer.service.tls import client_tls
+from excimer.service.tls import native_client_tls
 from excimer.service.tls_protocol import connect_tls
 from excimer.wire.safekeeping import (
     AcceptorMessage,
@@ -154,7 +154,7 @@ class SafekeeperPeer:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             host, port = self.address
-            context = client_tls()
+            context = native_client_tls()
             if context is None:
                 await loop.create_connection(lambda: _Connection(self), host, port)
             else:

@@ -26,7 +26,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
-from excimer._native.append_lane import AppendLane, LaneLock
+from excimer._native.append_lane import AppendLane
+from excimer._native.channel import Channel
 from excimer._native.wal_scanner import WalScanner
 from excimer.base.clock import Monotonic
 from excimer.base.errors import FencedError, RetryableError
@@ -54,7 +55,6 @@ from excimer.safekeeper.recovery import check_committed, find_end_of_wal, new_sc
 from excimer.safekeeper.wal_retention import Floor, ReaderPositions, WalNeeds
 from excimer.safekeeper.wal_storage import WalStorage
 from excimer.service.logs import get_logger
-from excimer.service.tls_socket import TlsSocket
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     AppendRequest,
@@ -170,25 +170,14 @@ class SafekeeperTimeline:
                 self._open_lane(connection, acceptor)
             return outgoing
 
-    def serve(
-        self,
-        connection: ConnectionId,
-        socket_fd: int,
-        buffer: bytearray,
-        size_bytes: int,
-        send_lock: LaneLock,
-    ) -> int:
-        """Receives from a blocking socket; answers plain appends itself, for as long as they come.
+    def serve(self, connection: ConnectionId, channel: Channel, buffer: bytearray, size_bytes: int) -> int:
+        """Receives from a channel; answers plain appends itself, for as long as they come.
 
         The first `size_bytes` of `buffer` are the beginning of a message that has come in part. Returns how
         many bytes at the buffer's start it has left, of which `handle` gets the messages; 0 when the peer
         has closed. Raises OSError for the socket, and as `handle` does.
         """
-        return self._lane.serve(connection, socket_fd, buffer, size_bytes, send_lock)
-
-    def serve_tls(self, connection: ConnectionId, tls: TlsSocket, buffer: bytearray, size_bytes: int) -> int:
-        """As `serve`, over TLS."""
-        return self._lane.serve_channel(connection, tls, buffer, size_bytes)
+        return self._lane.serve(connection, channel, buffer, size_bytes)
 
     def disconnected(self, connection: ConnectionId) -> None:
         with self._lock:

@@ -16,7 +16,8 @@ from typing import Final, Never
 
 from excimer.service.connections import Admission, ConnectionGate
 from excimer.service.logs import get_logger
-from excimer.service.tls import server_tls
+from excimer.service.tls import native_server_tls, server_tls
+from excimer.service.tls_protocol import accept_tls
 
 ACCEPTED_AT_ONCE_MAX: Final = 16
 PAUSE_S: Final = 0.1
@@ -123,5 +124,9 @@ async def open_streams(
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(buffer_size_bytes, loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-    transport, _ = await loop.connect_accepted_socket(lambda: protocol, admission.socket, ssl=server_tls())
+    context = native_server_tls()
+    if context is None:
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, admission.socket)
+    else:
+        transport = await accept_tls(protocol, admission.socket, context)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)

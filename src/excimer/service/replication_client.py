@@ -11,14 +11,15 @@ Keepalives are answered here. Positions are reported when `report` is called and
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, cast
 
 from excimer.base.address import Address
 from excimer.base.clock import unix_to_timestamptz
 from excimer.base.errors import ExcimerError, RetryableError
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
-from excimer.service.tls import client_tls
+from excimer.service.tls import native_client_tls
+from excimer.service.tls_protocol import connect_tls
 from excimer.wire.pg_client import (
     ClientConnection,
     ClientEvent,
@@ -323,7 +324,7 @@ async def connect_replication(
             if address.unix_path is not None:
                 _, client = await loop.create_unix_connection(make, address.unix_path)
             else:
-                _, client = await loop.create_connection(make, address.host, address.port, ssl=client_tls())
+                client = await _connect(make, address)
             is_ready = False
             try:
                 await client.wait_ready()
@@ -333,6 +334,16 @@ async def connect_replication(
                     client.close()
     except (OSError, TimeoutError) as error:
         raise ReplicationLostError(f"cannot connect to {address}: {error or 'no answer'}") from error
+    return client
+
+
+async def _connect(make: Callable[[], ReplicationClient], address: Address) -> ReplicationClient:
+    """Over TCP. Raises OSError."""
+    context = native_client_tls()
+    if context is not None:
+        return await connect_tls(make, address.host, address.port, context)
+    loop = asyncio.get_running_loop()
+    _, client = await loop.create_connection(make, address.host, address.port)
     return client
 
 

@@ -11,13 +11,16 @@ Not here: making certificates (`cli.certificates`), PostgreSQL's own port.
 """
 
 import contextlib
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
+from excimer._native.channel import Channel, TlsChannel
+from excimer._native.openssl import TlsConnection, TlsContext
 from excimer.base.errors import RefusedError
 from excimer.service.logs import get_logger
 from excimer.service.settings import TlsSettings
@@ -35,6 +38,15 @@ class TlsFilesError(RefusedError):
     """The files of the settings' block `tls` cannot be used."""
 
 
+class _Contexts(NamedTuple):
+    """The native two check what the others check."""
+
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+    native_server: TlsContext
+    native_client: TlsContext
+
+
 class Tls:
     """The contexts made from the files as they are now. May be used from any thread.
 
@@ -47,17 +59,27 @@ class Tls:
         self._lock = threading.Lock()
         self._signature = self._look()
         self._looked_at = clock()
-        self._server, self._client = _make_contexts(settings)
+        self._contexts = _make_contexts(settings)
 
     def server(self) -> ssl.SSLContext:
         """For one connection that was accepted."""
         self._reload_if_changed()
-        return self._server
+        return self._contexts.server
 
     def client(self) -> ssl.SSLContext:
         """For one connection that we make."""
         self._reload_if_changed()
-        return self._client
+        return self._contexts.client
+
+    def native_server(self) -> TlsContext:
+        """As `server`, for native code."""
+        self._reload_if_changed()
+        return self._contexts.native_server
+
+    def native_client(self) -> TlsContext:
+        """As `client`, for native code."""
+        self._reload_if_changed()
+        return self._contexts.native_client
 
     def _reload_if_changed(self) -> None:
         with self._lock:
@@ -70,7 +92,7 @@ class Tls:
                 return
             self._signature = signature
             try:
-                self._server, self._client = _make_contexts(self._settings)
+                self._contexts = _make_contexts(self._settings)
             except TlsFilesError as error:
                 log.error("the new certificate is of no use, the old one stays", error=error)
                 return
@@ -94,7 +116,7 @@ def _signature_of(path: Path) -> tuple[int, int, int] | None:
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
-def _make_contexts(settings: TlsSettings) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+def _make_contexts(settings: TlsSettings) -> _Contexts:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     for context in (server, client):
@@ -110,7 +132,18 @@ def _make_contexts(settings: TlsSettings) -> tuple[ssl.SSLContext, ssl.SSLContex
             server.load_verify_locations(settings.client_ca)
         server.verify_mode = ssl.CERT_REQUIRED
         client.load_cert_chain(settings.certificate, settings.key)
-    return server, client
+    with _naming(settings.certificate, settings.key, settings.ca):
+        shows_own = settings.client_ca is not None
+        native_server = TlsContext(
+            is_server=True, certificate=settings.certificate, key=settings.key, ca=settings.client_ca
+        )
+        native_client = TlsContext(
+            is_server=False,
+            certificate=settings.certificate if shows_own else None,
+            key=settings.key if shows_own else None,
+            ca=settings.ca,
+        )
+    return _Contexts(server, client, native_server, native_client)
 
 
 @contextlib.contextmanager
@@ -140,6 +173,25 @@ def has_tls() -> bool:
 def server_tls() -> ssl.SSLContext | None:
     """For a connection that was accepted; None: it is plain."""
     return None if _current is None else _current.server()
+
+
+def server_channel(accepted: socket.socket) -> Channel:
+    """For a socket that was accepted and is, or will be, a blocking one. If it is a `TlsChannel`, its
+    handshake comes first.
+    """
+    if _current is None:
+        return Channel(accepted.fileno())
+    return TlsChannel(accepted.fileno(), TlsConnection(_current.native_server()))
+
+
+def native_server_tls() -> TlsContext | None:
+    """As `server_tls`, for native code."""
+    return None if _current is None else _current.native_server()
+
+
+def native_client_tls() -> TlsContext | None:
+    """As `client_tls`, for native code."""
+    return None if _current is None else _current.native_client()
 
 
 def client_tls() -> ssl.SSLContext | None:

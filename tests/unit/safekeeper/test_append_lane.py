@@ -13,13 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from excimer._native.append_lane import CommitMark, LaneLock
+from excimer._native.append_lane import CommitMark
+from excimer._native.channel import Channel, TlsChannel
+from excimer._native.native_lock import NativeLock
+from excimer._native.openssl import TlsConnection
 from excimer.base.lsn import INVALID_LSN, Lsn
 from excimer.consensus.acceptor import ConnectionId
 from excimer.pgformat.wal_segment import InvalidWalError
 from excimer.safekeeper.disk import Disk
 from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.timeline import SafekeeperTimeline
+from excimer.service.tls import Tls
 from excimer.wire.safekeeping import (
     AppendRejected,
     AppendRequest,
@@ -35,6 +39,7 @@ from excimer.wire.safekeeping import (
 )
 from tests.kit.acceptor_driver import CONNECTION, SEGMENT_SIZE_BYTES, START, Driver, create_timeline, opened
 from tests.kit.append_stream import StreamDriver
+from tests.kit.tls import new_tls
 from tests.kit.wal_builder import WalBuilder
 
 
@@ -180,10 +185,43 @@ def test_an_answer_comes_after_the_disk_has_done_it(directory: Path) -> None:
             theirs.shutdown(socket.SHUT_WR)
             disk.done.clear()
             disk.look = lambda: "" if _is_silent(theirs) else ", answered"
-            assert timeline.serve(CONNECTION, ours.fileno(), bytearray(1 << 16), 0, LaneLock()) == 0
+            assert timeline.serve(CONNECTION, Channel(ours.fileno()), bytearray(1 << 16), 0) == 0
             assert disk.done == ["write", "write", "write", "sync"]
             answer = AppendResponse(driver.term, Lsn(START + 2000), Lsn(timeline.commit_lsn))
             assert theirs.recv(100) == encode_acceptor_message(answer)
+
+
+def test_appends_over_tls_are_answered_without_the_interpreter(tmp_path: Path, directory: Path) -> None:
+    """Python's own TLS on the other side: its bytes, in records of its making, go through the lane."""
+    contexts = Tls(new_tls(tmp_path / "tls"))
+    left: list[int] = []
+    with opened(directory) as timeline:
+        driver = StreamDriver(timeline)
+        driver.win()
+        first, *others = appends(SMALL, driver.term, [500])
+        driver.say(first)
+        handled = len(driver.handled)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            channel = TlsChannel(ours.fileno(), TlsConnection(contexts.native_server()))
+
+            def serve() -> None:
+                channel.handshake()
+                left.append(timeline.serve(CONNECTION, channel, bytearray(1 << 16), 0))
+
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            with contexts.client().wrap_socket(theirs, server_hostname="localhost") as secure:
+                secure.settimeout(60)
+                for count, message in enumerate(others[:4], 2):
+                    secure.sendall(encode_proposer_message(message))
+                    answer = AppendResponse(driver.term, Lsn(START + 500 * count), Lsn(0))
+                    told = secure.recv(100)
+                    assert told[:-8] == encode_acceptor_message(answer)[:-8], "but for the commit LSN"
+                    assert timeline.flush_lsn == START + 500 * count
+            thread.join(60)
+            assert left == [0], "all was taken, then the peer closed"
+            assert len(driver.handled) == handled
 
 
 def _is_silent(opened_socket: socket.socket) -> bool:
@@ -305,8 +343,8 @@ def test_a_mark_tells_each_wait_once() -> None:
     assert mark.commit_lsn == 130
 
 
-def test_a_lane_lock_keeps_others_out() -> None:
-    lock = LaneLock()
+def test_a_native_lock_keeps_others_out() -> None:
+    lock = NativeLock()
     order: list[str] = []
     with lock:
         other = threading.Thread(target=lambda: _note(lock, order))
@@ -316,6 +354,6 @@ def test_a_lane_lock_keeps_others_out() -> None:
     assert order == ["first", "second"]
 
 
-def _note(lock: LaneLock, order: list[str]) -> None:
+def _note(lock: NativeLock, order: list[str]) -> None:
     with lock:
         order.append("second")

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from excimer._native.channel import TlsChannel
+from excimer._native.openssl import TlsConnection
 from excimer.base.address import Address
 from excimer.broker.nats_config import nats_config
 from excimer.broker.settings import BrokerSettings
@@ -34,7 +36,6 @@ from excimer.service.settings import TlsSettings, load_settings, save_settings
 from excimer.service.tasks import TaskScope, running
 from excimer.service.tls import TlsFilesError, client_tls, configure_tls
 from excimer.service.tls_protocol import connect_tls
-from excimer.service.tls_socket import TlsSocket
 from tests.kit.tls import new_tls, using_tls
 
 
@@ -272,7 +273,7 @@ def test_a_blocking_socket_that_several_threads_write_to(tmp_path: Path) -> None
         def serve() -> None:
             accepted, _ = listening.accept()
             with accepted:
-                channel = TlsSocket(accepted, contexts.server())
+                channel = TlsChannel(accepted.fileno(), TlsConnection(contexts.native_server()))
                 channel.handshake()
                 writers = [
                     threading.Thread(target=channel.send_all, args=(bytes([65 + number]) * 50_000,))
@@ -298,7 +299,7 @@ def test_a_blocking_socket_that_several_threads_write_to(tmp_path: Path) -> None
         async def main() -> None:
             collector = _Collector()
             host, port = listening.getsockname()
-            await connect_tls(lambda: collector, host, port, contexts.client())
+            await connect_tls(lambda: collector, host, port, contexts.native_client())
             assert collector.transport is not None
             sent = b"".join(bytes([number]) * size for number, size in enumerate(sizes))
             position = 0
@@ -327,11 +328,11 @@ def test_a_peer_does_not_believe_everybody(tmp_path: Path) -> None:
         with using_tls(stranger):
             async with health_server(is_light=True) as address:
                 with pytest.raises(ssl.SSLCertVerificationError):
-                    await connect_tls(_Collector, *address, tls.Tls(ours).client())
+                    await connect_tls(_Collector, *address, tls.Tls(ours).native_client())
         silent = bind_listen("127.0.0.1:0", "silent")
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
-                await connect_tls(_Collector, *bound_address(silent), tls.Tls(ours).client())
+                await connect_tls(_Collector, *bound_address(silent), tls.Tls(ours).native_client())
         silent.close()
 
     asyncio.run(main())
@@ -428,6 +429,7 @@ def test_no_connection_to_a_service_forgets_tls() -> None:
         "service/tls_protocol.py": "is the TLS",
         "service/blocking_http.py": "chooses",
         "compute/safekeeper_peer.py": "chooses",
+        "service/replication_client.py": "chooses",
     }
     source = Path(tls.__file__).parent.parent
     calls = re.compile(

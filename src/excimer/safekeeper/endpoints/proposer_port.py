@@ -18,7 +18,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 
-from excimer._native.append_lane import LaneLock
+from excimer._native.channel import TlsChannel
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.consensus.acceptor import ConnectionId
 from excimer.safekeeper.metrics import SafekeeperMetrics
@@ -29,7 +29,7 @@ from excimer.service.accept import accept_connections
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope, failure_of
-from excimer.service.tls_socket import accept_tls
+from excimer.service.tls import server_channel
 from excimer.wire.auth import Claims, Right, TokenExpiredError
 from excimer.wire.safekeeping import (
     AcceptorMessage,
@@ -197,8 +197,7 @@ class _Connection:
         self.thread: threading.Thread | None = None
         self._admission = admission
         self._socket = admission.socket
-        self._tls = accept_tls(self._socket)
-        self._send_lock = LaneLock()
+        self._channel = server_channel(self._socket)
         self._socket.setblocking(True)
         # The kernel's own timeouts: Python's would cost a poll before each call.
         with contextlib.suppress(OSError):  # gone already: receiving will say so
@@ -214,8 +213,8 @@ class _Connection:
 
         Raises OSError, `MalformedFrameError`, and what `handle` and the timeline's `serve` raise.
         """
-        if self._tls is not None:
-            self._tls.handshake()
+        if isinstance(self._channel, TlsChannel):
+            self._channel.handshake()
         parser = ProposerMessageParser()
         buffer = bytearray(_RECEIVE_SIZE_BYTES)
         view = memoryview(buffer)
@@ -227,27 +226,15 @@ class _Connection:
     def _receive(self, parser: ProposerMessageParser, buffer: bytearray) -> int:
         """Some bytes of messages, which begin where a message does unless a large one has come in part."""
         if self.timeline is None or parser.rest_size_bytes > len(buffer) // 2:
-            if self._tls is not None:
-                return self._tls.receive_into(memoryview(buffer))
-            return self._socket.recv_into(buffer)
+            return self._channel.receive_into(buffer)
         rest = parser.take_rest()
         buffer[: len(rest)] = rest
-        if self._tls is not None:
-            return self.timeline.serve_tls(self.id, self._tls, buffer, len(rest))
-        return self.timeline.serve(self.id, self._socket.fileno(), buffer, len(rest), self._send_lock)
+        return self.timeline.serve(self.id, self._channel, buffer, len(rest))
 
     def send(self, message: AcceptorMessage) -> None:
         """A failure is seen by the receiving thread, as the end of the connection."""
-        frame = encode_acceptor_message(message)
-        with self._send_lock:
-            try:
-                if self._tls is None:
-                    self._socket.sendall(frame)
-                else:
-                    self._tls.send_all(frame)
-            except OSError as error:
-                log.debug("answer not sent", connection=self.id, error=error)
-                self.shut_down()
+        if not self._channel.send_all(encode_acceptor_message(message)):
+            log.debug("answer not sent", connection=self.id)
 
     def shut_down(self) -> None:
         with contextlib.suppress(OSError):
@@ -255,6 +242,7 @@ class _Connection:
 
     def close(self) -> None:
         self._admission.release()
+        self._channel.close()
         self._socket.close()
 
 
