@@ -54,16 +54,15 @@ async def fetch_basebackup(
     except (OSError, TimeoutError) as error:
         raise PageserverUnreachableError(f"the pageserver at {address} cannot be reached: {error}") from error
     try:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        async with asyncio.timeout(ANSWER_TIMEOUT_S) as limit:
             writer.write(encode_client_message(Hello(tenant_id, timeline_id, token)))
             writer.write(encode_client_message(GetBasebackup(_REQUEST_ID, lsn)))
             return _decode(await _answer(reader, ServerMessageParser()))
-    except (OSError, EOFError) as error:
-        raise PageserverUnreachableError(f"the pageserver at {address} hung up: {error}") from error
-    except TimeoutError as error:
-        raise PageserverUnreachableError(
-            f"the pageserver at {address} sent no basebackup at {format_lsn(lsn)} in {ANSWER_TIMEOUT_S:.0f} s"
-        ) from error
+    except (OSError, EOFError) as error:  # TimeoutError is an OSError: of the limit, or ETIMEDOUT
+        problem = f"hung up: {error}"
+        if limit.expired():
+            problem = f"sent no basebackup at {format_lsn(lsn)} in {ANSWER_TIMEOUT_S:.0f} s"
+        raise PageserverUnreachableError(f"the pageserver at {address} {problem}") from error
     finally:
         writer.close()
 

@@ -64,6 +64,8 @@ class RunningImports:
                     running.is_ending = True
                     await asyncio.shield(self._end(store, timeline_id, running))
         except TimeoutError as error:
+            if not limit.expired():  # ETIMEDOUT of a socket or of a disk
+                raise
             raise ImportBrokenOffError("the import was ended from outside: nothing was imported") from error
 
     async def break_off(self, timeline_id: TimelineId | None = None) -> None:

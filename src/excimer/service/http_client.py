@@ -58,11 +58,17 @@ class HttpClient:
     async def call(self, method: str, target: str, body: object = None) -> Any:
         """One request. Raises the errors named above."""
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(self.timeout_s) as limit:
                 status, answer = await self._exchange(method, target, body)
-        except TimeoutError as error:
-            raise UnreachableError(f"{self.service} did not answer within {self.timeout_s:g} s") from error
-        except (OSError, EOFError, h11.ProtocolError) as error:
+        except (
+            OSError,
+            EOFError,
+            h11.ProtocolError,
+        ) as error:  # a TimeoutError is of the limit, or ETIMEDOUT
+            if limit.expired():
+                raise UnreachableError(
+                    f"{self.service} did not answer within {self.timeout_s:g} s"
+                ) from error
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UnreachableError(
                 f"{self.service} is not reachable at {self.address}: {_plain_reason(reason)}"

@@ -254,9 +254,11 @@ class _Session:
         assert self._claims is not None
         expires = self._claims.exp
         try:
-            async with asyncio.timeout(None if expires is None else expires - self._clock.now()):
+            async with asyncio.timeout(None if expires is None else expires - self._clock.now()) as life:
                 await self._serve_queries(timeline)
         except TimeoutError as error:
+            if not life.expired():  # ETIMEDOUT of the socket is a TimeoutError too: the connection is lost
+                raise
             raise TokenExpiredError from error
 
     async def _serve_queries(self, timeline: SafekeeperTimeline) -> None:
