@@ -12,6 +12,7 @@ from tests.kit.stack import Stack, running_stack
 
 pytestmark = pytest.mark.timeout(300)
 SEGMENT_SIZE_BYTES = 16 << 20
+LIMIT_MIB = 16
 MEMORY_S = 4.0
 """How long a flush may lie back until safekeepers have heard of it and have removed what it covers."""
 
@@ -130,3 +131,31 @@ def test_an_idle_branch_without_a_compute_and_an_archived_one_are_trimmed(stack:
     stack.text("timeline", "archive", "archived")
     for name, timeline_id in timeline_ids.items():
         wait_trimmed(stack, timeline_id, f"the {name} branch is trimmed")
+
+
+def test_a_safekeeper_that_stays_away_holds_a_bounded_part_and_is_brought_back(stack: Stack) -> None:
+    """It skips what is gone, which is in object storage, and is as good a member as before."""
+    timeline_id = main_timeline(stack)
+    stack.text("stop")
+    config = stack.directory / "config.toml"
+    config.write_text(f"lagging_safekeeper_wal_max_mib = {LIMIT_MIB}\n" + config.read_text())
+    stack.text("start")
+    stack.text("endpoint", "start", "main")
+    stack.kill("safekeeper-3")
+    for _ in range(6):
+        write(stack)
+    bound_bytes = (LIMIT_MIB << 20) + 2 * SEGMENT_SIZE_BYTES
+    try:
+        stack.wait_until(lambda: sorted(wal_sizes(stack, timeline_id))[-1] <= bound_bytes, "it is bounded")
+    except AssertionError as error:
+        raise AssertionError(f"{wal_bounds(stack, timeline_id)}\n{error}") from error
+    assert "another safekeeper lacks" in stack.run("doctor").stdout
+    (before,) = stack.query("select count(*), sum(hashtext(b)) from t")
+    stack.text("start")
+    wait_trimmed(stack, timeline_id, "it is trimmed")
+    stack.kill("safekeeper-1")
+    write(stack)  # which needs the one that has skipped
+    stack.text("start")
+    stack.text("endpoint", "restart", "main")
+    (after,) = stack.query("select count(*), sum(hashtext(b)) from t")
+    assert after[0] == before[0] + 14_000

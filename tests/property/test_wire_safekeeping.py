@@ -13,6 +13,7 @@ from excimer.base.errors import RefusedError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.wire import safekeeping as wire
+from excimer.wire import safekeeping_frames as framing
 
 U16 = st.integers(0, 2**16 - 1)
 U32 = st.integers(0, 2**32 - 1)
@@ -29,7 +30,7 @@ HISTORY = st.tuples(
         wire.TermStart(*pair) for pair in zip(sorted(lists[0]), sorted(lists[1]), strict=False)
     )
 )
-TOKEN = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=wire.TOKEN_SIZE_BYTES_MAX)
+TOKEN = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=framing.TOKEN_SIZE_BYTES_MAX)
 
 
 def identities(ids: st.SearchStrategy[str]) -> st.SearchStrategy[wire.TimelineIdentity]:
@@ -63,6 +64,7 @@ PROPOSER_MESSAGES = st.one_of(
     st.builds(wire.AppendRequest, TERM, LSN, LSN, LSN, WAL),
     st.builds(wire.CommitAnnounce, TERM, LSN, LSN),
     st.builds(wire.ReadWalRequest, TERM, LSN, LSN),
+    st.builds(wire.SkipWal, TERM, LSN),
     st.builds(wire.TokenRenewal, TOKEN),
 )
 ACCEPTOR_MESSAGES = st.one_of(
@@ -77,7 +79,7 @@ ACCEPTOR_MESSAGES = st.one_of(
         commit_lsn=LSN,
         history=HISTORY,
     ),
-    st.builds(wire.ElectedResponse, TERM, LSN, LSN, LSN),
+    st.builds(wire.ElectedResponse, TERM, LSN, LSN, LSN, LSN),
     st.builds(wire.AppendResponse, TERM, LSN, LSN),
     st.builds(wire.AppendRejected, TERM, LSN),
     st.builds(wire.WalChunk, TERM, LSN, WAL),
@@ -133,7 +135,7 @@ def test_acceptor_messages_that_come_one_by_one(
 @pytest.mark.parametrize("parser_type", PARSERS)
 @given(data=st.binary(max_size=200))
 def test_any_bytes_give_messages_or_one_error(parser_type: Any, data: bytes) -> None:
-    with suppress(wire.MalformedFrameError):
+    with suppress(framing.MalformedFrameError):
         parser_type().feed(data)
 
 
@@ -143,7 +145,7 @@ def test_a_framed_body_of_any_bytes_gives_a_message_or_one_error(kind: int, body
     parser.feed(GREETING)
     try:
         messages = parser.feed(struct.pack("<IB", 1 + len(body), kind) + body)
-    except wire.MalformedFrameError:
+    except framing.MalformedFrameError:
         return
     assert len(messages) == 1
 
@@ -153,7 +155,7 @@ def test_a_framed_answer_of_any_bytes_gives_a_message_or_one_error(kind: int, bo
     parser = wire.AcceptorMessageParser()
     try:
         messages = parser.feed(struct.pack("<IB", 1 + len(body), kind) + body)
-    except wire.MalformedFrameError:
+    except framing.MalformedFrameError:
         return
     assert len(messages) == 1
 
@@ -164,13 +166,13 @@ def test_a_flipped_bit_never_raises_anything_else(message: wire.ProposerMessage,
     parser.feed(GREETING)
     frame = bytearray(wire.encode_proposer_message(message))
     frame[data.draw(st.integers(0, len(frame) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    with suppress(wire.MalformedFrameError):
+    with suppress(framing.MalformedFrameError):
         parser.feed(bytes(frame))
 
 
 def test_nothing_comes_before_the_greeting() -> None:
     vote = wire.encode_proposer_message(wire.VoteRequest(wire.Term(1), wire.NO_PROPOSER))
-    with pytest.raises(wire.MalformedFrameError, match="before the greeting"):
+    with pytest.raises(framing.MalformedFrameError, match="before the greeting"):
         wire.ProposerMessageParser().feed(vote)
 
 
@@ -181,12 +183,12 @@ def test_a_frame_of_a_bad_length_is_refused_before_it_is_buffered(greeted: bool,
     parser = wire.ProposerMessageParser()
     if greeted:
         parser.feed(GREETING)
-    with pytest.raises(wire.MalformedFrameError, match="a frame of"):
+    with pytest.raises(framing.MalformedFrameError, match="a frame of"):
         parser.feed(struct.pack("<IB", length, ord("A" if greeted else "G")))
 
 
 def test_the_other_sides_frames_are_refused() -> None:
-    with pytest.raises(wire.MalformedFrameError, match="not one that this side receives"):
+    with pytest.raises(framing.MalformedFrameError, match="not one that this side receives"):
         wire.AcceptorMessageParser().feed(GREETING)
 
 
@@ -209,7 +211,7 @@ def test_the_largest_messages_fit_in_a_frame() -> None:
         wire.encode_proposer_message(elected),
         wire.encode_proposer_message(append),
     ]
-    assert max(map(len, frames)) <= 4 + wire.FRAME_SIZE_BYTES_MAX
+    assert max(map(len, frames)) <= 4 + framing.FRAME_SIZE_BYTES_MAX
 
 
 def test_messages_beyond_the_bounds_are_not_sent() -> None:

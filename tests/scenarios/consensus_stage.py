@@ -15,6 +15,8 @@ A story is a text file of blocks: a command, ``----``, what happened. Commands:
 ``tick p``                 heartbeats
 ``slow 2``, ``sync 2``     safekeeper 2's disk stops syncing by itself; syncs now
 ``crash 2``, ``start 2``   safekeeper 2 dies (losing what is not synced), comes back
+``store 3 200``            safekeeper 3 hears that all below 200 is in object storage
+``remove 1 200``           safekeeper 1 removes its WAL below 200
 ``show``                   what every safekeeper has
 =========================  ==========================================================================
 """
@@ -46,7 +48,15 @@ LIMITS = proposers.ProposerLimits(
     trim_size_bytes=0,
 )
 START_LSN = Lsn(100)
-HIDDEN_FIELDS = {"version", "identity", "proposer_id", "token", "wal_start_lsn", "timeline_start_lsn"}
+HIDDEN_FIELDS = {
+    "version",
+    "identity",
+    "proposer_id",
+    "token",
+    "wal_start_lsn",
+    "timeline_start_lsn",
+    "durable_lsn",
+}
 
 
 class Safekeeper:
@@ -160,6 +170,16 @@ class Stage:
         while (message := self.take(between)) is not None:
             self.deliver(*message)
 
+    def do_store(self, number: str, lsn: str) -> None:
+        safekeeper = self.safekeepers[int(number) - 1]
+        assert safekeeper.acceptor is not None
+        safekeeper.acceptor.durable_lsn = Lsn(int(lsn))
+
+    def do_remove(self, number: str, lsn: str) -> None:
+        safekeeper = self.safekeepers[int(number) - 1]
+        assert safekeeper.acceptor is not None
+        safekeeper.acceptor.wal_start_lsn = Lsn(int(lsn))
+
     def do_step(self, *between: str) -> None:
         message = self.take(between)
         assert message is not None, f"nothing between {between}"
@@ -217,6 +237,13 @@ class Stage:
                         self.say(safekeeper, f"cuts its WAL from {safekeeper.written_lsn} to {lsn}")
                     safekeeper.written_lsn = lsn
                     safekeeper.flushed_lsn = min(lsn, safekeeper.flushed_lsn)
+                case acceptors.DiscardWal(state):
+                    start_lsn = state.commit_lsn
+                    self.say(
+                        safekeeper, f"gives up its WAL to {safekeeper.written_lsn}, begins at {start_lsn}"
+                    )
+                    safekeeper.control = state
+                    safekeeper.written_lsn = safekeeper.flushed_lsn = state.commit_lsn
                 case acceptors.CommitAdvanced(commit_lsn):
                     self.say(safekeeper, f"shows readers WAL to {commit_lsn}")
                 case acceptors.WriteWal(lsn, wal):

@@ -5,6 +5,7 @@
 * **C1** no WAL of a term below a spoken promise is written;
 * **C2** a spoken promise is in the control file;
 * **C3** what an acceptor lets readers see is a prefix of what was committed, and record-aligned;
+* **D2** a member gives up WAL that it never had only where object storage has all that it would have been;
 * a leader is fenced only when another has won a higher term, or a majority has promised one;
 * committed prefixes agree between all proposers; commits never go back; one winner per term.
 """
@@ -39,6 +40,8 @@ class Checker:
         self.promises = [0] * len(disks)
         """Highest term each acceptor has spoken of as promised."""
         self.seen_commits = [start_lsn] * len(disks)
+        self.stored_lsn = start_lsn
+        """Below, all is in object storage."""
 
     def promise_spoken(self, node: int, term: int) -> None:
         self.promises[node] = max(self.promises[node], term)
@@ -54,6 +57,28 @@ class Checker:
     def truncated(self, node: int, lsn: int) -> None:
         seen = self.seen_commits[node]
         require(lsn >= seen, f"D1: node {node} cut its WAL to {lsn} after showing commit {seen}")
+
+    def skipped(self, node: int, lsn: int, held_lsn: int) -> None:
+        require(
+            lsn <= self.stored_lsn, f"D2: node {node} skips to {lsn}, object storage has {self.stored_lsn}"
+        )
+        require(lsn in self.boundaries, f"node {node} skips to {lsn}, inside a record")
+        require(lsn > held_lsn, f"D1: node {node} had WAL to {held_lsn} and gave it up for {lsn}")
+
+    def horizon_claimed(self, lsn: int) -> None:
+        """Every member has WAL up to there that no restart takes back: none of it is kept for a member."""
+        for node, disk in enumerate(self.disks):
+            end_lsn = scan(disk.durable, disk.control.commit_lsn)
+            require(end_lsn >= lsn, f"node {node} holds whole records to {end_lsn}, the horizon is {lsn}")
+
+    def whole_log(self, node: int, end_lsn: int) -> bytes:
+        """What the node has, after what object storage has in its place."""
+        start_lsn = self.disks[node].start_lsn
+        return bytes(self.committed[:start_lsn] + self.disks[node].live[start_lsn:end_lsn])
+
+    def _is_held(self, disk: SimulatedDisk, log: bytearray, lsn: int) -> bool:
+        start_lsn = disk.start_lsn
+        return len(disk.durable) >= lsn and disk.durable[start_lsn:lsn] == log[start_lsn:lsn]
 
     def elected(self, proposer: int, term: int, log: bytearray) -> None:
         require(
@@ -83,7 +108,7 @@ class Checker:
         require(lsn <= len(log), f"commit {lsn} of term {term} is beyond its log")
         shared = min(lsn, len(self.committed))
         require(log[:shared] == self.committed[:shared], f"term {term} committed other bytes below {shared}")
-        holders = sum(disk.durable[:lsn] == log[:lsn] for disk in self.disks)
+        holders = sum(self._is_held(disk, log, lsn) for disk in self.disks)
         require(
             holders >= majority(len(self.disks)), f"D1: {lsn} of term {term} is durable at {holders} only"
         )
@@ -94,8 +119,10 @@ class Checker:
 
     def acceptor_committed(self, node: int, lsn: int) -> None:
         require(lsn <= len(self.committed), f"C3: node {node} shows {lsn}, beyond what is committed")
-        durable = self.disks[node].durable[:lsn]
-        require(durable == self.committed[:lsn], f"C3: node {node} shows other bytes up to {lsn}")
+        require(
+            self._is_held(self.disks[node], self.committed, lsn),
+            f"C3: node {node} shows other bytes up to {lsn}",
+        )
         known = max(boundary for boundary in self.boundaries if boundary <= lsn)
         require(scan(self.committed[:lsn], known) == lsn, f"C3: node {node} shows {lsn}, inside a record")
         self.seen_commits[node] = max(self.seen_commits[node], lsn)
@@ -105,4 +132,4 @@ class Checker:
         require(log[: len(self.committed)] == self.committed, "D1: the final log lacks committed WAL")
         for node in alive:
             shared = min(len(self.disks[node].durable), len(log))
-            require(self.disks[node].durable[:shared] == log[:shared], f"node {node} still diverges")
+            require(self._is_held(self.disks[node], log, shared), f"node {node} still diverges")

@@ -18,6 +18,17 @@ class SimulatedDisk:
         self.live = bytearray(wal)
         """What a read sees."""
         self.unsynced: list[tuple[int, bytes]] = []
+        self.start_lsn = 0
+        """Below, bytes are of no meaning: WAL was discarded."""
+        self.durable_lsn = 0
+        """What the control file says of object storage."""
+
+    def discard(self, lsn: int) -> None:
+        """Whoever takes what is below for WAL will be found out."""
+        self.start_lsn = lsn
+        self.unsynced.clear()
+        self.durable = bytearray(b"\xee" * lsn)
+        self.live = bytearray(self.durable)
 
     def write(self, lsn: int, wal: bytes) -> None:
         _put(self.live, lsn, wal)

@@ -1,5 +1,6 @@
 """Cores with one rule broken each. The simulator must notice every one of them, or it proves nothing."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from excimer.base.errors import CorruptionError
@@ -17,6 +18,7 @@ from excimer.consensus.acceptor import (
 )
 from excimer.consensus.leader_state import LeaderState, Member
 from excimer.consensus.proposer import CommitAdvanced, Proposer, ProposerEffect, RestartWindow
+from excimer.consensus.proposer import Send as ProposerSend
 from excimer.consensus.quorum import quorum_lsn
 from excimer.consensus.term_history import TermHistory
 from excimer.wire.safekeeping import (
@@ -24,6 +26,7 @@ from excimer.wire.safekeeping import (
     AppendResponse,
     ProposerElected,
     ProposerMessage,
+    SkipWal,
     Term,
     TermStart,
     VoteRequest,
@@ -161,6 +164,50 @@ class TrimsHistoryAtItsOwnCommit(Acceptor):
             self.state, history=self.state.history.trimmed(self.state.commit_lsn)
         )
         return [PersistControl(self.state) if isinstance(e, PersistControl) else e for e in effects]
+
+
+class SkipsWhatItHas(Acceptor):
+    """Gives up WAL that it has acknowledged, because it is told to begin at an LSN below its end."""
+
+    def _may_skip(self, skip: SkipWal) -> bool:
+        return skip.term == self.state.promised_term == self.adopted_term
+
+
+class SkipsWhatOnlyMembersHave(Acceptor):
+    """Believes its leader that what it lacks is in object storage."""
+
+    def _may_skip(self, skip: SkipWal) -> bool:
+        return skip.term == self.state.promised_term == self.adopted_term and self.write_lsn < skip.start_lsn
+
+
+class ForgetsWhereItsWalBegins(Acceptor):
+    """Serves WAL that it has skipped."""
+
+    def _skip(self, connection: ConnectionId, skip: SkipWal) -> list[AcceptorEffect]:
+        wal_start_lsn = self.wal_start_lsn
+        effects = super()._skip(connection, skip)
+        self.wal_start_lsn = wal_start_lsn
+        return effects
+
+
+class LetsSkipToItsCommit(Proposer):
+    """Lets a member begin where this leader's commits are, whatever object storage has."""
+
+    def _read_for(self, leader: LeaderState, peer: Member, start_lsn: Lsn) -> Iterator[ProposerEffect]:
+        for effect in super()._read_for(leader, peer, start_lsn):
+            if isinstance(effect, ProposerSend) and isinstance(effect.message, SkipWal):
+                yield ProposerSend(peer.index, SkipWal(self.term, leader.commit_lsn))
+            else:
+                yield effect
+
+
+class NeverLetsSkip(Proposer):
+    """Leaves a member stranded of which the others have removed what it lacks."""
+
+    def _read_for(self, leader: LeaderState, peer: Member, start_lsn: Lsn) -> Iterator[ProposerEffect]:
+        for effect in super()._read_for(leader, peer, start_lsn):
+            if not (isinstance(effect, ProposerSend) and isinstance(effect.message, SkipWal)):
+                yield effect
 
 
 class CountsByPresence(Proposer):
@@ -303,6 +350,10 @@ MUTANTS = (
     Mutant(BelievesStaleFlushes),
     Mutant(ShowsUncommittedWal),
     Mutant(TrimsHistoryAtItsOwnCommit),
+    Mutant(SkipsWhatItHas),
+    Mutant(SkipsWhatOnlyMembersHave, LetsSkipToItsCommit),
+    Mutant(ForgetsWhereItsWalBegins, first_seed=1300),
+    Mutant(proposer_type=NeverLetsSkip),
     Mutant(proposer_type=CountsByPresence),
     Mutant(proposer_type=CommitsByMinority),
     Mutant(proposer_type=CommitsInsideRecords),

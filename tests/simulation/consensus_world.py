@@ -20,7 +20,14 @@ from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
 from excimer.consensus import acceptor as acceptors
 from excimer.consensus import proposer as proposers
-from excimer.consensus.acceptor import Acceptor, AcceptorState, ConnectionId, PersistControl, TruncateWal
+from excimer.consensus.acceptor import (
+    Acceptor,
+    AcceptorState,
+    ConnectionId,
+    DiscardWal,
+    PersistControl,
+    TruncateWal,
+)
 from excimer.consensus.proposer import Phase, Proposer, ProposerLimits
 from excimer.consensus.wal_window import WalWindow
 from excimer.wire.safekeeping import (
@@ -128,6 +135,8 @@ class World:
         self.drop_probability = choice((0.0, 0.01, 0.05))
         self.duplicate_probability = choice((0.0, 0.05, 0.2))
         self.reorder_probability = choice((0.0, 0.1, 0.5))
+        self.limit_probability = choice((0.0, 0.3, 1.0, 1.0))
+        """That removal does not wait for members that lag."""
         self.body_sizes = choice((UNIFORM_SIZES, MIXED_SIZES, LONG_SIZES))
         self.actions = (
             (self._deliver, choice((40, 60, 80))),
@@ -136,6 +145,8 @@ class World:
             (self._reconnect_some, choice((1, 3, 6))),
             (self._tick, 4),
             (self._start_or_crash, choice((1, 3, 9))),
+            (self._store_some, choice((2, 6))),
+            (self._remove_some, choice((0, 3, 9))),
             (self._change_partition, choice((0, 1, 2))),
             (self._change_candidates, choice((0.3, 1, 3))),
         )
@@ -210,6 +221,8 @@ class World:
     def _start_node(self, node: Node) -> None:
         disk = node.disk
         disk.sync(len(disk.unsynced))
+        if len(disk.durable) < disk.control.commit_lsn == node.wal_start_lsn:
+            disk.discard(node.wal_start_lsn)  # it crashed before it had discarded all
         end_lsn = Lsn(scan(disk.durable, disk.control.commit_lsn))
         node.record_end_lsn = end_lsn
         node.acceptor = self.acceptor_type(
@@ -219,6 +232,7 @@ class World:
             state=disk.control,
             recovered_end_lsn=end_lsn,
             wal_start_lsn=node.wal_start_lsn,
+            durable_lsn=Lsn(disk.durable_lsn),
         )
         self.trace.append(("start", node.index, end_lsn, disk.control.promised_term))
         self._run_node(node, node.acceptor.start(), None)
@@ -243,9 +257,40 @@ class World:
             node.lost = self.chance.random() < 0.1 and self._may_lose_a_disk()
         else:
             node.disk.control = node.acceptor.state
-            if self.chance.random() < 0.5:  # all that no other member can need goes
-                node.wal_start_lsn = node.acceptor.wal_start_lsn = node.disk.control.horizon_lsn
-                self.trace.append(("removed", node.index, node.wal_start_lsn))
+            node.disk.durable_lsn = node.acceptor.durable_lsn
+            if self.chance.random() < 0.5:
+                self._remove_wal(node, node.acceptor)
+
+    def _remove_wal(self, node: Node, acceptor: Acceptor) -> None:
+        """What no other member can need goes, or, when that is too much, what object storage has."""
+        state = acceptor.state
+        lsn = state.horizon_lsn
+        self.checker.horizon_claimed(lsn)
+        if self.chance.random() < self.limit_probability:
+            lsn = max(lsn, min(acceptor.durable_lsn, state.commit_lsn))
+        node.wal_start_lsn = acceptor.wal_start_lsn = max(node.wal_start_lsn, lsn)
+        self.trace.append(("removed", node.index, node.wal_start_lsn))
+
+    def _remove_some(self) -> None:
+        """Of all safekeepers that run, as they look once a second, after a pageserver has told them all."""
+        for node in self.nodes:
+            if node.acceptor is not None:
+                self._confirm_durable(node)
+                node.disk.durable_lsn = node.acceptor.durable_lsn
+                node.disk.control = node.acceptor.state
+                self._remove_wal(node, node.acceptor)
+
+    def _store_some(self) -> None:
+        """A pageserver makes durable what a safekeeper shows it, and tells another one."""
+        node = self.chance.choice(self.nodes)
+        if node.acceptor is not None and self.chance.random() < 0.5:
+            self.checker.stored_lsn = max(self.checker.stored_lsn, node.acceptor.state.commit_lsn)
+            self.trace.append(("stored", self.checker.stored_lsn))
+        self._confirm_durable(self.chance.choice(self.nodes))
+
+    def _confirm_durable(self, node: Node) -> None:
+        if node.acceptor is not None:
+            node.acceptor.durable_lsn = Lsn(self.checker.stored_lsn)
 
     def _may_lose_a_disk(self) -> bool:
         return sum(node.lost for node in self.nodes) < (len(self.nodes) - 1) // 2
@@ -270,11 +315,12 @@ class World:
     def _run_node(
         self, node: Node, effects: Sequence[acceptors.AcceptorEffect], cause: ProposerMessage | None
     ) -> None:
-        turning = any(isinstance(effect, PersistControl | TruncateWal) for effect in effects)
+        turning = any(isinstance(effect, PersistControl | TruncateWal | DiscardWal) for effect in effects)
         probability = self.crash_probability * 10 if turning else self.crash_probability
         for effect in effects:
             if self.chance.random() < probability:
                 self._crash_node(node)
+            if node.acceptor is None:
                 return
             self._run_node_effect(node, effect, cause)
 
@@ -302,14 +348,32 @@ class World:
                 node.disk.truncate(lsn)
                 node.record_end_lsn = lsn
                 node.flushes = [(flush, end_lsn, 0) for flush, end_lsn, _ in node.flushes]
+            case acceptors.DiscardWal(state):
+                self._discard(node, state)
             case acceptors.ReadWal(connection, term, start_lsn, end_lsn):
                 wal = bytes(node.disk.live[start_lsn:end_lsn])
                 self._post(connection, node.index, WalChunk(term, start_lsn, wal))
 
+    def _discard(self, node: Node, state: AcceptorState) -> None:
+        """The control file first; a crash in between leaves WAL below its start."""
+        lsn = state.commit_lsn
+        self.trace.append(("skip", node.index, lsn, len(node.disk.live)))
+        self.checker.skipped(node.index, lsn, len(node.disk.live))
+        node.disk.control = state
+        node.wal_start_lsn = lsn
+        if self.chance.random() < self.crash_probability * 10:
+            self._crash_node(node)
+            return
+        node.disk.discard(lsn)
+        node.record_end_lsn = lsn
+        node.flushes = [(flush, end_lsn, 0) for flush, end_lsn, _ in node.flushes]
+
     def _speak(self, node: Node, connection: ConnectionId, message: AcceptorMessage) -> None:
         match message:
             case VoteResponse(term=term, granted=True):
-                self.votes[node.index, connection, term] = bytes(node.disk.live[: message.flush_lsn])
+                self.votes[node.index, connection, term] = self.checker.whole_log(
+                    node.index, message.flush_lsn
+                )
                 self.checker.promise_spoken(node.index, term)
             case ElectedResponse(term=term):
                 self.checker.promise_spoken(node.index, term)
@@ -476,6 +540,9 @@ class World:
                 self._flush(node)
             if step % 64 == 63:
                 self._tick()
+                self._store_some()
+                for node in alive:
+                    self._confirm_durable(node)
             if candidate.core.phase is Phase.FENCED:
                 return False
             if candidate.commit_lsn and not has_written:

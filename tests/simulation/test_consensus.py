@@ -67,6 +67,7 @@ def test_the_worlds_are_eventful() -> None:
     assert seen["commit"] > 400
     assert seen["crash"] > 500
     assert seen["cut"] > 100
+    assert seen["skip"] > 10
     assert seen["WalChunk"] > 100
     assert seen["AppendRejected"] > 100
 

@@ -81,6 +81,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How long computes and the pageserver go on without the controller; None: the controller's defaults."""
     local_disk_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """What the pageserver's copies of layers may take; 0: no bound; None: the pageserver's default."""
+    lagging_safekeeper_wal_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """WAL that safekeepers keep for one that is away; None: their default."""
     tls: TlsSettings | None = None
     """None: services speak plainly, and listen on loopback addresses only."""
     redo_confinement_required: bool = False
@@ -190,6 +192,8 @@ class Installation:
             broker_url=self.broker_url(),
             auth_public_key_path=self.keys_dir / "public.pem",
         )
+        if (limit_mib := self.config.lagging_safekeeper_wal_max_mib) is not None:
+            settings = msgspec.structs.replace(settings, lagging_safekeeper_wal_max_mib=limit_mib)
         name = f"safekeeper-{ports.id}"
         return Part(name, "excimer.safekeeper", settings, settings.http_listen, settings.data_dir)
 

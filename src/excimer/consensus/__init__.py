@@ -34,6 +34,11 @@ that restarts keeps whole records only (a torn one cannot be told from a whole o
 flush LSN is worth what it says only up to the record end below it, which no restart takes back. That is
 all that a commit counts.
 
+**Skipped WAL.** A member whose WAL ends where nobody's begins any more goes on at a committed LSN below
+which all is durable in object storage (D2). Its log then counts as the prefix of the leader's that it
+would have been; so that it is one, that LSN must be committed by this leader, or at a member that has
+adopted its history.
+
 **Long records.** A record may have a gigabyte, so nobody may have to hold one. The beginning of a
 record leaves the proposer's window as soon as a majority has flushed it, committed or not: whoever
 lacks it gets it from those. If they restart, and with them the beginning is gone everywhere, no commit
@@ -52,7 +57,7 @@ under the new history (Raft's figure 8, as after any election).
 
 Modules: `quorum` (majorities), `term_history` (who wrote which WAL), `acceptor`, `proposer`,
 `leader_state` and `members` (what a proposer knows of itself and of others), `wal_window` (the recent
-WAL that a proposer's shell keeps in memory).
+WAL that a proposer's shell keeps in memory), `donors` (who can bring up a member that lags).
 
 How a shell drives a core: call one method per event, then carry out the returned effects *in the
 order given*, each finished before the next begins (persist, then speak). If an effect fails (a full

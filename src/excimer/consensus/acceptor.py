@@ -55,6 +55,7 @@ from excimer.wire.safekeeping import (
     ProposerId,
     ProposerMessage,
     ReadWalRequest,
+    SkipWal,
     Term,
     TimelineIdentity,
     VoteRequest,
@@ -121,6 +122,16 @@ class TruncateWal(msgspec.Struct, frozen=True):
     lsn: Lsn
 
 
+class DiscardWal(msgspec.Struct, frozen=True):
+    """WAL begins anew at `state.commit_lsn`. First put `state` on disk, with that as the start of the WAL
+    here, whole or not at all; then durably remove every byte of WAL; both before the next effect.
+
+    A crash in between leaves bytes below the start only, which nobody reads, and nothing at or above it.
+    """
+
+    state: AcceptorState
+
+
 class WriteWal(msgspec.Struct, frozen=True):
     """Write `wal` at `lsn`, which is where the WAL written so far ends. Need not be durable yet."""
 
@@ -159,7 +170,9 @@ class CommitAdvanced(msgspec.Struct, frozen=True):
     commit_lsn: Lsn
 
 
-AcceptorEffect = PersistControl | TruncateWal | WriteWal | FlushWal | ReadWal | Send | CommitAdvanced
+AcceptorEffect = (
+    PersistControl | TruncateWal | DiscardWal | WriteWal | FlushWal | ReadWal | Send | CommitAdvanced
+)
 
 
 class Acceptor:
@@ -179,6 +192,7 @@ class Acceptor:
         state: AcceptorState,
         recovered_end_lsn: Lsn,
         wal_start_lsn: Lsn | None = None,
+        durable_lsn: Lsn = INVALID_LSN,
     ) -> None:
         if recovered_end_lsn < state.commit_lsn:
             raise CommittedWalMissingError(
@@ -192,6 +206,8 @@ class Acceptor:
         self.state = state
         self.wal_start_lsn = timeline_start_lsn if wal_start_lsn is None else wal_start_lsn
         """Oldest WAL still here; the shell raises it when it removes segments (D2)."""
+        self.durable_lsn = durable_lsn
+        """Below, all is in object storage: a pageserver's word, which the shell passes on. Ends a record."""
         self._set_end(recovered_end_lsn)
         self.accepted.announced_commit_lsn = state.commit_lsn
         self._truncation_count = 0
@@ -259,6 +275,8 @@ class Acceptor:
                 return self._announce(message)
             case ReadWalRequest():
                 return self._read(connection, message)
+            case SkipWal():
+                return self._skip(connection, message)
             case VoteRequest():
                 return self._vote(connection, message)
             case ProposerElected():
@@ -360,6 +378,7 @@ class Acceptor:
             flush_lsn=self.flush_lsn,
             wal_start_lsn=self.wal_start_lsn,
             commit_lsn=self.state.commit_lsn,
+            durable_lsn=self.durable_lsn,
         )
         effects.append(Send(connection, answer))
         return effects
@@ -422,6 +441,28 @@ class Acceptor:
         effects.append(WriteWal(write_lsn, wal[known_size_bytes:] if known_size_bytes else wal))
         effects.append(FlushWal(self.write_lsn, self._truncation_count))
         return effects
+
+    def _skip(self, connection: ConnectionId, skip: SkipWal) -> list[AcceptorEffect]:
+        """As Raft installs a snapshot, which here is in object storage: the log is what it would be had all
+        below arrived. The leader's log holds what is committed, hence this one stays a prefix of it.
+        """
+        if not self._may_skip(skip):
+            return [Send(connection, self._append_response())]
+        self._set_end(skip.start_lsn)
+        self._truncation_count += 1
+        self.wal_start_lsn = skip.start_lsn
+        self.state = replace(self.state, commit_lsn=skip.start_lsn)
+        self.accepted.announced_commit_lsn = max(self.accepted.announced_commit_lsn, skip.start_lsn)
+        return [
+            DiscardWal(self.state),
+            CommitAdvanced(skip.start_lsn),
+            Send(connection, self._append_response()),
+        ]
+
+    def _may_skip(self, skip: SkipWal) -> bool:
+        """Not for another term's leader (C1), not what is here, and not what only other members may have."""
+        is_leaders = skip.term == self.state.promised_term == self.adopted_term
+        return is_leaders and self.write_lsn < skip.start_lsn <= self.durable_lsn
 
     def _append_response(self) -> AppendResponse:
         accepted = self.accepted

@@ -44,6 +44,8 @@ class Member:
     """Highest that it has acknowledged in this term. A restart takes back at most a part of a record."""
     commit_lsn: Lsn = INVALID_LSN
     wal_start_lsn: Lsn = INVALID_LSN
+    durable_lsn: Lsn = INVALID_LSN
+    """What it last said it knows of object storage."""
     sent_lsn: Lsn | None = None
     """End of what was sent on this connection; None until it has said where to begin."""
     announced_commit_lsn: Lsn = INVALID_LSN
@@ -51,6 +53,9 @@ class Member:
     """Start of the chunk being read from a donor for it."""
     reading_from: int | None = None
     stranded: bool = False
+    """No member has the WAL that it lacks, and it cannot skip it: that has been said."""
+    lacks_donor: bool = False
+    """No member at hand had the WAL that it lacks. It is asked with each heartbeat how far it may skip."""
 
     def forget_stream(self) -> None:
         """Nothing is under way to it any more."""

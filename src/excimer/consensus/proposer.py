@@ -21,6 +21,8 @@ appended to the lagging one like new WAL::
     donor        |=====|=========|=====|       WalChunk       <- donor
                        ^ repaired  E    window |=======|  sent from memory
 
+What nobody at hand has any more is *skipped*, as far as it is durable in object storage and committed.
+
 **Commit** (D1). The highest record boundary at or below the LSN that a majority has flushed, counting
 only members that have adopted this term's history, and never below E. Counting WAL of older terms by
 mere presence would be wrong: a later election may still prefer another log over it (Raft, figure 8).
@@ -42,6 +44,7 @@ from typing import assert_never
 
 from excimer.base.errors import CorruptionError, FencedError, RefusedError
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
+from excimer.consensus.donors import find_donor, holders_of, skip_lsn
 from excimer.consensus.leader_state import LeaderState, Member, Phase
 from excimer.consensus.members import DuplicateMemberError, check_member
 from excimer.consensus.proposer_effects import (
@@ -73,6 +76,7 @@ from excimer.wire.safekeeping import (
     ProposerGreeting,
     ProposerId,
     ReadWalRequest,
+    SkipWal,
     Term,
     TimelineIdentity,
     VoteRequest,
@@ -228,7 +232,9 @@ class Proposer:
             for peer in self._peers
             if peer.connected and peer.adopted and peer.sent_lsn is not None
         ]
-        return [*heartbeats, *self._pump_all(), *self._trim(0)]
+        elected = ProposerElected(self.term, leader.history.entries)  # whose answer says how far it may skip
+        stranded = [Send(peer.index, elected) for peer in self._peers if peer.lacks_donor and peer.connected]
+        return [*heartbeats, *stranded, *self._pump_all(), *self._trim(0)]
 
     def announce(self, *, to_all: bool = False) -> list[ProposerEffect]:
         """Tells commit LSN and horizon to members that have not heard the former from an append, or to all.
@@ -252,7 +258,7 @@ class Proposer:
         peer.connected = False
         peer.probed_term = BOOTSTRAP_TERM
         peer.announced_commit_lsn = INVALID_LSN
-        peer.stranded = False
+        peer.stranded = peer.lacks_donor = False
         self._forget_stream(peer)
 
     def _forget_stream(self, peer: Member) -> None:
@@ -352,11 +358,8 @@ class Proposer:
         granted = sum(peer.vote is not None for peer in self._peers)
         hoped = sum(peer.connected and peer.vote is None and not peer.refused for peer in self._peers)
         refused = any(peer.refused for peer in self._peers)
-        if (
-            self.phase is not Phase.CAMPAIGNING
-            or not refused
-            or granted + hoped >= majority(len(self._peers))
-        ):
+        may_win = granted + hoped >= majority(len(self._peers))
+        if self.phase is not Phase.CAMPAIGNING or not refused or may_win:
             return []
         self.phase = Phase.LOST
         return [ElectionLost(self.term_seen)]
@@ -438,6 +441,8 @@ class Proposer:
             return effects
         peer.adopted = True
         peer.wal_start_lsn = answer.wal_start_lsn
+        peer.durable_lsn = answer.durable_lsn  # up to which it may skip; a heartbeat asks again
+        peer.lacks_donor = False
         peer.flush_lsn = peer.sent_lsn = answer.flush_lsn  # a restart may have cut a part of a record
         return self._acknowledged(peer, answer.flush_lsn, answer.commit_lsn)
 
@@ -537,14 +542,9 @@ class Proposer:
 
     def _read_for(self, leader: LeaderState, peer: Member, start_lsn: Lsn) -> Iterator[ProposerEffect]:
         """Asks the member with the most WAL, of those that hold what `peer` lacks."""
-        holders = [
-            other
-            for other in self._peers
-            if other.adopted and other.wal_start_lsn <= start_lsn < other.flush_lsn and other is not peer
-        ]
-        donors = [other for other in holders if other.connected]
-        if donors:
-            donor = max(donors, key=lambda other: other.flush_lsn)
+        holders = holders_of(self._peers, peer, start_lsn)
+        donor = find_donor(holders)
+        if donor is not None:
             limit = start_lsn + self._limits.repair_chunk_size_bytes
             end_lsn = Lsn(min(limit, leader.window_start_lsn, donor.flush_lsn))
             peer.reading_lsn = start_lsn
@@ -553,9 +553,15 @@ class Proposer:
         elif self._may_restart_window(leader, start_lsn):
             leader.window_start_lsn = leader.window_end_lsn = leader.commit_lsn
             yield RestartWindow(leader.commit_lsn)
-        elif not holders and not peer.stranded and all(other.adopted for other in self._peers):
-            peer.stranded = True
-            yield PeerStranded(peer.index, start_lsn)
+        elif not peer.lacks_donor:
+            peer.lacks_donor = True
+            resumed_lsn = skip_lsn(self._peers, leader, peer, start_lsn)
+            if resumed_lsn is not None:
+                peer.wal_start_lsn = resumed_lsn
+                yield Send(peer.index, SkipWal(self.term, resumed_lsn))
+            elif not holders and not peer.stranded and all(other.adopted for other in self._peers):
+                peer.stranded = True
+                yield PeerStranded(peer.index, start_lsn)
 
     def _may_restart_window(self, leader: LeaderState, missing_lsn: Lsn) -> bool:
         """Whether PostgreSQL has the WAL that a majority at hand does not have, or has lost in part."""

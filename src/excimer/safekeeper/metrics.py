@@ -32,6 +32,11 @@ class SafekeeperMetrics:
             "WAL segments removed because nobody needs them any more, in bytes.",
             registry=registry,
         )
+        self.skipped_bytes = Counter(
+            "excimer_safekeeper_wal_skipped_bytes",
+            "WAL that came here never because this safekeeper was away beyond the limit, in bytes.",
+            registry=registry,
+        )
         self.kept_bytes = Gauge(
             "excimer_safekeeper_wal_kept_bytes",
             "Committed WAL that is kept, by what keeps it longest: object_storage (the pageserver has not "

@@ -15,5 +15,9 @@ class SafekeeperSettings(Settings, frozen=True):
     http_listen: str
     broker_url: str
     auth_public_key_path: Path
+    lagging_safekeeper_wal_max_mib: int = 1024
+    """WAL that is kept for safekeepers that lack it although it is durable in object storage; one that lacks
+    more skips what is gone.
+    """
     reader_wal_max_mib: int = 1024
     """WAL that is kept for readers although it is durable in object storage; a slower one loses its place."""

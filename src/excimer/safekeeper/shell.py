@@ -77,7 +77,7 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
         health = Health("safekeeper")
         disk = DiskWatch(health, [settings.data_dir])
         add_disks(metrics_registry, disk)
-        remover = WalRemover(timelines, settings, clock, metrics)
+        remover = WalRemover(timelines, settings, clock, metrics, health)
         app = make_app(timelines, remover, verifier, clock, health, metrics_registry)
         async with (
             BrokerClient(settings.broker_url, f"safekeeper-{settings.id}", clock) as broker,

@@ -39,6 +39,7 @@ from excimer.consensus.acceptor import (
     AcceptorState,
     CommitAdvanced,
     ConnectionId,
+    DiscardWal,
     FlushWal,
     PersistControl,
     ReadWal,
@@ -52,7 +53,7 @@ from excimer.safekeeper.control_file import ControlRecord, read_control_file, wr
 from excimer.safekeeper.disk import Disk
 from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.recovery import check_committed, find_end_of_wal, new_scanner
-from excimer.safekeeper.wal_retention import Floor, ReaderPositions, WalNeeds
+from excimer.safekeeper.wal_retention import WRITER_RETURN_S, Floor, ReaderPositions, WalNeeds
 from excimer.safekeeper.wal_storage import WalStorage
 from excimer.service.logs import get_logger
 from excimer.wire.safekeeping import (
@@ -117,6 +118,7 @@ class SafekeeperTimeline:
         self._persisted_lsns = (INVALID_LSN, INVALID_LSN, INVALID_LSN)
         self._flush: FlushWal | None = None
         self._writers: set[ConnectionId] = set()
+        self._writer_seen_at: Monotonic | None = None
         self._acceptor: Acceptor | None = None
         self._storage = self._new_storage(record.commit_lsn)
         self._scanner: WalScanner
@@ -156,6 +158,7 @@ class SafekeeperTimeline:
             self._close_lane()
             self._writers.add(connection)
             acceptor = self._usable()
+            acceptor.durable_lsn = self._durable_lsn
             outgoing: list[Outgoing] = []
             try:
                 for message in messages:
@@ -197,8 +200,12 @@ class SafekeeperTimeline:
         return self._storage.read(start_lsn, end_lsn)
 
     def first_lsn(self) -> Lsn:
-        """Start of the segment in which the stored WAL begins."""
-        return self._segment_start(self.wal_start_lsn)
+        """Where readers may begin: with the segment in which the timeline starts, of which they get zeros
+        before it, but not in what was skipped of a segment.
+        """
+        if self.wal_start_lsn > self.start_lsn:
+            return self.wal_start_lsn
+        return self._segment_start(self.start_lsn)
 
     def _segment_start(self, lsn: Lsn) -> Lsn:
         return Lsn(lsn - lsn % self.identity.wal_segment_size_bytes)
@@ -240,7 +247,15 @@ class SafekeeperTimeline:
 
     def wal_needs(self, now: Monotonic) -> WalNeeds:
         """On the event loop."""
-        return WalNeeds(self._durable_lsn, self.horizon_lsn, self.commit_lsn, self.readers.lsns(now))
+        if self._writers or self._writer_seen_at is None:
+            self._writer_seen_at = now
+        return WalNeeds(
+            self._durable_lsn,
+            self.horizon_lsn,
+            self.commit_lsn,
+            self.readers.lsns(now),
+            has_writer=now - self._writer_seen_at < WRITER_RETURN_S,
+        )
 
     def has_removable_wal(self, floor: Floor) -> bool:
         """Whether a whole segment lies below the floor."""
@@ -361,6 +376,7 @@ class SafekeeperTimeline:
             state=state,
             recovered_end_lsn=end_lsn,
             wal_start_lsn=self.wal_start_lsn,
+            durable_lsn=self._durable_lsn,
         )
         self._flush = None
         self._carry_out(acceptor.start(), [])
@@ -399,11 +415,34 @@ class SafekeeperTimeline:
                 case TruncateWal(lsn):
                     self._storage.truncate(lsn)
                     self._scanner = new_scanner(self.identity, lsn)
+                case DiscardWal(state):
+                    self._discard_wal(state)
                 case ReadWal(connection, term, start_lsn, end_lsn):
                     wal_bytes = self._storage.read(start_lsn, end_lsn)
                     outgoing.append((connection, WalChunk(term, start_lsn, wal_bytes)))
                 case _:
                     assert_never(effect)
+
+    def _discard_wal(self, state: AcceptorState) -> None:
+        """The control file first: after a crash, files below what it says are not missed."""
+        before_lsn, lsn = self.wal_start_lsn, state.commit_lsn
+        self.wal_start_lsn = lsn
+        try:
+            self._persist(state)
+        except OSError:
+            self.wal_start_lsn = before_lsn
+            raise
+        self._may_have_leftovers = True
+        end_lsn = self._storage.write_lsn
+        self._storage.discard(lsn)
+        self._scanner = new_scanner(self.identity, lsn)
+        self._metrics.skipped_bytes.inc(lsn - end_lsn)
+        log.warning(
+            "WAL skipped: no other safekeeper has it any more, and it is in object storage",
+            timeline_id=self.identity.timeline_id,
+            from_lsn=end_lsn,
+            to_lsn=lsn,
+        )
 
     def _flush_written(self, outgoing: list[Outgoing]) -> None:
         flush, self._flush = self._flush, None

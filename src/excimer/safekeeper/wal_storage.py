@@ -167,6 +167,18 @@ class WalStorage:
             raise _as_failure(error, self._directory) from error
         self.write_lsn = self.flush_lsn = lsn
 
+    def discard(self, lsn: Lsn) -> None:
+        """Leaves no WAL, durably; the next is written at `lsn`. Raises `DiskFullError`, `DiskFailedError`."""
+        self._wait_prepared()
+        self._close_all()
+        try:
+            for number in sorted(self._segment_numbers()):
+                self._disk.remove(self.path_of(number))
+            self._disk.sync_directory(self._directory)
+        except OSError as error:
+            raise _as_failure(error, self._directory) from error
+        self.write_lsn = self.flush_lsn = lsn
+
     def remove_below(self, lsn: Lsn) -> int:
         """Removes segments that lie below `lsn` as a whole, oldest first; how many bytes they had.
 

@@ -24,6 +24,7 @@ types, the acceptor (the consensus half of a safekeeper) answers in lower-case o
     T       a newer token for a connection that outlives its first one, no answer
     R / w   reads WAL back from a donor, to bring up a safekeeper that lags
     C       announces a commit LSN, no answer
+    S / a   skip: drop all WAL, and go on at a later LSN, below which all is in object storage
     j       an append that leaves a gap: "send from here"
     x       an error; the safekeeper closes after it
 
@@ -39,24 +40,26 @@ Not here: what the messages mean (`excimer.consensus`), sockets (`excimer.safeke
 import struct
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Final, Generic, NamedTuple, NewType, TypeVar
+from typing import Final, NamedTuple, NewType
 
 import msgspec
 
 from excimer.base.errors import RefusedError
 from excimer.base.ids import ID_SIZE_BYTES, NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
+from excimer.wire.safekeeping_frames import (
+    TOKEN_SIZE_BYTES_MAX,
+    FrameParser,
+    MalformedFrameError,
+    encode_frame,
+)
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 WAL_CHUNK_SIZE_BYTES_MAX: Final = 1 << 20
 """Most WAL in one append or one chunk read back."""
 TERM_HISTORY_COUNT_MAX: Final = 1 << 16
 """Most entries in a history; `TermHistory.trimmed` keeps real ones far below."""
-TOKEN_SIZE_BYTES_MAX: Final = 4096
-GREETING_SIZE_BYTES_MAX: Final = TOKEN_SIZE_BYTES_MAX + 256
-FRAME_SIZE_BYTES_MAX: Final = (1 << 20) + 512
-"""Most bytes after the length word, in any frame."""
 
 Term = NewType("Term", int)
 """A proposer's reign. Numbers only grow; a majority elects at most one proposer per term."""
@@ -72,10 +75,6 @@ class TermStart(NamedTuple):
 
     term: Term
     start_lsn: Lsn
-
-
-class MalformedFrameError(RefusedError):
-    """Bytes on the connection are not the safekeeping protocol: close it."""
 
 
 class ErrorCode:
@@ -155,6 +154,8 @@ class ElectedResponse(msgspec.Struct, frozen=True):
     """Stream from here."""
     wal_start_lsn: Lsn
     commit_lsn: Lsn
+    durable_lsn: Lsn
+    """A pageserver has told it that all below is durable in object storage. A committed record's end."""
 
 
 class AppendRequest(msgspec.Struct, frozen=True):
@@ -184,6 +185,15 @@ class CommitAnnounce(msgspec.Struct, frozen=True):
     term: Term
     commit_lsn: Lsn
     horizon_lsn: Lsn
+
+
+class SkipWal(msgspec.Struct, frozen=True):
+    """No member can repair this one: its WAL is to begin at `start_lsn`, as if it had all below, which nobody
+    needs any more. Answered like an append; not obeyed above what the acceptor knows as durable.
+    """
+
+    term: Term
+    start_lsn: Lsn
 
 
 class ReadWalRequest(msgspec.Struct, frozen=True):
@@ -218,7 +228,13 @@ class ErrorResponse(msgspec.Struct, frozen=True):
 
 
 ProposerMessage = (
-    ProposerGreeting | VoteRequest | ProposerElected | AppendRequest | CommitAnnounce | ReadWalRequest
+    ProposerGreeting
+    | VoteRequest
+    | ProposerElected
+    | AppendRequest
+    | CommitAnnounce
+    | ReadWalRequest
+    | SkipWal
 )
 ProposerFrame = ProposerMessage | TokenRenewal
 """All that a proposer sends: what the acceptor is told, and what only the connection is."""
@@ -232,9 +248,6 @@ AcceptorMessage = (
     | ErrorResponse
 )
 
-_HEAD = struct.Struct("<IB")
-_LENGTH = struct.Struct("<I")
-
 # version 2, token length 2, tenant 16, timeline 16, pg_version 4, segment size 4, system id 8,
 # proposer id 16; then the token
 _PROPOSER_GREETING = struct.Struct("<HH16s16sIIQ16s")
@@ -247,8 +260,8 @@ _VOTE_REQUEST = struct.Struct("<Q16s")
 _VOTE_RESPONSE = struct.Struct("<QBQQQQ")
 # term 8; then the history
 _TERM = struct.Struct("<Q")
-# term 8, flush 8, WAL start 8, commit 8
-_ELECTED_RESPONSE = struct.Struct("<QQQQ")
+# term 8, flush 8, WAL start 8, commit 8, durable 8
+_ELECTED_RESPONSE = struct.Struct("<QQQQQ")
 # term 8, begin 8, commit 8, horizon 8; then WAL
 _APPEND_REQUEST = struct.Struct("<QQQQ")
 _WHOLE_APPEND_HEAD = struct.Struct("<IcQQQQ")
@@ -440,6 +453,7 @@ _PROPOSER_DECODERS: Final[dict[int, Callable[[memoryview], ProposerFrame]]] = {
     ord("A"): _unpack_append_request,
     ord("C"): lambda body: CommitAnnounce(*_TERM_LSN_LSN.unpack(body)),
     ord("R"): lambda body: ReadWalRequest(*_TERM_LSN_LSN.unpack(body)),
+    ord("S"): lambda body: SkipWal(*_TERM_LSN.unpack(body)),
     ord("T"): _unpack_token_renewal,
 }
 _ACCEPTOR_DECODERS: Final[dict[int, Callable[[memoryview], AcceptorMessage]]] = {
@@ -461,123 +475,50 @@ def encode_proposer_message(message: ProposerFrame) -> bytes:
             length = 1 + _APPEND_REQUEST.size + len(wal)
             return _WHOLE_APPEND_HEAD.pack(length, b"A", term, begin_lsn, commit_lsn, horizon_lsn) + wal
         case CommitAnnounce(term, commit_lsn, horizon_lsn):
-            return _frame(b"C", _TERM_LSN_LSN.pack(term, commit_lsn, horizon_lsn))
+            return encode_frame(b"C", _TERM_LSN_LSN.pack(term, commit_lsn, horizon_lsn))
         case ReadWalRequest(term, start_lsn, end_lsn):
-            return _frame(b"R", _TERM_LSN_LSN.pack(term, start_lsn, end_lsn))
+            return encode_frame(b"R", _TERM_LSN_LSN.pack(term, start_lsn, end_lsn))
+        case SkipWal(term, start_lsn):
+            return encode_frame(b"S", _TERM_LSN.pack(term, start_lsn))
         case VoteRequest(term, proposer_id):
-            return _frame(b"V", _VOTE_REQUEST.pack(term, proposer_id))
+            return encode_frame(b"V", _VOTE_REQUEST.pack(term, proposer_id))
         case ProposerElected(term, history):
-            return _frame(b"E", _TERM.pack(term) + encode_history(history))
+            return encode_frame(b"E", _TERM.pack(term) + encode_history(history))
         case ProposerGreeting():
-            return _frame(b"G", _pack_proposer_greeting(message))
+            return encode_frame(b"G", _pack_proposer_greeting(message))
         case TokenRenewal(token):
-            return _frame(b"T", _token_bytes(token))
+            return encode_frame(b"T", _token_bytes(token))
 
 
 def encode_acceptor_message(message: AcceptorMessage) -> bytes:
     """One frame. Raises a `RefusedError` for a message beyond the bounds above."""
     match message:
         case AppendResponse(term, flush_lsn, commit_lsn):
-            return _frame(b"a", _TERM_LSN_LSN.pack(term, flush_lsn, commit_lsn))
+            return encode_frame(b"a", _TERM_LSN_LSN.pack(term, flush_lsn, commit_lsn))
         case AppendRejected(term, expected_lsn):
-            return _frame(b"j", _TERM_LSN.pack(term, expected_lsn))
-        case ElectedResponse(term, flush_lsn, wal_start_lsn, commit_lsn):
-            return _frame(b"e", _ELECTED_RESPONSE.pack(term, flush_lsn, wal_start_lsn, commit_lsn))
+            return encode_frame(b"j", _TERM_LSN.pack(term, expected_lsn))
+        case ElectedResponse(term, flush_lsn, wal_start_lsn, commit_lsn, durable_lsn):
+            packed = _ELECTED_RESPONSE.pack(term, flush_lsn, wal_start_lsn, commit_lsn, durable_lsn)
+            return encode_frame(b"e", packed)
         case WalChunk(term, start_lsn, wal):
             _check_wal_size(len(wal))
-            return _frame(b"w", _TERM_LSN.pack(term, start_lsn), wal)
+            return encode_frame(b"w", _TERM_LSN.pack(term, start_lsn), wal)
         case VoteResponse():
-            return _frame(b"v", _pack_vote_response(message))
+            return encode_frame(b"v", _pack_vote_response(message))
         case AcceptorGreeting():
-            return _frame(b"g", _pack_acceptor_greeting(message))
+            return encode_frame(b"g", _pack_acceptor_greeting(message))
         case ErrorResponse(code, text):
-            return _frame(b"x", _ERROR.pack(code, 0) + text.encode()[:4096])
+            return encode_frame(b"x", _ERROR.pack(code, 0) + text.encode()[:4096])
 
 
-def _frame(kind: bytes, body: bytes, wal: bytes = b"") -> bytes:
-    return b"".join((_LENGTH.pack(1 + len(body) + len(wal)), kind, body, wal))
-
-
-_Message = TypeVar("_Message")
-
-
-class _FrameParser(Generic[_Message]):
-    """Cuts a byte stream into messages; holds at most one incomplete frame."""
-
-    def __init__(self, decoders: dict[int, Callable[[memoryview], _Message]], greeting_type: int) -> None:
-        self._decoders = decoders
-        self._greeting_type = greeting_type
-        self._greeted = False
-        self._buffer = bytearray()
-
-    @property
-    def rest_size_bytes(self) -> int:
-        """Bytes held of a message that is not whole yet."""
-        return len(self._buffer)
-
-    def take_rest(self) -> bytes:
-        """These bytes, to be fed again, by whoever receives what follows them."""
-        rest = bytes(self._buffer)
-        self._buffer.clear()
-        return rest
-
-    def feed(self, data: bytes | bytearray | memoryview) -> list[_Message]:
-        """The messages that `data` completes, in order; WAL in them is copied once.
-
-        Raises `MalformedFrameError`, after which the connection is of no further use; messages
-        that the same call had completed before the bad frame are dropped with it.
-        """
-        if self._buffer:
-            self._buffer += data
-            data = self._buffer
-        messages: list[_Message] = []
-        with memoryview(data) as view:
-            position = self._take_frames(view, messages)
-        if data is self._buffer:
-            del self._buffer[:position]
-        else:
-            self._buffer += data[position:]
-        return messages
-
-    def _take_frames(self, view: memoryview, messages: list[_Message]) -> int:
-        """Appends whole frames' messages; returns where the first incomplete frame starts."""
-        position = 0
-        while len(view) - position >= _HEAD.size:
-            length, kind = _HEAD.unpack_from(view, position)
-            self._check_head(length, kind)
-            end = position + _LENGTH.size + length
-            if len(view) < end:
-                break
-            messages.append(self._decode(kind, view[position + _HEAD.size : end]))
-            position = end
-        return position
-
-    def _check_head(self, length: int, kind: int) -> None:
-        if kind not in self._decoders:
-            raise MalformedFrameError(f"frame type {kind:#04x} is not one that this side receives")
-        length_max = FRAME_SIZE_BYTES_MAX if self._greeted else GREETING_SIZE_BYTES_MAX
-        if not 1 <= length <= length_max:
-            raise MalformedFrameError(f"a frame of {length} bytes; at most {length_max} here")
-        if not self._greeted and kind not in (self._greeting_type, ord("x")):
-            raise MalformedFrameError(f"frame type {kind:#04x} before the greeting")
-
-    def _decode(self, kind: int, body: memoryview) -> _Message:
-        try:
-            message = self._decoders[kind](body)
-        except (struct.error, UnicodeDecodeError) as error:
-            raise MalformedFrameError(f"a frame of type {chr(kind)!r} does not parse: {error}") from error
-        self._greeted = self._greeted or kind == self._greeting_type
-        return message
-
-
-class ProposerMessageParser(_FrameParser[ProposerFrame]):
+class ProposerMessageParser(FrameParser[ProposerFrame]):
     """A safekeeper's receiving side: bytes from a proposer in, messages out."""
 
     def __init__(self) -> None:
         super().__init__(_PROPOSER_DECODERS, ord("G"))
 
 
-class AcceptorMessageParser(_FrameParser[AcceptorMessage]):
+class AcceptorMessageParser(FrameParser[AcceptorMessage]):
     """A proposer's receiving side: bytes from a safekeeper in, messages out."""
 
     def __init__(self) -> None:
@@ -585,7 +526,7 @@ class AcceptorMessageParser(_FrameParser[AcceptorMessage]):
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[AcceptorMessage]:
         """An answer to an append, which comes alone as a rule, takes a shorter way: commits wait for it."""
-        if len(data) == _WHOLE_APPEND_RESPONSE.size and self._greeted and not self._buffer:
+        if len(data) == _WHOLE_APPEND_RESPONSE.size and self.is_greeted and not self._buffer:
             length, kind, term, flush_lsn, commit_lsn = _WHOLE_APPEND_RESPONSE.unpack(data)
             if kind == b"a" and length == 1 + _TERM_LSN_LSN.size:
                 return [AppendResponse(term, flush_lsn, commit_lsn)]

@@ -94,8 +94,8 @@ def test_a_proposer_may_ask_who_it_is_talking_to() -> None:
 
 
 def test_another_protocol_version_is_refused() -> None:
-    with pytest.raises(RefusedError, match="protocol version 2"):
-        new_acceptor().receive(HERE, msgspec.structs.replace(greeting(), version=2))
+    with pytest.raises(RefusedError, match="protocol version 3"):
+        new_acceptor().receive(HERE, msgspec.structs.replace(greeting(), version=3))
 
 
 def test_wal_of_an_older_term_is_not_written() -> None:

@@ -68,7 +68,7 @@ def leader(member_count: int = 3, flush: int = 100) -> proposers.Proposer:
 
 
 def adopt(proposer: proposers.Proposer, peer: int, flush: int, wal_start: int = 100) -> Any:
-    answer = wire.ElectedResponse(wire.Term(1), Lsn(flush), Lsn(wal_start), Lsn(100))
+    answer = wire.ElectedResponse(wire.Term(1), Lsn(flush), Lsn(wal_start), Lsn(100), Lsn(0))
     return proposer.receive(peer, answer)
 
 
@@ -308,7 +308,7 @@ def test_after_a_renewal_nothing_is_committed_before_a_majority_holds_wal_up_to_
     proposer.receive(0, vote(term=wire.Term(10)))
     assert proposers.Renewed(wire.Term(10), Lsn(150)) in proposer.receive(2, vote(term=wire.Term(10)))
     for peer in (0, 2):
-        proposer.receive(peer, wire.ElectedResponse(wire.Term(10), Lsn(120), Lsn(100), Lsn(100)))
+        proposer.receive(peer, wire.ElectedResponse(wire.Term(10), Lsn(120), Lsn(100), Lsn(100), Lsn(0)))
     assert proposer.commit_lsn == 100
     acknowledge(proposer, 0, 150, term=10)
     assert proposers.CommitAdvanced(Lsn(150)) in acknowledge(proposer, 2, 150, term=10)

@@ -29,7 +29,6 @@ from excimer.wire.safekeeping import (
     AppendRequest,
     AppendResponse,
     CommitAnnounce,
-    MalformedFrameError,
     ProposerMessage,
     Term,
     VoteRequest,
@@ -37,6 +36,7 @@ from excimer.wire.safekeeping import (
     encode_acceptor_message,
     encode_proposer_message,
 )
+from excimer.wire.safekeeping_frames import MalformedFrameError
 from tests.kit.acceptor_driver import CONNECTION, SEGMENT_SIZE_BYTES, START, Driver, create_timeline, opened
 from tests.kit.append_stream import StreamDriver
 from tests.kit.tls import new_tls
