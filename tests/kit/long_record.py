@@ -1,10 +1,12 @@
 """WAL with one record of hundreds of megabytes that is never in memory, and what ingest needs for it.
 
-Run as a program: ``python -m tests.kit.long_record commit|prepare MEGABYTES`` ingests such a record
-and prints, as JSON, the bytes of the record and of its values and the growth of the peak of memory.
+Run as a program: ``python -m tests.kit.long_record commit|prepare MEGABYTES [MORE]`` ingests such a record
+and prints, as JSON, the bytes of the record and of its values and the growth of the peak of memory. The
+process may have so many megabytes more than it has before.
 """
 
 import json
+import resource
 import struct
 import sys
 from array import array
@@ -117,12 +119,19 @@ class CountingTimeline(ValueTimeline):
 
 def peak_size_bytes() -> int:
     """The most memory that this process has had resident."""
+    return _memory_of_process("VmHWM")
+
+
+def _memory_of_process(name: str) -> int:
     status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    (line,) = (line for line in status.splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 
 
-def main(kind: str, megabytes: str) -> None:
+def main(kind: str, megabytes: str, more: str = "") -> None:
+    if more:
+        limit = _memory_of_process("VmSize") + (int(more) << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     size_bytes = int(megabytes) << 20
     if kind == "commit":
         info, data = xact.XACT_COMMIT | xact.XACT_HAS_INFO, commit_data(size_bytes)

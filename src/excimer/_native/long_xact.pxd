@@ -22,6 +22,7 @@ cdef class LongXact(RecordTaker):
     cdef size_t kept_capacity
     cdef uint32_t state_file_crc
     cdef const char* failure
+    cdef bint is_out_of_memory
 
     cdef uint8_t info
     cdef uint32_t rest  # bytes of the record that have not come
@@ -43,7 +44,7 @@ cdef class LongXact(RecordTaker):
     cdef void use_prepare_head(self, const uint8_t* item) noexcept nogil
     cdef void set_step(self, int step, uint32_t item_size, uint64_t count) noexcept nogil
     cdef void next_step(self) noexcept nogil
-    cdef int keep(self, const uint8_t* part, size_t size) noexcept nogil
+    cdef void keep(self, const uint8_t* part, size_t size) noexcept nogil
     cdef const char* finish(self) noexcept nogil
     cdef void forget(self) noexcept nogil
     cdef void collect(self, ChangeSet changes, bint with_commit_times) noexcept nogil

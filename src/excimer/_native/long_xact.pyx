@@ -132,8 +132,7 @@ cdef class LongXact(RecordTaker):
                 self.failure = WRONG_SUM
             if is_main and self.is_prepare:
                 self.state_file_crc = crc32c(self.state_file_crc, part, used)
-                if self.keep(part, used) < 0:
-                    self.failure = "no memory for a prepared transaction"
+                self.keep(part, used)
             part += used
             size -= used
             if self.items_left == 0:
@@ -223,8 +222,7 @@ cdef class LongXact(RecordTaker):
         elif self.step == RELATION_COUNT:
             self.set_step(RELATIONS, 12, <uint64_t> u32(items) + 1)
         elif self.step == RELATIONS:
-            if self.keep(items, <size_t> count * 12) < 0:
-                self.failure = "no memory for the relations that a transaction drops"
+            self.keep(items, <size_t> count * 12)
         elif self.step == STATISTICS_COUNT:
             self.set_step(STATISTICS, 16 if self.pg_version >= 18 else 12, <uint64_t> u32(items) + 1)
         elif self.step == INVAL_COUNT:
@@ -286,7 +284,7 @@ cdef class LongXact(RecordTaker):
             self.failure = PREPARE_TOO_SHORT
         self.set_step(PREPARE_NAME, 1, (u16(item + 46 + more) + 7) // 8 * 8 + 1)
 
-    cdef int keep(self, const uint8_t* part, size_t size) noexcept nogil:
+    cdef void keep(self, const uint8_t* part, size_t size) noexcept nogil:
         """Grows with what arrives; large blocks move without being copied."""
         cdef size_t capacity
         cdef uint8_t* grown
@@ -296,23 +294,24 @@ cdef class LongXact(RecordTaker):
                 capacity = KEPT_SIZE_MIN
             grown = <uint8_t*> realloc(self.kept, capacity)
             if grown == NULL:
-                return -1
+                self.is_out_of_memory = True
+                return
             self.kept = grown
             self.kept_capacity = capacity
         memcpy(self.kept + self.kept_size, part, size)
         self.kept_size += size
-        return 0
 
     cdef const char* finish(self) noexcept nogil:
-        """The record is whole, and its checksum right. NULL, or what is wrong with it."""
+        """The record is whole, and its checksum right. NULL, or what is wrong with it.
+
+        That memory ran out is no fault of the record: `collect` has the batch say so.
+        """
         if self.failure != NULL:
             return self.failure
         if self.step <= PART_HEADER:
             return WRONG_SUM
         if self.step != END:
             return PREPARE_TOO_SHORT if self.is_prepare else TOO_SHORT
-        if self.xids.is_out_of_memory:
-            return "no memory for a transaction's subtransactions"
         if not self.is_prepare:
             self.xact.relations = self.kept
             self.xact.relation_count = <uint32_t> (self.kept_size // 12)
@@ -326,10 +325,13 @@ cdef class LongXact(RecordTaker):
         self.kept_capacity = 0
         self.newest_xid = 0
         self.last_xid = 0
+        self.is_out_of_memory = False
         self.xids.clear()
 
     cdef void collect(self, ChangeSet changes, bint with_commit_times) noexcept nogil:
         """What a finished record touches."""
+        if self.is_out_of_memory or self.xids.is_out_of_memory:
+            changes.batch.is_out_of_memory = True
         if self.xact.xid:
             changes.advance_xid(self.xact.xid)
             changes.advance_xid(self.newest_xid)
@@ -355,7 +357,8 @@ cdef class LongXact(RecordTaker):
         memset(&key, 0, sizeof(key))
         key.kind, key.db, key.rel = TWO_PHASE, <uint32_t> (xid >> 32), <uint32_t> xid
         put_u32(crc, self.state_file_crc)
-        if self.keep(crc, 4) < 0:
+        self.keep(crc, 4)
+        if self.is_out_of_memory:
             changes.batch.is_out_of_memory = True
             return
         changes.put(&key, VALUE_IMAGE, STARTS_CHAIN, self.kept, <uint32_t> self.kept_size)
