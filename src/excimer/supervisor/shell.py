@@ -222,13 +222,21 @@ class Supervisor:
                 self._in_fork = launch_of(start, self._settings)
                 become(self._in_fork, start.environment, standard_input, log_file)
                 return None
-            watched.launched(pid, write_record(self._settings.run_dir, start.part, pid), time.monotonic())
+            watched.launched(pid, time.monotonic())
+            self._record(watched, pid)
         finally:
             if self._in_fork is None:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, OWN_SIGNALS)
                 os.close(log_file)
         log.info("started", part=start.part, pid=pid)
         return Started(pid=pid, is_new=True, log_start=log_start)
+
+    def _record(self, watched: Watched, pid: int) -> None:
+        """On a full disk there is no record; the process runs, and its instance lock leads to it."""
+        try:
+            watched.record = write_record(self._settings.run_dir, watched.start.part, pid)
+        except OSError as error:
+            log.warning("started and not recorded", part=watched.start.part, pid=pid, error=error)
 
     def _look_at_processes(self) -> None:
         """Notices who has ended."""

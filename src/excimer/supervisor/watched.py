@@ -29,8 +29,8 @@ class Watched:
         if self.record is not None:
             self.pid = self.record.pid
 
-    def launched(self, pid: int, record: ProcessRecord | None, now: float) -> None:
-        self.pid, self.record, self.started_at = pid, record, now
+    def launched(self, pid: int, now: float) -> None:
+        self.pid, self.record, self.started_at = pid, None, now
         self.restart_at, self.ended_at, self.is_adopted = None, None, False
 
     def adopted(self, record: ProcessRecord) -> None:

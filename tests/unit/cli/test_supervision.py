@@ -192,6 +192,24 @@ def test_a_fork_has_nothing_of_the_supervisor(
     stop(installation, part)
 
 
+def test_a_restart_that_cannot_be_recorded_is_one_all_the_same(installation: Installation) -> None:
+    """As on a full disk: the process is found by its lock, and watched."""
+    part = part_of(installation)
+    process = start(installation, part)
+    record = installation.run_dir / "small.pid"
+    record.unlink()
+    record.mkdir()
+    kill(process)
+    wait_until(comes_back(installation, part, process), "the restart")
+    second = running(installation, part)
+    assert state(installation, part).pid == second.pid
+    assert "started and not recorded" in log_path(installation, "supervisor").read_text()
+    kill(second)
+    wait_until(comes_back(installation, part, second), "the restart after that")
+    record.rmdir()
+    stop(installation, part)
+
+
 def test_what_is_no_request_does_no_harm(installation: Installation) -> None:
     part = part_of(installation)
     start(installation, part)
