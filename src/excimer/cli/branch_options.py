@@ -91,11 +91,15 @@ def new_branch_name(argument: str | None, option: str | None) -> str:
     return argument if argument is not None else str(option)
 
 
+def is_lsn(text: str) -> bool:
+    return _LSN.match(text) is not None
+
+
 def branch_point(at: str | None) -> dict[str, str]:
     """The request's field for an LSN or a time. Raises `UsageError`."""
     if at is None:
         return {}
-    if _LSN.match(at):
+    if is_lsn(at):
         return {"at_lsn": at}
     try:
         moment = parse_moment(at, datetime.now(UTC).astimezone())

@@ -1,9 +1,12 @@
 """The explanation of a page in lines: each layer visited, each value found, the page that came of it."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 from excimer.cli.layer_chart import describe_size
+
+NEWEST_SHOWN: Final = 20
+OLDEST_SHOWN: Final = 5
 
 
 def draw_explanation(answer: dict[str, Any]) -> Iterator[str]:
@@ -16,11 +19,20 @@ def draw_explanation(answer: dict[str, Any]) -> Iterator[str]:
         yield f"     {visit['low_lsn']} < LSN <= {visit['high_lsn']}, branch {branch}"
         if not visit["values"]:
             yield "     nothing of this page"
-        for value in visit["values"]:
-            end = ", nothing older matters" if value["starts_chain"] else ""
-            yield f"     {value['lsn']:>17}  {value['text']} ({describe_size(value['size_bytes'])}){end}"
+        yield from _values(visit["values"])
     yield ""
     yield from _outcome(answer)
+
+
+def _values(values: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The newest and the oldest; a page that changes all the time has thousands."""
+    left_out = len(values) - NEWEST_SHOWN - OLDEST_SHOWN
+    for index, value in enumerate(values):
+        if left_out <= 1 or not NEWEST_SHOWN <= index < NEWEST_SHOWN + left_out:
+            end = ", nothing older matters" if value["starts_chain"] else ""
+            yield f"     {value['lsn']:>17}  {value['text']} ({describe_size(value['size_bytes'])}){end}"
+        elif index == NEWEST_SHOWN:
+            yield f"     {'…':>17}  {left_out:,} more; --json has them all"
 
 
 def _place(visit: dict[str, Any]) -> str:

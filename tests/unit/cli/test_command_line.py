@@ -91,6 +91,8 @@ def test_help_of_every_command_works(tmp_path: Path) -> None:
         (["init", "--safekeepers", "2"], "must be odd"),
         (["endpoint", "create"], "Missing argument"),
         (["profile"], "Missing argument"),
+        (["timeline", "time-of", "main", "-5m"], "'now-5m' is not an LSN like 0/16B3748"),
+        (["timeline", "lsn-at", "main", "0/16B3748"], "is not a time like 2026-01-31T12:00:00Z"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -22,6 +22,7 @@ from excimer.cli.commands.tenant import _show_tenants
 from excimer.cli.commands.timeline import _show_tree
 from excimer.cli.commands.timeline_history import running_sentence, stopped_sentence
 from excimer.cli.log_lines import as_json_line, failure
+from excimer.cli.page_text import draw_explanation
 from excimer.cli.session import Session, find_directory, is_styled
 from excimer.storage.format.tenant_settings import TenantSettings
 
@@ -151,6 +152,33 @@ def test_names_are_whole_on_a_narrow_terminal(show: Callable[[Console], None]) -
     column = "".join(line[left:].split(" ")[0] for line in lines if len(line) > left)
     assert NAME in column or NAME in stream.getvalue(), lines
     assert "…" not in stream.getvalue()
+
+
+def test_words_in_tables_stay_whole_and_lines_have_no_tail() -> None:
+    stream = io.StringIO()
+    url = "postgresql://postgres@127.0.0.1:16959/postgres?sslmode=disable"
+    _show_endpoints(Console(file=stream, width=40, color_system=None), [_endpoint(url=url), _endpoint()])
+    heading, first, *_ = stream.getvalue().splitlines()
+    assert heading.split() == ["endpoint", "tenant", "branch", "state", "mode", "pg", "url"]
+    assert first.split() == [NAME, NAME, NAME, "running", "primary", "18", url]
+    assert heading == heading.rstrip()
+
+
+def test_a_page_with_thousands_of_values_is_explained_in_a_few_lines() -> None:
+    def explain(count: int) -> list[str]:
+        values = [
+            {"lsn": f"0/{lsn:X}", "text": "change", "size_bytes": 8, "starts_chain": lsn == 1}
+            for lsn in range(count, 0, -1)
+        ]
+        visit = {"layer": None, "kind": "memory", "branch": "main", "low_lsn": "0/0", "high_lsn": "0/F"}
+        answer = {"page": "p", "lsn": "0/F", "pg_version": 18, "problem": None, "header": None}
+        return list(draw_explanation(answer | {"visits": [visit | {"values": values}]}))
+
+    shown = [line.strip() for line in explain(3000)]
+    assert len(shown) < 40
+    assert {"0/BB8  change (8 B)", "…  2,975 more; --json has them all"} <= set(shown)
+    assert "0/1  change (8 B), nothing older matters" in shown
+    assert len(explain(26)) == len(explain(25)) + 1, "one value takes no more room than its absence"
 
 
 def test_no_color_leaves_no_style(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def end_of(installation: Installation, endpoint: dict[str, Any]) -> str | None:
 
 
 def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
-    from excimer.cli.tables import plain_table
+    from excimer.cli.tables import plain_table, show_table
 
     if not rows:
         console.print("no endpoints yet: excimer endpoint create NAME")
@@ -370,7 +370,7 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
             str(row["pg_version"]),
             row["url"],
         )
-    console.print(table)
+    show_table(console, table)
     for row in rows:
         if row["reason"] is not None:
             console.print(f"endpoint {row['name']} ended: {row['reason']}", markup=False)
@@ -403,7 +403,7 @@ def show(context: typer.Context, name: OptionalEndpointArgument = None) -> None:
 def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
     from rich.text import Text
 
-    from excimer.cli.tables import plain_table
+    from excimer.cli.tables import plain_table, show_table
 
     pending = value["restart_pending"]
     rows = [
@@ -429,7 +429,7 @@ def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
     table.show_header = False
     for heading, said in rows:
         table.add_row(Text(heading), Text(said))
-    console.print(table)
+    show_table(console, table)
 
 
 @app.command()

@@ -189,7 +189,7 @@ def sentence_of(name: str, answer: dict[str, Any]) -> str:
 def _show(console: "Console", name: str, answer: dict[str, Any]) -> None:
     from rich.text import Text
 
-    from excimer.cli.tables import plain_table
+    from excimer.cli.tables import plain_table, show_table
 
     if not answer["settings"] and not answer["restart_pending"]:
         console.print(f"endpoint {name} has no settings of its own", highlight=False)
@@ -199,4 +199,4 @@ def _show(console: "Console", name: str, answer: dict[str, Any]) -> None:
         value = answer["settings"].get(each)
         shown = Text("(default)", style="dim") if value is None else Text(value)
         table.add_row(Text(each), shown, "after restart" if each in answer["restart_pending"] else "")
-    console.print(table)
+    show_table(console, table)

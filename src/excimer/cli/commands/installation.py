@@ -542,7 +542,7 @@ def _show_status(
     trusts_local: bool = False,
     has_supervisor: bool = True,
 ) -> None:
-    from excimer.cli.tables import plain_table
+    from excimer.cli.tables import plain_table, show_table
 
     table = plain_table("part", "state", "pid", "http", "")
     colors = {"running": "green", "stopped": "dim"}
@@ -554,7 +554,7 @@ def _show_status(
         table.add_row(
             row["part"], f"[{color}]{row['state']}[/{color}]", str(row["pid"] or ""), row["http"], extra
         )
-    console.print(table)
+    show_table(console, table)
     if tls is not None:
         line = f"TLS between services: {tls['certificate']}, until {tls['expires']}"
         console.print(line, highlight=False, soft_wrap=True)

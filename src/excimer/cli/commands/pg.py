@@ -46,14 +46,14 @@ def list_builds(context: typer.Context) -> None:
 
 
 def _show_builds(console: "Console", rows: list[dict[str, Any]]) -> None:
-    from excimer.cli.tables import plain_table
+    from excimer.cli.tables import plain_table, show_table
 
     table = plain_table("pg", "version", "origin", "lacks", "where")
     for row in rows:
         missing = row["missing_libraries"]
         lacks = f"[red]cannot run: needs {', '.join(missing)}[/red]" if missing else ", ".join(row["lacks"])
         table.add_row(str(row["version"]), row["full_version"], row["origin"], lacks, row["bin_dir"])
-    console.print(table)
+    show_table(console, table)
     in_use = {row["version"]: row for row in reversed(rows)}
     for version, row in sorted(in_use.items(), reverse=True):
         if row["remedy"] is not None:

@@ -221,7 +221,7 @@ def _role_row(row: list[str | None]) -> dict[str, Any]:
 def _show_roles(console: "Console", rows: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
-    from excimer.cli.tables import plain_table
+    from excimer.cli.tables import plain_table, show_table
 
     table = plain_table("role", "rights", "member of", "password")
     shown = {"scram": "yes", None: "none", "md5": "md5: cannot log in, give it a new one"}
@@ -229,7 +229,7 @@ def _show_roles(console: "Console", rows: list[dict[str, Any]]) -> None:
         groups = ", ".join(row["member_of"])
         cells = row["role"], ", ".join(row["rights"]), groups, shown[row["password"]]
         table.add_row(*map(Text, cells))
-    console.print(table)
+    show_table(console, table)
 
 
 def _say(session: Session, said: str, endpoint: dict[str, Any], role: str, password: str | None) -> None:

@@ -66,7 +66,7 @@ def list_tenants(context: typer.Context) -> None:
 
 
 def _show_tenants(console: "Console", tenants: list[dict[str, Any]]) -> None:
-    from excimer.cli.tables import plain_table
+    from excimer.cli.tables import plain_table, show_table
 
     if not tenants:
         console.print("no tenants yet: excimer tenant create")
@@ -80,7 +80,7 @@ def _show_tenants(console: "Console", tenants: list[dict[str, Any]]) -> None:
             tenant["state"],
             tenant["created_at"][:19].replace("T", " "),
         )
-    console.print(table)
+    show_table(console, table)
 
 
 @app.command()
@@ -96,7 +96,7 @@ def size(
 
 
 def _show_sizes(console: "Console", answer: dict[str, Any]) -> None:
-    from excimer.cli.tables import plain_table
+    from excimer.cli.tables import plain_table, show_table
 
     console.print(f"synthetic size {size_text(answer['synthetic_size_bytes'])}", highlight=False)
     if answer["archived_size_bytes"]:
@@ -106,7 +106,7 @@ def _show_sizes(console: "Console", answer: dict[str, Any]) -> None:
     for row in answer["branches"]:
         kinds = (row[f"{kind}_size_bytes"] for kind in ("logical", "resident", "remote"))
         table.add_row(row["name"], *("archived" if size is None else size_text(size) for size in kinds))
-    console.print(table)
+    show_table(console, table)
 
 
 def size_text(size_bytes: int) -> str:
@@ -197,7 +197,7 @@ def _number(text: str) -> int | float:
 
 
 def _show_config(console: "Console", answer: dict[str, Any]) -> None:
-    from excimer.cli.tables import plain_table
+    from excimer.cli.tables import plain_table, show_table
 
     table = plain_table("setting", "value", "")
     for name, value in answer["effective"].items():
@@ -206,7 +206,7 @@ def _show_config(console: "Console", answer: dict[str, Any]) -> None:
             f"{value:g}" if isinstance(value, float) else str(value),
             "set for this tenant" if name in answer["overrides"] else "",
         )
-    console.print(table)
+    show_table(console, table)
     if answer["problem"]:
         console.print(
             f"{answer['problem']}: set them anew with --replace; until then the defaults are in force and no "

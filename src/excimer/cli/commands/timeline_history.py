@@ -5,6 +5,7 @@ Not here: branches themselves (`timeline`).
 
 import secrets
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 import typer
@@ -16,6 +17,7 @@ from excimer.cli.branch_options import (
     KeepActiveOption,
     TenantOption,
     branch_point,
+    is_lsn,
 )
 from excimer.cli.commands.endpoint import is_running, stop_endpoint
 from excimer.cli.commands.tenant import tenant_name
@@ -23,7 +25,7 @@ from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import StillRunningError, UsageError
 from excimer.cli.installation import Installation, load_installation
 from excimer.cli.local_processes import exclusive
-from excimer.cli.moments import EXAMPLES
+from excimer.cli.moments import EXAMPLES, MomentError, parse_moment
 from excimer.cli.session import Session, session_of
 
 KeepOption = Annotated[
@@ -138,10 +140,11 @@ def lsn_at(
     tenant: TenantOption = None,
 ) -> None:
     """Show the LSN of a branch at a moment: the newest before any later commit."""
-    point = branch_point(time)
-    if "at_timestamp" not in point:
-        raise UsageError(f"{time!r} is not a time like {EXAMPLES}")
-    query = {"branch": branch_name, "timestamp": point["at_timestamp"]}
+    try:
+        moment = parse_moment(time, datetime.now(UTC).astimezone())
+    except MomentError as error:
+        raise UsageError(f"{time!r} is not a time like {EXAMPLES}") from error
+    query = {"branch": branch_name, "timestamp": moment.isoformat()}
     found = _ask(context, tenant, "lsn_at_timestamp", query)
     session_of(context).say(found["lsn"], found)
 
@@ -153,7 +156,7 @@ def time_of(
     tenant: TenantOption = None,
 ) -> None:
     """Show when the last commit at or before an LSN of a branch happened."""
-    if "at_lsn" not in branch_point(lsn):
+    if not is_lsn(lsn):
         raise UsageError(f"{lsn!r} is not an LSN like 0/16B3748")
     found = _ask(context, tenant, "timestamp_of_lsn", {"branch": branch_name, "lsn": lsn})
     session_of(context).say(found["timestamp"], found)
