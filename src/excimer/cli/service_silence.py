@@ -144,7 +144,8 @@ def _words_of(installation: Installation, part: Part, *, has_had_time: bool) -> 
         return None
     if words:
         return "; ".join(words)
-    return f"process {process.pid} has said nothing yet" if has_had_time else None
+    says_nothing = state in ("starting", "silent") and has_had_time
+    return f"process {process.pid} has said nothing yet" if says_nothing else None
 
 
 @contextlib.contextmanager

@@ -169,7 +169,9 @@ class Proposer:
 
     def missing_majority(self) -> str | None:
         """Which safekeepers are missing for a majority, in one sentence; None while enough of them answer."""
-        silent = [peer.silence for peer in self._peers if peer.silence is not None]
+        is_elected = self._election is not None
+        asked = [peer.silence(is_elected=is_elected) for peer in self._peers]
+        silent = [sentence for sentence in asked if sentence is not None]
         if len(self._peers) - len(silent) >= majority(len(self._peers)):
             return None
         return f"a majority of safekeepers: {', '.join(silent)}"

@@ -89,15 +89,19 @@ class SafekeeperPeer:
     def is_connected(self) -> bool:
         return self._connection is not None
 
-    @property
-    def silence(self) -> str | None:
-        """That it cannot be counted on now, and why if that is known; None while it answers."""
+    def silence(self, *, is_elected: bool) -> str | None:
+        """That it cannot be counted on now, and why if that is known; None while it answers.
+
+        Before an election it is only expected to speak once: heartbeats, which it answers, come after.
+        """
         if self._connection is None:
             why = f": {self.failure}" if self.is_hopeless else ""
             return f"safekeeper {self.address} does not answer{why}"
         has_spoken = self._connection.has_heard
-        limit_s = ANSWER_S_MAX if has_spoken else GREETING_S_MAX
-        if (self._is_mute and not has_spoken) or self._connection.silent_s > limit_s:
+        is_late = self._connection.silent_s > (ANSWER_S_MAX if has_spoken else GREETING_S_MAX)
+        if has_spoken and not is_elected:
+            is_late = False
+        if is_late or (self._is_mute and not has_spoken):
             return f"safekeeper {self.address} does not answer"
         return None
 

@@ -150,7 +150,8 @@ def test_who_waits_for_a_start_hears_what_the_part_waits_for(
         words[0] = "start: waits for PostgreSQL to accept connections"
         hear(capsys, "PostgreSQL to accept connections …\n")
         monkeypatch.setattr(part_state, "probe_health", lambda *_: Probed(200, [], {}))
-        monkeypatch.setattr(part_state, "probe_health", lambda *_: Probed(503, [], {}))
+        monkeypatch.setattr(part_state, "probe_health", lambda *_: Probed(0, [], {}))
+        monkeypatch.setattr(part_state, "_age_s", lambda _: 0.0)
         monkeypatch.setattr(service_silence, "WORDLESS_S", 0.0)
         hear(capsys, f"process {ME.pid} has said nothing yet …\n")
 

@@ -1,7 +1,9 @@
 """Which safekeepers are missing is known while an election waits for them, whatever way they are away."""
 
 import asyncio
+import contextlib
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -17,8 +19,33 @@ LIMIT_S = 60
 HOST = "127.0.0.1"
 
 
-async def elect_without(addresses: list[str], words: list[str]) -> str:
-    """The first sentence with all the words; the election itself must not come to an end."""
+@contextlib.asynccontextmanager
+async def answering(word: bytes) -> AsyncIterator[str]:
+    """The address of somebody who takes connections and answers each with `word` and nothing more."""
+    handlers: set[asyncio.Task[object]] = set()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        handlers.add(task)
+        try:
+            await reader.read(4096)
+            writer.write(word)
+            while await reader.read(4096):
+                pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(answer, HOST, 0) as server:
+        yield f"{HOST}:{server.sockets[0].getsockname()[1]}"
+    await asyncio.wait(handlers, timeout=LIMIT_S)
+
+
+async def elect_without(addresses: list[str], words: list[str], without: str = "-") -> str:
+    """The first sentence with all the words and without another, 0.3 s after the start or later.
+
+    The election itself must not come to an end.
+    """
     proposer = Proposer(
         tenant_id=parse_tenant_id("a" * 32),
         timeline_id=parse_timeline_id("b" * 32),
@@ -26,11 +53,13 @@ async def elect_without(addresses: list[str], words: list[str]) -> str:
         token="",
     )
     election = asyncio.ensure_future(proposer.elect())
-    deadline = time.monotonic() + LIMIT_S
+    begun = time.monotonic()
+    deadline = begun + LIMIT_S
     try:
         while True:
             said = proposer.missing_majority() or ""
-            if all(word in said for word in words):
+            is_later = time.monotonic() > begun + 0.3
+            if is_later and all(word in said for word in words) and without not in said:
                 return said
             assert time.monotonic() < deadline, f"never said: {words}; said: {said!r}"
             assert not election.done()
@@ -48,16 +77,25 @@ def test_those_that_refuse_connections_and_those_that_never_speak_are_named(
     monkeypatch.setattr(safekeeper_peer, "SILENT_S_MAX", 0.5)
 
     async def run() -> None:
-        async def keep_quiet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            while await reader.read(4096):
-                pass
-            writer.close()
-
-        async with await asyncio.start_server(keep_quiet, HOST, 0) as mute:
-            quiet = f"{HOST}:{mute.sockets[0].getsockname()[1]}"
+        async with answering(b"") as quiet:
             gone = [f"{HOST}:{free_port()}" for _ in range(2)]
             said = await elect_without([quiet, *gone], [f"safekeeper {each} does" for each in [quiet, *gone]])
             assert said.startswith("a majority of safekeepers: safekeeper ")
+
+    asyncio.run(run())
+
+
+def test_one_that_has_spoken_is_not_missed_while_there_is_no_election(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is said to it then, so it has nothing to answer."""
+    monkeypatch.setattr(safekeeper_peer, "GREETING_S_MAX", 0.1)
+    monkeypatch.setattr(safekeeper_peer, "ANSWER_S_MAX", 0.1)
+
+    async def run() -> None:
+        async with answering(b"\0") as there:  # the beginning of a message
+            gone = [f"{HOST}:{free_port()}" for _ in range(2)]
+            await elect_without([there, *gone], [f"safekeeper {each} does" for each in gone], without=there)
 
     asyncio.run(run())
 
