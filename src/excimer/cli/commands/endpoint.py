@@ -207,6 +207,7 @@ def start_endpoint(
     while it starts is followed by its successor.
     """
     client = ControllerClient(installation)
+    client.get("endpoints", name)  # a controller that is silent is waited for while others may work
     is_new = False
     while True:
         with exclusive(installation, session.note):
