@@ -17,7 +17,7 @@ from excimer.cli.part_state import ask_part
 from excimer.cli.session import Session, current_session
 
 PROBE_LIMIT_S: Final = 1.0
-PATIENCE_S: Final = 1.0
+PATIENCE_S: Final = 0.5
 """How long an answer that is only wanted is waited for before its service is asked whether it lives."""
 
 EARLY_WORD_S: Final = 3.0
