@@ -7,10 +7,15 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from excimer.postgres import BuildSource, PostgresBuild, add_build, install_build
+from excimer.cli.import_directory_needs import directory_needs
+from excimer.cli.import_needs import unmet
+from excimer.cli.import_server_needs import server_needs
+from excimer.postgres import BuildSource, PostgresBuild, add_build, install_build, run_initdb
 from excimer.postgres.debian_packages import PackagesUnavailableError, has_packages
 from tests.kit.builds import NEWEST_VERSION
+from tests.kit.directories import reachable_directory
 from tests.kit.stack import Stack, running_stack
+from tests.kit.stock_server import stock_server
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,29 @@ def test_it_lacks_nothing_but_jit(build: PostgresBuild) -> None:
     assert set(build.features.lacks()) <= {"JIT"}
     assert build.environment() == {}, "programs that PostgreSQL starts must not load its libraries"
     assert "(Debian" in build.full_version
+
+
+def test_what_a_cluster_of_it_uses_is_seen_before_an_import(build: PostgresBuild) -> None:
+    with reachable_directory() as root:
+        run_initdb(build, root / "data")
+        with stock_server(build, root / "data", {"listen_addresses": "127.0.0.1"}) as server:
+            server.sql(
+                "create database app template template0 locale_provider icu icu_locale 'de' locale 'C.UTF-8'"
+            )
+            server.sql('create extension pgcrypto; create collation g (provider = icu, locale = "de")', "app")
+            server.sql('create table t (a text compression lz4, x xml, u text collate "de-x-icu")', "app")
+            url = f"postgres://postgres@127.0.0.1:{server.port}/postgres"
+            asked, refused = server_needs(url), server_needs(url.replace("postgres@", "nobody@"))
+        read = directory_needs(root / "data", build.version)
+    collations = ("collation de-x-icu in database app", "collation g in database app")
+    assert asked.icu == ("database app", *collations)
+    assert (asked.lz4, asked.xml) == (("column t.a in database app",), ("column t.x in database app",))
+    assert asked.libraries["pgcrypto"] == "database app"
+    assert not asked.unseen
+    assert 'role "nobody" does not exist' in refused.unseen[0]
+    assert (read.icu, read.unseen) == (("database app",), ())
+    assert read.libraries.keys() == asked.libraries.keys()
+    assert unmet(build, asked) == unmet(build, read) == {}
 
 
 def test_an_endpoint_runs_on_it_with_all_that_the_default_lacks(stack: Stack) -> None:
