@@ -45,6 +45,9 @@ class ConnectionLimits:
     """Connections that have not proved yet who they are."""
     handshake_s: float = 10.0
     """From accept to proof, TLS included."""
+    read_s: float = 60.0
+    """A peer that is sent an answer takes some 48 KiB of it in this time (asyncio's buffer, from its upper to
+    its lower mark), or loses its connection. The answer as a whole may take as long as it does."""
 
     def within_open_files(self, files_max: int) -> "ConnectionLimits":
         """The same, but no more than a process can hold that may open `files_max` files.
@@ -55,6 +58,7 @@ class ConnectionLimits:
             authenticated_max=max(1, min(self.authenticated_max, files_max // _FILES_PER_AUTHENTICATED)),
             waiting_max=max(1, min(self.waiting_max, files_max // _FILES_PER_WAITING)),
             handshake_s=self.handshake_s,
+            read_s=self.read_s,
         )
 
 
@@ -81,6 +85,10 @@ class Admission:
     def port(self) -> str:
         """The port's name in logs."""
         return self._gate.what
+
+    @property
+    def limits(self) -> ConnectionLimits:
+        return self._gate.limits
 
     def authenticated(self) -> None:
         """It has proved who it is: it may stay. Raises `TooManyConnectionsError`. Idempotent."""

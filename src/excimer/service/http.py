@@ -270,10 +270,35 @@ class _HttpConnection(H11Protocol):
     ) -> None:
         super().__init__(config=config, server_state=server_state, app_state={ADMISSION: admission})
         self._admission = admission
+        self._read_timer: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._read_timer = self.loop.call_later(self._admission.limits.read_s, self._end_slow_reader)
+
+    def resume_writing(self) -> None:
+        self._stop_read_timer()
+        super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_read_timer()
         self._admission.release()
         super().connection_lost(exc)
+
+    def _end_slow_reader(self) -> None:
+        """What is buffered for the peer, and whoever makes more of it, is not kept for ever."""
+        log.warning(
+            "connection dropped",
+            port=self._admission.port,
+            reason="its answer is not read",
+            limit_s=self._admission.limits.read_s,
+        )
+        self.transport.abort()
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
 
 class _RequestObserver:

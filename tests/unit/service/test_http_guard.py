@@ -11,6 +11,7 @@ from typing import Annotated
 
 import pytest
 from fastapi import Body, Request
+from fastapi.responses import StreamingResponse
 from prometheus_client import CollectorRegistry
 
 from excimer.base.address import Address
@@ -27,6 +28,9 @@ from tests.kit.tokens import make_token
 KEYS = generate_key_pair()
 TOKEN = make_token(KEYS, Right.MANAGE)
 BEARER = f"Authorization: Bearer {TOKEN}\r\n".encode()
+LONG_PARTS = 256
+"""16 MiB: more than the sockets of both sides hold."""
+answers_ended: list[float] = []
 LIMITS = RequestLimits(head_bytes_max=2000, body_bytes_max=1000, body_s=0.3)
 
 
@@ -51,6 +55,17 @@ async def server(
     @app.post("/v1/stream")
     async def stream(request: Request) -> int:
         return sum([len(chunk) async for chunk in request.stream()])
+
+    @app.get("/v1/long")
+    async def long() -> StreamingResponse:
+        return StreamingResponse(parts())
+
+    async def parts() -> AsyncIterator[bytes]:
+        try:
+            for _ in range(LONG_PARTS):
+                yield bytes(1 << 16)
+        finally:
+            answers_ended.append(time.monotonic())
 
     async with serving_http(app, "127.0.0.1:0", "test http_listen", connections) as address:
         yield address
@@ -242,5 +257,51 @@ def test_random_bytes(seed: int, is_light: bool) -> None:
                     assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
                 writer.close()
             assert (await HttpClient("x", str(address)).get("/healthz"))["status"] == "ok"
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_is_not_read_does_not_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever has a token may read slowly, but not a byte a minute: what makes the answer ends, and its place
+    is free for others."""
+
+    async def main() -> None:
+        limits = ConnectionLimits(authenticated_max=1, read_s=0.5)
+        async with server(limits) as address:
+            answers_ended.clear()
+            reader, writer = await asyncio.open_connection(*address, limit=1024)
+            writer.write(b"GET /v1/long HTTP/1.1\r\nHost: x\r\n" + BEARER + b"\r\n")
+            assert await reader.readexactly(8) == b"HTTP/1.1"
+            async with asyncio.timeout(60):
+                while not answers_ended:
+                    await reader.read(1)
+                    await asyncio.sleep(0.05)
+            head = b"POST /v1/length HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 12\r\n"
+            head += b"Content-Type: application/json\r\n"
+            status, _, _ = await exchange(address, head + BEARER + b'\r\n{"text":"x"}')
+            assert status == 200
+            writer.close()
+
+    asyncio.run(main())
+    assert "its answer is not read" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_read_slowly_but_steadily_comes_whole() -> None:
+    limit_s = 5.0
+
+    async def main() -> None:
+        async with server(ConnectionLimits(read_s=limit_s)) as address:
+            reader, writer = await asyncio.open_connection(*address, limit=1 << 16)
+            started = time.monotonic()
+            writer.write(b"GET /v1/long HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + BEARER + b"\r\n")
+            received, pauses = 0, 0
+            while part := await reader.read(1 << 16):
+                received += len(part)
+                if received >> 20 > pauses:  # every MiB, of more than 16
+                    pauses += 1
+                    await asyncio.sleep(limit_s / 14)
+            assert received > LONG_PARTS << 16
+            assert time.monotonic() - started > limit_s, "as a whole it took longer than one part may"
+            writer.close()
 
     asyncio.run(main())
