@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import os
 import random
 import re
@@ -22,6 +23,7 @@ from excimer.base.address import Address
 from excimer.broker.nats_config import nats_config
 from excimer.broker.settings import BrokerSettings
 from excimer.cli.certificates import certificate_files, end_of_certificate, make_certificates
+from excimer.cli.commands.doctor import check_certificate
 from excimer.service import tls
 from excimer.service.accept import accept_connections, open_streams
 from excimer.service.blocking_http import http_connection
@@ -36,7 +38,7 @@ from excimer.service.settings import TlsSettings, load_settings, save_settings
 from excimer.service.tasks import TaskScope, running
 from excimer.service.tls import TlsFilesError, client_tls, configure_tls
 from excimer.service.tls_protocol import connect_tls
-from tests.kit.tls import new_tls, using_tls
+from tests.kit.tls import let_expire, new_tls, using_tls
 
 
 @contextlib.asynccontextmanager
@@ -100,6 +102,33 @@ def test_a_server_of_another_ca_or_for_another_host_is_not_believed(tmp_path: Pa
                         await status(address)
 
     asyncio.run(main())
+
+
+def test_an_expired_certificate_is_refused_and_named(tmp_path: Path) -> None:
+    """By who calls, in one line; and `doctor` says so, and weeks before."""
+    settings = new_tls(tmp_path)
+    now = datetime.datetime.now(datetime.UTC)
+    assert check_certificate(settings.certificate, now).verdict == "ok"
+    let_expire(settings, -datetime.timedelta(days=20, minutes=1))
+    soon = check_certificate(settings.certificate, now)
+    assert soon.verdict == "warning"
+    assert "in 20 days" in soon.detail
+    let_expire(settings)
+
+    async def main() -> None:
+        with using_tls(settings):
+            async with health_server(is_light=True) as address:
+                with pytest.raises(UnreachableError, match="certificate has expired") as refused:
+                    await status(address)
+                assert "\n" not in str(refused.value)
+                assert str(address) in str(refused.value)
+
+    asyncio.run(main())
+    late = check_certificate(settings.certificate, now)
+    assert late.verdict == "problem"
+    assert str(settings.certificate) in late.detail
+    settings.certificate.write_text("junk")
+    assert check_certificate(settings.certificate, now).verdict == "problem"
 
 
 def test_a_client_without_a_certificate_is_refused_where_one_is_asked_for(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`excimer doctor`: what on this machine, or of this installation, would not work, and what to do."""
 
+import datetime
 import os
 import shutil
 import sys
@@ -35,6 +36,7 @@ app = typer.Typer()
 
 FREE_SPACE_MIN_BYTES: Final = 2 << 30
 OPEN_FILES_MIN: Final = 1024
+CERTIFICATE_WARNING: Final = datetime.timedelta(days=30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ def examine(session: Session) -> Iterator[Finding]:
         yield Finding("installation", "problem", str(error))
         return
     yield _check_keys(installation)
+    if installation.config.tls is not None:
+        yield check_certificate(installation.config.tls.certificate, datetime.datetime.now(datetime.UTC))
     yield from _check_services(installation)
     yield from _check_endpoints(installation)
 
@@ -189,6 +193,27 @@ def _check_keys(installation: Installation) -> Finding:
         if path.stat().st_mode & 0o077:
             return Finding("keys", "warning", f"{path} can be read by others: chmod 600 {path}")
     return Finding("keys", "ok", str(installation.keys_dir))
+
+
+def check_certificate(path: Path, now: datetime.datetime) -> Finding:
+    """The services' own: an installation's is made anew by `excimer start`, an operator's is not."""
+    from excimer.cli.certificates import end_of_certificate
+
+    end = end_of_certificate(path)
+    if end is None:
+        return Finding("certificate", "problem", f"{path} cannot be read as a PEM certificate")
+    on = end.isoformat(timespec="seconds")
+    if end <= now:
+        return Finding("certificate", "problem", f"{path} expired on {on}: services refuse each other")
+    if end - now <= CERTIFICATE_WARNING:
+        left = (end - now).days
+        return Finding(
+            "certificate",
+            "warning",
+            f"{path} expires on {on}, in {left} days: excimer start renews an installation's own, "
+            "replace another in its place",
+        )
+    return Finding("certificate", "ok", f"{path}, until {on}")
 
 
 def _check_endpoints(installation: Installation) -> Iterator[Finding]:
