@@ -85,7 +85,7 @@ def count_calls(work: Callable[[Disk], object]) -> int:
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("kind", [Driver, StreamDriver], ids=["handled", "in the lane"])
+@pytest.mark.parametrize("kind", [Driver, StreamDriver], ids=["handled", "on the append path"])
 def test_each_disk_call_may_fail_once(tmp_path: Path, error: int, kind: type[Driver]) -> None:
     builder = build_wal()
     wal = bytes(builder.stream)
@@ -107,7 +107,7 @@ def test_each_disk_call_may_fail_once(tmp_path: Path, error: int, kind: type[Dri
             assert timeline.read_wal(START, Lsn(builder.lsn)) == wal
 
 
-@pytest.mark.parametrize("kind", [Driver, StreamDriver], ids=["handled", "in the lane"])
+@pytest.mark.parametrize("kind", [Driver, StreamDriver], ids=["handled", "on the append path"])
 def test_the_same_proposer_goes_on_after_each_failed_write_or_sync(
     tmp_path: Path, kind: type[Driver]
 ) -> None:

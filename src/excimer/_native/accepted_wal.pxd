@@ -1,4 +1,4 @@
-"""What `append_lane` uses of `accepted_wal`, without the GIL."""
+"""What `append_path` uses of `accepted_wal`, without the GIL."""
 
 from libc.stdint cimport int64_t, uint64_t
 

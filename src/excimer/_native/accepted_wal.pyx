@@ -2,7 +2,7 @@
 
 Pure, like all of `consensus`, and native because every commit comes here at every safekeeper. There is one
 copy of these rules: `consensus.acceptor` turns what they say into effects, which is what the simulator runs,
-and `append_lane` obeys them on the way from a socket to the disk.
+and `append_path` obeys them on the way from a socket to the disk.
 
 Not here: votes, histories and truncation (`consensus.acceptor` decides and sets the fields).
 """

@@ -1,4 +1,4 @@
-"""What `append_lane` uses of `channel`, without the GIL."""
+"""What `append_path` uses of `channel`, without the GIL."""
 
 from libc.stdint cimport uint8_t
 

@@ -1,6 +1,6 @@
 """A blocking socket that one thread receives from and any thread sends to; with TLS or without.
 
-What stands behind a channel does not know which of the two it is: `append_lane` answers commits through it
+What stands behind a channel does not know which of the two it is: `append_path` answers commits through it
 without the interpreter either way. With TLS the lock is held while OpenSSL works on bytes and while they are
 sent, never while the socket is waited for.
 

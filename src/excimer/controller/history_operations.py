@@ -11,7 +11,7 @@ unarchiving  the pageserver takes it up again                             active
 detaching    the pageserver copies, then the rows follow it               active, one transaction
 ===========  ===========================================================  ========================
 
-A crash in the middle is driven on by `settle`, from the controller's reconciliation; a *replacing* timeline
+A crash in the middle is driven on by `resume`, from the controller's reconciliation; a *replacing* timeline
 whose starting point was not recorded is given up, and the branch stays what it was.
 
 A compute that writes to a branch has to be stopped before the branch takes another state or is archived. It
@@ -275,7 +275,7 @@ class BranchHistory:
 
     # Driving to the end
 
-    async def settle(self, tenant: Tenant, timeline: Timeline) -> None:
+    async def resume(self, tenant: Tenant, timeline: Timeline) -> None:
         """Goes on with what stands in the row's state. Call it with the tenant locked."""
         rows = {row.timeline_id: row for row in await self._timelines(tenant)}
         timeline = rows.get(timeline.timeline_id, timeline)  # settling another may have changed it

@@ -4,10 +4,10 @@
 
     begin: row, *importing* -> (the sender streams to the pageserver) -> finish: safekeepers, *active*
                                            |
-              the sender is gone: `settle` finishes what is whole, and forgets what is not
+              the sender is gone: `resume` finishes what is whole, and forgets what is not
 
 The controller sees no byte of the content. Whether an import goes on, is whole, or was broken off is the
-pageserver's to say, and it never has one half: so whoever dies, `settle` finds the way, and a second try
+pageserver's to say, and it never has one half: so whoever dies, `resume` finds the way, and a second try
 under the same name need not wait for it.
 
 Not here: sending (the command line), taking (`excimer.pageserver.cluster_import`).
@@ -104,7 +104,7 @@ class Imports:
             if row.state == "importing":
                 await self._forget(found, row)
 
-    async def settle(self, tenant: Tenant, timeline: Timeline) -> None:
+    async def resume(self, tenant: Tenant, timeline: Timeline) -> None:
         """Finishes or forgets one whose sender does not. Call it with the tenant locked."""
         if self._clock.now() - timeline.created_at >= START_WAIT_S:
             await self._settle_broken_off(tenant, timeline)

@@ -496,11 +496,11 @@ class Controller:
             if timeline.state == "deleting":
                 await self._try_to_finish(self._finish_timeline_deletion(tenant, timeline))
             elif timeline.state == "importing":
-                await self._try_to_finish(self.imports.settle(tenant, timeline))
+                await self._try_to_finish(self.imports.resume(tenant, timeline))
             elif timeline.state == "creating":
                 await self._try_to_finish(self._abandon_or_complete(tenant, timeline))
             elif timeline.state not in ("active", "archived"):
-                await self._try_to_finish(self.history.settle(tenant, timeline))
+                await self._try_to_finish(self.history.resume(tenant, timeline))
         await self._place_missing(tenant_id)
 
     async def _abandon_or_complete(self, tenant: Tenant, timeline: Timeline) -> None:

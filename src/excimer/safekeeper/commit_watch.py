@@ -7,7 +7,7 @@ Not here: what the commit LSN means (`consensus.acceptor`).
 
 import asyncio
 
-from excimer._native.append_lane import CommitMark
+from excimer._native.append_path import CommitMark
 from excimer.base.lsn import Lsn
 
 

@@ -8,10 +8,10 @@ pool and back cost as much again as the fdatasync, 0.34 against 0.18 ms). All ap
 Messages come in two ways, of which each takes the acceptor as the other left it::
 
     handle    any message: the acceptor's effects, one after the other
-    serve     appends in a row from one connection, natively (`_native/append_lane.pyx`)
+    serve     appends in a row from one connection, natively (`_native/append_path.pyx`)
 
-`handle` closes the lane before it does anything, and opens it after an append or a commit announcement, when
-nothing waits to be flushed.
+`handle` closes the append path before it does anything, and opens it after an append or a commit announcement,
+when nothing waits to be flushed.
 
 When the disk refuses, the acceptor is ahead of it: it is thrown away and made anew from what is
 durable, as after a crash. Nothing was acknowledged in between.
@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
-from excimer._native.append_lane import AppendLane
+from excimer._native.append_path import AppendPath
 from excimer._native.channel import Channel
 from excimer._native.wal_scanner import WalScanner
 from excimer.base.clock import Monotonic
@@ -106,13 +106,13 @@ class SafekeeperTimeline:
         self._disk = disk
         self._preparer = preparer
         self._metrics = metrics
-        self._lane = AppendLane(
+        self._append_path = AppendPath(
             self.commits.mark,
-            failed=self._lane_failed,
-            tell=self._lane_told,
+            failed=self._append_failed,
+            notify=self._count_appends,
             disk=None if type(disk) is Disk else disk,
         )
-        self._lock = self._lane.lock
+        self._lock = self._append_path.lock
         self._closed: RetryableError | FencedError | None = None
         self._persisted_commit_lsn = record.commit_lsn
         self._persisted_lsns = (INVALID_LSN, INVALID_LSN, INVALID_LSN)
@@ -155,7 +155,7 @@ class SafekeeperTimeline:
         again), CorruptionError.
         """
         with self._lock:
-            self._close_lane()
+            self._close_append_path()
             self._writers.add(connection)
             acceptor = self._usable()
             acceptor.durable_lsn = self._durable_lsn
@@ -170,7 +170,7 @@ class SafekeeperTimeline:
                 self._discard_acceptor(error)
                 raise
             if isinstance(messages[-1], _IN_A_ROW):
-                self._open_lane(connection, acceptor)
+                self._open_append_path(connection, acceptor)
             return outgoing
 
     def serve(self, connection: ConnectionId, channel: Channel, buffer: bytearray, size_bytes: int) -> int:
@@ -180,12 +180,12 @@ class SafekeeperTimeline:
         many bytes at the buffer's start it has left, of which `handle` gets the messages; 0 when the peer
         has closed. Raises OSError for the socket, and as `handle` does.
         """
-        return self._lane.serve(connection, channel, buffer, size_bytes)
+        return self._append_path.serve(connection, channel, buffer, size_bytes)
 
     def disconnected(self, connection: ConnectionId) -> None:
         with self._lock:
-            if self._lane.open_to == connection:
-                self._close_lane()
+            if self._append_path.open_to == connection:
+                self._close_append_path()
             self._writers.discard(connection)
             if self._acceptor is not None:
                 self._acceptor.disconnected(connection)
@@ -299,7 +299,7 @@ class SafekeeperTimeline:
             if self._closed is not None:
                 return
             self._closed = reason
-            self._close_lane()
+            self._close_append_path()
             if self._acceptor is not None and not isinstance(reason, TimelineDeletedError):
                 try:
                     self._persist(self._acceptor.state)
@@ -307,13 +307,13 @@ class SafekeeperTimeline:
                     log.warning("commit LSN not saved", error=error, timeline_id=self.identity.timeline_id)
             self._storage.close()
 
-    def _open_lane(self, connection: ConnectionId, acceptor: Acceptor) -> None:
+    def _open_append_path(self, connection: ConnectionId, acceptor: Acceptor) -> None:
         """If `connection` may go on appending, and all that it has appended is durable."""
         span = self._storage.open_span()
         if span is None or acceptor.accepted.streaming_connection != connection:
             return
         segment_size_bytes = self.identity.wal_segment_size_bytes
-        self._lane.open(
+        self._append_path.open(
             connection,
             acceptor.accepted,
             self._scanner,
@@ -324,13 +324,13 @@ class SafekeeperTimeline:
             commit_end_lsn=(self._persisted_commit_lsn // segment_size_bytes + 1) * segment_size_bytes,
         )
 
-    def _close_lane(self) -> None:
-        if self._lane.open_to is not None and self._acceptor is not None:
+    def _close_append_path(self) -> None:
+        if self._append_path.open_to is not None and self._acceptor is not None:
             self._storage.flushed_beside(self._acceptor.flush_lsn)
-        self._lane.close()
-        self._count_flushes(*self._lane.take_flushes())
+        self._append_path.close()
+        self._count_flushes(*self._append_path.take_flushes())
 
-    def _lane_failed(self, error: Exception) -> Exception:
+    def _append_failed(self, error: Exception) -> Exception:
         """Called with the lock held. The error as `handle` raises it."""
         if self._acceptor is not None:
             self._storage.flushed_beside(self._acceptor.flush_lsn)
@@ -338,7 +338,7 @@ class SafekeeperTimeline:
         self._discard_acceptor(failure)
         return failure
 
-    def _lane_told(self, flush_seconds: list[float], size_bytes: int, has_risen: bool) -> None:
+    def _count_appends(self, flush_seconds: list[float], size_bytes: int, has_risen: bool) -> None:
         if has_risen:
             self.commits.wake()
         self._count_flushes(flush_seconds, size_bytes)

@@ -8,10 +8,10 @@
 A commit waits for this, at a process whose caches hold somebody else's data by then: the interpreter's way
 over the same steps took four times as long there as it does in a loop of its own.
 
-The lane is open to one connection at a time, for as long as appends only overwrite prepared bytes of one
+The path is open to one connection at a time, for as long as appends only overwrite prepared bytes of one
 segment. Everything else it leaves to the caller: other messages, WAL that is here already, the end of the
 segment, a term that changed. `SafekeeperTimeline` opens it and takes it back, under the lock that both hold
-while they work. So the lane decides nothing of its own, and closing it costs no more than speed.
+while they work. So the append path decides nothing of its own, and closing it costs no more than speed.
 
 Not here: what may be accepted (`accepted_wal`), segments (`safekeeper.wal_storage`), how frames look
 (`wire.safekeeping` draws them).
@@ -101,11 +101,11 @@ cdef class CommitMark:
         return was_awaited
 
 
-cdef class AppendLane:
+cdef class AppendPath:
     """One timeline's. All but `serve` is called with `lock` held, which `serve` takes for each batch.
 
     `failed(error)` is called with the lock held when the disk or the WAL fails, undoes what is not durable
-    and returns the error that `serve` raises. `tell(flush_seconds, size_bytes, has_risen)` is called without
+    and returns the error that `serve` raises. `notify(flush_seconds, size_bytes, has_risen)` is called without
     the lock, after an answer, when a reader waits for the commit LSN or times of fdatasync have gathered.
     `disk` has Python's `pwrite(fd, data, offset)` and `fdatasync(fd)` to use in place of the system's.
     """
@@ -113,7 +113,7 @@ cdef class AppendLane:
     cdef readonly NativeLock lock
     cdef CommitMark mark
     cdef object failed
-    cdef object tell
+    cdef object notify
     cdef object disk
     cdef AcceptedWal accepted
     cdef WalScanner scanner
@@ -127,11 +127,11 @@ cdef class AppendLane:
     cdef uint64_t flushed_size_bytes
     cdef object error
 
-    def __cinit__(self, CommitMark mark, *, failed, tell, disk=None):
+    def __cinit__(self, CommitMark mark, *, failed, notify, disk=None):
         self.lock = NativeLock()
         self.mark = mark
         self.failed = failed
-        self.tell = tell
+        self.notify = notify
         self.disk = disk
         self.connection = NOBODY
 
@@ -161,7 +161,7 @@ cdef class AppendLane:
         self.connection = NOBODY
 
     def take_flushes(self):
-        """What `tell` has not been told yet: the times of fdatasync, and how many bytes became durable."""
+        """What `notify` has not got yet: the times of fdatasync, and how many bytes became durable."""
         seconds = [self.flush_seconds[index] for index in range(self.flush_count)]
         size_bytes = self.flushed_size_bytes
         self.flush_count = 0
@@ -224,7 +224,7 @@ cdef class AppendLane:
         self.lock.release()
 
     cdef void store(self, int64_t connection, const uint8_t* data, size_t size, Batch* batch) noexcept nogil:
-        """Takes the whole frames that are the lane's; they are durable when it returns."""
+        """Takes the whole frames that are the append path's; they are durable when it returns."""
         cdef const uint8_t* frame
         cdef uint32_t length
         if self.connection != connection:
@@ -255,7 +255,7 @@ cdef class AppendLane:
             batch.is_failed = True
 
     cdef bint is_plain(self, const uint8_t* frame, uint64_t size) noexcept nogil:
-        """Whether the append is the lane's, and may be stored. Changes nothing."""
+        """Whether the append is the append path's, and may be stored. Changes nothing."""
         cdef uint64_t term = u64(frame + BODY_POSITION)
         cdef uint64_t begin_lsn = u64(frame + BODY_POSITION + 8)
         cdef uint64_t commit_lsn = u64(frame + BODY_POSITION + 16)
@@ -325,7 +325,7 @@ cdef class AppendLane:
 
     cdef void tell_batch(self, Batch* batch) noexcept with gil:
         seconds = [batch.flush_seconds[index] for index in range(batch.flush_count)]
-        self.tell(seconds, batch.flushed_size_bytes, bool(batch.has_risen))
+        self.notify(seconds, batch.flushed_size_bytes, bool(batch.has_risen))
 
     cdef bint write_by_disk(self, const uint8_t* wal, size_t size, uint64_t offset) noexcept with gil:
         try:

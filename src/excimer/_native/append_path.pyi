@@ -17,14 +17,14 @@ class _Disk(Protocol):
     def pwrite(self, fd: int, data: bytes, offset: int) -> None: ...
     def fdatasync(self, fd: int) -> None: ...
 
-class AppendLane:
+class AppendPath:
     lock: NativeLock
     def __init__(
         self,
         mark: CommitMark,
         *,
         failed: Callable[[Exception], Exception],
-        tell: Callable[[list[float], int, bool], None],
+        notify: Callable[[list[float], int, bool], None],
         disk: _Disk | None = None,
     ) -> None: ...
     def open(

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from excimer._native.append_lane import CommitMark
+from excimer._native.append_path import CommitMark
 from excimer._native.channel import Channel, TlsChannel
 from excimer._native.native_lock import NativeLock
 from excimer._native.openssl import TlsConnection
@@ -52,7 +52,7 @@ def build_wal(size_bytes: int) -> WalBuilder:
 
 WAL = build_wal(SEGMENT_SIZE_BYTES // 4 + 20_000)
 NEAR_SIZE_BYTES = SEGMENT_SIZE_BYTES // 4 - 30_000
-"""From here it is not far to where the next segment is prepared, which is not the lane's."""
+"""From here it is not far to where the next segment is prepared, which is not the append path's."""
 SMALL = build_wal(20_000)
 
 
@@ -87,7 +87,7 @@ def test_appends_in_a_row_are_native_but_for_a_few_in_each_segment(directory: Pa
         messages = appends(builder, driver.term, [700, 90, 1500])
         answers = driver.say(*messages)
         assert len(messages) > 2000
-        assert len(driver.handled) < 60, "the lane was not used"
+        assert len(driver.handled) < 60, "the append path was not used"
         lsns = [answer.flush_lsn for answer in answers if isinstance(answer, AppendResponse)]
         assert lsns == sorted(lsns)
         assert lsns[-1] == builder.lsn == timeline.flush_lsn
@@ -114,7 +114,7 @@ def test_it_ends_as_the_plain_way_does(
 ) -> None:
     outcomes = []
     for kind in (Driver, StreamDriver):
-        directory = tmp_path_factory.mktemp("lane") / "timeline"
+        directory = tmp_path_factory.mktemp("append-path") / "timeline"
         create_timeline(directory)
         with opened(directory) as timeline:
             driver = kind(timeline)
@@ -192,7 +192,7 @@ def test_an_answer_comes_after_the_disk_has_done_it(directory: Path) -> None:
 
 
 def test_appends_over_tls_are_answered_without_the_interpreter(tmp_path: Path, directory: Path) -> None:
-    """Python's own TLS on the other side: its bytes, in records of its making, go through the lane."""
+    """Python's own TLS on the other side: its bytes, in records of its making, go through the append path."""
     contexts = Tls(new_tls(tmp_path / "tls"))
     left: list[int] = []
     with opened(directory) as timeline:
@@ -233,7 +233,7 @@ def _is_silent(opened_socket: socket.socket) -> bool:
 
 
 def test_a_newer_term_shuts_the_older_one_out(directory: Path) -> None:
-    """C1: the lane was open to the first proposer when the second one was voted for."""
+    """C1: the append path was open to the first proposer when the second one was voted for."""
     with opened(directory) as timeline:
         first = StreamDriver(timeline)
         first.win()
@@ -249,7 +249,7 @@ def test_a_newer_term_shuts_the_older_one_out(directory: Path) -> None:
         assert timeline.flush_lsn == START + 4000
 
 
-def test_a_second_connection_of_the_term_takes_the_lane_over(directory: Path) -> None:
+def test_a_second_connection_of_the_term_takes_the_append_path_over(directory: Path) -> None:
     with opened(directory) as timeline:
         first = StreamDriver(timeline)
         first.win()
@@ -319,7 +319,7 @@ def test_a_waiting_reader_hears_of_a_commit(tmp_path: Path) -> None:
     asyncio.run(read())
 
 
-def test_what_the_lane_made_durable_is_measured(tmp_path: Path) -> None:
+def test_what_the_append_path_made_durable_is_measured(tmp_path: Path) -> None:
     create_timeline(tmp_path / "timeline")
     registry = CollectorRegistry()
     with opened(tmp_path / "timeline", metrics=SafekeeperMetrics(registry)) as timeline:
