@@ -10,8 +10,8 @@ Messages come in two ways, of which each takes the acceptor as the other left it
     handle    any message: the acceptor's effects, one after the other
     serve     appends in a row from one connection, natively (`_native/append_path.pyx`)
 
-`handle` closes the append path before it does anything, and opens it after an append or a commit announcement,
-when nothing waits to be flushed.
+`handle` closes the append path before it does anything, and opens it after an append or a commit
+announcement, when nothing waits to be flushed.
 
 When the disk refuses, the acceptor is ahead of it: it is thrown away and made anew from what is
 durable, as after a crash. Nothing was acknowledged in between.
