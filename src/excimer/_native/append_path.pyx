@@ -106,7 +106,8 @@ cdef class AppendPath:
 
     `failed(error)` is called with the lock held when the disk or the WAL fails, undoes what is not durable
     and returns the error that `serve` raises. `notify(flush_seconds, size_bytes, has_risen)` is called
-    without the lock, after an answer, when a reader waits for the commit LSN or times of fdatasync have gathered.
+    without the lock, after an answer, when a reader waits for the commit LSN or times of fdatasync have
+    gathered.
     `disk` has Python's `pwrite(fd, data, offset)` and `fdatasync(fd)` to use in place of the system's.
     """
 
