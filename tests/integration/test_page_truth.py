@@ -91,6 +91,7 @@ prepare transaction 'over the crash';
 AFTER_CRASH = """
 commit prepared 'over the crash';
 rollback prepared 'of an origin, left';
+rollback prepared 'long and left';
 alter table gist_t set tablespace pg_default;
 vacuum full heap_t;
 cluster child_t using child_t_pkey;

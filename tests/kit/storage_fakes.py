@@ -50,7 +50,7 @@ class FakeNode:
     def with_wal(self, timeline: dict[str, Any]) -> dict[str, Any]:
         """As a pageserver shows it."""
         lsn: int = parse_lsn(timeline["last_record_lsn"])
-        if not self.stands_still:
+        if not self.stands_still and not timeline.get("is_damaged"):
             lsn = max([lsn, *(source.commit_lsn for source in self.sources)])
         return timeline | {"last_record_lsn": format_lsn(lsn)}
 
@@ -94,6 +94,9 @@ def pageserver_app(node: FakeNode, public_pem: bytes = KEYS.public_pem) -> FastA
             raise NotFoundError("no such tenant")
         if body["new_timeline_id"] in node.timelines:
             raise ConflictError("timeline exists")
+        parent = node.timelines.get(body.get("ancestor_timeline_id", ""), {})
+        if parent.get("is_damaged"):
+            raise RefusedError(parent["problem"])
         lsn = body.get("ancestor_start_lsn", format_lsn(START_LSN))
         if parse_lsn(lsn) < START_LSN:
             raise RefusedError(f"LSN {lsn} is before the history")

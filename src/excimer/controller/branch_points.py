@@ -20,14 +20,14 @@ Not here: whether history still reaches so far back, which is the pageserver's t
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeGuard
 
 from excimer.base.clock import Clock
 from excimer.base.errors import RetryableError
 from excimer.base.lsn import Lsn, format_lsn, record_end
 from excimer.controller import core
 from excimer.controller.model import BadRequestError, Tenant, Timeline
-from excimer.controller.remote import PageserverApi, SafekeeperApi, SafekeeperTimeline
+from excimer.controller.remote import PageserverApi, PageserverTimeline, SafekeeperApi, SafekeeperTimeline
 
 COMMIT_WAIT_S: Final = 0.3
 """How long a branch at the head waits for WAL that is flushed somewhere to be known as committed."""
@@ -86,6 +86,13 @@ def plan_point(end_lsn: Lsn, position: QuorumPosition, waited_s: float, stalled_
     raise LsnNotReachedError(
         f"has not reached LSN {format_lsn(end_lsn)}: it is at {format_lsn(position.commit_lsn)}"
     )
+
+
+def _is_behind(known: PageserverTimeline | None, lsn: Lsn) -> TypeGuard[PageserverTimeline]:
+    """Whether a pageserver that serves a branch will have WAL up to there later."""
+    if known is None or known.is_archived or known.is_damaged:
+        return False
+    return known.last_record_lsn < lsn
 
 
 def _behind(timeline: Timeline, seen_lsn: Lsn, lsn: Lsn) -> IngestBehindError:
@@ -170,7 +177,7 @@ class BranchPoints:
         seen_lsn = Lsn(0)
         while True:
             known = (await pageserver.list_timelines(timeline.tenant_id)).get(timeline.timeline_id)
-            if known is None or known.is_archived or known.last_record_lsn >= lsn:
+            if not _is_behind(known, lsn):
                 return
             now = clock.monotonic()
             if known.last_record_lsn > seen_lsn:
@@ -182,7 +189,7 @@ class BranchPoints:
     async def require_ingested(self, pageserver: PageserverApi, timeline: Timeline, lsn: Lsn) -> None:
         """As `wait_until_ingested`, and does not wait."""
         known = (await pageserver.list_timelines(timeline.tenant_id)).get(timeline.timeline_id)
-        if known is not None and not known.is_archived and known.last_record_lsn < lsn:
+        if _is_behind(known, lsn):
             raise _behind(timeline, known.last_record_lsn, lsn)
 
     async def _reached(self, tenant: Tenant, timeline: Timeline, at: Lsn) -> Lsn:

@@ -6,7 +6,7 @@ become ready; processes, locks and records are real.
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from excimer.cli.commands import endpoint
 from excimer.cli.commands.endpoint import _stop_now, start_endpoint, stop_endpoint
 from excimer.cli.errors import ProcessFailedError
 from excimer.cli.installation import Installation, Part, create_installation, free_ports, new_config
+from excimer.cli.local_processes import stop_supervisor
 from excimer.cli.session import Session
 from excimer.service.settings import Settings
 
@@ -64,7 +65,7 @@ class FakeController:
 
 
 @pytest.fixture
-def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
+def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "slow_service.py").write_text(SERVICE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
@@ -74,7 +75,10 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installatio
     part = Part("endpoint-main", "slow_service", settings, listen, settings.data_dir)
     monkeypatch.setattr(Installation, "endpoint_part", lambda *_: part)
     monkeypatch.setattr(endpoint, "ControllerClient", FakeController)
-    return made
+    try:
+        yield made
+    finally:
+        stop_supervisor(made, immediate=True)
 
 
 def restart(installation: Installation) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from excimer.base.errors import RetryableError
+from excimer.base.errors import RefusedError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn
 from excimer.controller import branch_points, core
@@ -188,6 +188,21 @@ def test_a_pageserver_that_stands_still_is_not_waited_for_without_end(
         world.pageserver.newest_lsn = START_LSN + 8
         with pytest.raises(RetryableError, match="up to 0/1500060 and not yet up to 0/1501060"):
             await branch_at(world, "2026-01-01T00:00:00Z")
+
+    play(tmp_path, story)
+
+
+def test_a_damaged_branch_is_not_waited_for_and_named_as_such(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        has_come_to(world, START_LSN + 4096)
+        world.pageserver.timelines[MAIN] |= {
+            "is_damaged": True,
+            "problem": "manifest index-1-2 is damaged",
+            "last_record_lsn": "0/0",
+        }
+        async with asyncio.timeout(branch_points.INGEST_STALL_S / 2):
+            with pytest.raises(RefusedError, match="manifest index-1-2 is damaged"):
+                await branch_at(world, Lsn(START_LSN + 4096))
 
     play(tmp_path, story)
 
