@@ -25,8 +25,8 @@ GOALS = {
     goal.id: goal
     for goal in (
         Goal("warm_select_ratio", "ratio", 0.95, True, "warm pgbench -S, of plain PostgreSQL's rate"),
-        Goal("tpcb_quorum_ratio", "ratio", 1.0, True, "TPC-B, 16 clients, of plain PostgreSQL with a quorum"),
-        Goal("commit_latency_ratio", "ratio", 1.2, False, "commit at one client, of that same PostgreSQL's"),
+        Goal("tpcb_quorum_ratio", "ratio", 1.1, True, "TPC-B, 16 clients, of plain PostgreSQL with a quorum"),
+        Goal("commit_latency_ratio", "ratio", 0.95, False, "commit at one client, of that same PostgreSQL's"),
         Goal("tls_commit_latency_ratio", "ratio", 1.05, False, "commit at one client with TLS, of without"),
         Goal("tls_tpcb_ratio", "ratio", 0.95, True, "TPC-B with TLS between services, of without"),
         Goal(
