@@ -10,6 +10,7 @@ Not here: what the messages mean (`excimer.wire.broker`), and any guarantee of d
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Generic, TypeVar
@@ -118,6 +119,14 @@ class LatestStatuses(Generic[S]):
                 del self._latest[key]
 
 
+class _NatsClient(Client):
+    """Makes each connection, also after a loss, with the process's certificates as they are then."""
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        return client_tls() or super().ssl_context
+
+
 class BrokerClient:
     """One connection of a process. Use as a context; `url` is ``nats://user:password@host:port``,
     or several of a cluster with commas between; reserved characters are percent-encoded.
@@ -128,7 +137,7 @@ class BrokerClient:
     def __init__(self, url: str, name: str, clock: Clock) -> None:
         self._url = url
         self._name = name
-        self._client = Client()
+        self._client = _NatsClient()
         self._scope = TaskScope()
         self._subjects: set[str] = set()
         self._connected = asyncio.Event()

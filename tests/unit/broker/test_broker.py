@@ -1,8 +1,11 @@
 """The real NATS server under our process's shell, and the client: delivery, authentication, restarts."""
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -13,6 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from excimer.base.address import parse_address
 from excimer.base.clock import Monotonic, UnixTime
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
@@ -36,6 +40,7 @@ from excimer.wire.broker import (
     subject_of,
 )
 from tests.kit.ports import free_port
+from tests.kit.tls import new_tls, using_tls
 
 TENANT, TIMELINE = TenantId("a" * 32), TimelineId("b" * 32)
 LIMIT_S = 30.0
@@ -130,6 +135,76 @@ def test_statuses_arrive_and_connections_survive_a_restart(tmp_path: Path) -> No
                 assert b"excimer_broker_restarts_total 1" in metrics
 
     asyncio.run(main())
+
+
+def shown(settings: BrokerSettings) -> bytes:
+    """The certificate of the NATS server; it says hello in clear, and then wants TLS."""
+    assert settings.tls is not None
+    context = ssl.create_default_context(cafile=settings.tls.ca)
+    address = parse_address(settings.listen)
+    with socket.create_connection(address, timeout=LIMIT_S) as opened:
+        opened.recv(4096)
+        with context.wrap_socket(opened, server_hostname=address.host) as secure:
+            return secure.getpeercert(binary_form=True) or b""
+
+
+async def wait_shown(settings: BrokerSettings) -> None:
+    """Until the NATS server shows the certificate that is in the file now."""
+    assert settings.tls is not None
+    expected = ssl.PEM_cert_to_DER_cert(settings.tls.certificate.read_text())
+    found = b""
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while found != expected:
+                with contextlib.suppress(ssl.SSLCertVerificationError):  # of the CA before
+                    found = await asyncio.to_thread(shown, settings)
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        pytest.fail(f"the NATS server does not show the new {settings.tls.certificate}")
+
+
+def test_renewed_certificates_are_taken_up_while_clients_are_connected(tmp_path: Path) -> None:
+    """By the server; then of another CA, with which clients come again that lose their connection."""
+    tls = new_tls(tmp_path / "tls")
+    settings = msgspec.structs.replace(new_settings(tmp_path / "data"), tls=tls)
+
+    async def heard_by(client: BrokerClient, sender: BrokerClient) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while not client.pageservers.of_timeline(TENANT, TIMELINE, fresh_s=0.5):
+                await sender.publish(PAGESERVER)
+                await client.pageservers.wait_for_news(TENANT, TIMELINE, 0.1)
+
+    async def main() -> None:
+        clock, place = SystemClock(), url(settings).replace("nats:", "tls:")
+        connections = asyncio.Queue[None]()
+        async with (
+            broker(settings) as http,
+            BrokerClient(place, "first", clock) as first,
+        ):
+            await first.answer_asking(lambda: connections.put_nowait(None))
+            await first.listen_pageservers()
+            async with asyncio.timeout(LIMIT_S):
+                await connections.get()
+            await wait_shown(settings)
+            tls.certificate.unlink()
+            new_tls(tmp_path / "tls")
+            await wait_shown(settings)
+            async with BrokerClient(place, "second", clock) as second:
+                await second.listen_pageservers()
+                assert await second.wait_until_connected(LIMIT_S)
+                await heard_by(second, sender=first)
+                await heard_by(first, sender=second)
+            assert connections.empty(), "the first has kept its connection"
+            tls.ca.unlink()
+            new_tls(tmp_path / "tls")
+            await wait_shown(settings)
+            os.kill(int((settings.data_dir / "nats.pid").read_text()), signal.SIGKILL)
+            async with asyncio.timeout(LIMIT_S):
+                await connections.get()
+            await wait_well(http)
+
+    with using_tls(tls):
+        asyncio.run(main())
 
 
 def test_who_comes_late_asks_and_who_lost_the_connection_tells_again(tmp_path: Path) -> None:
