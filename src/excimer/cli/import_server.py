@@ -29,7 +29,13 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from excimer.base.clock import UnixTime, unix_to_timestamptz
 from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn, parse_lsn, record_end
-from excimer.cli.import_source import SourceLostError, SourceRefusedError, check_target, tar_frames
+from excimer.cli.import_source import (
+    SourceLostError,
+    SourceRefusedError,
+    check_target,
+    one_line,
+    tar_frames,
+)
 from excimer.pgformat.control_file import CONTROL_VERSIONS
 from excimer.wire.import_stream import (
     FilesEnd,
@@ -124,7 +130,7 @@ class ServerSource:
             message = connection.get_error_message()
             connection.finish()
             hint = REPLICATION_HINT if NO_REPLICATION_LINE in message else ""
-            raise SourceRefusedError(f"cannot connect to the server: {message.strip()}{hint}")
+            raise SourceRefusedError(f"cannot connect to the server: {one_line(message)}{hint}")
         self._connections.append(connection)
         return connection
 
@@ -275,7 +281,7 @@ def _end_of_copy(connection: pq.abc.PGconn, status: int) -> None:
     result = connection.get_result() if status == -1 else None
     if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
         raise _failure(result)
-    raise SourceLostError(f"the server closed the connection: {connection.get_error_message()}")
+    raise SourceLostError(f"the server closed the connection: {one_line(connection.get_error_message())}")
 
 
 def _wait_for_input(connection: pq.abc.PGconn, timeout_s: float) -> None:
@@ -285,7 +291,7 @@ def _wait_for_input(connection: pq.abc.PGconn, timeout_s: float) -> None:
         try:
             connection.consume_input()
         except Error as error:
-            raise SourceLostError(f"the server closed the connection: {error}") from error
+            raise SourceLostError(f"the server closed the connection: {one_line(str(error))}") from error
 
 
 def _next_result(connection: pq.abc.PGconn) -> pq.abc.PGresult:
@@ -309,7 +315,7 @@ def _tuples(result: pq.abc.PGresult) -> list[list[str]]:
 
 
 def _failure(result: pq.abc.PGresult) -> SourceRefusedError:
-    return SourceRefusedError(f"the server refused: {result.get_error_message()}")
+    return SourceRefusedError(f"the server refused: {one_line(result.get_error_message())}")
 
 
 def _parse_size(text: str) -> int:

@@ -15,7 +15,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from excimer.cli.import_needs import ClusterNeeds
-from excimer.cli.import_source import SourceRefusedError
+from excimer.cli.import_source import SourceRefusedError, one_line
 
 APPLICATION_NAME: Final = "excimer_import"
 DATABASES: Final = (None, "postgres", "template1")
@@ -70,7 +70,7 @@ def server_needs(url: str) -> ClusterNeeds:
             with _connected(url, database) as connection:
                 _look_into(connection, database, found)
         except psycopg.Error as error:
-            found.unseen.append(f"database {database}: {_one_line(error)}")
+            found.unseen.append(f"database {database}: {one_line(str(error))}")
     return ClusterNeeds(
         icu=tuple(found.icu),
         lz4=tuple(found.lz4),
@@ -94,7 +94,7 @@ def _look_at_server(url: str, found: _Found) -> list[str]:
         except psycopg.Error as error:
             refused = refused or error
     assert refused is not None
-    found.unseen.append(f"its databases: {_one_line(refused)}")
+    found.unseen.append(f"its databases: {one_line(str(refused))}")
     return []
 
 
@@ -131,7 +131,3 @@ def _connected(url: str, database: str | None) -> Iterator[Connection]:
         yield connection
     finally:
         connection.close()
-
-
-def _one_line(error: psycopg.Error) -> str:
-    return " ".join(str(error).split())

@@ -36,6 +36,11 @@ class ImportSource(Protocol):
     def close(self) -> None: ...
 
 
+def one_line(message: str) -> str:
+    """What libpq says, which may have lines for each address that was tried, details and hints."""
+    return " ".join(message.split())
+
+
 def tar_frames(parts: Iterable[bytes]) -> Iterator[bytes]:
     """Pieces of a tar file as frames of useful size."""
     pending: list[bytes] = []
