@@ -200,8 +200,10 @@ def test_strange_names_and_passwords_work_in_urls(stack: Stack) -> None:
     assert found["password"] is None, "a password that somebody chose is not kept"
     assert "was chosen by its owner" in found["problem"]
     from excimer.cli.credentials import Credentials, url_of
+    from excimer.cli.installation import load_installation
 
-    url = url_of(stack.endpoint("main"), Credentials(STRANGE_ROLE, STRANGE_PASSWORD))
+    installation = load_installation(stack.directory)
+    url = url_of(installation, stack.endpoint("main"), Credentials(STRANGE_ROLE, STRANGE_PASSWORD))
     assert who(url) == (STRANGE_ROLE, "postgres")
     assert psql(url, "-c", "select current_user").stdout.strip() == STRANGE_ROLE
     assert refusal(stack, "role", "create", "empty", "--password-stdin", stdin="\n")[0] == 2

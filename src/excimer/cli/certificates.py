@@ -1,5 +1,8 @@
 """Certificates of an installation: a CA of its own, and one certificate for all its services.
 
+Endpoints that have no certificate of their own show another one, of another CA, in `tls/endpoints/`: the
+superuser of an endpoint can read its key, and must not be able to pose as a service with it.
+
 ::
 
     tls/ca.pem       what clients believe; to be given to who connects from elsewhere

@@ -9,7 +9,8 @@ Not here: other changes of roles (`commands.role`).
 """
 
 import secrets
-from typing import Any, Final, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
 
 from excimer.base.address import Address
@@ -27,6 +28,9 @@ from excimer.wire.scram import (
     make_verifier,
     password_from,
 )
+
+if TYPE_CHECKING:
+    from excimer.compute.server_certificate import CertificateFiles
 
 DATABASE: Final = "postgres"
 SUPERUSER: Final = "postgres"
@@ -64,18 +68,51 @@ def address_of(endpoint: dict[str, Any]) -> Address:
     return Address(_WILDCARDS.get(host, host), endpoint["postgres_port"])
 
 
-def url_of(endpoint: dict[str, Any], credentials: Credentials | None = None, database: str = DATABASE) -> str:
+def url_of(
+    installation: Installation,
+    endpoint: dict[str, Any],
+    credentials: Credentials | None = None,
+    database: str = DATABASE,
+) -> str:
     """A URL that every driver understands; without `credentials`, one without password."""
     role, password, _ = credentials or Credentials(SUPERUSER, None)
     user = quote(role, safe="") + (f":{quote(password, safe='')}" if password else "")
-    sslmode = "disable" if endpoint["tls_certificate_path"] is None else "require"
+    sslmode = "require" if has_tls(installation, endpoint) else "disable"
     return f"postgresql://{user}@{address_of(endpoint)}/{quote(database, safe='')}?sslmode={sslmode}"
+
+
+def has_tls(installation: Installation, endpoint: dict[str, Any]) -> bool:
+    """Whether clients may ask for TLS: of an endpoint that runs, now; of another, when it is started."""
+    access = read_local_access(installation.endpoint_dir(endpoint["name"]) / LOCAL_ACCESS_NAME)
+    if access is not None and access.has_tls is not None:
+        return access.has_tls
+    return planned_certificate(installation, endpoint) is not None
+
+
+def planned_certificate(installation: Installation, endpoint: dict[str, Any]) -> "CertificateFiles | None":
+    """What the endpoint shows from its next start on; None: nothing, or it has no build to start with."""
+    from excimer.compute.server_certificate import CertificateFiles, choose_certificate
+    from excimer.postgres import find_build
+
+    certificate, key = endpoint["tls_certificate_path"], endpoint["tls_key_path"]
+    if certificate is not None and key is not None:
+        return CertificateFiles(Path(certificate), Path(key))
+    tls = installation.endpoint_tls
+    if tls is None:
+        return None
+    try:
+        build = find_build(endpoint["pg_version"])
+    except RefusedError:
+        return None
+    return choose_certificate(build, own=None, default=CertificateFiles(tls.certificate, tls.key))
 
 
 def public_url(installation: Installation, endpoint: dict[str, Any]) -> str:
     """Without the password, for lists; as the superuser that the endpoint has while it runs."""
     access = read_local_access(installation.endpoint_dir(endpoint["name"]) / LOCAL_ACCESS_NAME)
-    return url_of(endpoint, Credentials(SUPERUSER if access is None else access.superuser, None))
+    return url_of(
+        installation, endpoint, Credentials(SUPERUSER if access is None else access.superuser, None)
+    )
 
 
 def find_credentials(

@@ -6,6 +6,7 @@
       config.toml               versions, ports, the broker's password
       keys/                     private.pem, public.pem, admin.token, pageserver-1.token
       tls/                      with `init --tls`: ca.pem, ca.key, server.pem, server.key
+      tls/endpoints/            the same of another CA, for endpoints without a certificate of their own
       broker/ controller/ pageserver/ object_store/ safekeepers/N/ endpoints/NAME/
       run/                      PART.toml (settings), PART.pid, cli.lock
       logs/                     PART.log
@@ -33,6 +34,8 @@ from excimer.service.tls import TlsFilesError, configure_tls
 
 CONFIG_VERSION: Final = 1
 TLS_NAME: Final = "tls"
+ENDPOINT_TLS_NAME: Final = "endpoints"
+"""Within the former."""
 OWN_ENTRIES: Final = (
     *(CONFIG_NAME, "keys", "broker", "controller", "pageserver", "object_store"),
     *("safekeepers", "endpoints", "run", "logs", TLS_NAME),
@@ -125,6 +128,17 @@ class Installation:
     def has_own_certificates(self) -> bool:
         """Made by `init --tls`, and renewed by starts."""
         return self.config.tls is not None and self.config.tls.certificate.parent == self.tls_dir
+
+    @property
+    def endpoint_tls(self) -> TlsSettings | None:
+        """Shown by endpoints without a certificate of their own.
+
+        Whoever is superuser of one can read its key, so certificates that are made here are not of the
+        CA that services believe. None: services speak plainly, and endpoints have no certificate to show.
+        """
+        if self.has_own_certificates:
+            return own_tls(self.tls_dir / ENDPOINT_TLS_NAME)
+        return self.config.tls
 
     @property
     def logs_dir(self) -> Path:
@@ -254,6 +268,7 @@ class Installation:
         from excimer.compute.settings import ComputeSettings
 
         endpoint = spec["endpoint"]
+        default_tls = self.endpoint_tls
         settings = ComputeSettings(
             endpoint_name=endpoint["name"],
             endpoint_dir=self.endpoint_dir(endpoint["name"]),
@@ -266,6 +281,8 @@ class Installation:
             trusts_local=self.config.trust_local,
             tls_certificate_path=_path(endpoint["tls_certificate_path"]),
             tls_key_path=_path(endpoint["tls_key_path"]),
+            default_tls_certificate_path=None if default_tls is None else default_tls.certificate,
+            default_tls_key_path=None if default_tls is None else default_tls.key,
             http_listen=f"{HOST}:{endpoint['http_port']}",
             pageserver_address=spec["pageserver_address"],
             pageserver_http_address=spec["pageserver_http_address"],
@@ -416,6 +433,7 @@ def renew_certificates(installation: Installation) -> None:
         from excimer.cli.certificates import make_certificates
 
         make_certificates(installation.tls_dir)
+        make_certificates(installation.tls_dir / ENDPOINT_TLS_NAME)
 
 
 def make_directories(installation: Installation) -> None:

@@ -244,7 +244,11 @@ class Attempt:
             following = follow_files(spec.certificate, pair, spec.places.data_dir, process.reload)
             scope.start("certificate", following)
         access = LocalAccess(
-            socket_dir=socket_dir, port=spec.port, superuser=superuser, pg_version=spec.build.version
+            socket_dir=socket_dir,
+            port=spec.port,
+            superuser=superuser,
+            pg_version=spec.build.version,
+            has_tls=spec.certificate is not None,
         )
         write_local_access(spec.places.local_access, access)
         self._begin("")

@@ -30,6 +30,8 @@ class LocalAccess(msgspec.Struct, frozen=True, kw_only=True):
     superuser: str
     pg_version: int = 0
     """Major version; 0 if an older Excimer started the endpoint."""
+    has_tls: bool | None = None
+    """Whether clients may ask it for TLS; None as above."""
 
 
 def write_local_access(path: Path, access: LocalAccess) -> None:

@@ -1,5 +1,7 @@
 """An endpoint's TLS: where it may listen, and its certificate, put in place and renewed while it runs.
 
+An endpoint shows its own certificate, or else the installation's if its build of PostgreSQL has TLS.
+
 The files belong to whoever made them (an operator, an ACME client) and often cannot be read by PostgreSQL's
 user; PostgreSQL in turn insists on who owns its key. So they are copied into the data directory, as a pair
 that has been checked, and again when they change.
@@ -44,6 +46,15 @@ class CertificateFiles(NamedTuple):
 class CertificatePair(NamedTuple):
     certificate: bytes
     key: bytes
+
+
+def choose_certificate(
+    build: PostgresBuild, *, own: CertificateFiles | None, default: CertificateFiles | None
+) -> CertificateFiles | None:
+    """What an endpoint shows; None: it speaks plainly. `default` is the installation's."""
+    if own is not None:
+        return own
+    return default if build.features.tls else None
 
 
 def check_listen(listen: Address, build: PostgresBuild, files: CertificateFiles | None) -> None:

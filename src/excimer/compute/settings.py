@@ -23,7 +23,11 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     trusts_local: bool = False
     """Every user of this machine may connect as any role, without a password."""
     tls_certificate_path: Path | None = None
+    """The endpoint's own; its build of PostgreSQL must then have TLS."""
     tls_key_path: Path | None = None
+    default_tls_certificate_path: Path | None = None
+    """The installation's, for an endpoint without its own; a build without TLS goes on without."""
+    default_tls_key_path: Path | None = None
     http_listen: str
     """host:port of /healthz and /metrics."""
     pageserver_address: str

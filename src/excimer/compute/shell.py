@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from excimer.base.address import parse_address
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
@@ -27,7 +28,7 @@ from excimer.compute.core import (
 )
 from excimer.compute.outside_work import OutsideWork
 from excimer.compute.places import find_places, leave_places
-from excimer.compute.server_certificate import CertificateFiles, check_listen
+from excimer.compute.server_certificate import CertificateFiles, check_listen, choose_certificate
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
 from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
@@ -46,7 +47,11 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
     """Checks the settings and finds PostgreSQL. Raises `RefusedError`s that say what to change."""
     listen = parse_address(settings.postgres_listen)
     build = find_build(settings.pg_version)
-    certificate = _certificate(settings)
+    certificate = choose_certificate(
+        build,
+        own=_files(settings.tls_certificate_path, settings.tls_key_path),
+        default=_files(settings.default_tls_certificate_path, settings.default_tls_key_path),
+    )
     check_listen(listen, build, certificate)
     return ComputeSpec(
         tenant_id=parse_tenant_id(settings.tenant_id),
@@ -82,10 +87,8 @@ def make_keeper(
     )
 
 
-def _certificate(settings: ComputeSettings) -> CertificateFiles | None:
-    if settings.tls_certificate_path is None or settings.tls_key_path is None:
-        return None
-    return CertificateFiles(settings.tls_certificate_path, settings.tls_key_path)
+def _files(certificate: Path | None, key: Path | None) -> CertificateFiles | None:
+    return None if certificate is None or key is None else CertificateFiles(certificate, key)
 
 
 class Manager:

@@ -326,14 +326,17 @@ class Listen(NamedTuple):
 LOOPBACK_ONLY: Final = Listen()
 
 
-def check_listen(listen: Listen) -> None:
-    """Raises `BadRequestError`. Whether PostgreSQL can do TLS there is known where it runs."""
+def check_listen(listen: Listen, *, has_default: bool) -> None:
+    """`has_default`: endpoints without a certificate of their own show the installation's.
+
+    Raises `BadRequestError`. Whether PostgreSQL can do TLS there is known where it runs.
+    """
     address = parse_address(str(Address(listen.host, 1)))
     if address.host != listen.host:
         raise BadRequestError(f"{listen.host!r} is not an address to listen on")
     if (listen.certificate_path is None) != (listen.key_path is None):
         raise BadRequestError("a certificate and its key belong together: give both, or none")
-    if listen.certificate_path is None and not address.is_loopback:
+    if listen.certificate_path is None and not has_default and not address.is_loopback:
         raise BadRequestError(
             f"an endpoint listens on {listen.host} only with TLS: give it a certificate and its key"
         )
@@ -346,6 +349,7 @@ def plan_listen(
     port: int | None,
     certificate: tuple[str | None, str | None],
     without_tls: bool,
+    has_default_certificate: bool = False,
 ) -> Endpoint:
     """The endpoint with another address, port or certificate; None leaves a thing as it is."""
     old = endpoint.tls_certificate_path, endpoint.tls_key_path
@@ -353,7 +357,7 @@ def plan_listen(
     if without_tls and certificate != (None, None):
         raise BadRequestError("an endpoint has a certificate or none, not both")
     listen = Listen(host or endpoint.listen_host, *files)
-    check_listen(listen)
+    check_listen(listen, has_default=has_default_certificate)
     if port == endpoint.http_port:
         raise BadRequestError("an endpoint needs two different ports between 1 and 65535")
     return msgspec.structs.replace(
@@ -376,6 +380,7 @@ def plan_endpoint(
     ports: tuple[int, int],
     postgres_settings: dict[str, str],
     listen: Listen = LOOPBACK_ONLY,
+    has_default_certificate: bool = False,
     now: float,
 ) -> Endpoint:
     """A new endpoint on a branch. `ports` are PostgreSQL's and the manager's."""
@@ -396,7 +401,7 @@ def plan_endpoint(
         )
     if any(not 0 < port < 65536 for port in ports) or ports[0] == ports[1]:
         raise BadRequestError("an endpoint needs two different ports between 1 and 65535")
-    check_listen(listen)
+    check_listen(listen, has_default=has_default_certificate)
     return Endpoint(
         name=name,
         tenant_id=timeline.tenant_id,

@@ -45,6 +45,7 @@ from excimer.controller.role_passwords import RolePasswords
 from excimer.controller.store import MetadataStore
 from excimer.controller.tokens import TokenMaker
 from excimer.service.logs import get_logger
+from excimer.service.tls import has_tls
 from excimer.wire.auth import Resource
 
 RECONCILE_INTERVAL_S: Final = 5.0
@@ -348,6 +349,7 @@ class Controller:
                 ports=ports,
                 postgres_settings=settings,
                 listen=listen,
+                has_default_certificate=has_tls(),
                 now=self._clock.now(),
             )
             await self._db(self._store.add_endpoint, endpoint)
@@ -366,7 +368,12 @@ class Controller:
         """Where an endpoint listens from its next start on; None leaves a thing as it is."""
         endpoint, _ = await self.find_endpoint(name)
         changed = core.plan_listen(
-            endpoint, host=host, port=port, certificate=certificate, without_tls=without_tls
+            endpoint,
+            host=host,
+            port=port,
+            certificate=certificate,
+            without_tls=without_tls,
+            has_default_certificate=has_tls(),
         )
         await self._db(self._store.put_listen, changed)
 

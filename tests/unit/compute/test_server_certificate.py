@@ -1,7 +1,6 @@
 """Where an endpoint may listen, and its certificate: only whole pairs are used, and new ones are taken up."""
 
 import asyncio
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,13 @@ from excimer.compute.server_certificate import (
     CertificateFiles,
     ListenRefusedError,
     check_listen,
+    choose_certificate,
     follow_files,
     install_pair,
     read_pair,
 )
-from excimer.postgres import PostgresBuild
-from tests.kit.builds import NEWEST_VERSION, build_of
+from tests.kit.builds import build_with
 from tests.kit.certificates import write_certificate
-
-
-def build(*, tls: bool) -> PostgresBuild:
-    real = build_of(NEWEST_VERSION)
-    return dataclasses.replace(real, features=dataclasses.replace(real.features, tls=tls))
 
 
 @pytest.fixture
@@ -36,20 +30,29 @@ def files(tmp_path: Path) -> CertificateFiles:
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:5432", "10.0.0.1:5432", "[::]:5432", "db.example:5432"])
 def test_beyond_loopback_only_with_tls(listen: str, files: CertificateFiles) -> None:
-    check_listen(parse_address(listen), build(tls=True), files)
+    check_listen(parse_address(listen), build_with(tls=True), files)
     with pytest.raises(ListenRefusedError, match="without TLS: give it a certificate"):
-        check_listen(parse_address(listen), build(tls=True), None)
+        check_listen(parse_address(listen), build_with(tls=True), None)
     for given in (files, None):
         with pytest.raises(ListenRefusedError, match=r"built without TLS, so passwords .* proxy"):
-            check_listen(parse_address(listen), build(tls=False), given)
+            check_listen(parse_address(listen), build_with(tls=False), given)
 
 
 def test_loopback_needs_nothing_but_a_certificate_must_be_usable(files: CertificateFiles) -> None:
     for tls in (True, False):
-        check_listen(parse_address("127.0.0.1:5432"), build(tls=tls), None)
-    check_listen(parse_address("127.0.0.1:5432"), build(tls=True), files)
+        check_listen(parse_address("127.0.0.1:5432"), build_with(tls=tls), None)
+    check_listen(parse_address("127.0.0.1:5432"), build_with(tls=True), files)
     with pytest.raises(ListenRefusedError, match="cannot use a certificate"):
-        check_listen(parse_address("127.0.0.1:5432"), build(tls=False), files)
+        check_listen(parse_address("127.0.0.1:5432"), build_with(tls=False), files)
+
+
+def test_its_own_certificate_or_else_the_installations_if_the_build_can(files: CertificateFiles) -> None:
+    default = CertificateFiles(Path("default.crt"), Path("default.key"))
+    for tls in (True, False):
+        build = build_with(tls=tls)
+        assert choose_certificate(build, own=files, default=default) == files
+        assert choose_certificate(build, own=None, default=default) == (default if tls else None)
+        assert choose_certificate(build, own=None, default=None) is None
 
 
 def test_what_is_no_pair_is_refused_with_the_reason(files: CertificateFiles, tmp_path: Path) -> None:

@@ -132,6 +132,19 @@ def test_endpoints() -> None:
             endpoint(name, lsn, **changes)
 
 
+def test_beyond_loopback_an_endpoint_has_a_certificate_or_the_installation_has() -> None:
+    wide, own = core.Listen("0.0.0.0"), core.Listen("0.0.0.0", "/own.crt", "/own.key")
+    with pytest.raises(BadRequestError, match="only with TLS"):
+        endpoint("wide", listen=wide)
+    assert endpoint("wide", listen=wide, has_default_certificate=True).listen_host == "0.0.0.0"
+    made = endpoint("wide", listen=own)
+    forget: dict[str, object] = {"host": None, "port": None, "certificate": (None, None), "without_tls": True}
+    with pytest.raises(BadRequestError, match="only with TLS"):
+        core.plan_listen(made, **forget)  # type: ignore[arg-type]
+    left = core.plan_listen(made, **forget, has_default_certificate=True)  # type: ignore[arg-type]
+    assert (left.listen_host, left.tls_certificate_path) == ("0.0.0.0", None)
+
+
 def test_a_branch_needs_a_complete_ancestor() -> None:
     creating = msgspec.structs.replace(MAIN, state="creating")
     with pytest.raises(core.IncompleteError):

@@ -126,6 +126,8 @@ def test_an_expired_certificate_is_refused_and_named(tmp_path: Path) -> None:
     asyncio.run(main())
     late = check_certificate(settings.certificate, now)
     assert late.verdict == "problem"
+    other = check_certificate(settings.certificate, now, name="another", harm="clients go away")
+    assert (other.check, other.detail.partition(": ")[2]) == ("another", "clients go away")
     assert str(settings.certificate) in late.detail
     settings.certificate.write_text("junk")
     assert check_certificate(settings.certificate, now).verdict == "problem"

@@ -81,7 +81,16 @@ def examine(session: Session) -> Iterator[Finding]:
         return
     yield _check_keys(installation)
     if installation.config.tls is not None:
-        yield check_certificate(installation.config.tls.certificate, datetime.datetime.now(datetime.UTC))
+        now = datetime.datetime.now(datetime.UTC)
+        yield check_certificate(installation.config.tls.certificate, now)
+        shown = installation.endpoint_tls
+        if shown is not None and shown != installation.config.tls and shown.certificate.exists():
+            yield check_certificate(
+                shown.certificate,
+                now,
+                name="endpoints' certificate",
+                harm="clients that check it refuse endpoints without their own",
+            )
     yield from _check_services(installation)
     yield from _check_endpoints(installation)
 
@@ -195,25 +204,31 @@ def _check_keys(installation: Installation) -> Finding:
     return Finding("keys", "ok", str(installation.keys_dir))
 
 
-def check_certificate(path: Path, now: datetime.datetime) -> Finding:
-    """The services' own: an installation's is made anew by `excimer start`, an operator's is not."""
+def check_certificate(
+    path: Path,
+    now: datetime.datetime,
+    *,
+    name: str = "certificate",
+    harm: str = "services refuse each other",
+) -> Finding:
+    """By default the services': an installation's is made anew by `excimer start`, an operator's is not."""
     from excimer.cli.certificates import end_of_certificate
 
     end = end_of_certificate(path)
     if end is None:
-        return Finding("certificate", "problem", f"{path} cannot be read as a PEM certificate")
+        return Finding(name, "problem", f"{path} cannot be read as a PEM certificate")
     on = end.isoformat(timespec="seconds")
     if end <= now:
-        return Finding("certificate", "problem", f"{path} expired on {on}: services refuse each other")
+        return Finding(name, "problem", f"{path} expired on {on}: {harm}")
     if end - now <= CERTIFICATE_WARNING:
         left = (end - now).days
         return Finding(
-            "certificate",
+            name,
             "warning",
             f"{path} expires on {on}, in {left} days: excimer start renews an installation's own, "
             "replace another in its place",
         )
-    return Finding("certificate", "ok", f"{path}, until {on}")
+    return Finding(name, "ok", f"{path}, until {on}")
 
 
 def _check_endpoints(installation: Installation) -> Iterator[Finding]:

@@ -35,6 +35,7 @@ from excimer.cli.installation import (
     endpoint_part_name,
     free_ports,
     load_installation,
+    renew_certificates,
 )
 from excimer.cli.local_processes import (
     ENDPOINT_STOP_LIMIT_S,
@@ -128,16 +129,21 @@ def create(
     }
     pg_port = access.pop("postgres_port", pg_port)
     installation = load_installation(session.directory)
+    client = ControllerClient(installation)
     if access:
-        branch = branch_of(ControllerClient(installation), tenant, branch_name)
-        version = {"pg_version": branch["pg_version"], "postgres_port": pg_port or 1}
-        endpoint_access.check_listen_here(NOWHERE | access | version)
+        wish = access | {"postgres_port": pg_port or 1}
+        _check_wish(installation, wish, branch_of(client, tenant, branch_name))
     endpoint = create_endpoint(installation, body | access, pg_port)
-    url = url_of(endpoint, find_credentials(installation, ControllerClient(installation), endpoint))
+    url = url_of(installation, endpoint, find_credentials(installation, client, endpoint))
     session.say(
         f"endpoint {name} made on branch {endpoint['branch']}; next: excimer endpoint start {name}\n{url}",
         endpoint | {"url": url},
     )
+
+
+def _check_wish(installation: Installation, wish: dict[str, Any], branch: dict[str, Any]) -> None:
+    """Where a new endpoint on `branch` would listen. Raises as `check_listen_here`."""
+    endpoint_access.check_listen_here(installation, NOWHERE | wish | {"pg_version": branch["pg_version"]})
 
 
 def branch_of(client: ControllerClient, tenant: str | None, branch_name: str) -> dict[str, Any]:
@@ -195,7 +201,7 @@ def current_url(session: Session, installation: Installation, endpoint: dict[str
     credentials = find_credentials(installation, ControllerClient(installation), endpoint)
     if credentials.problem is not None:
         session.note(credentials.problem)
-    return url_of(endpoint, credentials)
+    return url_of(installation, endpoint, credentials)
 
 
 def start_endpoint(
@@ -218,6 +224,7 @@ def start_endpoint(
             if stop_first is not None:
                 stop_first()
                 stop_first = None
+            renew_certificates(installation)
             part = installation.endpoint_part(spec)
             make_private_dir(part.lock_dir, passable=True)
             launched = launch_parts(installation, [part])

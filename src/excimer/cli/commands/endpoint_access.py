@@ -13,10 +13,10 @@ import typer
 from excimer.base.address import Address, InvalidAddressError, parse_address
 from excimer.cli.branch_options import OptionalEndpointArgument
 from excimer.cli.controller_client import ControllerClient
-from excimer.cli.credentials import DATABASE, address_of, find_credentials, url_of
+from excimer.cli.credentials import DATABASE, address_of, find_credentials, planned_certificate, url_of
 from excimer.cli.endpoint_choice import choose_endpoint
 from excimer.cli.errors import UsageError
-from excimer.cli.installation import load_installation
+from excimer.cli.installation import Installation, load_installation
 from excimer.cli.session import session_of
 from excimer.compute.local_access import read_local_access
 from excimer.compute.places import LOCAL_ACCESS_NAME
@@ -59,7 +59,7 @@ def url(
         found = found._replace(password=None, problem=None)
     if found.problem is not None:
         session.note(found.problem)
-    text = url_of(endpoint, found, database)
+    text = url_of(installation, endpoint, found, database)
     address = address_of(endpoint)
     value = {"url": text, "role": found.role, "password": found.password, "problem": found.problem}
     session.say(text, value | {"host": address.host, "port": address.port, "database": database})
@@ -73,7 +73,7 @@ def listen(
     ] = None,
     tls_cert: CertificateOption = None,
     tls_key: KeyOption = None,
-    no_tls: Annotated[bool, typer.Option("--no-tls", help="Use no certificate any more.")] = False,
+    no_tls: Annotated[bool, typer.Option("--no-tls", help="Use no certificate of its own any more.")] = False,
 ) -> None:
     """Change where an endpoint listens, or its certificate; in force from its next start on."""
     session = session_of(context)
@@ -90,12 +90,12 @@ def listen(
     if no_tls:
         after |= {"tls_certificate_path": None, "tls_key_path": None}
         changes["without_tls"] = True
-    check_listen_here(after)
+    check_listen_here(installation, after)
     changed = client.patch("endpoints", name, "listen", body=changes)
     running = read_local_access(installation.endpoint_dir(name) / LOCAL_ACCESS_NAME) is not None
     when = f"; in force after excimer endpoint restart {name}" if running else ""
     at = Address(changed["listen_host"], changed["postgres_port"])
-    tls = "with TLS" if changed["tls_certificate_path"] else "without TLS"
+    tls = "without TLS" if planned_certificate(installation, changed) is None else "with TLS"
     session.say(f"endpoint {name} listens on {at}, {tls}{when}", changed)
 
 
@@ -136,13 +136,12 @@ def is_address(text: str) -> bool:
     return True
 
 
-def check_listen_here(endpoint: dict[str, Any]) -> None:
+def check_listen_here(installation: Installation, endpoint: dict[str, Any]) -> None:
     """Raises `ListenRefusedError`, `CertificateError`: what the endpoint's next start would end with."""
-    from excimer.compute.server_certificate import CertificateFiles, check_listen, read_pair
+    from excimer.compute.server_certificate import check_listen, read_pair
     from excimer.postgres import find_build
 
-    certificate, key = endpoint["tls_certificate_path"], endpoint["tls_key_path"]
-    files = None if certificate is None or key is None else CertificateFiles(Path(certificate), Path(key))
+    files = planned_certificate(installation, endpoint)
     at = Address(endpoint["listen_host"], endpoint["postgres_port"])
     if files is None and at.is_loopback:
         return

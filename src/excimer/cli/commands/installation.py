@@ -340,9 +340,9 @@ def start(context: typer.Context) -> None:
 
 def start_services(session: Session, installation: Installation) -> list[str]:
     """Names of those that did not run."""
-    renew_certificates(installation)
     parts = installation.service_parts()
     with exclusive(installation, session.note):
+        renew_certificates(installation)
         ensure_tokens(installation)
         launched = launch_parts(installation, parts)
     with early_word_of(session, installation, parts):

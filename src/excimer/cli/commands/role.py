@@ -158,7 +158,7 @@ def create(
             chosen=chosen,
             statement=statement,
         )
-    _say(session, f"role {role} made", opened.endpoint, role, password if chosen is None else None)
+    _say(session, f"role {role} made", opened, role, password if chosen is None else None)
 
 
 @app.command("password")
@@ -185,7 +185,7 @@ def change_password(
             chosen=chosen,
         )
     said = f"role {role} has a new password on branch {opened.endpoint['branch']}"
-    _say(session, said, opened.endpoint, role, password if chosen is None else None)
+    _say(session, said, opened, role, password if chosen is None else None)
 
 
 @app.command()
@@ -232,8 +232,8 @@ def _show_roles(console: "Console", rows: list[dict[str, Any]]) -> None:
     show_table(console, table)
 
 
-def _say(session: Session, said: str, endpoint: dict[str, Any], role: str, password: str | None) -> None:
-    url = url_of(endpoint, Credentials(role, password))
+def _say(session: Session, said: str, opened: OpenEndpoint, role: str, password: str | None) -> None:
+    url = url_of(opened.installation, opened.endpoint, Credentials(role, password))
     session.say(f"{said}\n{url}", {"role": role, "password": password, "url": url})
 
 

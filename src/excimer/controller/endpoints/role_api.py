@@ -40,7 +40,7 @@ class ListenBody(Body):
     postgres_port: Port | None = None
     tls_certificate_path: str | None = None
     tls_key_path: str | None = None
-    without_tls: bool = Field(False, description="Forget the certificate.")
+    without_tls: bool = Field(False, description="Forget the endpoint's own certificate.")
 
 
 def add_role_routes(router: APIRouter, controller: Controller) -> None:
