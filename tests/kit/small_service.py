@@ -35,7 +35,7 @@ async def serve(settings):
         os.kill(os.getpid(), signal.SIGTERM)
     with InstanceLock(settings.data_dir, "service"):
         variables = [f"{name}={value}" for name, value in os.environ.items()]
-        (settings.data_dir / "environment").write_text("\\n".join(variables))
+        (settings.data_dir / "environment").write_text("\\n".join(variables), errors="surrogateescape")
         health = Health("service", ready=settings.how != "never ready")
         if settings.how == "unwell":
             health.report("disk", "it is on fire")

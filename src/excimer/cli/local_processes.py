@@ -190,7 +190,9 @@ def _launch(installation: Installation, part: Part) -> LaunchedProcess | None:
         module=part.module,
         lock_dir=part.lock_dir,
         log_path=log,
-        environment=program_path_environment(),
+        environment=tuple(
+            (os.fsencode(name), os.fsencode(value)) for name, value in program_path_environment().items()
+        ),
         is_restarted=part.is_restarted,
     )
     with _as_standard_input(part.standard_input) as standard_input:

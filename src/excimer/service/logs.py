@@ -24,6 +24,7 @@ import atexit
 import contextlib
 import contextvars
 import logging
+import os
 import sys
 import threading
 import time
@@ -62,6 +63,21 @@ class _Sink:
     def set_limit(self, limit: LogLimit) -> None:
         with self._lock:
             self._limit = limit
+
+    def hold(self) -> None:
+        """Around a fork: no thread may be in the middle of a line then, whose end the fork would miss."""
+        self._lock.acquire()
+
+    def let_go(self) -> None:
+        self._lock.release()
+
+    def begin_in_fork(self) -> None:
+        """A fork has neither our timer's thread nor a lock that it could wait for; what was withheld is told
+        by the process that it happened in.
+        """
+        self._lock = threading.RLock()
+        self._limit = LogLimit()
+        self._timer = None
 
     def write(self, level: str, event: str, fields: Mapping[str, object], kind: str | None = None) -> None:
         """`kind` stands for the event where that is not one of a few texts."""
@@ -116,6 +132,7 @@ class _Sink:
 
 _sink = _Sink()
 atexit.register(_sink.tell_withheld, at_end=True)
+os.register_at_fork(before=_sink.hold, after_in_parent=_sink.let_go, after_in_child=_sink.begin_in_fork)
 
 
 def _readable(key: str, value: object) -> object:

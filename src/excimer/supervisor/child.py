@@ -5,9 +5,9 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from excimer.service.process_main import EXIT_CRASHED
 from excimer.supervisor.process_names import show_as
@@ -17,6 +17,8 @@ from excimer.supervisor.settings import SupervisorSettings
 
 OWN_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 """Those that the supervisor handles itself; blocked while it forks, so that none is taken for the other's."""
+
+Environment: TypeAlias = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ def launch_of(start: StartPart, settings: SupervisorSettings) -> Launched:
     return Launched(start.part, start.module, [str(settings_path(settings.run_dir, start.part))])
 
 
-def become(launched: Launched, environment: dict[str, str], standard_input: int | None, log: int) -> None:
+def become(launched: Launched, environment: Environment, standard_input: int | None, log: int) -> None:
     """The first steps of a fork, which has `OWN_SIGNALS` blocked. Takes over both descriptors.
 
     Ends the process if one of them fails: as the supervisor's twin it must not go on.
@@ -45,9 +47,7 @@ def become(launched: Launched, environment: dict[str, str], standard_input: int 
         os._exit(EXIT_CRASHED)
 
 
-def _take_place(
-    launched: Launched, environment: dict[str, str], standard_input: int | None, log: int
-) -> None:
+def _take_place(launched: Launched, environment: Environment, standard_input: int | None, log: int) -> None:
     signal.set_wakeup_fd(-1)
     for number in OWN_SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -55,8 +55,8 @@ def _take_place(
     os.setsid()
     _take(standard_input if standard_input is not None else os.open(os.devnull, os.O_RDONLY), [0])
     _take(log, [1, 2])
-    os.environ.clear()
-    os.environ.update(environment)
+    os.environb.clear()
+    os.environb.update(environment)
     show_as(launched.part, ["-m", launched.module, *launched.arguments])
 
 

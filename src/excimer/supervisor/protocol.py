@@ -12,6 +12,7 @@ path may be longer than the 107 bytes that a socket's address holds, so it is re
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -20,7 +21,7 @@ import msgspec
 
 SOCKET_NAME: Final = "supervisor.sock"
 MESSAGE_SIZE_MAX: Final = 4 << 20
-"""An environment may have 2 MiB."""
+"""An environment may have 2 MiB, and base64 makes 2.7 of them."""
 _READ_SIZE_BYTES: Final = 1 << 16
 
 
@@ -32,7 +33,8 @@ class StartPart(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag
     """Whose `__main__` it runs, with the path of its settings as the only argument."""
     lock_dir: Path
     log_path: Path
-    environment: dict[str, str]
+    environment: tuple[tuple[bytes, bytes], ...]
+    """Names and values: they need not be text."""
     is_restarted: bool
     """Whether it comes back when it dies."""
 
@@ -116,12 +118,16 @@ class Received(msgspec.Struct, frozen=True):
     """A descriptor that is ours to close."""
 
 
-def receive(connection: socket.socket) -> Received:
-    """Reads one request to its end. Raises OSError, `msgspec.DecodeError`, and leaves no descriptor then."""
+def receive(connection: socket.socket, limit_s: float) -> Received:
+    """Reads one request to its end, for up to `limit_s`. Raises OSError, `msgspec.DecodeError`, and leaves no
+    descriptor then.
+    """
     content = bytearray()
     descriptors: list[int] = []
+    deadline = time.monotonic() + limit_s
     try:
         while True:
+            connection.settimeout(max(1e-3, deadline - time.monotonic()))
             data, fds, _, _ = socket.recv_fds(connection, _READ_SIZE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             descriptors += fds
             if not data:
@@ -129,9 +135,37 @@ def receive(connection: socket.socket) -> Received:
             content += data
             if len(content) > MESSAGE_SIZE_MAX or len(descriptors) > 1:
                 raise msgspec.DecodeError("a request is too long")
-        request = msgspec.json.decode(content, type=Request, dec_hook=lambda kind, value: kind(value))
+        request = _decode(content)
     except (OSError, msgspec.DecodeError):
         for descriptor in descriptors:
             os.close(descriptor)
         raise
     return Received(request, descriptors[0] if descriptors else None)
+
+
+def _decode(content: bytearray) -> Request:
+    """Raises `msgspec.DecodeError` and nothing else: the supervisor outlives whatever is sent to it."""
+    try:
+        request: Request = msgspec.json.decode(
+            content, type=Request, dec_hook=lambda kind, value: kind(value)
+        )
+        _check(request)
+    except msgspec.DecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deep, or as `_check` says
+        raise msgspec.DecodeError(f"a request makes no sense: {error}") from error
+    return request
+
+
+def _check(request: Request) -> None:
+    """Raises ValueError for names and variables that no file or process can have."""
+    if isinstance(request, ReadParts):
+        return
+    names = [request.part]
+    if isinstance(request, StartPart):
+        names += [request.module, str(request.lock_dir), str(request.log_path)]
+        for name, value in request.environment:
+            if not name or b"=" in name or b"\0" in name + value:
+                raise ValueError(f"{name!r} cannot be a variable of an environment")
+    if any("\0" in name for name in names):
+        raise ValueError("a name has a zero byte")

@@ -150,15 +150,15 @@ class Supervisor:
     def _serve(self) -> None:
         connection, _ = self._listening.accept()
         with connection:
-            connection.settimeout(CLIENT_LIMIT_S)
             try:
-                received = receive(connection)
+                received = receive(connection, CLIENT_LIMIT_S)
             except (OSError, msgspec.DecodeError) as error:
                 log.warning("a request was not understood", error=error)
                 return
             answer = self._answer(received.request, received.standard_input)
             if answer is None:
                 return  # we are the fork
+            connection.settimeout(CLIENT_LIMIT_S)
             with contextlib.suppress(OSError):  # it was interrupted: what it wanted is done
                 connection.sendall(msgspec.json.encode(answer))
 

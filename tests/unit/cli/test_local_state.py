@@ -14,7 +14,7 @@ import pytest
 
 from excimer.base.errors import ExcimerError
 from excimer.cli import local_processes
-from excimer.cli.commands.installation import make_installation
+from excimer.cli.commands.installation import make_installation, making
 from excimer.cli.endpoint_remains import remove_remains
 from excimer.cli.errors import BusyError, ProcessFailedError, StateDirectoryError, StillRunningError
 from excimer.cli.installation import (
@@ -173,6 +173,14 @@ def test_init_refuses_what_is_not_empty_or_not_ours(tmp_path: Path) -> None:
     with pytest.raises(StateDirectoryError, match=r"holds 'thesis\.txt', which is not Excimer's"):
         make_installation(session, 18, 3, force=True)
     assert load_installation(made.directory) == again
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"two\nlines"])
+def test_init_refuses_a_path_that_no_file_can_name(tmp_path: Path, name: bytes) -> None:
+    directory = tmp_path / os.fsdecode(name)
+    with pytest.raises(StateDirectoryError, match="cannot hold an installation"), making(Session(directory)):
+        pass
+    assert not directory.exists()
 
 
 def test_init_does_not_pull_the_ground_from_a_running_part(installation: Installation) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from excimer.cli.errors import ProcessFailedError
@@ -28,6 +29,23 @@ from excimer.supervisor.protocol import WatchedPart, socket_address
 from tests.kit.small_service import part_of, small_installation
 
 LIMIT_S = 60.0
+NO_REQUESTS = (
+    *(b"", b"{", b'{"type": "start"}', b'{"type": "forget", "part": 7}', b"\xff" * 100_000),
+    *(b'{"type": "forget", "part": "\xff"}', b'{"type": "forget", "part": "\\u0000"}'),
+    b'{"type": "parts", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    *(
+        msgspec.json.encode(
+            {"type": "start", "part": "p", "module": "json", "lock_dir": "/tmp", "log_path": "/tmp/x"}
+            | {"environment": [], "is_restarted": False}
+            | wrong
+        )
+        for wrong in (
+            *({"module": "j\0"}, {"lock_dir": "/\0"}, {"log_path": "/\0"}, {"log_path": 1}),
+            *({"environment": [[name, b"x"]]} for name in (b"", b"a=b", b"a\0")),
+            {"environment": [[b"a", b"\0"]]},
+        )
+    ),
+)
 
 
 @pytest.fixture
@@ -165,6 +183,7 @@ def test_a_fork_has_nothing_of_the_supervisor(
     start(installation, other)
     monkeypatch.delenv("OF_THE_FIRST_COMMAND")
     monkeypatch.setenv("OF_THE_SECOND_COMMAND", "2")
+    monkeypatch.setenv("NO_TEXT", os.fsdecode(b"\xff"))
     part = part_of(installation)
     process = start(installation, part)
     place = Path(f"/proc/{process.pid}")
@@ -185,8 +204,10 @@ def test_a_fork_has_nothing_of_the_supervisor(
     log = log_path(installation, "small")
     assert os.readlink(place / "fd" / "1") == str(log)
     assert log.stat().st_mode & 0o777 == PRIVATE_FILE
-    environment = (installation.directory / "small" / "environment").read_text().split("\n")
-    assert "OF_THE_SECOND_COMMAND=2" in environment
+    environment = (
+        (installation.directory / "small" / "environment").read_bytes().decode("latin-1").split("\n")
+    )
+    assert {"OF_THE_SECOND_COMMAND=2", "NO_TEXT=\xff"} <= set(environment)
     assert "OF_THE_FIRST_COMMAND=1" not in environment
     stop(installation, other)
     stop(installation, part)
@@ -214,7 +235,7 @@ def test_what_is_no_request_does_no_harm(installation: Installation) -> None:
     part = part_of(installation)
     start(installation, part)
     assert (installation.run_dir / "supervisor.sock").stat().st_mode & 0o777 == PRIVATE_FILE
-    for content in (b"", b"{", b'{"type": "start"}', b'{"type": "forget", "part": 7}', b"\xff" * 100_000):
+    for content in NO_REQUESTS:
         with (
             socket.socket(socket.AF_UNIX) as connection,
             socket_address(installation.run_dir) as address,

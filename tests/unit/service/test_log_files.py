@@ -157,3 +157,45 @@ def test_a_thread_looks_after_the_files(tmp_path: Path) -> None:
     rotation.stop()
     assert failures == []
     assert numbered(path, 1).stat().st_size == 2000
+
+
+def test_a_fork_writes_although_a_thread_was_in_the_middle_of_a_line() -> None:
+    """That thread is not in the fork, so that nobody would let go of what it holds; nor is the one of the
+    counts, which are told in the fork all the same.
+    """
+    code = """
+import os, signal, sys, threading, time
+from excimer.service.log_limit import LogLimit
+from excimer.service.logs import configure_logging, get_logger
+
+class Slow:
+    def write(self, text):
+        entered.set()
+        time.sleep(0.2)
+    def flush(self):
+        pass
+
+entered = threading.Event()
+configure_logging("test", stream=Slow(), limit=LogLimit(lines_max=1, window_s=3600))
+log = get_logger("x")
+log.warning("counted")
+log.warning("counted")
+entered.clear()
+threading.Thread(target=lambda: log.warning("slowly")).start()
+entered.wait()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(30)
+    configure_logging("fork", limit=LogLimit(lines_max=1, window_s=0.1))
+    log.warning("flood")
+    log.warning("flood")
+    while threading.active_count() > 1:
+        time.sleep(0.01)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, f"the fork waited for ever: {done.stderr}"
+    assert [json.loads(line).get("repeated", 1) for line in done.stderr.splitlines()] == [1, 1]

@@ -1,6 +1,7 @@
 """`excimer init | start | stop | status`: the local installation as a whole."""
 
 import contextlib
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,8 @@ app = typer.Typer()
 BROKER: Final = "broker"
 STATUS_LIMIT_S: Final = 2.0
 """How long `status` waits for the controller's list, which comes from memory."""
+_UNNAMEABLE: Final = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and bytes that are no UTF-8 as Python has them in paths."""
 MAKING_LOCK: Final = "making.lock"
 MAKING_LIMIT_S: Final = 300.0
 """The first tenant takes an initdb, on a slow machine."""
@@ -235,6 +238,10 @@ def making(session: Session) -> Iterator[None]:
 
 def _refuse_foreign(directory: Path) -> None:
     """Before its rights are changed or anything is put into it. Raises `StateDirectoryError`."""
+    if _UNNAMEABLE.search(str(directory)):
+        raise StateDirectoryError(
+            f"{str(directory)!r} cannot hold an installation: the files that name it are UTF-8, a path a line"
+        )
     if directory.exists() and not directory.is_dir():
         raise StateDirectoryError(f"{directory} is not a directory")
     entries = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
