@@ -183,6 +183,18 @@ def test_init_refuses_a_path_that_no_file_can_name(tmp_path: Path, name: bytes) 
     assert not directory.exists()
 
 
+def test_an_init_that_fails_leaves_an_empty_directory_as_it_was(tmp_path: Path) -> None:
+    directory = tmp_path / "mount"
+    directory.mkdir()
+    directory.chmod(0o1777)
+    before = directory.stat()
+    with pytest.raises(BusyError), making(Session(directory)):
+        raise BusyError
+    after = directory.stat()
+    assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
+    assert list(directory.iterdir()) == []
+
+
 def test_init_does_not_pull_the_ground_from_a_running_part(installation: Installation) -> None:
     part = part_of(installation, name="broker")
     start_parts(installation, [part], lambda *_: None)

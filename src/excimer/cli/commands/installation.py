@@ -1,8 +1,10 @@
 """`excimer init | start | stop | status`: the local installation as a whole."""
 
 import contextlib
+import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -220,9 +222,12 @@ def make_installation(
 
 @contextlib.contextmanager
 def making(session: Session) -> Iterator[None]:
-    """One command at a time makes an installation or makes one ready. Nothing is left if none comes of it."""
+    """One command at a time makes an installation or makes one ready. If none comes of it nothing is left,
+    and an empty directory that was there stays as it was.
+    """
     run_dir = session.directory / "run"
     _refuse_foreign(session.directory)
+    before = session.directory.stat() if session.directory.exists() else None
     make_private_dir(session.directory, passable=True)
     make_private_dir(run_dir)
     try:
@@ -233,7 +238,16 @@ def making(session: Session) -> Iterator[None]:
             with contextlib.suppress(OSError):  # only what is empty but for our lock
                 (run_dir / MAKING_LOCK).unlink()
                 run_dir.rmdir()
-                session.directory.rmdir()
+                _leave(session.directory, before)
+
+
+def _leave(directory: Path, before: os.stat_result | None) -> None:
+    """As it was found: None if it was not there. Raises OSError."""
+    if before is None:
+        directory.rmdir()
+    elif not any(directory.iterdir()):
+        os.chown(directory, -1, before.st_gid)
+        directory.chmod(stat.S_IMODE(before.st_mode))
 
 
 def _refuse_foreign(directory: Path) -> None:
