@@ -1,9 +1,10 @@
 """Runs the command line and turns errors into one line and an exit code."""
 
+import errno
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, Final
 
 import typer
 
@@ -11,6 +12,11 @@ from excimer.base.errors import ExcimerError
 from excimer.cli.app import app
 from excimer.cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, exit_code_of
 from excimer.cli.session import common_options_first
+
+REFUSED_BY_SYSTEM: Final = frozenset(
+    {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS}
+)
+"""A full or damaged disk, rights: no fault of ours, and a traceback helps nobody."""
 
 _WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
 """Typer's UsageError, which only newer versions of it export."""
@@ -37,6 +43,12 @@ def run(arguments: list[str]) -> int:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in REFUSED_BY_SYSTEM:
+            raise
+        about = "" if error.filename is None else f"{error.filename}: "
+        _complain(as_json, type(error).__name__, f"{about}{error.strerror}")
         return EXIT_FAILED
     if code == EXIT_INTERRUPTED:  # Typer answers Ctrl-C with this code, too
         _complain(as_json, "Interrupted", "interrupted; what has started goes on running")

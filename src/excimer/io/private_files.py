@@ -35,7 +35,7 @@ class ForeignDirectoryError(RefusedError):
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Puts `content` in the place of the whole file, readable by its owner only. Raises OSError."""
+    """Puts `content` in the place of the whole file, for its owner only. Raises OSError that names it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     with contextlib.suppress(FileNotFoundError):  # of a process that had our number and died
         temporary.unlink()
@@ -46,8 +46,9 @@ def write_private(path: Path, content: bytes) -> None:
         while rest:
             rest = rest[os.write(descriptor, rest) :]
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)
         raise
     finally:
         os.close(descriptor)

@@ -57,6 +57,21 @@ def test_common_options_may_stand_anywhere(given: list[str], expected: list[str]
     assert common_options_first(given) == expected
 
 
+def test_what_the_system_refuses_is_said_in_a_line(tmp_path: Path) -> None:
+    """As a full disk is: no file may have a byte."""
+    directory = tmp_path / "state"
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", sys.executable, "-m", "excimer.cli", "init"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "EXCIMER_DIR": str(directory)},
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"excimer: {directory}/keys/private.pem: File too large\n"
+
+
 def test_help_lists_every_command_and_is_instant(tmp_path: Path) -> None:
     times = []
     for _ in range(3):
