@@ -29,22 +29,27 @@ from excimer.supervisor.protocol import WatchedPart, socket_address
 from tests.kit.small_service import part_of, small_installation
 
 LIMIT_S = 60.0
+START = {
+    "type": "start",
+    "part": "p",
+    "module": "json",
+    "lock_dir": "/tmp",
+    "log_path": "/tmp/x",
+    "environment": [],
+    "is_restarted": False,
+}
+NO_STARTS: tuple[tuple[str, object], ...] = (
+    *(("module", "j\0"), ("lock_dir", "/\0"), ("log_path", "/\0"), ("log_path", 1)),
+    *(
+        ("environment", [variable])
+        for variable in ([b"", b"x"], [b"a=b", b"x"], [b"a\0", b""], [b"a", b"\0"])
+    ),
+)
 NO_REQUESTS = (
     *(b"", b"{", b'{"type": "start"}', b'{"type": "forget", "part": 7}', b"\xff" * 100_000),
     *(b'{"type": "forget", "part": "\xff"}', b'{"type": "forget", "part": "\\u0000"}'),
     b'{"type": "parts", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    *(
-        msgspec.json.encode(
-            {"type": "start", "part": "p", "module": "json", "lock_dir": "/tmp", "log_path": "/tmp/x"}
-            | {"environment": [], "is_restarted": False}
-            | wrong
-        )
-        for wrong in (
-            *({"module": "j\0"}, {"lock_dir": "/\0"}, {"log_path": "/\0"}, {"log_path": 1}),
-            *({"environment": [[name, b"x"]]} for name in (b"", b"a=b", b"a\0")),
-            {"environment": [[b"a", b"\0"]]},
-        )
-    ),
+    *(msgspec.json.encode({**START, name: wrong}) for name, wrong in NO_STARTS),
 )
 
 
