@@ -24,6 +24,23 @@ from excimer._native.batch_builder cimport STARTS_CHAIN, VALUE_IMAGE, StorageKey
 from excimer._native.change_set cimport TWO_PHASE, ChangeSet, id_precedes
 from excimer._native.little_endian cimport put_u32, u16, u32, u64
 from excimer._native.wal_scanner cimport RecordTaker
+from excimer._native.xact_parts cimport (
+    ABORT,
+    ABORT_PREPARED,
+    COMMIT,
+    COMMIT_PREPARED,
+    HAS_DBINFO,
+    HAS_DROPPED_STATS,
+    HAS_GID,
+    HAS_INFO,
+    HAS_INVALS,
+    HAS_ORIGIN,
+    HAS_RELATIONS,
+    HAS_SUBXACTS,
+    HAS_TWOPHASE,
+    OPMASK,
+    PREPARE,
+)
 from excimer._native.xid_set cimport CommitTimes, XidSet
 
 cdef extern from "crc32c.h" nogil:
@@ -37,30 +54,11 @@ cdef enum:
     RECORD_HEADER_SIZE = 24
     KEPT_SIZE_MIN = 1 << 16
 
-cdef enum:  # operations of the transaction manager
-    OPMASK = 0x70
-    COMMIT = 0x00
-    PREPARE = 0x10
-    ABORT = 0x20
-    COMMIT_PREPARED = 0x30
-    ABORT_PREPARED = 0x40
-
 cdef enum:  # identifiers of a record's parts
     DATA_SHORT = 255
     DATA_LONG = 254
     ORIGIN = 253
     TOPLEVEL_XID = 252
-
-cdef enum:  # what a commit or abort has, in `info` and in its flags
-    HAS_INFO = 0x80
-    HAS_DBINFO = 0x001
-    HAS_SUBXACTS = 0x002
-    HAS_RELATIONS = 0x004
-    HAS_INVALS = 0x008
-    HAS_TWOPHASE = 0x010
-    HAS_ORIGIN = 0x020
-    HAS_GID = 0x080
-    HAS_DROPPED_STATS = 0x100
 
 cdef enum:  # steps, in the order of the record
     PART_ID

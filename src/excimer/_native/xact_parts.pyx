@@ -12,20 +12,6 @@ from excimer._native.record_parts cimport RecordParts, split_record
 from excimer.pgformat.wal_record import MalformedRecordError
 
 cdef enum:
-    OPMASK = 0x70
-    COMMIT = 0x00
-    ABORT = 0x20
-    COMMIT_PREPARED = 0x30
-    ABORT_PREPARED = 0x40
-    HAS_INFO = 0x80
-    HAS_DBINFO = 0x001
-    HAS_SUBXACTS = 0x002
-    HAS_RELATIONS = 0x004
-    HAS_INVALS = 0x008
-    HAS_TWOPHASE = 0x010
-    HAS_ORIGIN = 0x020
-    HAS_GID = 0x080
-    HAS_DROPPED_STATS = 0x100
     RELATION_SIZE = 12
     INVAL_SIZE = 16
 
