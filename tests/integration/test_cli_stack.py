@@ -82,8 +82,10 @@ def test_up_comes_up_however_often_it_was_interrupted(stack: Stack) -> None:
     assert len({json.loads(output)["url"] for output, _ in outputs}) == 1
     assert [row["name"] for row in stack.json("tenant", "list")["tenants"]] == ["default"]
     assert sorted(stack.states()) == ["broker", "controller", "endpoint-main", "pageserver", "safekeeper-1"]
-    code, _, errors = stack.run("up", "--pg-version", "17")
-    assert (code, "--pg-version 17 does nothing here" in errors) == (0, True)
+    for option, value in (("--pg-version", "17"), ("--safekeepers", "3")):
+        code, _, errors = stack.run("up", option, value)
+        assert (code, f"{option} {value} does nothing here" in errors) == (0, True)
+    assert sorted(stack.states()) == ["broker", "controller", "endpoint-main", "pageserver", "safekeeper-1"]
 
 
 def test_the_demo_shows_no_difference_and_may_be_repeated(stack: Stack) -> None:
