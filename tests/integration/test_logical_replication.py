@@ -63,16 +63,11 @@ class Subscribed:
         return [row for (row,) in self.stack.query("select a from log order by a", endpoint)]
 
     def wait_for_all(self, endpoint: str = "main") -> None:
-        """As long as rows come: how many there are and how fast they go depends on the machine."""
-        arrived = -1
-        while arrived < self.next_row:
-            before = arrived
-            self.stack.wait_until(
-                lambda before=before: self.arrived(endpoint) > before,  # type: ignore[misc]
-                f"the arrival of another row than {before} of {self.next_row}",
-                report=lambda: self.positions(endpoint),
-            )
-            arrived = self.arrived(endpoint)
+        self.stack.wait_until(
+            lambda: self.arrived(endpoint) >= self.next_row,
+            f"the arrival of all {self.next_row} rows",
+            report=lambda: self.positions(endpoint),
+        )
 
     def arrived(self, endpoint: str) -> int:
         return int(self.stack.query("select count(distinct a) from log", endpoint)[0][0])
