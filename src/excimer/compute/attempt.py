@@ -14,69 +14,29 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 from excimer.base.address import Address, parse_address
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError
-from excimer.base.ids import TenantId, TimelineId
-from excimer.base.lsn import MAX_LSN, Lsn, format_lsn
-from excimer.compute.arena import (
-    Arena,
-    ArenaFile,
-    ArenaSettings,
-    build_arena,
-    preload_environment,
-)
+from excimer.base.lsn import Lsn, format_lsn
+from excimer.compute.arena import Arena, preload_environment
 from excimer.compute.backpressure import Backpressure
 from excimer.compute.basebackup_client import fetch_basebackup
-from excimer.compute.client_authentication import installation_users, render_hba, render_ident
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
-from excimer.compute.data_directory import (
-    DataDirectoryPlan,
-    plan_data_directory,
-    write_data_directory,
-)
-from excimer.compute.local_access import (
-    LocalAccess,
-    find_superuser,
-    superuser_names,
-    write_local_access,
-)
+from excimer.compute.directory_preparation import prepare_new
+from excimer.compute.local_access import LocalAccess, find_superuser, write_local_access
 from excimer.compute.lsn_lease import LeasedMoment, LsnLease
-from excimer.compute.outside_work import (
-    GATE,
-    OutsideWork,
-    disable_inherited_subscriptions,
-    module_arguments,
-    preloaded_libraries,
-)
+from excimer.compute.outside_work import GATE, disable_inherited_subscriptions
 from excimer.compute.page_relay import relaying_pages
-from excimer.compute.places import ComputePlaces
 from excimer.compute.position_client import PositionClient
 from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, check_port, kill_left_behind
-from excimer.compute.postgres_settings import (
-    access_arguments,
-    fixed_arguments,
-    render_postgres_settings,
-)
+from excimer.compute.postgres_settings import access_arguments
 from excimer.compute.proposer import PostgresAddress, Proposer
-from excimer.compute.server_certificate import (
-    CertificateFiles,
-    CertificatePair,
-    follow_files,
-    install_pair,
-    read_pair,
-)
+from excimer.compute.server_certificate import CertificatePair, follow_files, read_pair
 from excimer.compute.settings_keeper import SettingsKeeper
+from excimer.compute.spec import ComputeSpec
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
 from excimer.io.processes import describe_exit
-from excimer.pgformat.auto_conf import AUTO_CONF_NAME, render_auto_conf
-from excimer.pgformat.basebackup import Basebackup, origins_setting
-from excimer.pgformat.checkpoint import CheckPoint
-from excimer.pgformat.control_file import ControlFile
-from excimer.pgformat.wal_prefix import build_wal_prefix
-from excimer.postgres import PostgresBuild, extension_hint
+from excimer.pgformat.basebackup import Basebackup
 from excimer.postgres.setting_rules import check_rules
 from excimer.service.listen import bind_listen
 from excimer.service.logs import get_logger
@@ -90,29 +50,6 @@ AWAITED_NOTICE_S = 2.0
 ELECTION = "election"
 
 log = get_logger(__name__)
-
-
-class ComputeSpec(NamedTuple):
-    """What to start; settings already parsed and checked."""
-
-    tenant_id: TenantId
-    timeline_id: TimelineId
-    static_lsn: Lsn | None
-    build: PostgresBuild
-    host: str
-    port: int
-    trusts_local: bool
-    certificate: CertificateFiles | None
-    pageserver_address: str
-    pageserver_http_address: str
-    lease_holder: str
-    safekeepers: list[str]
-    module: Path
-    """The endpoint module, compiled for `build`."""
-    outside_work: OutsideWork
-    places: ComputePlaces
-    lag_bytes_max: int
-    """How far the pageserver may be behind before writers wait; 0: as far as it likes."""
 
 
 class Attempt:
@@ -221,7 +158,7 @@ class Attempt:
         self._begin(f"the pageserver to have WAL up to {format_lsn(end_lsn)} and send a basebackup")
         backup = await self._fetch_basebackup(end_lsn)
         clock.step("basebackup")
-        await asyncio.to_thread(self._lay_directory, backup, pair)
+        await asyncio.to_thread(self._prepare, backup, pair)
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
         self._begin("PostgreSQL to accept connections")
@@ -316,75 +253,11 @@ class Attempt:
         finally:
             notice.cancel()
 
-    def _lay_directory(self, backup: Basebackup, pair: CertificatePair | None) -> None:
-        spec = self._spec
-        control = ControlFile.unpack(backup.control_file, backup.pg_version)
-        prefix = build_wal_prefix(
-            pg_version=backup.pg_version,
-            template=control,
-            checkpoint=CheckPoint.unpack(backup.checkpoint),
-            end_lsn=Lsn(backup.lsn),
-            prev_lsn=Lsn(backup.prev_lsn),
-            now_s=int(time.time()),
-            hot_standby=spec.static_lsn is not None,
-        )
-        is_static = spec.static_lsn is not None
+    def _prepare(self, backup: Basebackup, pair: CertificatePair | None) -> None:
         self._settings = check_rules(self._keeper.starting())
-        origins = {origins_setting(backup.pg_version): backup.origin_count}
-        self._options = fixed_arguments(control, self._settings, origins=origins, is_static=is_static)
-        self._options += module_arguments(
-            spec.module,
-            preloaded_libraries(spec.build, self._settings),
-            spec.outside_work,
-            is_static=is_static,
-            extension_hint=extension_hint(spec.build),
-        )
-        postgresql_conf = render_postgres_settings(
-            pg_version=backup.pg_version,
-            host=spec.host,
-            port=spec.port,
-            socket_dir=str(spec.places.socket_dir),
-            control=control,
-            origins=origins,
-            is_static=is_static,
-        )
-        configuration = [
-            ("postgresql.conf", postgresql_conf.encode()),
-            (AUTO_CONF_NAME, render_auto_conf(self._settings).encode()),
-            *self._access_files(backup),
-        ]
-        plan = plan_data_directory(
-            backup, prefix, configuration, control.wal_segment_size, hot_standby=is_static
-        )
-        write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
-        if pair is not None:
-            install_pair(pair, spec.places.data_dir)
-        self._make_arena(plan, Lsn(backup.lsn), control.wal_segment_size)
-
-    def _access_files(self, backup: Basebackup) -> list[tuple[str, bytes]]:
-        self._superusers = superuser_names(backup)
-        is_remote = not Address(self._spec.host, self._spec.port).is_loopback
-        hba = render_hba(self._superusers, trusts_local=self._spec.trusts_local, is_remote=is_remote)
-        ident = render_ident(self._superusers, installation_users())
-        return [("pg_hba.conf", hba.encode()), ("pg_ident.conf", ident.encode())]
-
-    def _make_arena(self, plan: DataDirectoryPlan, lsn: Lsn, wal_segment_size: int) -> None:
-        spec = self._spec
-        self.arena = build_arena(
-            spec.places.arena,
-            files=[ArenaFile(file.path, file.blocks) for file in plan.lazy_files],
-            settings=ArenaSettings(
-                pageserver_address=str(spec.places.page_socket) if has_tls() else spec.pageserver_address,
-                tenant_id=spec.tenant_id,
-                timeline_id=spec.timeline_id,
-                token=self._tokens().read_pages,
-                lsn=MAX_LSN if spec.static_lsn is None else lsn,
-                not_modified_since=lsn,
-            ),
-            data_dir=spec.places.data_dir,
-            wal_segment_size=wal_segment_size,
-        )
-        self.arena.place_pages(plan.inline_runs)
+        token = self._tokens().read_pages
+        prepared = prepare_new(self._spec, backup, self._settings, token=token, pair=pair)
+        self.arena, self._options, self._superusers = prepared
 
     async def _start_postgres(self) -> PostgresProcess:
         spec = self._spec

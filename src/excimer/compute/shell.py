@@ -10,7 +10,7 @@ from pathlib import Path
 from excimer.base.address import parse_address
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import parse_lsn
-from excimer.compute.attempt import Attempt, ComputeSpec
+from excimer.compute.attempt import Attempt
 from excimer.compute.core import (
     EXIT_CLEAN,
     DelayOver,
@@ -31,6 +31,7 @@ from excimer.compute.places import find_places, leave_places
 from excimer.compute.server_certificate import CertificateFiles, check_listen, choose_certificate
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
+from excimer.compute.spec import ComputeSpec
 from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
 from excimer.postgres import endpoint_module, find_build
 from excimer.postgres.setting_check import at_start_only

@@ -1,0 +1,137 @@
+"""Makes ready what postgres is started on: its data directory, the arena beside it, its options.
+
+What depends on the endpoint (configuration, who may connect, certificates, where pages come from) is written
+at each start.
+
+Not here: what a new directory must hold (`data_directory`), the arena's bytes (`arena`).
+"""
+
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from excimer.base.address import Address
+from excimer.base.lsn import MAX_LSN, Lsn
+from excimer.compute.arena import Arena, ArenaFile, ArenaSettings, build_arena
+from excimer.compute.client_authentication import installation_users, render_hba, render_ident
+from excimer.compute.data_directory import plan_data_directory, write_data_directory
+from excimer.compute.local_access import superuser_names
+from excimer.compute.outside_work import module_arguments, preloaded_libraries
+from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
+from excimer.compute.server_certificate import CertificatePair, install_pair
+from excimer.compute.spec import ComputeSpec
+from excimer.pgformat.auto_conf import AUTO_CONF_NAME, render_auto_conf
+from excimer.pgformat.basebackup import Basebackup, origins_setting
+from excimer.pgformat.checkpoint import CheckPoint
+from excimer.pgformat.control_file import ControlFile
+from excimer.pgformat.wal_prefix import build_wal_prefix
+from excimer.postgres import extension_hint
+from excimer.service.tls import has_tls
+
+
+class Prepared(NamedTuple):
+    """A directory on which postgres can be started."""
+
+    arena: Arena
+    options: list[str]
+    """Of the postgres program."""
+    superusers: list[str]
+    """What the bootstrap superuser may be called, the likeliest first."""
+
+
+class History(NamedTuple):
+    """What the branch's history says that configuration must respect."""
+
+    control: ControlFile
+    origin_count: int
+    """Replication origins with progress."""
+    superusers: list[str]
+
+
+def prepare_new(
+    spec: ComputeSpec,
+    backup: Basebackup,
+    settings: Mapping[str, str],
+    *,
+    token: str,
+    pair: CertificatePair | None,
+) -> Prepared:
+    """A directory that begins where `backup` does. `settings`: the endpoint's own list, `token`: reads pages.
+
+    There must be none. Raises `PostgresSettingError`, `UnsafePathError`, OSError.
+    """
+    control = ControlFile.unpack(backup.control_file, backup.pg_version)
+    lsn = Lsn(backup.lsn)
+    is_static = spec.static_lsn is not None
+    prefix = build_wal_prefix(
+        pg_version=backup.pg_version,
+        template=control,
+        checkpoint=CheckPoint.unpack(backup.checkpoint),
+        end_lsn=lsn,
+        prev_lsn=Lsn(backup.prev_lsn),
+        now_s=int(time.time()),
+        hot_standby=is_static,
+    )
+    history = History(control, backup.origin_count, superuser_names(backup))
+    options, configuration = configure(spec, history, settings)
+    plan = plan_data_directory(backup, prefix, configuration, control.wal_segment_size, hot_standby=is_static)
+    write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
+    if pair is not None:
+        install_pair(pair, spec.places.data_dir)
+    arena = build_arena(
+        spec.places.arena,
+        files=[ArenaFile(file.path, file.blocks) for file in plan.lazy_files],
+        settings=page_source(spec, token, not_modified_since=lsn),
+        data_dir=spec.places.data_dir,
+        wal_segment_size=control.wal_segment_size,
+    )
+    arena.place_pages(plan.inline_runs)
+    return Prepared(arena, options, history.superusers)
+
+
+def configure(
+    spec: ComputeSpec, history: History, settings: Mapping[str, str]
+) -> tuple[list[str], list[tuple[str, bytes]]]:
+    """Options of the postgres program, and the configuration files with their names."""
+    control = history.control
+    pg_version = spec.build.version
+    is_static = spec.static_lsn is not None
+    origins = {origins_setting(pg_version): history.origin_count}
+    options = fixed_arguments(control, settings, origins=origins, is_static=is_static)
+    options += module_arguments(
+        spec.module,
+        preloaded_libraries(spec.build, settings),
+        spec.outside_work,
+        is_static=is_static,
+        extension_hint=extension_hint(spec.build),
+    )
+    postgresql_conf = render_postgres_settings(
+        pg_version=pg_version,
+        host=spec.host,
+        port=spec.port,
+        socket_dir=str(spec.places.socket_dir),
+        control=control,
+        origins=origins,
+        is_static=is_static,
+    )
+    is_remote = not Address(spec.host, spec.port).is_loopback
+    hba = render_hba(history.superusers, trusts_local=spec.trusts_local, is_remote=is_remote)
+    files = [
+        ("postgresql.conf", postgresql_conf),
+        (AUTO_CONF_NAME, render_auto_conf(settings)),
+        ("pg_hba.conf", hba),
+        ("pg_ident.conf", render_ident(history.superusers, installation_users())),
+    ]
+    return options, [(name, text.encode()) for name, text in files]
+
+
+def page_source(spec: ComputeSpec, token: str, *, not_modified_since: Lsn) -> ArenaSettings:
+    """Where absent blocks come from, as of when."""
+    return ArenaSettings(
+        pageserver_address=str(spec.places.page_socket) if has_tls() else spec.pageserver_address,
+        tenant_id=spec.tenant_id,
+        timeline_id=spec.timeline_id,
+        token=token,
+        lsn=MAX_LSN if spec.static_lsn is None else not_modified_since,
+        not_modified_since=not_modified_since,
+    )

@@ -1,0 +1,34 @@
+"""What an endpoint's manager starts: settings that are parsed and checked, and PostgreSQL's build found."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from excimer.base.ids import TenantId, TimelineId
+from excimer.base.lsn import Lsn
+from excimer.compute.outside_work import OutsideWork
+from excimer.compute.places import ComputePlaces
+from excimer.compute.server_certificate import CertificateFiles
+from excimer.postgres import PostgresBuild
+
+
+class ComputeSpec(NamedTuple):
+    """The same for all attempts of one manager."""
+
+    tenant_id: TenantId
+    timeline_id: TimelineId
+    static_lsn: Lsn | None
+    build: PostgresBuild
+    host: str
+    port: int
+    trusts_local: bool
+    certificate: CertificateFiles | None
+    pageserver_address: str
+    pageserver_http_address: str
+    lease_holder: str
+    safekeepers: list[str]
+    module: Path
+    """The endpoint module, compiled for `build`."""
+    outside_work: OutsideWork
+    places: ComputePlaces
+    lag_bytes_max: int
+    """How far the pageserver may be behind before writers wait; 0: as far as it likes."""
