@@ -8,32 +8,13 @@
  * the steps of a first copy of a table, which end with the removal of a slot on the publisher.
  *
  * Workers set the parameter themselves, with the priority of an override. Only its check hook comes after that.
- *
- * PostgreSQL breaks such a wait off when the worker is terminated or its postmaster dies, and takes the transaction as
- * committed. A client gets a warning, or no answer at all; a worker goes on to the next transaction and tells its
- * publisher of both. So after each commit of a worker its wait is looked at once more, and with a dead postmaster the
- * process ends. A worker that was terminated ends at its next interrupt check, before it tells anything; but its
- * successor takes all that is committed here as done, and says so. So a worker's first transaction, which is that of
- * its start-up, waits for all WAL that there is.
  */
 #include "endpoint.h"
 
-#include <unistd.h>
-
 #include "access/xact.h"
-#include "access/xlog.h"
-#include "miscadmin.h"
-#include "pgstat.h"
 #include "replication/logicalworker.h"
-#include "replication/syncrep.h"
-#include "replication/walsender_private.h"
-#include "storage/latch.h"
-#include "storage/lwlock.h"
-#include "storage/pmsignal.h"
 #include "utils/guc.h"
 #include "utils/guc_tables.h"
-
-#define QUORUM_POLL_MS 10
 
 static GucEnumCheckHook check_before = NULL;
 
@@ -42,66 +23,6 @@ static bool check_synchronous_commit(int *value, void **extra, GucSource source)
     if (IsLogicalWorker() && *value < SYNCHRONOUS_COMMIT_REMOTE_FLUSH)
         *value = SYNCHRONOUS_COMMIT_REMOTE_FLUSH;
     return check_before == NULL || check_before(value, extra, source);
-}
-
-static bool quorum_has(XLogRecPtr lsn)
-{
-    bool has;
-
-    LWLockAcquire(SyncRepLock, LW_SHARED);
-    has = WalSndCtl->lsn[SYNC_REP_WAIT_FLUSH] >= lsn;
-    LWLockRelease(SyncRepLock);
-    return has;
-}
-
-/* A worker's first words to its publisher cover all that is committed here, by whomever. */
-static void wait_before_work(XLogRecPtr lsn)
-{
-    while (!quorum_has(lsn)) {
-        (void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, QUORUM_POLL_MS, PG_WAIT_EXTENSION);
-        ResetLatch(MyLatch);
-        CHECK_FOR_INTERRUPTS();
-    }
-}
-
-/*
- * The transaction is committed, so nothing can end it. That the postmaster is dead shows in ProcDiePending as well, but
- * to no interrupt check.
- */
-static void wait_after_commit(XLogRecPtr lsn)
-{
-    while (!quorum_has(lsn)) {
-        if (!PostmasterIsAlive())
-            _exit(1); /* nobody is left for whom shared memory would have to be in order */
-        if (ProcDiePending)
-            return;
-        SyncRepWaitForLSN(lsn, true);
-    }
-}
-
-static XLogRecPtr flushed_here(void)
-{
-#if PG_VERSION_NUM >= 150000
-    return GetFlushRecPtr(NULL);
-#else
-    return GetFlushRecPtr();
-#endif
-}
-
-static void check_transaction(XactEvent event, void *argument)
-{
-    static bool is_at_work = false;
-
-    (void) argument;
-    if (!IsLogicalWorker())
-        return;
-    if (event == XACT_EVENT_PRE_COMMIT && !is_at_work) {
-        wait_before_work(flushed_here());
-        is_at_work = true;
-    } else if (event == XACT_EVENT_COMMIT)
-        wait_after_commit(XactLastCommitEnd);
-    else if (event == XACT_EVENT_PREPARE)
-        wait_after_commit(flushed_here());
 }
 
 static struct config_generic *find_setting(const char *name)
@@ -129,5 +50,4 @@ void guard_apply_commits(void)
     synchronous = (struct config_enum *) setting;
     check_before = synchronous->check_hook;
     synchronous->check_hook = check_synchronous_commit;
-    RegisterXactCallback(check_transaction, NULL);
 }

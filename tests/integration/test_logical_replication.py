@@ -168,49 +168,6 @@ def test_the_publisher_keeps_what_no_quorum_has(subscribed: Subscribed) -> None:
     assert subscribed.rows() == list(range(subscribed.next_row))
 
 
-WORKERS = "select pid from pg_stat_activity where backend_type like 'logical replication%worker'"
-WAITING = f"{WORKERS} and wait_event = 'SyncRep'"
-
-
-def break_off_wait(stack: Stack, publisher: StockServer, how: str) -> None:
-    """Ends an apply worker's wait for the quorum, and returns when it may have told of it."""
-    ((worker,),) = stack.query(WAITING)
-    if how == "postmaster killed":
-        os.kill(stack.postmaster_pid(), signal.SIGKILL)
-        idle = "select not active from pg_replication_slots where slot_name = 's'"
-        stack.wait_until(lambda: publisher.sql(idle) == [["t"]], "the worker's end")
-    else:
-        stack.query(f"select pg_terminate_backend({worker})")
-        stack.wait_until(lambda: stack.query(WORKERS) not in ([], [(worker,)]), "the next worker")
-
-
-@pytest.mark.parametrize("how", ["postmaster killed", "terminated"])
-def test_a_worker_whose_wait_was_broken_off_tells_the_publisher_nothing(
-    subscribed: Subscribed, how: str
-) -> None:
-    """PostgreSQL lets it go on as if the quorum had what it committed."""
-    stack = subscribed.stack
-    subscribed.wait_for_all()
-    paused = [stack.pid(part) for part in HOLDERS_OF_A_QUORUM]
-    for pid in paused:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        (first,) = subscribed.publisher.sql("select pg_current_wal_lsn()")[0]
-        subscribed.publish(ROWS_WHILE_NO_QUORUM)
-        stack.wait_until(lambda: stack.query(WAITING) != [], "a commit that waits for the quorum")
-        break_off_wait(stack, subscribed.publisher, how)
-        for _ in range(3):
-            has_told_nothing = f"select '{subscribed.flush_lsn()}'::pg_lsn <= '{first}'"
-            assert subscribed.publisher.sql(has_told_nothing) == [["t"]]
-            subscribed.publisher.sql("select pg_sleep(0.7)")
-    finally:
-        for pid in paused:
-            os.kill(pid, signal.SIGCONT)
-    stack.wait_until(stack.accepts, "a running postgres")
-    subscribed.wait_for_all()
-    assert subscribed.rows() == list(range(subscribed.next_row))
-
-
 SENT = (
     "select coalesce(bool_or(sent_lsn > '{}'), false) from pg_stat_replication where application_name = 's'"
 )

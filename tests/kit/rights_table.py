@@ -65,6 +65,7 @@ PROPOSER_PORT = "proposer port: greeting, and as long as the connection lives"
 REPLICATION_PORT = "replication port: password, and as long as the connection lives"
 LEASE = "POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/lsn_lease"
 RELEASE = "DELETE /v1/tenant/{tenant_id}/timeline/{timeline_id}/lsn_lease/{holder}"
+SAVED_STATE = "/v1/tenant/{tenant_id}/timeline/{timeline_id}/saved_state/{lsn}"
 IN_OWN_NAME = ", in the name of the token's holder"
 IN_ANY_NAME = ", in any name"
 SETTINGS = "GET, PATCH /v1/endpoints/{name}/settings"
@@ -77,6 +78,8 @@ DOORS = (
     Door("pageserver", LEASE + IN_ANY_NAME, Right.MANAGE, "timeline"),
     Door("pageserver", RELEASE + IN_OWN_NAME, Right.READ_PAGES, "timeline"),
     Door("pageserver", RELEASE + IN_ANY_NAME, Right.MANAGE, "timeline"),
+    Door("pageserver", f"PUT {SAVED_STATE}", Right.WRITE_WAL, "timeline"),
+    Door("pageserver", f"GET {SAVED_STATE}", Right.READ_PAGES, "timeline"),
     Door("pageserver", f"{OTHER_ROUTES} of a timeline", Right.MANAGE, "timeline"),
     Door("pageserver", f"{OTHER_ROUTES} of a tenant", Right.MANAGE, "tenant"),
     Door("pageserver", OTHER_ROUTES, Right.MANAGE, "everything"),

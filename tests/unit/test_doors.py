@@ -149,6 +149,7 @@ PARAMETERS = {
     "{tenant_id}": TENANT,
     "{timeline_id}": TIMELINE,
     "{tenant}": "no-tenant",
+    "{lsn}": "00000000016b3f50",
     "{branch}": "no-branch",
     "{timeline}": "no-timeline",
 }

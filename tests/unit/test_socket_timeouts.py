@@ -41,7 +41,9 @@ def test_a_lost_reader_of_wal_is_not_one_whose_token_has_expired() -> None:
 
 
 class _LostClient(HttpClient):
-    async def _exchange(self, method: str, target: str, body: object) -> tuple[int, bytes]:
+    async def _exchange(
+        self, method: str, target: str, payload: bytes | None = None, media_type: str = ""
+    ) -> tuple[int, bytes]:
         if self.timeout_s < 1:
             await asyncio.sleep(60)
         raise LOST

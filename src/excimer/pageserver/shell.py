@@ -34,6 +34,7 @@ from excimer.pageserver.endpoints.import_api import is_import
 from excimer.pageserver.endpoints.inspection_api import make_inspection_router
 from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.endpoints.retention_api import make_lease_router, make_retention_router
+from excimer.pageserver.endpoints.state_api import is_state, make_state_routers
 from excimer.pageserver.history_keeper import HistoryKeeper
 from excimer.pageserver.metrics import EngineMetrics, PageServiceMetrics, RedoMetrics, TimelineMetrics
 from excimer.pageserver.object_metrics import ObjectMetrics
@@ -97,7 +98,12 @@ def make_app(
 ) -> FastAPI:
     """The whole management API, with what each route asks of a token."""
     app = create_app(
-        "Excimer pageserver", __version__, health, registry, verifier=verifier, is_stream=is_import
+        "Excimer pageserver",
+        __version__,
+        health,
+        registry,
+        verifier=verifier,
+        is_stream=lambda method, path: is_import(method, path) or is_state(method, path),
     )
     clock = SystemClock()
     may_manage = Depends(bearer_auth(verifier, clock, Right.MANAGE))
@@ -105,6 +111,9 @@ def make_app(
     for router in (*routers, make_retention_router(keeper)):
         app.include_router(router, dependencies=[may_manage])
     app.include_router(make_lease_router(keeper, bearer_auth(verifier, clock)))
+    may_write = bearer_auth(verifier, clock, Right.WRITE_WAL)
+    for router in make_state_routers(tenants, may_write, bearer_auth(verifier, clock, Right.READ_PAGES)):
+        app.include_router(router)
     return app
 
 

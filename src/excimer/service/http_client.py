@@ -1,4 +1,4 @@
-"""A small JSON-over-HTTP client on h11, for services that call each other.
+"""A small HTTP client on h11, JSON but for `get_bytes` and `put_bytes`, for services that call each other.
 
 One connection per call: these are management calls, a few per second at most. Failures become
 the error families: unreachable, timeouts and 5xx are `UnreachableError` / `RemoteBusyError`
@@ -57,9 +57,22 @@ class HttpClient:
 
     async def call(self, method: str, target: str, body: object = None) -> Any:
         """One request. Raises the errors named above."""
+        payload = None if body is None else msgspec.json.encode(body)
+        answer = await self._call(method, target, payload, "application/json")
+        return msgspec.json.decode(answer) if answer else None
+
+    async def get_bytes(self, path: str) -> bytes:
+        """An answer that is not JSON."""
+        return await self._call("GET", path, None, "")
+
+    async def put_bytes(self, path: str, body: bytes) -> None:
+        """A body that is not JSON."""
+        await self._call("PUT", path, body, "application/octet-stream")
+
+    async def _call(self, method: str, target: str, payload: bytes | None, media_type: str) -> bytes:
         try:
             async with asyncio.timeout(self.timeout_s) as limit:
-                status, answer = await self._exchange(method, target, body)
+                status, answer = await self._exchange(method, target, payload, media_type)
         except (
             OSError,
             EOFError,
@@ -73,33 +86,37 @@ class HttpClient:
             raise UnreachableError(
                 f"{self.service} is not reachable at {self.address}: {_plain_reason(reason)}"
             ) from error
-        return self._result(status, answer)
+        if 200 <= status < 300:
+            return answer
+        raise _error_of(status, f"{self.service}: {_message_of(status, answer)}")
 
-    async def _exchange(self, method: str, target: str, body: object) -> tuple[int, bytes]:
+    async def _exchange(
+        self, method: str, target: str, payload: bytes | None = None, media_type: str = ""
+    ) -> tuple[int, bytes]:
         host, port = parse_address(self.address)
         context = None if self.is_plain else client_tls()
         reader, writer = await asyncio.open_connection(host, port, ssl=context)
         try:
             connection = h11.Connection(h11.CLIENT)
-            payload = b"" if body is None else msgspec.json.encode(body)
-            headers = [("host", self.address), ("connection", "close"), ("content-length", str(len(payload)))]
-            if body is not None:
-                headers.append(("content-type", "application/json"))
+            content_length = len(payload) if payload is not None else 0
+            headers = [
+                ("host", self.address),
+                ("connection", "close"),
+                ("content-length", str(content_length)),
+            ]
+            if payload is not None:
+                headers.append(("content-type", media_type))
             if self.token:
                 headers.append(("authorization", f"Bearer {self.token}"))
             head = connection.send(h11.Request(method=method, target=target, headers=headers))
-            content = connection.send(h11.Data(data=payload))
-            end = connection.send(h11.EndOfMessage())
-            writer.write((head or b"") + (content or b"") + (end or b""))
+            writer.write(head or b"")
+            if payload:
+                writer.write(connection.send(h11.Data(data=payload)) or b"")
+            writer.write(connection.send(h11.EndOfMessage()) or b"")
             await writer.drain()
             return await _read_answer(connection, reader)
         finally:
             writer.close()
-
-    def _result(self, status: int, answer: bytes) -> Any:
-        if 200 <= status < 300:
-            return msgspec.json.decode(answer) if answer else None
-        raise _error_of(status, f"{self.service}: {_message_of(status, answer)}")
 
 
 async def _read_answer(connection: h11.Connection, reader: asyncio.StreamReader) -> tuple[int, bytes]:

@@ -45,6 +45,7 @@ from excimer.storage.engine.leftovers import Leftovers
 from excimer.storage.engine.manifest_store import ManifestStore, check_not_overtaken
 from excimer.storage.engine.page_explanation import PageExplanation, explain_page
 from excimer.storage.engine.page_reads import PageRead, read_size_blocks
+from excimer.storage.engine.saved_states import SavedStates
 from excimer.storage.engine.settings_store import LiveSettings
 from excimer.storage.engine.timeline_commits import TimelineCommits
 from excimer.storage.engine.value_reads import ValueCache, read_value, read_value_and_lsn, scan_values
@@ -101,6 +102,7 @@ class Timeline:
         """Held by whoever merges or removes layers: one at a time. Take it before that of `commits`."""
         self.leftovers = Leftovers(self)
         self.deletions.on_overflow = self.leftovers.suspect
+        self.saved_states = SavedStates(self)
         self._loop_thread = threading.get_ident()
         self._write_lock = threading.Lock()
         self._room_made = threading.Condition(self._write_lock)
@@ -302,7 +304,21 @@ class Timeline:
         time begins. Raises `GcStandsStillError`, `GcTooEarlyError` soon after attaching, and as flushes,
         reads and uploads do.
         """
-        return await self._collector.collect(time_lsn)
+        outcome = await self._collector.collect(time_lsn)
+        await self.saved_states.remove_superseded()
+        return outcome
+
+    async def find_saved_state(self, lsn: Lsn) -> bytes | None:
+        """The saved state of exactly this LSN, of an ancestor if the history begins there; None: there is
+        none.
+
+        Raises `ObjectStoreError`.
+        """
+        at, found = self, await self.saved_states.find(lsn)
+        while found is None and (ancestry := at.stack.ancestry) is not None and lsn <= ancestry.lsn:
+            at = ancestry.timeline
+            found = await at.saved_states.find(lsn)
+        return found
 
     def lease(self, lsn: Lsn, holder: str = NOBODY) -> float:
         """Keeps an LSN readable for so many seconds from now on; ask again to renew it, and
@@ -377,7 +393,7 @@ class Timeline:
             self._write_lock.release()
         else:
             await self.in_thread(self._wake_writer)
-        async with self.commits.lock:
+        async with self.saved_states.lock, self.commits.lock:
             if len(self.deletions):
                 await self.in_thread(self.deletions.close)
             for file in self.stack.files.values():
