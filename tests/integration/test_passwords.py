@@ -105,9 +105,16 @@ def test_the_printed_url_gets_in_and_nothing_else_does(stack: Stack) -> None:
     ]
 
 
-def test_physical_replication_is_not_served_over_tcp(stack: Stack) -> None:
-    with pytest.raises(psycopg.OperationalError, match=r"no pg_hba.conf entry for replication"):
-        psycopg.connect(stack.url() + "&replication=true")
+def test_physical_replication_needs_the_right_and_the_password(stack: Stack) -> None:
+    stack.query("create role plain login password 'of plain'")
+    with psycopg.connect(stack.url() + "&replication=true", autocommit=True) as connection:
+        assert connection.info.user == "postgres"
+    endpoint = stack.endpoint("main")
+    place = f"host={endpoint['host']} port={endpoint['port']} dbname=postgres replication=true"
+    with pytest.raises(psycopg.OperationalError, match=r"to start WAL sender|replication role"):
+        psycopg.connect(f"{place} user=plain password='of plain'")
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        psycopg.connect(f"{place} user=postgres password=wrong")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -7,13 +7,15 @@ Unix socket            the bootstrap superuser                             being
 Unix socket            any other role                                      password (SCRAM-SHA-256)
 TCP, loopback          any role                                            password (SCRAM-SHA-256)
 TCP, from elsewhere    any role; only with TLS, only where it listens      password (SCRAM-SHA-256)
+either, for backups    any role that has REPLICATION                       the same
 =====================  ==================================================  =======================
 
 The bootstrap superuser's row is what our own connections and `excimer psql` rest upon: it holds whatever
 passwords the branch's data has. The socket's directory can be entered by nobody else in the first place.
 With `trusts_local` every local connection is believed, as who it says it is.
 
-The first matching line decides. Physical replication over TCP has no line: the WAL is the safekeepers'.
+The first matching line decides. Physical replication, which is how base backups are taken, has lines of its
+own: `all` does not mean it.
 
 Not here: roles and their passwords, which are data of the branch.
 """
@@ -49,10 +51,12 @@ def render_hba(superusers: Sequence[str], *, trusts_local: bool, is_remote: bool
                 ("local", "replication", name, "peer", f"map={MAP}"),
             ]
         lines.append(("local", "all", "all", "scram-sha-256"))
+        lines.append(("local", "replication", "all", "scram-sha-256"))
     method = "trust" if trusts_local else "scram-sha-256"
-    lines += [("host", "all", "all", network, method) for network in LOOPBACK_NETWORKS]
+    for database in ("all", "replication"):
+        lines += [("host", database, "all", network, method) for network in LOOPBACK_NETWORKS]
     if is_remote:
-        lines.append(("hostssl", "all", "all", "all", "scram-sha-256"))
+        lines += [("hostssl", database, "all", "all", "scram-sha-256") for database in ("all", "replication")]
     return HEADER + "".join(" ".join(line) + "\n" for line in lines)
 
 

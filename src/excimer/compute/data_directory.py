@@ -20,7 +20,9 @@ from excimer.base.keys import (
     parse_key,
     relation_path,
 )
+from excimer.base.lsn import Lsn
 from excimer.io.processes import give_to_user
+from excimer.pgformat import wal_summary
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
 from excimer.pgformat.cluster_paths import check_relative_path
 from excimer.pgformat.wal_prefix import WalPrefix, wal_segment_file_name
@@ -47,7 +49,7 @@ FIXED_DIRECTORIES = (
     "pg_twophase",
     "pg_wal",
     "pg_wal/archive_status",
-    "pg_wal/summaries",
+    wal_summary.SUMMARIES_DIRECTORY,
     "pg_xact",
 )
 
@@ -103,6 +105,8 @@ def plan_data_directory(
     ]
     if hot_standby:
         files.append(("standby.signal", b""))
+    if backup.pg_version >= wal_summary.FIRST_VERSION:
+        files.append(wal_summary.start_summary(Lsn(backup.lsn)))
     lazy_files = _lazy_files(backup)
     folders = {str(Path(path).parent) for path, _ in files} | {
         str(Path(file.path).parent) for file in lazy_files

@@ -107,9 +107,6 @@ def configure(
     )
     postgresql_conf = render_postgres_settings(
         pg_version=pg_version,
-        host=spec.host,
-        port=spec.port,
-        socket_dir=str(spec.places.socket_dir),
         control=control,
         origins=origins,
         is_static=is_static,

@@ -3,7 +3,8 @@
 Local durability is off on purpose: the data directory is a cache (H2), and a commit is durable
 once the safekeepers have it (D1). So everything that would weaken the wait for the proposer is
 refused (`excimer.postgres.setting_rules`), and everything that only costs local time is switched off.
-What is fixed goes on the command line too, where no `ALTER SYSTEM` reaches it.
+What is fixed goes on the command line, where no `ALTER SYSTEM` reaches it, and nowhere else: a base backup
+has the file in it, and plain PostgreSQL starts on that with its own durability and waits for no proposer.
 
 `synchronous_commit` is the session's and the user's own: `off` (and `local`, which means the same
 here) gives up the wait for one's own commits, as PostgreSQL documents it.
@@ -55,9 +56,6 @@ killed postgres leaves its segments in /dev/shm, of which a container has only 6
 def render_postgres_settings(
     *,
     pg_version: int,
-    host: str,
-    port: int,
-    socket_dir: str,
     control: ControlFile,
     origins: Mapping[str, int],
     is_static: bool,
@@ -72,9 +70,7 @@ def render_postgres_settings(
     if pg_version >= 18:
         settings["io_method"] = "sync"  # a query that waits for an I/O worker's fetch cannot be cancelled
         settings["max_active_replication_origins"] = "10"  # PostgreSQL's own default
-    settings |= FIXED
     settings |= _at_least(settings, _history_needs(control, origins, is_static=is_static))
-    settings |= {"listen_addresses": host, "port": str(port), "unix_socket_directories": socket_dir}
     return render_settings(settings)
 
 

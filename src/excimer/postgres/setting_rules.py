@@ -57,10 +57,6 @@ REFUSED: Final[Mapping[str, str]] = {
     ),
     **dict.fromkeys(("hba_file", "ident_file"), _TLS),
     **dict.fromkeys(("archive_mode", "archive_command", "archive_library"), _ARCHIVE),
-    "summarize_wal": (
-        "the WAL of an endpoint begins where it was started, so its summaries would have gaps and an "
-        "incremental backup would be wrong"
-    ),
     "logging_collector": (
         "its files would be lost with the local directory; PostgreSQL's log is kept: "
         "excimer endpoint logs NAME --postgres"

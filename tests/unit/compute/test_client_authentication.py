@@ -13,17 +13,23 @@ def test_only_the_socket_spares_the_superuser_a_password() -> None:
         'local all "postgres" peer map=excimer',
         'local replication "postgres" peer map=excimer',
         "local all all scram-sha-256",
+        "local replication all scram-sha-256",
         "host all all 127.0.0.1/32 scram-sha-256",
         "host all all ::1/128 scram-sha-256",
+        "host replication all 127.0.0.1/32 scram-sha-256",
+        "host replication all ::1/128 scram-sha-256",
     ]
 
 
 def test_from_elsewhere_only_with_tls_and_a_password_even_where_local_users_are_trusted() -> None:
     for trusts_local in (False, True):
-        last = rules(render_hba(["postgres"], trusts_local=trusts_local, is_remote=True))[-1]
-        assert last == "hostssl all all all scram-sha-256"
+        remote = rules(render_hba(["postgres"], trusts_local=trusts_local, is_remote=True))[-2:]
+        assert remote == [
+            "hostssl all all all scram-sha-256",
+            "hostssl replication all all scram-sha-256",
+        ]
     trusting = rules(render_hba(["postgres"], trusts_local=True, is_remote=True))
-    assert {line.split()[-1] for line in trusting[:-1]} == {"trust"}
+    assert {line.split()[-1] for line in trusting[:-2]} == {"trust"}
     assert {line.split()[-2] for line in trusting if line.startswith("host ")} == {"127.0.0.1/32", "::1/128"}
 
 

@@ -25,9 +25,6 @@ def render(
 ) -> dict[str, str]:
     text = render_postgres_settings(
         pg_version=pg_version,
-        host="127.0.0.1",
-        port=5433,
-        socket_dir="/tmp/x",
         control=control,
         origins=origins or {},
         is_static=is_static,
@@ -35,9 +32,15 @@ def render(
     return dict(re.findall(r"^(\S+) = '(.*)'$", text, re.MULTILINE))
 
 
-def test_endpoints_wait_for_the_proposer_even_a_static_one_that_was_promoted() -> None:
-    assert render()["synchronous_standby_names"] == "excimer_proposer"
-    assert render(is_static=True)["synchronous_standby_names"] == "excimer_proposer"
+@pytest.mark.parametrize("is_static", [False, True])
+def test_endpoints_wait_for_the_proposer_even_a_static_one_that_was_promoted(is_static: bool) -> None:
+    options = fixed_arguments(CONTROL, {}, origins={}, is_static=is_static)
+    assert "synchronous_standby_names=excimer_proposer" in options
+
+
+def test_the_file_has_nothing_that_a_restored_backup_must_not_have() -> None:
+    """Plain PostgreSQL starts on it: it must sync, and wait for nobody."""
+    assert not render().keys() & (FIXED.keys() | {"listen_addresses", "port", "unix_socket_directories"})
 
 
 def test_what_is_fixed_is_out_of_alter_systems_reach() -> None:
