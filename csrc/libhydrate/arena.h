@@ -25,7 +25,7 @@
 #include <unistd.h>
 
 #define ARENA_MAGIC 0x4e45524143584501ull
-#define ARENA_VERSION 2u
+#define ARENA_VERSION 4u
 #define ARENA_BLOCK_SIZE 8192u
 #define ARENA_FILES_OFFSET 16384u
 #define ARENA_PATH_SIZE 48u
@@ -111,6 +111,8 @@ struct arena_throttle {
     uint32_t waiting_for_room;
     uint64_t wal_segment_size;
     uint64_t written_lsn; /* how far pg_wal is written */
+    uint64_t start_lsn;   /* where PostgreSQL's own WAL begins: below, pg_wal holds what a start needs, not the branch's */
+    uint64_t quorum_lsn;  /* a majority of safekeepers has all WAL below; UINT64_MAX: nobody asks them */
 };
 
 struct arena_miss {
@@ -237,6 +239,11 @@ static inline void arena_publish_throttle(struct arena_header *header, uint64_t 
     __atomic_store_n(&header->throttle.wal_limit_lsn, wal_limit_lsn, __ATOMIC_RELEASE);
     __atomic_fetch_add(&header->throttle.tick, 1, __ATOMIC_RELEASE);
     syscall(SYS_futex, &header->throttle.tick, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+static inline void arena_publish_quorum(struct arena_header *header, uint64_t quorum_lsn)
+{
+    __atomic_store_n(&header->throttle.quorum_lsn, quorum_lsn, __ATOMIC_RELEASE);
 }
 
 static inline uint64_t arena_taken(const struct arena_header *header)

@@ -6,6 +6,8 @@
  *     local_changes.c  writes, truncation, allocation beside hydration
  *     kept_settings.c  ALTER SYSTEM asks the manager
  *     throttle.c       who makes much WAL waits; wal_files.c writes to pg_wal, and waits for room
+ *     wal_leaving.c    what walsenders and base backups may take away
+ *     reasons.c        an error number with a sentence
  *     hydration.c      absent -> present; read_ahead.c and hints.c say what else to fetch
  *       claims.c         who fetches, who may change a block (H1)
  *       page_client.c    the page service's protocol; patience.c how long to wait
@@ -273,6 +275,9 @@ void wait_wal_limit(uint64_t end_lsn);
 /* --- wal_files.c --- */
 
 bool is_wal_path(const char *path);
+
+/* The part of a path below pg_wal; NULL: it lies elsewhere. */
+const char *name_in_pg_wal(const char *path);
 void track_wal_descriptor(int fd, const char *path, int flags);
 void forget_wal_descriptor(int fd);
 
@@ -288,6 +293,24 @@ void room_found(const struct room_wait *wait, const char *what);
 
 /* pwrite() that waits for the limit of WAL, and for room where it must not fail. */
 ssize_t write_or_wait(int fd, const void *buffer, size_t size, off_t offset);
+
+/* --- wal_leaving.c --- */
+
+/* A descriptor that reads the segment which begins at `start_lsn`. */
+void track_wal_reader(int fd, uint64_t start_lsn);
+void forget_wal_reader(int fd);
+
+/* Whether a read is one that must not be answered: -1 and errno, else 0. */
+int check_wal_read(int fd, off_t offset, size_t size);
+
+/* Before a file is made: 0, or -1 and errno if it ends a base backup and that may not end. */
+int check_backup_end(const char *path);
+
+/* --- reasons.c --- */
+
+/* Sets errno, and what strerror_r() says of it next; -1. */
+int fail_because(int number, const char *why);
+void forget_reason(void);
 
 /* --- report.c --- */
 

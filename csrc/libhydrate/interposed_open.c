@@ -119,6 +119,8 @@ static FILE *hydrated_stream(const char *path, const char *mode)
     }
     if ((flags & O_TRUNC) == 0 && hydrate_path(path) < 0)
         return NULL;
+    if ((flags & O_CREAT) != 0 && check_backup_end(path) < 0)
+        return NULL;
     int fd = hydrated_openat_path(AT_FDCWD, path, flags, 0666);
     if (fd < 0)
         return NULL;

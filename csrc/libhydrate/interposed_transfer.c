@@ -32,7 +32,9 @@ static int begin_next_write(int fd, size_t size, struct write_guard *guard)
 static ssize_t hydrated_read_at(int fd, void *buffer, size_t size, off_t offset)
 {
     throttle_bulk();
-    return hydrate_bytes(fd, offset, size) < 0 ? -1 : system_pread(fd, buffer, size, offset);
+    if (check_wal_read(fd, offset, size) < 0 || hydrate_bytes(fd, offset, size) < 0)
+        return -1;
+    return system_pread(fd, buffer, size, offset);
 }
 
 static ssize_t hydrated_read_next(int fd, void *buffer, size_t size)

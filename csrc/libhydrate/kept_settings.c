@@ -8,13 +8,11 @@
  *   "refused: REASON"  the setting is unsafe here, or not understood: EPERM
  *   "failed: REASON"   it cannot be stored now: EIO
  *
- * No answer within the limit is EIO too: then the list may have been changed all the same. PostgreSQL turns the error
- * number into words by strerror_r(), which gives the reason instead, once: so the client reads it.
+ * No answer within the limit is EIO too: then the list may have been changed all the same. The client reads the reason.
  * The calling process holds PostgreSQL's lock on the file, so that one change follows the other.
  */
 #define _GNU_SOURCE
 #include "hydrate.h"
-#include "interposed.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -27,24 +25,7 @@
 #define SETTINGS_SOCKET "../settings.sock" /* PostgreSQL's processes stay in the data directory */
 #define SETTINGS_FILE "postgresql.auto.conf"
 #define REQUEST "keep\n"
-
-static char reason[512]; /* for strerror_r(reason_errno); empty: there is none */
-static int reason_errno;
-
-extern int __xpg_strerror_r(int number, char *buffer, size_t size);
-
-INTERPOSE(char *, strerror_r, int number, char *buffer, size_t size)
-{
-    if (reason[0] != '\0' && number == reason_errno) {
-        snprintf(buffer, size, "%s", reason);
-        static char told[sizeof reason]; /* the buffer is shorter than a sentence may be */
-        memcpy(told, reason, sizeof told);
-        reason[0] = '\0';
-        return told;
-    }
-    __xpg_strerror_r(number, buffer, size);
-    return buffer;
-}
+#define ANSWER_SIZE 512
 
 bool is_settings_file(const char *path)
 {
@@ -54,11 +35,8 @@ bool is_settings_file(const char *path)
 
 static int fail(int number, const char *why)
 {
-    snprintf(reason, sizeof reason, "%s", why);
-    reason_errno = number;
     report("ALTER SYSTEM changes nothing: %s", why);
-    errno = number;
-    return -1;
+    return fail_because(number, why);
 }
 
 static int connect_to_manager(void)
@@ -103,8 +81,8 @@ static bool read_answer(int fd, char *answer, size_t capacity)
 
 int keep_settings(void)
 {
-    char answer[sizeof reason];
-    reason[0] = '\0';
+    char answer[ANSWER_SIZE];
+    forget_reason();
     int fd = connect_to_manager();
     if (fd < 0)
         return fail(EIO, "the endpoint's manager cannot be reached to keep the setting");

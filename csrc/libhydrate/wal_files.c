@@ -42,8 +42,7 @@ static bool parse_segment(const char *name, uint64_t segment_size, uint64_t *sta
     return name[SEGMENT_NAME_SIZE] == '\0';
 }
 
-/* The part of a path below pg_wal; NULL: it lies elsewhere. */
-static const char *name_in_pg_wal(const char *path)
+const char *name_in_pg_wal(const char *path)
 {
     if (arena.header == NULL || path == NULL || (path = path_in_data_dir(path)) == NULL ||
         strncmp(path, "pg_wal/", 7) != 0)
@@ -60,9 +59,13 @@ void track_wal_descriptor(int fd, const char *path, int flags)
 {
     const char *name = name_in_pg_wal(path);
     uint64_t start_lsn;
-    if (name == NULL || (flags & O_ACCMODE) == O_RDONLY)
+    if (name == NULL)
         return;
-    if (parse_segment(name, arena.header->throttle.wal_segment_size, &start_lsn)) {
+    bool is_segment = parse_segment(name, arena.header->throttle.wal_segment_size, &start_lsn);
+    if ((flags & O_ACCMODE) == O_RDONLY) {
+        if (is_segment)
+            track_wal_reader(fd, start_lsn);
+    } else if (is_segment) {
         segment_fd = fd;
         segment_start_lsn = start_lsn;
     } else if (strncmp(name, "xlogtemp.", 9) == 0) {
@@ -76,6 +79,7 @@ void forget_wal_descriptor(int fd)
         segment_fd = NOT_OPEN;
     if (fd == new_segment_fd)
         new_segment_fd = NOT_OPEN;
+    forget_wal_reader(fd);
 }
 
 static bool is_wal_descriptor(int fd)

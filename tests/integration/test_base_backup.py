@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from excimer.io.processes import ProgramFailedError, give_to_user, make_owned_dir, run
+from excimer.io.processes import ProgramFailedError, give_to_user, make_owned_dir, run, spawn
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.directories import reachable_directory
 from tests.kit.rich_cluster import DUMP_OPTIONS, ROLES, STATEMENTS, comparable
@@ -121,6 +121,62 @@ def test_nobody_takes_one_without_the_right_or_the_password(backups: Backups) ->
     with pytest.raises(ProgramFailedError, match=r"to start WAL sender|replication role"):
         backups.take("none", role="other")
     assert not (backups.directory / "none").exists()
+
+
+def test_a_backup_ends_only_when_a_quorum_has_its_wal(backups: Backups) -> None:
+    """Else it could hold what the branch loses with its endpoint, and an increment onto it would be wrong."""
+    endpoint = backups.stack.endpoint("main")
+    place = [
+        "-h",
+        endpoint["host"],
+        "-p",
+        str(endpoint["port"]),
+        "-U",
+        ROLE,
+        "-w",
+        "-c",
+        "fast",
+        "-X",
+        "none",
+    ]
+    command = [backups.build.program("pg_basebackup"), *place, "-D", backups.directory / "waiting"]
+    backups.stack.text("stop", "safekeeper-1")
+    taking = spawn(command, environment=backups.build.whole_environment({"PGPASSWORD": PASSWORD}))
+    try:
+        waits = (
+            "select count(*) from pg_stat_progress_basebackup where phase like 'waiting for wal archiving%'"
+        )
+        for _ in range(5):
+            backups.stack.wait_until(
+                lambda: taking.poll() is not None or backups.stack.query(waits) == [(1,)], "its last step"
+            )
+        assert taking.poll() is None
+        backups.stack.text("start")
+        assert taking.wait(60) == 0
+    finally:
+        taking.kill()
+
+
+def test_a_receiver_of_wal_is_told_where_the_endpoint_began(backups: Backups) -> None:
+    """In the segment of the start it gets an error, and no filler in the place of the branch's WAL."""
+    received = make_owned_dir(backups.directory / "received")
+    backups.restart()
+    with pytest.raises(ProgramFailedError, match="before this endpoint's start"):
+        receive(backups, received)
+    backups.stack.query("select pg_switch_wal()")
+    backups.stack.query("insert into numbered values (2)")
+    receive(backups, received)
+    names = sorted(path.name.removesuffix(".partial") for path in received.iterdir())
+    (current,) = backups.stack.query("select pg_walfile_name(pg_current_wal_lsn())")[0]
+    assert names[-1] == current
+
+
+def receive(backups: Backups, directory: Path) -> None:
+    """By pg_receivewal, up to where WAL is now."""
+    endpoint = backups.stack.endpoint("main")
+    (end,) = backups.stack.query("select pg_current_wal_flush_lsn()::text")[0]
+    place = ["-h", endpoint["host"], "-p", str(endpoint["port"]), "-U", ROLE, "-w", "--no-loop"]
+    backups.program("pg_receivewal", *place, "-D", str(directory), "--endpos", end, password=PASSWORD)
 
 
 def changes(backups: Backups, *statements: str) -> None:

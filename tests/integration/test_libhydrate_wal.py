@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from excimer.base.keys import BLOCK_SIZE_BYTES
+from excimer.base.lsn import Lsn
 from excimer.compute.arena import UNLIMITED
 from tests.kit.hydrate_driver import Driver, LazyDirectory, tags, wait_until
 
@@ -128,3 +129,48 @@ def test_whatever_may_fail_does(lazy: LazyDirectory, driver: Driver) -> None:
     assert driver.call(f"pwrite {fd} 0 1 7") == "error ENOSPC"
     assert time.monotonic() - started < 5
     assert lazy.arena.statistics().room_waits == 0
+
+
+HISTORY_FILE = "pg_wal/000000010000000000000003.00000028.backup"
+
+
+def test_a_base_backup_ends_when_the_quorum_has_its_wal(lazy: LazyDirectory, driver: Driver) -> None:
+    fd = driver.open(SEGMENT, "wc")
+    driver.call(f"pwrite {fd} 0 2 7")
+    end_lsn = lazy.arena.written_lsn()
+    assert driver.call(f"make {HISTORY_FILE}") == "ok 0", "where nobody asks a quorum, nobody waits"
+    lazy.arena.set_quorum(Lsn(end_lsn - 1))
+    for path in ("pg_wal/00000002.history", f"{HISTORY_FILE}.other", "base/5/x.backup"):
+        assert driver.call(f"make {path}") == "ok 0"
+    waits(driver, f"make {HISTORY_FILE}")
+    lazy.arena.set_quorum(end_lsn)
+    assert driver.answer() == "ok 0"
+    lazy.arena.set_quorum(Lsn(end_lsn - 1))
+    driver.call("cancel_flag 1")
+    assert driver.call(f"make {HISTORY_FILE}").startswith("error")
+
+
+def test_what_lies_below_the_start_is_sent_to_nobody(tmp_path: Path) -> None:
+    """A start's prefix would stand in an archive as if it were the branch's WAL. Who decodes reads on."""
+    lazy = LazyDirectory(tmp_path, wal_start_lsn=Lsn(SEGMENT_START + 5 * BLOCK_SIZE_BYTES + 40))
+    try:
+        (lazy.data_dir / "pg_wal").mkdir()
+        driver = lazy.driver()
+        written = driver.open(SEGMENT, "wc")
+        driver.call(f"pwrite {written} 0 16 7")
+        fd = driver.open(SEGMENT, "r")
+        for walsender, database, block, count, is_sent in (
+            (0, 0, 0, 16, True),
+            (1, 0, 0, 16, False),
+            (1, 0, 5, 1, False),
+            (1, 0, 6, 10, True),
+            (1, 1, 5, 1, True),
+            (1, 1, 5, 2, False),
+        ):
+            driver.call(f"walsender {walsender} {database}")
+            answer = driver.call(f"pread {fd} {block} {count}")
+            assert answer.startswith("ok") == is_sent, (walsender, database, block, count)
+        driver.call("walsender 1 0")
+        assert driver.call(f"pread {driver.open(PATH)} 0 1").startswith("ok")
+    finally:
+        lazy.close()

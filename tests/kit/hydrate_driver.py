@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES, SEGMENT_BLOCKS
-from excimer.base.lsn import Lsn
+from excimer.base.lsn import INVALID_LSN, Lsn
 from excimer.compute.arena import Arena, ArenaFile, ArenaSettings, build_arena
 from tests.kit.fake_page_server import FakePageServer
 
@@ -89,7 +89,14 @@ def program(name: str, mutation: Mutation | None = None) -> Path:
 class LazyDirectory:
     """Pages at a fake server, an arena and an empty data directory."""
 
-    def __init__(self, root: Path, *, deadline_s: float = WAIT_S, read_ahead_blocks: int = 1) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        deadline_s: float = WAIT_S,
+        read_ahead_blocks: int = 1,
+        wal_start_lsn: Lsn = INVALID_LSN,
+    ) -> None:
         self.pages_dir = root / "pages"
         self.data_dir = root / "data"
         self.arena_path = root / "arena"
@@ -109,6 +116,7 @@ class LazyDirectory:
                 read_ahead_blocks=read_ahead_blocks,
             ),
             data_dir=self.data_dir,
+            wal_start_lsn=wal_start_lsn,
         )
         self._drivers: list[Driver] = []
 

@@ -20,9 +20,10 @@
 #define BLOCKS_MAX 4096
 #define TAGS (BLOCK / 8)
 
-/* PostgreSQL's flags, which patience.c and throttle.c read, and how much WAL it has made. */
+/* PostgreSQL's flags, which patience.c, throttle.c and wal_leaving.c read, and how much WAL it has made. */
 volatile sig_atomic_t QueryCancelPending, ProcDiePending, InterruptPending;
 volatile uint32_t CritSectionCount, InterruptHoldoffCount;
+_Bool am_walsender, am_db_walsender;
 struct {
     int64_t records, images;
     uint64_t bytes;
@@ -142,6 +143,14 @@ static void read_stream(const char *path)
     print_tags(size);
 }
 
+static void make_by_stream(const char *path)
+{
+    FILE *stream = preloaded_fopen(path, "w");
+    if (stream != NULL)
+        fclose(stream);
+    answer(stream == NULL ? -1 : 0);
+}
+
 static void show_size(const char *path)
 {
     struct stat status;
@@ -211,6 +220,8 @@ static void on_path(const char *name, const char *first, const char *second)
         list_directory(first);
     else if (strcmp(name, "stream") == 0)
         read_stream(first);
+    else if (strcmp(name, "make") == 0)
+        make_by_stream(first);
     else if (strcmp(name, "unlink") == 0)
         answer(preloaded_unlink(first));
     else if (strcmp(name, "rename") == 0)
@@ -225,7 +236,11 @@ static void on_path(const char *name, const char *first, const char *second)
         answer(pwrite_room = atol(first));
     else if (strcmp(name, "holds_lock") == 0)
         answer(InterruptHoldoffCount = (uint32_t)atol(first));
-    else if (strcmp(name, "interrupt") == 0)
+    else if (strcmp(name, "walsender") == 0) {
+        am_walsender = atoi(first) != 0;
+        am_db_walsender = atoi(second) != 0;
+        answer(0);
+    } else if (strcmp(name, "interrupt") == 0)
         answer(InterruptPending = atoi(first));
     else if (strcmp(name, "made_wal") == 0)
         answer((long)(pgWalUsage.bytes += (uint64_t)atol(first)));

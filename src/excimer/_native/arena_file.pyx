@@ -76,6 +76,8 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
         uint64_t allowed
         uint64_t wal_limit_lsn
         uint64_t wal_segment_size
+        uint64_t start_lsn
+        uint64_t quorum_lsn
 
     struct arena_miss:
         uint32_t file
@@ -105,6 +107,7 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
     void arena_publish_settings(arena_header *header, const arena_settings *settings)
     void arena_publish_ready(arena_header *header)
     void arena_publish_throttle(arena_header *header, uint64_t allowed, uint64_t wal_limit_lsn)
+    void arena_publish_quorum(arena_header *header, uint64_t quorum_lsn)
     uint64_t arena_taken(const arena_header *header)
     uint64_t arena_written_lsn(const arena_header *header)
     uint32_t arena_waiting_for_room(const arena_header *header)
@@ -247,7 +250,8 @@ cdef bint insert(arena_header *header, uint32_t index, const char *path, size_t 
 
 
 def build(
-    unsigned char[::1] arena, list files, uint32_t miss_capacity, bytes data_dir, uint64_t wal_segment_size
+    unsigned char[::1] arena, list files, uint32_t miss_capacity, bytes data_dir, uint64_t wal_segment_size,
+    uint64_t wal_start_lsn
 ) -> None:
     """Fills a zeroed buffer of `arena_size` bytes, all blocks absent, no limits. `files`: (path, blocks, …).
 
@@ -275,6 +279,8 @@ def build(
     header.throttle.allowed = UINT64_MAX
     header.throttle.wal_limit_lsn = UINT64_MAX
     header.throttle.wal_segment_size = wal_segment_size
+    header.throttle.start_lsn = wal_start_lsn
+    header.throttle.quorum_lsn = UINT64_MAX
     memcpy(header.data_dir, <const char *>data_dir, <size_t>len(data_dir))
     for item in files:
         file = files_of(header) + index
@@ -366,6 +372,11 @@ def publish_ready(unsigned char[::1] arena) -> None:
 def publish_throttle(unsigned char[::1] arena, uint64_t allowed, uint64_t wal_limit_lsn) -> None:
     """How many bytes of bulk WAL may have been taken, ever, and where WAL ends for now. Wakes who waits."""
     arena_publish_throttle(header_of(arena), allowed, wal_limit_lsn)
+
+
+def publish_quorum(unsigned char[::1] arena, uint64_t quorum_lsn) -> None:
+    """A majority of safekeepers has all WAL below."""
+    arena_publish_quorum(header_of(arena), quorum_lsn)
 
 
 def taken(unsigned char[::1] arena) -> int:

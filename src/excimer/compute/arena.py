@@ -22,7 +22,7 @@ from excimer._native import arena_file
 from excimer.base.errors import CorruptionError, RefusedError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES
-from excimer.base.lsn import MAX_LSN, Lsn
+from excimer.base.lsn import INVALID_LSN, MAX_LSN, Lsn
 from excimer.io.cache import reachable_file
 from excimer.io.processes import give_to_user, unprivileged_user
 
@@ -178,6 +178,10 @@ class Arena:
         """
         arena_file.publish_throttle(self._memory, allowed_bytes, wal_limit_lsn)
 
+    def set_quorum(self, lsn: Lsn) -> None:
+        """A majority of safekeepers has all WAL below `lsn`: base backups that wait for it end."""
+        arena_file.publish_quorum(self._memory, lsn)
+
     def bulk_bytes(self) -> int:
         """Bulk WAL since the start that was made while it was limited, or waits to be allowed."""
         return arena_file.taken(self._memory)
@@ -263,9 +267,11 @@ def build_arena(
     settings: ArenaSettings,
     data_dir: Path,
     wal_segment_size: int = WAL_SEGMENT_SIZE_DEFAULT,
+    wal_start_lsn: Lsn = INVALID_LSN,
 ) -> Arena:
     """Makes the arena of a new data directory, with every block absent, and the files that must be there.
 
+    What pg_wal has below `wal_start_lsn` is no WAL of the branch, and is sent to nobody.
     `data_dir` must exist and be absolute; directories of listed files are made in it. All that is made
     belongs to the user that PostgreSQL runs as. Raises `BadArenaFileError`, ValueError for an address or
     token that is too long, OSError.
@@ -282,7 +288,7 @@ def build_arena(
     finally:
         os.close(descriptor)
     try:
-        arena_file.build(memory, listed, MISSES_KEPT, os.fsencode(data_dir), wal_segment_size)
+        arena_file.build(memory, listed, MISSES_KEPT, os.fsencode(data_dir), wal_segment_size, wal_start_lsn)
     except ValueError as error:
         raise BadArenaFileError(str(error)) from error
     arena = Arena(memory, settings, 0)

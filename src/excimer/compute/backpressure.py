@@ -49,6 +49,7 @@ class ThrottledArena(Protocol):
     def bulk_bytes(self) -> int: ...
     def written_lsn(self) -> Lsn: ...
     def throttle(self, allowed_bytes: int, wal_limit_lsn: Lsn, /) -> None: ...
+    def set_quorum(self, lsn: Lsn, /) -> None: ...
 
 
 class Backpressure:
@@ -98,6 +99,7 @@ class Backpressure:
             ingested_lsn=self.ingested_lsn,
             bulk_bytes=self._arena.bulk_bytes(),
         )
+        self._arena.set_quorum(at.commit_lsn)
         self._tell(self._plan.step(self._clock.monotonic(), at))
 
     def _is_busy(self) -> bool:

@@ -84,6 +84,7 @@ def prepare_new(
         settings=page_source(spec, token, not_modified_since=lsn),
         data_dir=spec.places.data_dir,
         wal_segment_size=control.wal_segment_size,
+        wal_start_lsn=lsn,
     )
     arena.place_pages(plan.inline_runs)
     return Prepared(arena, options, history.superusers)

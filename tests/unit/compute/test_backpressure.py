@@ -46,6 +46,7 @@ class Compute:
 
     def __init__(self) -> None:
         self.commit_lsn = self.received_lsn = START
+        self.quorum_lsn = Lsn(0)
         self.told: list[tuple[int, ...]] = []
 
     def confirm_up_to(self, lsn: Lsn) -> None:
@@ -59,6 +60,9 @@ class Compute:
 
     def throttle(self, allowed_bytes: int, wal_limit_lsn: Lsn) -> None:
         self.told.append((allowed_bytes, wal_limit_lsn))
+
+    def set_quorum(self, lsn: Lsn) -> None:
+        self.quorum_lsn = lsn
 
     def monotonic(self) -> Monotonic:
         return Monotonic(1.0)
@@ -107,6 +111,16 @@ def test_only_changes_are_told_and_nothing_after_the_end() -> None:
     compute.commit_lsn = Lsn(START + 100 * MIB)
     pressure.look()
     assert len(compute.told) == 4
+
+
+def test_base_backups_hear_what_the_quorum_has() -> None:
+    compute = Compute()
+    pressure = made(compute)
+    pressure.look()
+    assert compute.quorum_lsn == START
+    compute.commit_lsn = Lsn(START + MIB)
+    pressure.look()
+    assert compute.quorum_lsn == START + MIB
 
 
 def test_a_pageserver_that_fails_is_asked_again_and_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:

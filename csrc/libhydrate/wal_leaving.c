@@ -1,0 +1,93 @@
+/* What leaves an endpoint through physical replication: never what its branch may turn out not to have.
+ *
+ * Below the LSN of the start, pg_wal holds what PostgreSQL needed to begin there, and nothing of the branch. A receiver
+ * that goes on in a segment of an earlier start would put that into its archive without a word: a walsender's read there
+ * fails. Base backups never come there, because each begins with a new segment.
+ *
+ * PostgreSQL waits for the quorum before it answers a commit, not before it ends a base backup. If the endpoint died
+ * then, the backup would hold what the branch has lost, and an increment onto it would lack what the branch has
+ * instead. So a backup ends once a majority of safekeepers has all WAL written so far. It ends by writing its
+ * history file, "SEGMENT.OFFSET.backup" in pg_wal. Who is cancelled meanwhile has no backup.
+ */
+#define _GNU_SOURCE
+#include "hydrate.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <time.h>
+
+#define NOT_OPEN (-1)
+#define LOOK_MS 10
+#define REPORT_AFTER_NS 1000000000ull
+#define BACKUP_SUFFIX ".backup"
+
+extern bool am_walsender __attribute__((weak));
+extern bool am_db_walsender __attribute__((weak)); /* one that may decode, too: that reads single pages */
+extern volatile sig_atomic_t QueryCancelPending __attribute__((weak));
+extern volatile sig_atomic_t ProcDiePending __attribute__((weak));
+
+static int reader_fd = NOT_OPEN;
+static uint64_t reader_start_lsn;
+
+void track_wal_reader(int fd, uint64_t start_lsn)
+{
+    reader_fd = fd;
+    reader_start_lsn = start_lsn;
+}
+
+void forget_wal_reader(int fd)
+{
+    if (fd == reader_fd)
+        reader_fd = NOT_OPEN;
+}
+
+static bool sends_wal_as_it_is(size_t size)
+{
+    if (&am_walsender == NULL || !am_walsender)
+        return false;
+    return &am_db_walsender == NULL || !am_db_walsender || size > BLOCK_SIZE;
+}
+
+int check_wal_read(int fd, off_t offset, size_t size)
+{
+    if (fd != reader_fd || fd == NOT_OPEN || arena.header == NULL || !sends_wal_as_it_is(size) ||
+        reader_start_lsn + (uint64_t)offset >= arena.header->throttle.start_lsn)
+        return 0;
+    report("a walsender was asked for WAL from before this endpoint's start");
+    return fail_because(EIO, "it is of before this endpoint's start, and the safekeepers'");
+}
+
+static bool is_backup_history(const char *path)
+{
+    const char *name = name_in_pg_wal(path);
+    size_t size = name == NULL ? 0 : strlen(name), suffix = sizeof BACKUP_SUFFIX - 1;
+    return size > suffix && strchr(name, '/') == NULL && strcmp(name + size - suffix, BACKUP_SUFFIX) == 0;
+}
+
+static bool is_cancelled(void)
+{
+    return (&QueryCancelPending != NULL && QueryCancelPending != 0) ||
+           (&ProcDiePending != NULL && ProcDiePending != 0);
+}
+
+int check_backup_end(const char *path)
+{
+    if (!is_backup_history(path))
+        return 0;
+    const struct arena_throttle *throttle = &arena.header->throttle;
+    uint64_t needed_lsn = __atomic_load_n(&throttle->written_lsn, __ATOMIC_RELAXED), start_ns = system_now_ns();
+    struct timespec delay = {.tv_nsec = LOOK_MS * 1000000l};
+    bool is_reported = false;
+    int error = errno;
+    while (__atomic_load_n(&throttle->quorum_lsn, __ATOMIC_ACQUIRE) < needed_lsn) {
+        if (is_cancelled())
+            return fail_because(EINTR, "cancelled while a majority of safekeepers does not have the backup's WAL");
+        if (!is_reported && system_now_ns() - start_ns > REPORT_AFTER_NS) {
+            is_reported = true;
+            report("a base backup waits for a majority of safekeepers to have its WAL");
+        }
+        nanosleep(&delay, NULL);
+    }
+    errno = error;
+    return 0;
+}
