@@ -54,7 +54,7 @@ int check_wal_read(int fd, off_t offset, size_t size)
         reader_start_lsn + (uint64_t)offset >= arena.header->throttle.start_lsn)
         return 0;
     report("a walsender was asked for WAL from before this endpoint's start");
-    return fail_because(EIO, "it is of before this endpoint's start, and the safekeepers'");
+    return fail_because(EIO, "it is of before this endpoint's start; the safekeepers have it (excimer wal receive)");
 }
 
 static bool is_backup_history(const char *path)

@@ -26,6 +26,9 @@ RENEWED = "10 minutes, renewed at half"
 HELD = (
     Held("cli", Right.MANAGE, "everything", "for ever", "`keys/admin.token`"),
     Held("cli", Right.READ_PAGES, "one timeline", "a day, renewed at half", "memory of an export"),
+    Held(
+        "cli", Right.READ_WAL, "one timeline", "an hour, renewed at half", "memory of `excimer wal receive`"
+    ),
     Held("controller", Right.MANAGE, "what the call names", "5 minutes", "memory, for one call"),
     Held("pageserver:N", None, "-", "for ever", "`keys/pageserver-N.token`"),
     Held("pageserver:N", Right.READ_WAL, "one timeline", "an hour, renewed at half", "memory, `wal_access/`"),

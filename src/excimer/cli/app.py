@@ -35,6 +35,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     ),
     "role": ("role", "Roles that log in: create, password, list, drop."),
     "export": ("export", "Write a branch as a data directory or tar for plain PostgreSQL."),
+    "wal": ("wal", "WAL of a branch: receive it into a directory, for PostgreSQL's point-in-time recovery."),
     "psql": ("psql", "Open psql on an endpoint."),
     "pg": ("pg", "PostgreSQL builds: list, install, add."),
     "layers": ("layers", "Draw the layers of a branch."),
@@ -49,7 +50,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 NEAR: Final = 0.7
 """How alike a wrong command and one that is suggested are: `tenantt` and `tenant`, not `bogus` and `logs`."""
 
-GROUPS: Final = ("tenant", "timeline", "branch", "endpoint", "role", "pg")
+GROUPS: Final = ("tenant", "timeline", "branch", "endpoint", "role", "wal", "pg")
 """Those that are groups of commands; the others are one command of their module."""
 
 

@@ -1,6 +1,7 @@
 """Who is given tokens: computes that run, and pageservers that read WAL. Each proves only who it is.
 
 A compute's manager shows its renewal token, a pageserver the token of its installation; neither has a right.
+A user's command, which may do everything, is given WAL of one branch at a time.
 What they get follows from the rows as they are now: an endpoint that was deleted, or was moved to another
 timeline, gets nothing more, and a pageserver gets WAL of the tenants that are placed on it.
 
@@ -59,6 +60,15 @@ class Access:
             raise RightMissingError(
                 f"this token of {claims.holder} is not of the pageserver that has tenant {tenant_id}"
             )
+        token = self._tokens.for_ingest(tenant.pageserver_id, Resource(tenant_id, timeline_id))
+        return await self._wal_access(tenant_id, timeline_id, token)
+
+    async def wal_for_user(self, tenant_id: TenantId, timeline_id: TimelineId) -> WalAccess:
+        """For the command line, which receives WAL. Raises as `wal_access` does."""
+        token = self._tokens.for_receiving(Resource(tenant_id, timeline_id))
+        return await self._wal_access(tenant_id, timeline_id, token)
+
+    async def _wal_access(self, tenant_id: TenantId, timeline_id: TimelineId, token: str) -> WalAccess:
         timeline = await self._db(self._store.find_timeline, tenant_id, timeline_id)
         if timeline is None or timeline.state == "deleting":
             raise UnknownNameError(f"no timeline {timeline_id}")
@@ -71,7 +81,7 @@ class Access:
                 for row in await self._db(self._store.list_safekeepers)
                 if row.id in placed
             ),
-            token=self._tokens.for_ingest(tenant.pageserver_id, Resource(tenant_id, timeline_id)),
+            token=token,
             valid_for_s=self._tokens.wal_token_life_s,
         )
 

@@ -51,6 +51,10 @@ class TokenMaker:
         """For a pageserver, to read a timeline's WAL; it lives `wal_token_life_s`."""
         return self._sign(f"pageserver:{pageserver_id}", {Right.READ_WAL}, resource, self.wal_token_life_s)
 
+    def for_receiving(self, resource: Resource) -> str:
+        """For the command line, which receives a branch's WAL; it lives `wal_token_life_s`."""
+        return self._sign("cli", {Right.READ_WAL}, resource, self.wal_token_life_s)
+
     def _sign(self, holder: str, rights: set[Right], resource: Resource, life_s: int) -> str:
         claims = Claims(
             holder=holder,

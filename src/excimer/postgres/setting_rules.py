@@ -29,8 +29,8 @@ _TLS: Final = "how clients are authenticated and encrypted is set up by Excimer"
 _SLOW_START: Final = "the manager's connections, on which commits wait, would start as late"
 _HISTORY: Final = "an endpoint takes its history from its branch and follows no other server"
 _ARCHIVE: Final = (
-    "the WAL of an endpoint begins where it was started, so an archive made from it would have gaps; the "
-    "safekeepers keep the whole history"
+    "the WAL of an endpoint begins where it was started, so an archive made from it would have gaps; "
+    "archive what the safekeepers have: excimer wal receive BRANCH DIRECTORY"
 )
 
 REFUSED: Final[Mapping[str, str]] = {

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
 from excimer.base.lsn import Lsn, format_lsn, parse_lsn
+from excimer.controller.endpoints.access_api import WalAccessAnswer
 from excimer.controller.endpoints.api_models import Body, LsnText
 from excimer.controller.model import BadRequestError
 from excimer.controller.shell import Controller
@@ -34,6 +35,19 @@ class BranchAccessAnswer(BaseModel):
     pageserver_http_address: str
     token: str
     valid_for_s: float
+
+
+class BranchWalBody(Body):
+    branch: str = "main"
+
+
+class BranchWalAnswer(BaseModel):
+    """All that a receiver of a branch's WAL needs."""
+
+    tenant_id: str
+    timeline_id: str
+    branch: str
+    access: WalAccessAnswer
 
 
 def point_in_history(at_lsn: str | None, at_timestamp: datetime | None) -> Lsn | str | None:
@@ -69,6 +83,19 @@ def add_reading_routes(router: APIRouter, controller: Controller) -> None:
             pageserver_http_address=pageserver.http_address,
             token=controller.reading_token(timeline),
             valid_for_s=READING_TOKEN_LIFE_S,
+        )
+
+    @router.post("/tenants/{tenant}/branch_wal", tags=["branches"])
+    async def branch_wal(tenant: str, body: BranchWalBody) -> BranchWalAnswer:
+        """Where and with which token a branch's committed WAL can be received."""
+        found = await controller.find_tenant(tenant)
+        timeline = await controller.find_branch(found.tenant_id, body.branch)
+        access = await controller.access.wal_for_user(timeline.tenant_id, timeline.timeline_id)
+        return BranchWalAnswer(
+            tenant_id=timeline.tenant_id,
+            timeline_id=timeline.timeline_id,
+            branch=timeline.name,
+            access=WalAccessAnswer.of(access),
         )
 
     @router.get("/tenants/{tenant}/layer_map", tags=["branches"])
