@@ -51,9 +51,10 @@ class Backups:
     def dump(self) -> str:
         return comparable(self.stack.check_program("pg_dumpall", *DUMP_OPTIONS))
 
-    def restart(self) -> None:
-        """Afterwards hardly a block of the branch is in the endpoint's directory."""
-        self.stack.text("endpoint", "restart", "main")
+    def start_afresh(self) -> None:
+        """Afterwards hardly a block of the branch is in the endpoint's directory, and no WAL from before."""
+        self.stack.text("endpoint", "stop", "main", "--immediate")
+        self.stack.text("endpoint", "start", "main")
 
     def check(self, backup: Path, dump: str, *, has_indexes_checked: bool = True) -> None:
         """PostgreSQL's own check of the files, then plain PostgreSQL on them, with their settings."""
@@ -93,7 +94,7 @@ def backups(request: pytest.FixtureRequest) -> Iterator[Backups]:
 
 def test_a_replication_role_takes_a_backup_of_blocks_that_are_not_here(backups: Backups) -> None:
     dump = backups.dump()
-    backups.restart()
+    backups.start_afresh()
     backup = backups.take("plain")
     backups.check(backup, dump)
 
@@ -160,7 +161,7 @@ def test_a_backup_ends_only_when_a_quorum_has_its_wal(backups: Backups) -> None:
 def test_a_receiver_of_wal_is_told_where_the_endpoint_began(backups: Backups) -> None:
     """In the segment of the start it gets an error, and no filler in the place of the branch's WAL."""
     received = make_owned_dir(backups.directory / "received")
-    backups.restart()
+    backups.start_afresh()
     with pytest.raises(ProgramFailedError, match="before this endpoint's start"):
         receive(backups, received)
     backups.stack.query("select pg_switch_wal()")
@@ -193,7 +194,7 @@ def test_incremental_backups_combine_to_the_whole(backups: Backups) -> None:
     """Changed, cut, new, copied and dropped files, two increments deep, onto a backup of a fresh start."""
     needs_summaries(backups)
     changes(backups, "create table doomed as select generate_series(1, 5000) n")
-    backups.restart()
+    backups.start_afresh()
     full = backups.take("full")
     changes(
         backups,
@@ -226,21 +227,38 @@ def size_bytes(backup: Path) -> int:
     return sum(path.stat().st_size for path in (backup / "base").rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("how", ["planned", "immediate"])
-def test_one_whose_base_is_of_an_earlier_start_is_refused_at_once(backups: Backups, how: str) -> None:
+def test_one_whose_base_is_of_an_earlier_start_is_refused_at_once(backups: Backups) -> None:
     """Which blocks changed meanwhile nobody knows; a new full backup is needed."""
     needs_summaries(backups)
-    base = backups.take(f"base-{how}")
+    base = backups.take("base")
     changes(backups, "update plain set value = 'missed' where key = 1")
-    backups.stack.text("endpoint", "stop", "main", *(["--immediate"] if how == "immediate" else []))
-    backups.stack.text("endpoint", "start", "main")
+    backups.start_afresh()
     with pytest.raises(ProgramFailedError, match="WAL summaries are required"):
-        backups.take(f"refused-{how}", f"--incremental={base}/backup_manifest")
+        backups.take("refused", f"--incremental={base}/backup_manifest")
+
+
+def test_over_a_planned_restart_one_is_refused_or_whole(backups: Backups) -> None:
+    """Whole where the endpoint goes on in the directory that it had, with PostgreSQL's own summaries."""
+    needs_summaries(backups)
+    base = backups.take("before")
+    changes(backups, "update plain set value = 'in between' where key % 3 = 0")
+    backups.stack.text("endpoint", "restart", "main")
+    changes(backups, "update plain set value = 'after' where key % 5 = 1")
+    dump = backups.dump()
+    try:
+        increment = backups.take("after", f"--incremental={base}/backup_manifest")
+    except ProgramFailedError as error:
+        if "WAL summaries are required" in error.output:
+            return
+        raise
+    whole = backups.directory / "over-a-restart"
+    backups.program("pg_combinebackup", "-o", str(whole), str(base), str(increment))
+    backups.check(whole, dump, has_indexes_checked=False)
 
 
 def test_summaries_come_from_the_start_on_and_no_wal_piles_up_for_them(backups: Backups) -> None:
     needs_summaries(backups)
-    backups.restart()
+    backups.start_afresh()
     for _ in range(8):
         changes(backups, "insert into numbered values (1)", "select pg_switch_wal()")
     (written,) = backups.stack.query("select pg_current_wal_insert_lsn()::text")[0]

@@ -198,6 +198,8 @@ class WalReceiving:
             except TimeoutError:
                 if is_quiet:
                     await self._look_for_more(written_lsn)
+            except PostgresError as error:  # the token has run out, say: beginning anew shows what it means
+                raise ReplicationLostError(str(error)) from error
             else:
                 await asyncio.to_thread(directory.write, chunk.start_lsn, chunk.data)
                 written_lsn = Lsn(chunk.start_lsn + len(chunk.data))
