@@ -43,6 +43,7 @@ from excimer.pageserver.initdb_import import import_initdb
 from excimer.pgformat.checkpoint_state import CheckpointState, stored_next_xid
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.native_records import apply_native
+from excimer.pgformat.page_masks import map_bits
 from excimer.pgformat.replication_origins import ORIGINS_PATH, parse_origins
 from excimer.pgformat.wal_reader import WalReader
 from excimer.pgformat.wal_segment import segment_name
@@ -388,7 +389,7 @@ class Comparer:
 
 def _comparable(fork: int, page: bytes) -> bytes:
     """A map page nobody has set a bit in may be all zeros or have a header, as PostgreSQL pleases."""
-    if fork == Fork.VM and not any(page[24:]):
+    if fork == Fork.VM and not any(map_bits(page)):
         return b""
     return page
 

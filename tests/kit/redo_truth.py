@@ -14,19 +14,6 @@ from excimer.pgformat.wal_record import BlockReference, Rmgr, WalRecord, decode_
 SEGMENT_SIZE_BYTES = 1 << 20
 """Small segments, so that a test's WAL directory is small."""
 
-MASKING_MANAGER = {
-    "heap": Rmgr.HEAP,
-    "btree": Rmgr.BTREE,
-    "hash": Rmgr.HASH,
-    "gin": Rmgr.GIN,
-    "gist": Rmgr.GIST,
-    "spgist": Rmgr.SPGIST,
-    "brin": Rmgr.BRIN,
-    "bloom": Rmgr.GENERIC,
-    "sequence": Rmgr.SEQ,
-}
-"""Whose rm_mask says what may differ between a replayed page and the original."""
-
 _SMGR_CREATE = 0x10
 _SMGR_TRUNCATE = 0x20
 
@@ -119,22 +106,3 @@ class PageFiles:
         if content is None or len(content) < start + BLOCK_SIZE_BYTES:
             return None
         return content[start : start + BLOCK_SIZE_BYTES]
-
-
-def without_unlogged(access_method: str, page: PageId, content: bytes) -> bytes:
-    """Blanks what differs by design: SP-GiST's cache of pages, and a sequence's values logged ahead."""
-    if access_method == "spgist" and page.block == 0:
-        return content[:28] + bytes(64) + content[92:]
-    if access_method == "sequence":
-        (pointer,) = struct.unpack_from("<I", content, 24)
-        start = (pointer & 0x7FFF) + content[(pointer & 0x7FFF) + 22]
-        return content[:start] + bytes(17) + content[start + 17 :]
-    return content
-
-
-def sequence_values(content: bytes) -> tuple[int, int]:
-    """(last_value, log_cnt) of a sequence's page."""
-    (pointer,) = struct.unpack_from("<I", content, 24)
-    start = (pointer & 0x7FFF) + content[(pointer & 0x7FFF) + 22]
-    last_value, ahead = struct.unpack_from("<qq", content, start)
-    return last_value, ahead

@@ -17,7 +17,7 @@ from excimer.base.lsn import Lsn
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.export.layout import CONTROL_FILE_PATH, ExportLayout, PageFile, plan_export
 from excimer.export.lease import ExportLease, keep_lease
-from excimer.export.page_stream import PATIENCE_S, RETRY_DELAY_S_MAX, BranchAccess, PageStream
+from excimer.export.page_stream import PATIENCE_S, RETRY_DELAY_S_MAX, BranchAccess, read_files
 from excimer.export.reading_token import Renew
 from excimer.export.sink import ExportSink
 from excimer.pgformat.basebackup import Basebackup
@@ -125,7 +125,7 @@ async def _write_pages(
 ) -> None:
     total = layout.page_count * BLOCK_SIZE_BYTES
     report(0, total)
-    pieces = PageStream(access, lsn).read(layout.page_files)
+    pieces = read_files(access, lsn, layout.page_files)
     async with contextlib.aclosing(pieces):
         async for file, data in pieces:
             await writer.write(file, data)

@@ -2,23 +2,23 @@
 
 ::
 
-    runs ----> [ asked, not yet delivered: at most IN_FLIGHT_MAX ] ----> (run, pages)
+    runs ----> [ asked, not yet delivered: at most IN_FLIGHT_MAX ] ----> (whose run, pages)
                      ^ answers come in any order
 
 A lost connection, or an error that may pass, costs a new connection and the same questions again; only
-when nothing has come for `patience_s` is it given up.
+when nothing has come for `patience_s` is it given up. Runs may be of different moments.
 """
 
 import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from excimer.base.address import parse_address
-from excimer.base.errors import RetryableError
+from excimer.base.errors import ExcimerError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES, parse_key
 from excimer.base.lsn import Lsn
@@ -66,47 +66,60 @@ class BranchAccess:
     token: ReadingToken
 
 
-@dataclass(slots=True)
-class _Request:
-    request_id: int
-    file: PageFile
+T = TypeVar("T")
+
+
+class RunRequest(NamedTuple, Generic[T]):
+    """A run to read at one LSN, for somebody whom `tag` names."""
+
+    tag: T
     run: PageRun
-    pages: bytes | None = None
+    lsn: Lsn
 
 
-class PageStream:
-    """One reader of one branch at one LSN."""
+@dataclass(slots=True)
+class _Asked(Generic[T]):
+    request_id: int
+    request: RunRequest[T]
+    answer: bytes | ExcimerError | None = None
 
-    def __init__(self, access: BranchAccess, lsn: Lsn, *, patience_s: float = PATIENCE_S) -> None:
+
+class PageStream(Generic[T]):
+    """One reader of one branch."""
+
+    def __init__(self, access: BranchAccess, *, patience_s: float = PATIENCE_S) -> None:
         self._access = access
-        self._lsn = lsn
         self._patience_s = patience_s
-        self._asked: deque[_Request] = deque()
+        self._asked: deque[_Asked[T]] = deque()
         self._request_id = 0
         self._progress_at = 0.0
 
-    async def read(self, files: Iterable[PageFile]) -> AsyncGenerator[tuple[PageFile, bytes]]:
-        """The pages of all files in their order, in pieces; a file without blocks yields nothing.
+    async def read(
+        self, requests: Callable[[int], Iterator[RunRequest[T]]]
+    ) -> AsyncGenerator[tuple[T, bytes | ExcimerError]]:
+        """The pages of each run, in the order of the requests, or why they cannot be had.
 
-        Raises what the pageserver answers with, and `PageserverUnreachableError`.
+        `requests` is called once, with the number of blocks that one run may have at most, and is asked for
+        the next when there is room for it. Raises what concerns the whole connection, errors that may pass
+        and do not, and `PageserverUnreachableError`.
         """
-        source: Iterator[tuple[PageFile, PageRun]] | None = None
+        source: Iterator[RunRequest[T]] | None = None
         delay_s = RETRY_DELAY_S_FIRST
         self._progress_at = time.monotonic()
         while True:
             try:
                 async with _connected(self._access) as connection:
-                    source = source or _all_runs(files, connection.blocks_max)
-                    for request in self._asked:
-                        self._ask(connection, request)
+                    source = source or requests(connection.blocks_max)
+                    for asked in self._asked:
+                        self._ask(connection, asked)
                     while self._fill(connection, source):
-                        pages = self._asked[0].pages
-                        if pages is None:
+                        answer = self._asked[0].answer
+                        if answer is None:
                             await self._take_answers(connection)
                             continue
                         done = self._asked.popleft()
                         delay_s, self._progress_at = RETRY_DELAY_S_FIRST, time.monotonic()
-                        yield done.file, pages
+                        yield done.request.tag, answer
                     return
             except RetryableError:
                 if time.monotonic() - self._progress_at > self._patience_s:
@@ -114,25 +127,25 @@ class PageStream:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_DELAY_S_MAX)
 
-    def _fill(self, connection: "_Connection", source: Iterator[tuple[PageFile, PageRun]]) -> bool:
+    def _fill(self, connection: "_Connection", source: Iterator[RunRequest[T]]) -> bool:
         """Asks for more; whether anything is still to come."""
         while len(self._asked) < IN_FLIGHT_MAX:
             following = next(source, None)
             if following is None:
                 break
             self._request_id += 1
-            request = _Request(self._request_id, *following)
-            self._asked.append(request)
-            self._ask(connection, request)
+            asked = _Asked(self._request_id, following)
+            self._asked.append(asked)
+            self._ask(connection, asked)
         return bool(self._asked)
 
-    def _ask(self, connection: "_Connection", request: _Request) -> None:
-        if request.pages is None:
-            fields = parse_key(request.run.key)
+    def _ask(self, connection: "_Connection", asked: _Asked[T]) -> None:
+        if asked.answer is None:
+            fields = parse_key(asked.request.run.key)
             connection.send(
                 GetPages(
-                    request_id=request.request_id,
-                    lsn=self._lsn,
+                    request_id=asked.request_id,
+                    lsn=asked.request.lsn,
                     not_modified_since=0,
                     kind=fields.kind,
                     fork=fields.fork,
@@ -140,29 +153,46 @@ class PageStream:
                     db=fields.db,
                     rel=fields.rel,
                     block=fields.block,
-                    count=request.run.blocks,
+                    count=asked.request.run.blocks,
                 )
             )
 
     async def _take_answers(self, connection: "_Connection") -> None:
-        asked = {request.request_id: request for request in self._asked}
+        asked = {each.request_id: each for each in self._asked}
         for message in await connection.receive():
             match message:
                 case Pages(request_id, pages) if request_id in asked:
-                    request = asked[request_id]
-                    if len(pages) != request.run.blocks * BLOCK_SIZE_BYTES:
+                    if len(pages) != asked[request_id].request.run.blocks * BLOCK_SIZE_BYTES:
                         raise PageProtocolError("an answer has another number of pages than was asked for")
-                    request.pages = pages
-                case ErrorAnswer():
-                    raise error_from_answer(message)
+                    asked[request_id].answer = pages
+                case ErrorAnswer(request_id):
+                    error = error_from_answer(message)
+                    if request_id not in asked or isinstance(error, RetryableError):
+                        raise error
+                    asked[request_id].answer = error
                 case _:
                     raise PageProtocolError(f"the pageserver answered with {type(message).__name__}")
 
 
-def _all_runs(files: Iterable[PageFile], blocks_max: int) -> Iterator[tuple[PageFile, PageRun]]:
-    for file in files:
-        for run in page_runs(file, blocks_max):
-            yield file, run
+async def read_files(
+    access: BranchAccess, lsn: Lsn, files: Iterable[PageFile], *, patience_s: float = PATIENCE_S
+) -> AsyncGenerator[tuple[PageFile, bytes]]:
+    """The pages of all files at one LSN in their order, in pieces; a file without blocks yields nothing.
+
+    Raises what the pageserver answers with, and `PageserverUnreachableError`.
+    """
+
+    def requests(blocks_max: int) -> Iterator[RunRequest[PageFile]]:
+        for file in files:
+            for run in page_runs(file, blocks_max):
+                yield RunRequest(file, run, lsn)
+
+    stream = PageStream[PageFile](access, patience_s=patience_s)
+    async with contextlib.aclosing(stream.read(requests)) as pieces:
+        async for file, answer in pieces:
+            if isinstance(answer, ExcimerError):
+                raise answer
+            yield file, answer
 
 
 class _Connection:

@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from excimer.base.errors import RefusedError
+from excimer.base.errors import ExcimerError, RefusedError
 from excimer.base.ids import new_tenant_id, new_timeline_id
 from excimer.base.keys import BLOCK_SIZE_BYTES, Relation, relation_block_key
 from excimer.base.lsn import Lsn
 from excimer.export.layout import PageFile, page_runs
-from excimer.export.page_stream import IN_FLIGHT_MAX, BranchAccess, PageserverUnreachableError, PageStream
+from excimer.export.page_stream import (
+    IN_FLIGHT_MAX,
+    BranchAccess,
+    PageserverUnreachableError,
+    PageStream,
+    RunRequest,
+    read_files,
+)
 from excimer.export.reading_token import NewToken, ReadingToken
 from excimer.wire.page_service import ErrorCode, Pages, encode_server_message
 from tests.kit.fake_page_server import FakePageServer
@@ -52,8 +59,8 @@ async def _read(
 ) -> dict[str, bytes]:
     """The files' content, as pieces came; their order is checked."""
     found: dict[str, bytes] = {}
-    stream = PageStream(_access(server.address, token), LSN, patience_s=patience_s)
-    async for file, data in stream.read(_files()):
+    stream = read_files(_access(server.address, token), LSN, _files(), patience_s=patience_s)
+    async for file, data in stream:
         assert file.path not in found or file.path == list(found)[-1], "a file came in two parts"
         found[file.path] = found.get(file.path, b"") + data
     return found
@@ -118,6 +125,30 @@ def test_what_is_refused_is_not_asked_for_again(server: FakePageServer) -> None:
     assert len(server.hellos) == 1
 
 
+def test_runs_of_different_moments_are_answered_each_for_itself(server: FakePageServer) -> None:
+    """What is refused of one is its answer, and the others go on."""
+    server.behaviour.error = (ErrorCode.REFUSED, "there is no such page")
+    server.behaviour.errors_left = 1
+    files = _files()
+
+    def requests(blocks_max: int) -> Iterator[RunRequest[str]]:
+        for number, file in enumerate(files):
+            run = next(page_runs(file, blocks_max))
+            yield RunRequest(file.path, run, Lsn(LSN + 8 * number))
+
+    async def all_answers() -> list[tuple[str, bytes | ExcimerError]]:
+        return [pair async for pair in PageStream[str](_access(server.address)).read(requests)]
+
+    answers = asyncio.run(all_answers())
+    assert [path for path, _ in answers] == [file.path for file in files]
+    (refused,) = [answer for _, answer in answers if not isinstance(answer, bytes)]
+    assert "no such page" in str(refused)
+    expected = _expected(server)
+    assert all(expected[path].startswith(answer) for path, answer in answers if isinstance(answer, bytes))
+    assert {request.lsn - LSN for request in server.requests} == {8 * number for number in range(len(files))}
+    assert len(server.hellos) == 1
+
+
 def test_a_pageserver_that_stays_away_is_given_up(server: FakePageServer) -> None:
     server.close()
     with pytest.raises(PageserverUnreachableError, match="cannot be reached"):
@@ -134,7 +165,7 @@ def test_what_is_asked_ahead_is_bounded(server: FakePageServer) -> None:
     """A consumer that takes one piece and no more makes nobody read the rest."""
 
     async def one() -> int:
-        pieces = PageStream(_access(server.address), LSN).read(_files())
+        pieces = read_files(_access(server.address), LSN, _files())
         async with aclosing(pieces):
             await anext(pieces)
             await asyncio.sleep(0.2)
