@@ -18,7 +18,7 @@ LAYERS = (
     {"postgres"},
     {"storage.engine", "service"},
     {"pageserver", "safekeeper", "broker", "compute", "controller", "proxy", "console", "scrubber"},
-    {"export"},
+    {"export", "verify"},
     {"supervisor"},
     {"cli"},
 )

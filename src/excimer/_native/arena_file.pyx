@@ -334,6 +334,10 @@ cdef arena_file *file_at(arena_header *header, uint32_t index) except NULL:
     return files_of(header) + index
 
 
+def file_count(unsigned char[::1] arena) -> int:
+    return header_of(arena).file_count
+
+
 def file_info(unsigned char[::1] arena, uint32_t index) -> tuple[str, int, int]:
     """Path, blocks and state."""
     cdef arena_file *file = file_at(header_of(arena), index)

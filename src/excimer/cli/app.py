@@ -40,6 +40,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "pg": ("pg", "PostgreSQL builds: list, install, add."),
     "layers": ("layers", "Draw the layers of a branch."),
     "page": ("page", "Explain how a page is made, layer by layer."),
+    "verify": ("verify", "Compare an endpoint's pages with what the pageserver serves."),
     "profile": ("profile", "Write a flame graph of a running part."),
     "logs": ("logs", "Show the log of a part."),
     "doctor": ("doctor", "Check this machine and the installation."),

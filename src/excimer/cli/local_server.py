@@ -6,7 +6,7 @@ statements with verifiers of passwords, which must show in no log.
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from excimer.base.address import Address
@@ -88,7 +88,8 @@ class LocalServer:
                     raise EndpointAnswerError("the endpoint closed the connection: it may be stopping")
                 self._machine.feed(data)
         except TimeoutError as error:
-            raise EndpointAnswerError(f"the endpoint did not answer within {ANSWER_TIMEOUT_S:g} s") from error
+            limit = self._socket.gettimeout()
+            raise EndpointAnswerError(f"the endpoint did not answer within {limit:g} s") from error
         except (OSError, ProtocolViolationError) as error:
             raise EndpointAnswerError(f"the endpoint does not answer: {error}") from error
         if isinstance(event, QueryFailed):
@@ -99,18 +100,25 @@ class LocalServer:
 
 
 @contextlib.contextmanager
-def connected(access: LocalAccess) -> Iterator[LocalServer]:
-    """Raises `NotRunningError` when nobody listens, RefusedError when PostgreSQL does not let us in."""
+def connected(
+    access: LocalAccess, databases: Sequence[str] = DATABASES, *, timeout_s: float = ANSWER_TIMEOUT_S
+) -> Iterator[LocalServer]:
+    """To the first of the databases that is there; a statement may take `timeout_s`.
+
+    Raises `NotRunningError` when nobody listens, RefusedError when PostgreSQL does not let us in.
+    """
     with contextlib.ExitStack() as stack:
-        yield _connect(access, stack)
+        yield _connect(access, stack, databases, timeout_s)
 
 
-def _connect(access: LocalAccess, stack: contextlib.ExitStack) -> LocalServer:
+def _connect(
+    access: LocalAccess, stack: contextlib.ExitStack, databases: Sequence[str], timeout_s: float
+) -> LocalServer:
     path = Address(access.socket_dir, access.port).unix_path
     assert path is not None
-    for database in DATABASES:
+    for database in databases:
         connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        connection.settimeout(ANSWER_TIMEOUT_S)
+        connection.settimeout(timeout_s)
         try:
             connection.connect(path)
         except OSError as error:
@@ -118,14 +126,14 @@ def _connect(access: LocalAccess, stack: contextlib.ExitStack) -> LocalServer:
         try:
             server = LocalServer(connection, access, database)
         except PostgresError as error:
-            if error.sqlstate == _NO_SUCH_DATABASE and database != DATABASES[-1]:
+            if error.sqlstate == _NO_SUCH_DATABASE and database != databases[-1]:
                 continue
             if error.sqlstate[:2] in _RETRYABLE_CLASSES:
                 raise NotRunningError(f"the endpoint takes no connections now: {error}") from error
             raise
         stack.callback(_terminate, connection)
         return server
-    raise RefusedError(f"the endpoint has none of the databases {', '.join(DATABASES)}")
+    raise RefusedError(f"the endpoint has none of the databases {', '.join(databases)}")
 
 
 def _terminate(connection: socket.socket) -> None:

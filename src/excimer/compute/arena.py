@@ -14,7 +14,7 @@ Not here: which files and pages there are (`excimer.compute.data_directory`).
 
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -32,6 +32,8 @@ READ_AHEAD_BLOCKS_DEFAULT = 128
 MISSES_KEPT = 8192
 WAL_SEGMENT_SIZE_DEFAULT = 16 << 20
 UNLIMITED = (1 << 64) - 1
+_LISTED, _GONE = 0, 2
+"""States of a file (`arena.h`)."""
 _FILE_MODE = 0o600
 _DIRECTORY_MODE = 0o700
 
@@ -249,6 +251,31 @@ class Arena:
         if index < 0:
             raise BadArenaFileError(f"{path} is not in this arena")
         return [byte != 0 for byte in arena_file.presence(self._memory, index)]
+
+    def presence(self, path: str, block: int, count: int) -> list[bool]:
+        """Which of these blocks are in the file on the disk, if the file has them: those that the arena does
+        not know are, for PostgreSQL has written them.
+        """
+        index = arena_file.find(self._memory, path)
+        if index < 0 or arena_file.file_info(self._memory, index)[2] == _GONE:
+            return [True] * count
+        known = [byte != 0 for byte in arena_file.presence(self._memory, index)[block : block + count]]
+        return known + [True] * (count - len(known))
+
+    def unmade_files(self) -> Iterator[tuple[str, int]]:
+        """Path and blocks of each file that is not in the data directory yet."""
+        for index in range(arena_file.file_count(self._memory)):
+            path, blocks, state = arena_file.file_info(self._memory, index)
+            if state == _LISTED:
+                yield path, blocks
+
+    def unmade_blocks(self, path: str) -> int | None:
+        """Blocks of such a file; None for any other."""
+        index = arena_file.find(self._memory, path)
+        if index < 0:
+            return None
+        _, blocks, state = arena_file.file_info(self._memory, index)
+        return blocks if state == _LISTED else None
 
     def _make_file(self, index: int) -> int:
         path, blocks, _ = arena_file.file_info(self._memory, index)

@@ -16,7 +16,7 @@ from excimer.base.keys import BLOCK_SIZE_BYTES
 from excimer.base.lsn import Lsn
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.export.layout import CONTROL_FILE_PATH, ExportLayout, PageFile, plan_export
-from excimer.export.lease import ExportLease, keep_lease
+from excimer.export.lease import ReadingLease, keep_lease
 from excimer.export.page_stream import PATIENCE_S, RETRY_DELAY_S_MAX, BranchAccess, read_files
 from excimer.export.reading_token import Renew
 from excimer.export.sink import ExportSink
@@ -49,9 +49,9 @@ async def run_export(
 
 
 async def _export(access: BranchAccess, lsn: Lsn, sink: ExportSink, report: Report) -> Exported:
-    backup = await _basebackup(access, lsn)
+    backup = await read_basebackup(access, lsn)
     layout = plan_export(backup, int(time.time()))
-    lease = ExportLease(access, Lsn(backup.lsn))
+    lease = ReadingLease(access, Lsn(backup.lsn), "export")
     try:
         async with running("export lease", keep_lease(lease.ask, await lease.ask())):
             await _write(access, Lsn(backup.lsn), layout, sink, report)
@@ -82,7 +82,7 @@ async def _write(
                 await loop.run_in_executor(thread, sink.abandon)
 
 
-async def _basebackup(access: BranchAccess, lsn: Lsn) -> Basebackup:
+async def read_basebackup(access: BranchAccess, lsn: Lsn) -> Basebackup:
     """The pageserver may be starting, or have to receive WAL first."""
     deadline = time.monotonic() + PATIENCE_S
     while True:

@@ -94,7 +94,7 @@ def plan_export(backup: Basebackup, now_s: int) -> ExportLayout:
         ("pg_ident.conf", IDENT.encode()),
         *backup.files,
     ]
-    page_files = list(_page_files(backup))
+    page_files = list(page_files_of(backup))
     paths = [path for path, _ in files] + [file.path for file in page_files]
     return ExportLayout(
         directories=_directories(backup.pg_version, paths),
@@ -132,7 +132,8 @@ def _wal_segments(chunks: list[tuple[Lsn, bytes]], segment_size: int) -> list[Wa
     ]
 
 
-def _page_files(backup: Basebackup) -> Iterator[PageFile]:
+def page_files_of(backup: Basebackup) -> Iterator[PageFile]:
+    """Every file of pages, as the basebackup's manifest has it; one without blocks for an empty fork."""
     for spc, db, rel, fork, blocks in unpack_relation_forks(backup.relation_forks):
         relation = Relation(spc, db, rel)
         for start in range(0, max(blocks, 1), SEGMENT_BLOCKS):

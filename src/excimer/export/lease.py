@@ -1,4 +1,4 @@
-"""Keeps the LSN of an export readable while it takes, however quickly garbage is collected, and no longer."""
+"""Keeps the LSN that is read readable while it takes, however quickly garbage is collected, and no longer."""
 
 import asyncio
 import secrets
@@ -23,13 +23,13 @@ Ask = Callable[[], Awaitable[float]]
 """Takes or renews the lease; how many seconds it holds from now on."""
 
 
-class ExportLease:
-    """On an LSN of the branch, at its pageserver."""
+class ReadingLease:
+    """On an LSN of the branch, at its pageserver; `work` shows in its holder's name."""
 
-    def __init__(self, access: BranchAccess, lsn: Lsn) -> None:
+    def __init__(self, access: BranchAccess, lsn: Lsn, work: str) -> None:
         self._access = access
         self._lsn = lsn
-        self._holder = f"{TOKEN_HOLDER}/export-{secrets.token_hex(8)}"
+        self._holder = f"{TOKEN_HOLDER}/{work}-{secrets.token_hex(8)}"
         self._path = path_of("v1", "tenant", access.tenant_id, "timeline", access.timeline_id, "lsn_lease")
 
     async def ask(self) -> float:

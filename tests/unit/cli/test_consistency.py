@@ -31,6 +31,7 @@ METAVARS = {
     "--safekeepers": "COUNT",
     "--lines": "COUNT",
     "--seconds": "SECONDS",
+    "--rate": "MIB",
     "--listen": "ADDR[:PORT]",
     "--broker-url": "URL",
     "--object-store": "URL",

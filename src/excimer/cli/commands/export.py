@@ -15,6 +15,7 @@ from excimer.cli.commands.tenant import tenant_name
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
 from excimer.cli.installation import load_installation
+from excimer.cli.progress import Progress
 from excimer.cli.session import Session, session_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ app = typer.Typer()
 
 STANDARD_OUTPUT: Final = "-"
 FOREIGN_SUFFIXES: Final = frozenset({".zip", ".gz", ".zst", ".xz", ".txz", ".bz2", ".tbz2", ".lz4", ".7z"})
-PROGRESS_INTERVAL_S: Final = 0.2
 
 
 class ExportFailedError(RefusedError):
@@ -70,7 +70,7 @@ def export(
     ticket = client.post("tenants", tenant_name(client, tenant), "branch_access", body=body)
     begun = time.monotonic()
     try:
-        exported = asyncio.run(_export(client, ticket, sink, _Progress(session)))
+        exported = asyncio.run(_export(client, ticket, sink, Progress(session)))
     except OSError as error:
         raise ExportFailedError(
             f"{error.filename or out} cannot be written: {error.strerror or error}; "
@@ -130,7 +130,7 @@ def renewal_of(client: ControllerClient, ticket: dict[str, Any]) -> "Renew":
 
 
 async def _export(
-    client: ControllerClient, ticket: dict[str, Any], sink: "ExportSink", progress: "_Progress"
+    client: ControllerClient, ticket: dict[str, Any], sink: "ExportSink", progress: "Progress"
 ) -> "Exported":
     from excimer.export.job import run_export
 
@@ -166,30 +166,3 @@ def _tell(
     if Path(out).is_dir():
         start = f"\nstart it as {owner.name} with PostgreSQL {exported.pg_version}: pg_ctl -D {out} start"
     session.say(f"{out} is {what}{start}", value)
-
-
-class _Progress:
-    """One line on a terminal's standard error, several times a second."""
-
-    def __init__(self, session: Session) -> None:
-        self._is_shown = sys.stderr.isatty() and not session.as_json
-        self._begun = time.monotonic()
-        self._next = 0.0
-
-    def report(self, done_bytes: int, total_bytes: int) -> None:
-        now = time.monotonic()
-        if not self._is_shown or now < self._next:
-            return
-        self._next = now + PROGRESS_INTERVAL_S
-        percent = 100 * done_bytes // max(total_bytes, 1)
-        speed = (done_bytes >> 20) / max(now - self._begun, 0.001)
-        print(
-            f"\r{percent:3d} %  {done_bytes >> 20} of {total_bytes >> 20} MiB, {speed:.0f} MiB/s ",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def end(self) -> None:
-        if self._is_shown and self._next:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
