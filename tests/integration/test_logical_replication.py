@@ -85,10 +85,17 @@ class Subscribed:
                 told.append(f"{who}: {error}")
         return "\n".join([*told, self.stack.run("status").stdout])
 
-    def flush_lsn(self) -> str:
-        """Up to where the publisher was told that it need keep nothing."""
-        query = "select confirmed_flush_lsn from pg_replication_slots where slot_name = 's'"
-        return self.publisher.sql(query)[0][0]
+    def publish_and_mark(self, rows: int) -> str:
+        """As `publish`; returns the end of the first row's commit, or a little more."""
+        self.publish(1)
+        ((lsn,),) = self.publisher.sql("select pg_current_wal_lsn()")
+        self.publish(rows - 1)
+        return lsn
+
+    def was_told_of(self, lsn: str) -> bool:
+        """Whether the publisher need no more keep what lies before `lsn`."""
+        query = f"select confirmed_flush_lsn >= '{lsn}' from pg_replication_slots where slot_name = 's'"
+        return self.publisher.sql(query) == [["t"]]
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -104,6 +111,8 @@ def subscribed(request: pytest.FixtureRequest) -> Iterator[Subscribed]:
         installation = stack.enter_context(running_stack(request.param))
         installation.create_main()
         made = Subscribed(installation, publisher)
+        # A worker's successor comes soon.
+        installation.text("endpoint", "config", "main", "set", "wal_retrieve_retry_interval=100ms")
         installation.query("create table log (a int)")
         installation.query(f"create subscription s connection '{made.conninfo}' publication p")
         made.publish(20)
@@ -147,23 +156,67 @@ def test_the_publisher_keeps_what_no_quorum_has(subscribed: Subscribed) -> None:
     stack = subscribed.stack
     subscribed.wait_for_all()
     paused = [stack.pid(part) for part in HOLDERS_OF_A_QUORUM]
-    stack.wait_until(lambda: subscribed.flush_lsn() != "", "a slot")
     for pid in paused:
         os.kill(pid, signal.SIGSTOP)
     try:
-        before = subscribed.flush_lsn()
-        (first,) = subscribed.publisher.sql("select pg_current_wal_lsn()")[0]
-        subscribed.publish(ROWS_WHILE_NO_QUORUM)
+        first = subscribed.publish_and_mark(ROWS_WHILE_NO_QUORUM)
         stack.wait_until(lambda: subscribed.publisher.sql(SENT.format(first)) == [["t"]], "the rows' sending")
         for _ in range(3):
             subscribed.publisher.sql("select pg_sleep(0.7)")
-            behind = f"select '{subscribed.flush_lsn()}'::pg_lsn <= greatest('{before}'::pg_lsn, '{first}')"
-            assert subscribed.publisher.sql(behind) == [["t"]]
+            assert not subscribed.was_told_of(first)
         stack.kill("endpoint-main")
     finally:
         for pid in paused:
             os.kill(pid, signal.SIGCONT)
     stack.text("endpoint", "start", "main")
+    subscribed.wait_for_all()
+    assert subscribed.rows() == list(range(subscribed.next_row))
+
+
+WAITING = (
+    "select pid from pg_stat_activity"
+    " where wait_event = 'SyncRep' and backend_type like 'logical replication%'"
+)
+
+
+def break_off_wait(stack: Stack, publisher: StockServer, how: str) -> None:
+    """Ends an apply worker's wait for the quorum, and returns when it may have told of it."""
+    ((worker,),) = stack.query(WAITING)
+    if how == "postmaster killed":
+        os.kill(stack.postmaster_pid(), signal.SIGKILL)
+        idle = "select not active from pg_replication_slots where slot_name = 's'"
+        stack.wait_until(lambda: publisher.sql(idle) == [["t"]], "the worker's end")
+    else:
+        log = stack.directory / "endpoints" / "main" / "postgres.log"
+        broken_off = "canceling the wait for synchronous replication"
+        before = log.read_text(errors="replace").count(broken_off)
+        stack.query(f"select pg_terminate_backend({worker})")
+        stack.wait_until(
+            lambda: log.read_text(errors="replace").count(broken_off) > before, "the end of PostgreSQL's wait"
+        )
+
+
+@pytest.mark.parametrize("how", ["postmaster killed", "terminated"])
+def test_a_worker_whose_wait_was_broken_off_tells_the_publisher_nothing(
+    subscribed: Subscribed, how: str
+) -> None:
+    """PostgreSQL lets it go on as if the quorum had what it committed."""
+    stack = subscribed.stack
+    subscribed.wait_for_all()
+    paused = [stack.pid(part) for part in HOLDERS_OF_A_QUORUM]
+    for pid in paused:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        first = subscribed.publish_and_mark(ROWS_WHILE_NO_QUORUM)
+        stack.wait_until(lambda: stack.query(WAITING) != [], "a commit that waits for the quorum")
+        break_off_wait(stack, subscribed.publisher, how)
+        for _ in range(3):
+            assert not subscribed.was_told_of(first)
+            subscribed.publisher.sql("select pg_sleep(0.7)")
+    finally:
+        for pid in paused:
+            os.kill(pid, signal.SIGCONT)
+    stack.wait_until(stack.accepts, "a running postgres")
     subscribed.wait_for_all()
     assert subscribed.rows() == list(range(subscribed.next_row))
 
