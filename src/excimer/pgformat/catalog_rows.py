@@ -35,7 +35,9 @@ _OID = struct.Struct("<I")
 _NAME_OFFSET, _NAME_SIZE = 4, 64
 _LANGUAGE_OFFSET = _PROVIDER_OFFSET = 76
 _LANGUAGE_C: Final = 13
+_LIBRARY_START: Final = b"$libdir/"
 _LIBRARY = re.compile(rb"\$libdir/([A-Za-z0-9_.+-]+)")
+_LONG_HEADER = struct.Struct("<I")
 
 IsCommitted = Callable[[int], bool]
 """Whether a transaction, by its xid, is committed."""
@@ -47,8 +49,22 @@ def library_names(pages: Iterable[bytes], is_committed: IsCommitted) -> set[str]
         found[1].decode().removesuffix(".so")
         for row in _live_rows(pages, is_committed)
         if row[_LANGUAGE_OFFSET : _LANGUAGE_OFFSET + _OID.size] == _OID.pack(_LANGUAGE_C)
-        for found in _LIBRARY.finditer(row)
+        if (found := _LIBRARY.fullmatch(_text_with(_LIBRARY_START, row)))
     }
+
+
+def _text_with(start: bytes, row: bytes) -> bytes:
+    """The text column that begins with `start`, by the length before it; empty if there is none.
+
+    What follows it without a gap is another column, whose first byte may be a letter.
+    """
+    place = row.find(start)
+    if place < _LONG_HEADER.size:
+        return b""
+    if row[place - 1] & 1:  # short: one byte, its own included
+        return row[place : place - 1 + (row[place - 1] >> 1)]
+    (header,) = _LONG_HEADER.unpack_from(row, place - _LONG_HEADER.size)
+    return row[place : place - _LONG_HEADER.size + (header >> 2)]
 
 
 def icu_databases(pages: Iterable[bytes], is_committed: IsCommitted) -> set[str]:

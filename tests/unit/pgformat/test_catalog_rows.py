@@ -24,9 +24,13 @@ def page_of(*tuples: tuple[int, int, int, bytes]) -> bytes:
 
 
 def proc(library: bytes, language: int = 13) -> bytes:
-    return (
-        struct.pack("<I64sIII", 16400, b"f", 2200, 10, language) + b"\x07" + b"\x1d$libdir/" + library + b"\0"
+    """Its rights follow the library at once, as those of amcheck do: 37 bytes, of which the first is a K."""
+    probin = b"$libdir/" + library
+    header = (
+        bytes([len(probin) + 1 << 1 | 1]) if len(probin) < 126 else struct.pack("<I", len(probin) + 4 << 2)
     )
+    head = struct.pack("<I64sIII", 16400, b"f", 2200, 10, language) + b"\x07f"
+    return head + bytes(-(len(head) % 4) % 4) + header + probin + b"K" + bytes(36)
 
 
 def database(name: bytes, provider: bytes) -> bytes:
@@ -40,6 +44,8 @@ def is_committed(xid: int) -> bool:
 def test_libraries_of_functions_in_c_are_found() -> None:
     pages = [page_of((COMMITTED, 0, 0x0800, proc(b"pgcrypto")), (1, 0, 0x0B00, proc(b"uuid-ossp.so")))]
     assert library_names(pages, is_committed) == {"pgcrypto", "uuid-ossp"}
+    long_path = b"a" * 130
+    assert library_names([page_of((1, 0, 0x0B00, proc(long_path)))], is_committed) == {long_path.decode()}
     other_language = page_of((COMMITTED, 0, 0x0800, proc(b"in_a_text", language=14)))
     assert library_names([other_language, bytes(PAGE_SIZE)], is_committed) == set()
 
