@@ -161,7 +161,8 @@ def test_a_backup_ends_only_when_a_quorum_has_its_wal(backups: Backups) -> None:
 def test_a_receiver_of_wal_is_told_where_the_endpoint_began(backups: Backups) -> None:
     """In the segment of the start it gets an error, and no filler in the place of the branch's WAL."""
     received = make_owned_dir(backups.directory / "received")
-    backups.start_afresh()
+    backups.stack.query("create table behind as select generate_series(1, 10000)")
+    backups.start_afresh()  # past a segment's first page: of the page with its last record a start has all
     with pytest.raises(ProgramFailedError, match="before this endpoint's start"):
         receive(backups, received)
     backups.stack.query("select pg_switch_wal()")

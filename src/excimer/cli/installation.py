@@ -80,6 +80,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Credentials, endpoint and the like, as far as they are not in the environment of `excimer start`."""
     pageserver_lag_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """How far the pageserver may be behind a compute before writers wait, read when an endpoint starts."""
+    saved_state_max_mib: Annotated[int, msgspec.Meta(ge=0, le=256)] | None = None
+    """What a clean stop may save of what WAL does not carry, 0: nothing; read when an endpoint starts."""
+    saved_unlogged_max_mib: Annotated[int, msgspec.Meta(ge=0, le=256)] | None = None
+    """Of that, of unlogged relations."""
     token_life_s: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """How long computes and the pageserver go on without the controller; None: the controller's defaults."""
     local_disk_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
@@ -293,10 +297,12 @@ class Installation:
             controller_address=self.controller_address,
             postgres_settings=endpoint["postgres_settings"],
         )
-        if self.config.pageserver_lag_max_mib is not None:
-            settings = msgspec.structs.replace(
-                settings, pageserver_lag_max_mib=self.config.pageserver_lag_max_mib
-            )
+        chosen = {
+            name: value
+            for name in ("pageserver_lag_max_mib", "saved_state_max_mib", "saved_unlogged_max_mib")
+            if (value := getattr(self.config, name)) is not None
+        }
+        settings = msgspec.structs.replace(settings, **chosen)
         name = endpoint_part_name(endpoint["name"])
         tokens = msgspec.json.encode(spec["tokens"])
         return Part(

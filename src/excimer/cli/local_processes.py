@@ -40,8 +40,8 @@ from excimer.supervisor.protocol import Started, StartPart
 
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 10.0
-ENDPOINT_STOP_LIMIT_S: Final = 8.0
-"""A manager ends by itself, hard if need be, after 5 s."""
+ENDPOINT_STOP_LIMIT_S: Final = 14.0
+"""A manager ends by itself, hard if need be, after 11 s."""
 
 HALTED_LIMIT_S: Final = 1.0
 """How long a process that somebody has stopped (SIGSTOP) is waited for: it cannot end by itself."""

@@ -2,13 +2,16 @@
 
 import sys
 from functools import partial
+from typing import Final
 
 from excimer.base.errors import FencedError, RefusedError
 from excimer.compute.core import EXIT_CLEAN, EXIT_FENCED
 from excimer.compute.last_end import forget_end, record_end
 from excimer.compute.metrics import read_metrics
+from excimer.compute.postgres_process import FAST_STOP_TIMEOUT_S
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.shell import Manager, make_spec
+from excimer.compute.state_keeper import SAVE_LIMIT_S
 from excimer.compute.token_renewal import take_tokens
 from excimer.io.processes import hide_memory
 from excimer.service.health import Health
@@ -16,6 +19,9 @@ from excimer.service.instance_lock import InstanceLock
 from excimer.service.light_http import serving_light_http
 from excimer.service.process_main import EXIT_USAGE, rotating_logs, run_service
 from excimer.wire.endpoint_tokens import EndpointTokens
+
+STOP_LIMIT_S: Final = FAST_STOP_TIMEOUT_S + SAVE_LIMIT_S + 2.0
+"""A fast shutdown, then saving what WAL does not carry, then cleaning up; each has its own bound."""
 
 
 async def serve(tokens: EndpointTokens, settings: ComputeSettings) -> None:
@@ -43,7 +49,7 @@ def main() -> int:
     except RefusedError as error:
         print(f"excimer compute: {error}", file=sys.stderr)
         return EXIT_USAGE
-    return run_service("compute", ComputeSettings, partial(serve, tokens))
+    return run_service("compute", ComputeSettings, partial(serve, tokens), stop_limit_s=STOP_LIMIT_S)
 
 
 if __name__ == "__main__":

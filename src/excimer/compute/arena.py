@@ -277,6 +277,15 @@ class Arena:
         _, blocks, state = arena_file.file_info(self._memory, index)
         return blocks if state == _LISTED else None
 
+    def find_presence(self, path: str) -> bytes | None:
+        """Of each block of a file, whether it is here (not zero); None: it is not listed, and wholly
+        local.
+        """
+        index = arena_file.find(self._memory, path)
+        if index < 0 or arena_file.file_info(self._memory, index)[2] == _GONE:
+            return None
+        return arena_file.presence(self._memory, index)
+
     def _make_file(self, index: int) -> int:
         path, blocks, _ = arena_file.file_info(self._memory, index)
         descriptor = os.open(self.data_dir / path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)

@@ -35,6 +35,7 @@ from excimer.compute.server_certificate import CertificatePair, follow_files, re
 from excimer.compute.settings_keeper import SettingsKeeper
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
+from excimer.compute.state_keeper import FetchedState, StateKeeper
 from excimer.io.processes import describe_exit
 from excimer.pgformat.basebackup import Basebackup
 from excimer.postgres.setting_rules import check_rules
@@ -60,12 +61,14 @@ class Attempt:
         spec: ComputeSpec,
         tokens: Callable[[], EndpointTokens],
         keeper: SettingsKeeper,
+        states: StateKeeper,
         on_started: Callable[[], None],
     ) -> None:
         """`tokens` gives the newest; `renew_tokens` tells of newer ones."""
         self._spec = spec
         self._tokens = tokens
         self._keeper = keeper
+        self._states = states
         self._on_started = on_started
         self._options: list[str] = []
         self._settings: dict[str, str] = {}
@@ -156,9 +159,13 @@ class Attempt:
             self._begin(f"the pageserver to keep {format_lsn(end_lsn)}")
             await self._hold_lsn(scope, end_lsn)
         self._begin(f"the pageserver to have WAL up to {format_lsn(end_lsn)} and send a basebackup")
+        fetching = None
+        if spec.static_lsn is None:
+            fetching = scope.start("saved state", self._states.fetch(end_lsn))
         backup = await self._fetch_basebackup(end_lsn)
+        saved = None if fetching is None else await fetching
         clock.step("basebackup")
-        await asyncio.to_thread(self._prepare, backup, pair)
+        await asyncio.to_thread(self._prepare, backup, pair, saved)
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
         self._begin("PostgreSQL to accept connections")
@@ -191,6 +198,8 @@ class Attempt:
         self._begin("")
         self._on_started()
         status = await process.wait_exit()
+        if self._stopping and status == 0 and self.proposer is not None:
+            await self._states.save(spec.places.data_dir, self.arena, self.proposer.commit_lsn)
         return Ended(time.monotonic(), f"postgres {describe_exit(status)}")
 
     async def _open_gate(self, address: PostgresAddress) -> None:
@@ -207,10 +216,12 @@ class Attempt:
         try:
             await process.wait_ready()
         except PostgresStartError as error:
+            self._states.start_ended(str(error))
             fault = configuration_fault(process.log_lines(), self._settings)
             if fault is not None:
                 raise ConfigurationFaultError(fault) from error
             raise
+        self._states.start_ended(None)
 
     def _make_backpressure(self, proposer: Proposer, arena: Arena, start_lsn: Lsn) -> Backpressure:
         spec = self._spec
@@ -253,10 +264,13 @@ class Attempt:
         finally:
             notice.cancel()
 
-    def _prepare(self, backup: Basebackup, pair: CertificatePair | None) -> None:
+    def _prepare(self, backup: Basebackup, pair: CertificatePair | None, saved: FetchedState | None) -> None:
         self._settings = check_rules(self._keeper.starting())
         token = self._tokens().read_pages
-        prepared = prepare_new(self._spec, backup, self._settings, token=token, pair=pair)
+        resumption = self._states.resume(saved, backup)
+        prepared = prepare_new(
+            self._spec, backup, self._settings, token=token, pair=pair, resumption=resumption
+        )
         self.arena, self._options, self._superusers = prepared
 
     async def _start_postgres(self) -> PostgresProcess:

@@ -25,6 +25,7 @@ from excimer.io.processes import give_to_user
 from excimer.pgformat import wal_summary
 from excimer.pgformat.basebackup import Basebackup, unpack_relation_forks, unpack_slru_segments
 from excimer.pgformat.cluster_paths import check_relative_path
+from excimer.pgformat.saved_state import StateFork
 from excimer.pgformat.wal_prefix import WalPrefix, wal_segment_file_name
 
 FIXED_DIRECTORIES = (
@@ -76,6 +77,17 @@ class InlineRun(NamedTuple):
     data: bytes
 
 
+class Carried(NamedTuple):
+    """What a saved state adds to a basebackup."""
+
+    files: list[tuple[str, bytes]]
+    partial: list[StateFork]
+    """Forks of which some blocks still come from the page store."""
+
+
+NOTHING_CARRIED = Carried([], [])
+
+
 class DataDirectoryPlan(NamedTuple):
     directories: list[str]
     files: list[tuple[str, bytes]]
@@ -92,22 +104,31 @@ def plan_data_directory(
     wal_segment_size: int,
     *,
     hot_standby: bool,
+    carried: Carried = NOTHING_CARRIED,
 ) -> DataDirectoryPlan:
     """What to write. Raises ValueError when the basebackup names a relation in a user tablespace.
 
-    `configuration` holds postgresql.conf and the files beside it, by name.
+    `configuration` holds postgresql.conf and the files beside it, by name. What is `carried` takes the place
+    of what the basebackup says of the same file.
     """
     files = [
         ("PG_VERSION", f"{backup.pg_version}\n".encode()),
         *configuration,
         ("global/pg_control", prefix.control_file),
         *backup.files,
+        *carried.files,
     ]
     if hot_standby:
         files.append(("standby.signal", b""))
     if backup.pg_version >= wal_summary.FIRST_VERSION:
         files.append(wal_summary.start_summary(Lsn(backup.lsn)))
-    lazy_files = _lazy_files(backup)
+    replaced = {path for path, _ in carried.files} | {fork.path for fork in carried.partial}
+    lazy_files = [file for file in _lazy_files(backup) if file.path not in replaced]
+    lazy_files += [LazyFile(fork.path, fork.blocks) for fork in carried.partial]
+    inline_runs = [run for run in _inline_runs(backup) if run.path not in replaced]
+    inline_runs += [
+        InlineRun(fork.path, run.block, run.data) for fork in carried.partial for run in fork.runs
+    ]
     folders = {str(Path(path).parent) for path, _ in files} | {
         str(Path(file.path).parent) for file in lazy_files
     }
@@ -116,7 +137,7 @@ def plan_data_directory(
         (wal_segment_file_name(lsn, wal_segment_size), lsn % wal_segment_size, data)
         for lsn, data in prefix.chunks
     ]
-    return DataDirectoryPlan(directories, files, wal, lazy_files, _inline_runs(backup))
+    return DataDirectoryPlan(directories, files, wal, lazy_files, inline_runs)
 
 
 def write_data_directory(root: Path, plan: DataDirectoryPlan, wal_segment_size: int) -> None:

@@ -14,17 +14,18 @@ from excimer.base.address import Address
 from excimer.base.lsn import MAX_LSN, Lsn
 from excimer.compute.arena import Arena, ArenaFile, ArenaSettings, build_arena
 from excimer.compute.client_authentication import installation_users, render_hba, render_ident
-from excimer.compute.data_directory import plan_data_directory, write_data_directory
+from excimer.compute.data_directory import NOTHING_CARRIED, plan_data_directory, write_data_directory
 from excimer.compute.local_access import superuser_names
 from excimer.compute.outside_work import module_arguments, preloaded_libraries
 from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
 from excimer.compute.server_certificate import CertificatePair, install_pair
 from excimer.compute.spec import ComputeSpec
+from excimer.compute.state_resumption import Resumption
 from excimer.pgformat.auto_conf import AUTO_CONF_NAME, render_auto_conf
 from excimer.pgformat.basebackup import Basebackup, origins_setting
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
-from excimer.pgformat.wal_prefix import build_wal_prefix
+from excimer.pgformat.wal_prefix import WalPrefix, build_wal_prefix
 from excimer.postgres import extension_hint
 from excimer.service.tls import has_tls
 
@@ -55,26 +56,25 @@ def prepare_new(
     *,
     token: str,
     pair: CertificatePair | None,
+    resumption: Resumption | None = None,
 ) -> Prepared:
     """A directory that begins where `backup` does. `settings`: the endpoint's own list, `token`: reads pages.
 
-    There must be none. Raises `PostgresSettingError`, `UnsafePathError`, OSError.
+    There must be none. With a `resumption` PostgreSQL starts as after a clean shutdown. Raises
+    `PostgresSettingError`, `UnsafePathError`, OSError.
     """
     control = ControlFile.unpack(backup.control_file, backup.pg_version)
     lsn = Lsn(backup.lsn)
     is_static = spec.static_lsn is not None
-    prefix = build_wal_prefix(
-        pg_version=backup.pg_version,
-        template=control,
-        checkpoint=CheckPoint.unpack(backup.checkpoint),
-        end_lsn=lsn,
-        prev_lsn=Lsn(backup.prev_lsn),
-        now_s=int(time.time()),
-        hot_standby=is_static,
-    )
+    if resumption is None:
+        carried, prefix = NOTHING_CARRIED, _recovery_prefix(backup, control, hot_standby=is_static)
+    else:
+        carried, prefix = resumption.carried, resumption.prefix
     history = History(control, backup.origin_count, superuser_names(backup))
     options, configuration = configure(spec, history, settings)
-    plan = plan_data_directory(backup, prefix, configuration, control.wal_segment_size, hot_standby=is_static)
+    plan = plan_data_directory(
+        backup, prefix, configuration, control.wal_segment_size, hot_standby=is_static, carried=carried
+    )
     write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
     if pair is not None:
         install_pair(pair, spec.places.data_dir)
@@ -84,10 +84,22 @@ def prepare_new(
         settings=page_source(spec, token, not_modified_since=lsn),
         data_dir=spec.places.data_dir,
         wal_segment_size=control.wal_segment_size,
-        wal_start_lsn=lsn,
+        wal_start_lsn=lsn if resumption is None else resumption.wal_lsn,
     )
     arena.place_pages(plan.inline_runs)
     return Prepared(arena, options, history.superusers)
+
+
+def _recovery_prefix(backup: Basebackup, control: ControlFile, *, hot_standby: bool) -> WalPrefix:
+    return build_wal_prefix(
+        pg_version=backup.pg_version,
+        template=control,
+        checkpoint=CheckPoint.unpack(backup.checkpoint),
+        end_lsn=Lsn(backup.lsn),
+        prev_lsn=Lsn(backup.prev_lsn),
+        now_s=int(time.time()),
+        hot_standby=hot_standby,
+    )
 
 
 def configure(

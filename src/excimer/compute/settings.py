@@ -41,6 +41,10 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Where its settings are kept and its tokens renewed. The first ones come on the standard input."""
     pageserver_lag_max_mib: int = 64
     """How much committed WAL the pageserver may not have ingested before writers are held; 0: no limit."""
+    saved_state_max_mib: int = 64
+    """Of what a clean stop saves because WAL does not carry it, before it is compressed; 0: nothing."""
+    saved_unlogged_max_mib: int = 16
+    """Of that, of unlogged relations; those that do not fit begin empty, as after a crash."""
     postgres_settings: dict[str, str] = msgspec.field(default_factory=dict)
     """The endpoint's own list at the start of the manager; later ones come from the controller."""
     quieting_id: str = ""

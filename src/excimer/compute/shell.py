@@ -32,6 +32,8 @@ from excimer.compute.server_certificate import CertificateFiles, check_listen, c
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
 from excimer.compute.spec import ComputeSpec
+from excimer.compute.state_collection import StateLimits
+from excimer.compute.state_keeper import StateKeeper, StateOwner
 from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
 from excimer.postgres import endpoint_module, find_build
 from excimer.postgres.setting_check import at_start_only
@@ -88,6 +90,15 @@ def make_keeper(
     )
 
 
+def make_states(
+    settings: ComputeSettings, spec: ComputeSpec, tokens: Callable[[], EndpointTokens]
+) -> StateKeeper:
+    """Keeps at the pageserver what WAL does not carry."""
+    owner = StateOwner(spec.tenant_id, spec.timeline_id, spec.build.version, settings.pageserver_http_address)
+    limits = StateLimits(settings.saved_state_max_mib << 20, settings.saved_unlogged_max_mib << 20)
+    return StateKeeper(owner, limits, tokens)
+
+
 def _files(certificate: Path | None, key: Path | None) -> CertificateFiles | None:
     return None if certificate is None or key is None else CertificateFiles(certificate, key)
 
@@ -110,6 +121,7 @@ class Manager:
             on_renewed=self._renewed,
         )
         self._keeper = make_keeper(settings, spec, health, lambda: self._renewal.current.renewal)
+        self._states = make_states(settings, spec, lambda: self._renewal.current)
         self._endpoint = Endpoint()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._attempt: Attempt | None = None
@@ -179,7 +191,7 @@ class Manager:
         match effect:
             case Launch():
                 self._attempt = Attempt(
-                    self._spec, lambda: self._renewal.current, self._keeper, self._started
+                    self._spec, lambda: self._renewal.current, self._keeper, self._states, self._started
                 )
                 self.starts += 1
                 scope.start("attempt", self._report_end(self._attempt))

@@ -35,7 +35,7 @@ from excimer.pgformat.cluster_paths import UnsafePathError, check_carried_path
 from excimer.pgformat.control_file import CONTROL_FILE_SIZE_BYTES, CONTROL_VERSIONS
 
 FORMAT_VERSION = 1
-OBJECT_SIZE_BYTES_MAX = 64 << 20
+OBJECT_SIZE_BYTES_MAX = 63 << 20
 """Of a packed state: who keeps or fetches it takes no more."""
 CONTENT_SIZE_BYTES_MAX = 256 << 20
 COMPRESSION_LEVEL = 1

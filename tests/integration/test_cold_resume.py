@@ -1,0 +1,217 @@
+"""A cold start after a clean stop: nothing of the directory is left, and the endpoint is as a restarted
+PostgreSQL.
+
+What WAL does not carry comes from the state that the stop saved. EXCIMER_COLD_VERSIONS chooses the versions.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from tests.kit.builds import ALL_VERSIONS
+from tests.kit.stack import Row, Stack, running_stack
+
+VERSIONS = tuple(map(int, os.environ.get("EXCIMER_COLD_VERSIONS", "14,18").split(",")))
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    assert request.param in ALL_VERSIONS
+    with running_stack(request.param, safekeepers=1) as stack:
+        stack.text("tenant", "create", "--set-default")
+        yield stack
+
+
+@pytest.fixture
+def name(stack: Stack, request: pytest.FixtureRequest) -> Iterator[str]:
+    """An endpoint on a branch of its own, running."""
+    name = request.node.name.removeprefix("test_").partition("[")[0].replace("_", "-")[:40]
+    stack.branch(name)
+    yield name
+    stack.run("endpoint", "stop", name, "--destroy")
+
+
+def evict(stack: Stack, name: str) -> None:
+    """What another machine would have of the endpoint."""
+    for kept in (stack.directory / "endpoints" / name).iterdir():
+        if kept.name in ("run", "shutdown.json"):
+            shutil.rmtree(kept, ignore_errors=True) if kept.is_dir() else kept.unlink()
+
+
+def restart_cold(stack: Stack, name: str) -> None:
+    stack.text("endpoint", "stop", name)
+    evict(stack, name)
+    stack.text("endpoint", "start", name)
+
+
+def log_of(stack: Stack, name: str) -> str:
+    return stack.text("endpoint", "logs", name)
+
+
+def one(stack: Stack, statement: str, name: str) -> object:
+    return stack.query(statement, name)[0][0]
+
+
+def test_tables_do_not_grow_over_suspends(stack: Stack, name: str) -> None:
+    """Free space that VACUUM found is used: twenty rounds, and no larger than after one without a stop."""
+    with stack.connect(name) as connection:
+        connection.execute("create table t (a int, pad text) with (autovacuum_enabled = off)")
+        connection.execute("insert into t select g, repeat('x', 200) from generate_series(1, 20000) g")
+        connection.execute("delete from t where a % 2 = 0")
+        connection.execute("vacuum t")
+        connection.execute("create extension pg_freespacemap")
+    size = "select pg_relation_size('t') / 8192"
+    free = "select sum(avail) from pg_freespace('t')"
+    blocks, free_bytes = one(stack, size, name), one(stack, free, name)
+    assert isinstance(blocks, int)
+    assert isinstance(free_bytes, int)
+    restart_cold(stack, name)
+    assert one(stack, free, name) == free_bytes
+    for turn in range(20):
+        with stack.connect(name) as connection:
+            connection.execute(f"delete from t where a % 10 = {turn % 10}")
+            connection.execute("vacuum t")
+        restart_cold(stack, name)
+        insert = "insert into t select g, repeat('y', 200) from generate_series(1, 2000) g"
+        stack.query(insert, name)
+    grown = one(stack, size, name)
+    assert isinstance(grown, int)
+    assert grown <= blocks * 110 / 100, f"{blocks} blocks have become {grown}"
+
+
+def counters(connection: "psycopg.Connection[Row]") -> list[Row]:
+    """What the table's cumulative statistics say, autovacuum's decision included."""
+    return connection.execute(
+        "select n_live_tup, n_dead_tup, n_mod_since_analyze, n_tup_ins, n_tup_del from pg_stat_user_tables"
+        " where relname = 't'"
+    ).fetchall()
+
+
+def test_statistics_are_kept_and_autovacuum_comes(stack: Stack, name: str) -> None:
+    with stack.connect(name) as connection:
+        connection.execute("create table t (a int) with (autovacuum_vacuum_threshold = 900)")
+        connection.execute("alter table t set (autovacuum_vacuum_scale_factor = 0)")
+        connection.execute("insert into t select generate_series(1, 2000)")
+        connection.execute("delete from t where a <= 500")
+        stack.wait_until(lambda: counters(connection)[0][4] == 500, "the delete is counted")
+        before = counters(connection)
+    restart_cold(stack, name)
+    with stack.connect(name) as connection:
+        assert counters(connection) == before
+        connection.execute("delete from t where a <= 1000")  # with those of before, past the threshold
+    stack.text("endpoint", "config", name, "set", "autovacuum_naptime=1s")
+    vacuumed = "select last_autovacuum is not null from pg_stat_user_tables where relname = 't'"
+    stack.wait_until(lambda: one(stack, vacuumed, name) is True, "autovacuum")
+
+
+def test_unlogged_tables_and_sequences_are_exact(stack: Stack, name: str) -> None:
+    with stack.connect(name) as connection:
+        connection.execute("create unlogged table u (a int primary key, pad text)")
+        connection.execute("insert into u select g, repeat('u', 50) from generate_series(1, 5000) g")
+        connection.execute("create sequence s")
+        connection.execute("select nextval('s') from generate_series(1, 5)")
+        connection.execute("create unlogged table big (pad text)")
+        connection.execute("alter table big alter pad set storage plain")
+        connection.execute("insert into big select repeat(md5(g::text), 100) from generate_series(1, 6000) g")
+    restart_cold(stack, name)
+    assert stack.query("select count(*), sum(a) from u", name) == [(5000, 12502500)]
+    assert one(stack, "select a from u where a = 4711", name) == 4711
+    assert one(stack, "select nextval('s')", name) == 6
+    assert one(stack, "select count(*) from big", name) == 0  # more than a state may hold of such
+    stack.query("insert into big values ('works')", name)
+    assert "unlogged relations base/" in log_of(stack, name)
+    restart_cold(stack, name)  # again, with a sequence that has only been read
+    assert one(stack, "select last_value from s", name) == 6
+    assert one(stack, "select nextval('s')", name) == 7
+    assert one(stack, "select count(*) from big", name) == 1
+    with stack.connect(name) as connection:
+        connection.execute("insert into u values (5001, 'x')")
+        connection.execute("select nextval('s')")
+        connection.execute("create table durable ()")
+    stack.kill(f"endpoint-{name}")
+    stack.text("endpoint", "start", name)
+    assert one(stack, "select count(*) from u", name) == 0  # PostgreSQL's own promise after a crash
+    after = one(stack, "select nextval('s')", name)
+    assert isinstance(after, int)
+    assert 8 < after <= 8 + 33
+
+
+def test_slots_give_what_was_not_taken(stack: Stack, name: str) -> None:
+    stack.text("endpoint", "config", name, "set", "wal_level=logical")
+    stack.text("endpoint", "restart", name)
+    with stack.connect(name) as connection, stack.connect(name) as other:
+        connection.execute("create table t (a int primary key)")
+        connection.execute("select pg_create_logical_replication_slot('mine', 'test_decoding')")
+        connection.execute("select pg_create_physical_replication_slot('bytes', true)")
+        connection.execute("insert into t values (1)")
+        taken = connection.execute("select count(*) from pg_logical_slot_get_changes('mine', null, null)")
+        assert taken.fetchall()[0][0] > 0
+        other.autocommit = False
+        other.execute("insert into t values (2)")  # open where the slot will begin to read again
+        connection.execute("insert into t values (3)")
+        connection.execute("checkpoint")
+        connection.execute("select count(*) from pg_logical_slot_get_changes('mine', null, null)")
+        other.commit()
+        connection.execute("insert into t values (4)")
+    for _ in range(2):
+        restart_cold(stack, name)
+        slots = "select slot_name, restart_lsn is not null from pg_replication_slots where slot_name <> %s"
+        with stack.connect(name) as connection:
+            found = connection.execute(f"{slots} order by 1".encode(), ["excimer_proposer"]).fetchall()
+        assert found == [("bytes", True), ("mine", True)]
+    changes = "select data from pg_logical_slot_get_changes('mine', null, null) where data like 'table %'"
+    got = [row[0].rpartition(":")[2] for row in stack.query(changes, name)]
+    assert got == ["2", "4"]
+    stack.query("insert into t values (5)", name)
+    assert [row[0].rpartition(":")[2] for row in stack.query(changes, name)] == ["5"]
+
+
+def test_a_slot_that_needs_too_much_is_not_there_and_said(stack: Stack, name: str) -> None:
+    stack.text("endpoint", "config", name, "set", "wal_level=logical")
+    stack.text("endpoint", "restart", name)
+    with stack.connect(name) as connection:
+        connection.execute("select pg_create_logical_replication_slot('far_behind', 'test_decoding')")
+        connection.execute("create table t as select md5(g::text) from generate_series(1, 1200000) g")
+        connection.execute("select pg_create_logical_replication_slot('near', 'test_decoding')")
+    restart_cold(stack, name)
+    assert stack.query("select slot_name from pg_replication_slots where plugin is not null", name) == [
+        ("near",)
+    ]
+    assert "replication slot far_behind" in log_of(stack, name)
+
+
+def test_a_branch_gets_facts_and_neither_slots_nor_unlogged_rows(stack: Stack, name: str) -> None:
+    with stack.connect(name) as connection:
+        connection.execute("create extension pg_freespacemap")
+        connection.execute("create table t (a int, pad text) with (autovacuum_enabled = off)")
+        connection.execute("insert into t select g, repeat('x', 200) from generate_series(1, 5000) g")
+        connection.execute("delete from t where a % 2 = 0")
+        connection.execute("vacuum t")
+        connection.execute("create unlogged table u as select 1 as a")
+        connection.execute("create unlogged table empty (a int primary key)")
+        connection.execute("create sequence s")
+        connection.execute("select nextval('s')")
+        connection.execute("select pg_create_physical_replication_slot('bytes', true)")
+        free = connection.execute("select sum(avail) from pg_freespace('t')").fetchall()
+        stack.wait_until(lambda: counters(connection)[0][4] == 2500, "the delete is counted")
+        before = counters(connection)
+    stack.text("endpoint", "stop", name)
+    stack.text("timeline", "branch", "--branch-name", "child", "--ancestor", name)
+    stack.text("endpoint", "start", name)
+    stack.query("insert into t values (1)", name)
+    stack.text("endpoint", "stop", name)  # its next state does not take away what the branch begins with
+    stack.text("endpoint", "create", "child", "--branch-name", "child")
+    stack.text("endpoint", "start", "child")
+    with stack.connect("child") as connection:
+        assert connection.execute("select sum(avail) from pg_freespace('t')").fetchall() == free
+        assert counters(connection) == before
+        assert connection.execute("select nextval('s')").fetchall() == [(2,)]
+        assert connection.execute("select count(*) from u").fetchall() == [(0,)]
+        assert connection.execute("select count(*) from empty").fetchall() == [(0,)]
+        connection.execute("insert into empty values (1)")
+        slots = "select count(*) from pg_replication_slots where slot_name = 'bytes'"
+        assert connection.execute(slots).fetchall() == [(0,)]
+    stack.text("endpoint", "stop", "child", "--destroy")
