@@ -30,7 +30,7 @@ _SLOW_START: Final = "the manager's connections, on which commits wait, would st
 _HISTORY: Final = "an endpoint takes its history from its branch and follows no other server"
 _ARCHIVE: Final = (
     "the WAL of an endpoint begins where it was started, so an archive made from it would have gaps; "
-    "archive what the safekeepers have: excimer wal receive BRANCH DIRECTORY"
+    "archive what the safekeepers have: excimer wal receive BRANCH OUT"
 )
 
 REFUSED: Final[Mapping[str, str]] = {

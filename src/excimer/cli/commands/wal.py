@@ -1,4 +1,4 @@
-"""`excimer wal receive BRANCH DIRECTORY`: a branch's committed WAL as files, while the command runs."""
+"""`excimer wal receive BRANCH OUT`: a branch's committed WAL as files, while the command runs."""
 
 import asyncio
 import signal
@@ -38,7 +38,7 @@ def receive(
     directory: Annotated[
         Path,
         typer.Argument(
-            metavar="DIRECTORY",
+            metavar="OUT",
             help="Where segments go: a new or empty directory, or one of this branch, to go on there.",
             show_default=False,
         ),
@@ -51,7 +51,7 @@ def receive(
     """Receive a branch's committed WAL from its safekeepers, over all stops and starts of its endpoint.
 
     Together with a base backup that was begun after this command, plain PostgreSQL recovers any later moment
-    from it: restore_command = 'cp DIRECTORY/%f %p'.
+    from it: restore_command = 'cp OUT/%f %p'.
     """
     session = session_of(context)
     client = ControllerClient(load_installation(session.directory))
