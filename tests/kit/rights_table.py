@@ -72,6 +72,7 @@ SAVED_STATE = "/v1/tenant/{tenant_id}/timeline/{timeline_id}/saved_state/{lsn}"
 IN_OWN_NAME = ", in the name of the token's holder"
 IN_ANY_NAME = ", in any name"
 SETTINGS = "GET, PATCH /v1/endpoints/{name}/settings"
+SUSPENSION = "GET, PATCH /v1/endpoints/{name}/suspension"
 RENEWAL = "POST /v1/endpoints/{name}/tokens"
 WAL_ACCESS = "POST /v1/tenants/{tenant_id}/timelines/{timeline_id}/wal_access"
 
@@ -91,6 +92,7 @@ DOORS = (
     Door("safekeeper", f"{OTHER_ROUTES} of a timeline", Right.MANAGE, "timeline"),
     Door("safekeeper", f"{OTHER_ROUTES} of a tenant", Right.MANAGE, "tenant"),
     Door("controller", SETTINGS, Right.MANAGE, "everything", "endpoint:NAME"),
+    Door("controller", SUSPENSION, Right.MANAGE, "everything", "endpoint:NAME"),
     Door("controller", RENEWAL, None, "timeline", "endpoint:NAME"),
     Door("controller", WAL_ACCESS, None, "timeline", "pageserver:N that has the tenant"),
     Door("controller", OTHER_ROUTES, Right.MANAGE, "everything"),

@@ -28,6 +28,14 @@ All but `active` and `archived` are driven to their end after a crash.
 
 EndpointMode = Literal["primary", "static"]
 
+EndpointState = Literal["stopped", "running", "suspended"]
+"""What was last heard of it; whether its process lives is known where it runs. `suspended`: nobody used it,
+and whoever wants it again starts it. `stopped`: somebody has stopped it, or it has never run.
+"""
+
+SUSPEND_DELAY_S: Final = 300
+NEVER: Final = 0
+
 MAIN_BRANCH: Final = "main"
 LOOPBACK: Final = "127.0.0.1"
 
@@ -116,6 +124,15 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     tls_certificate_path: str | None = None
     tls_key_path: str | None = None
     """Both or none: files of the machine where the endpoint runs."""
+    suspend_delay_s: int = NEVER
+    """How long nobody must have used it before it is suspended."""
+    state: EndpointState = "stopped"
+    last_active_at: float | None = None
+    """When it was last used, as far as is known; None: it has never run."""
+    suspends: int = 0
+    """How often it has been suspended."""
+    suspend_reason: str = ""
+    """Of the last time: `idle`, or `asked` by a person."""
 
 
 class RolePassword(msgspec.Struct, frozen=True, kw_only=True):

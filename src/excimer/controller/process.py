@@ -10,7 +10,9 @@ from excimer.base.clock import Clock
 from excimer.base.errors import RefusedError
 from excimer.controller.endpoints.access_api import make_access_router
 from excimer.controller.endpoints.api import make_router
-from excimer.controller.endpoints.settings_api import make_settings_router
+from excimer.controller.endpoints.settings_api import make_settings_router, owner_or_user
+from excimer.controller.endpoints.suspension_api import make_suspension_router
+from excimer.controller.metrics import add_suspends
 from excimer.controller.settings import ControllerSettings
 from excimer.controller.shell import Controller
 from excimer.controller.sqlite_store import SqliteStore
@@ -47,6 +49,7 @@ async def serve_controller(settings: ControllerSettings) -> None:
             disk = DiskWatch(health, [settings.data_dir])
             registry = new_registry("controller", excimer.__version__)
             add_disks(registry, disk)
+            add_suspends(registry, controller.suspension.counts)
             app = make_app(controller, verifier, clock, health, registry)
             async with (
                 serving_http(app, settings.http_listen, "controller http_listen"),
@@ -72,6 +75,7 @@ def make_app(
         make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Right.MANAGE))]
     )
     app.include_router(make_settings_router(controller, verifier, clock))
+    app.include_router(make_suspension_router(controller.suspension, owner_or_user(verifier, clock)))
     app.include_router(make_access_router(controller.access, bearer_auth(verifier, clock)))
     return app
 

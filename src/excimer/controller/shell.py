@@ -43,6 +43,7 @@ from excimer.controller.model import (
 from excimer.controller.remote import PageserverApi, PageserverTimeline, SafekeeperApi
 from excimer.controller.role_passwords import RolePasswords
 from excimer.controller.store import MetadataStore
+from excimer.controller.suspension import Suspension, plan_delay
 from excimer.controller.tokens import TokenMaker
 from excimer.service.logs import get_logger
 from excimer.service.tls import has_tls
@@ -88,6 +89,7 @@ class Controller:
         self.passwords = RolePasswords(store, clock)
         self.history = BranchHistory(store, clock, tools)
         self.settings = EndpointSettings(store, self.find_endpoint, settings_check or BuildCheck())
+        self.suspension = Suspension(store, self.find_endpoint)
         self.imports = Imports(
             store=store,
             clock=clock,
@@ -328,8 +330,10 @@ class Controller:
         ports: tuple[int, int],
         postgres_settings: dict[str, str],
         listen: core.Listen = core.LOOPBACK_ONLY,
+        suspend_delay_s: int | None = None,
     ) -> Endpoint:
         """`at`: the LSN or the time (RFC 3339) that a static endpoint shows; None for a primary."""
+        delay_s = plan_delay(mode, suspend_delay_s)
         tenant = await self.find_tenant(tenant_reference)
         timeline = await self.find_branch(tenant.tenant_id, branch)
         core.check_in_service(timeline)
@@ -352,6 +356,7 @@ class Controller:
                 has_default_certificate=has_tls(),
                 now=self._clock.now(),
             )
+            endpoint = msgspec.structs.replace(endpoint, suspend_delay_s=delay_s)
             await self._db(self._store.add_endpoint, endpoint)
         log.info("endpoint created", endpoint=name, timeline_id=timeline.timeline_id)
         return endpoint

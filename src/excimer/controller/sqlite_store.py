@@ -88,6 +88,14 @@ MIGRATIONS: Final = (
         created_at REAL NOT NULL, PRIMARY KEY (timeline_id, role, verifier)
     ) STRICT;
     """,
+    # Endpoints that were made before there were suspends go on as they are: 0 is never.
+    """
+    ALTER TABLE endpoint ADD COLUMN suspend_delay_s INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE endpoint ADD COLUMN state TEXT NOT NULL DEFAULT 'stopped';
+    ALTER TABLE endpoint ADD COLUMN last_active_at REAL;
+    ALTER TABLE endpoint ADD COLUMN suspends INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE endpoint ADD COLUMN suspend_reason TEXT NOT NULL DEFAULT ''
+    """,
 )
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -319,6 +327,15 @@ class SqliteStore:
                 "UPDATE endpoint SET listen_host = ?, postgres_port = ?, tls_certificate_path = ?,"
                 " tls_key_path = ? WHERE name = ?",
                 (endpoint.listen_host, endpoint.postgres_port, *files, endpoint.name),
+            )
+
+    def put_suspension(self, endpoint: Endpoint) -> None:
+        columns = ("suspend_delay_s", "state", "last_active_at", "suspends", "suspend_reason")
+        values = [getattr(endpoint, column) for column in columns]
+        with self._transaction() as connection:
+            connection.execute(
+                f"UPDATE endpoint SET {', '.join(f'{column} = ?' for column in columns)} WHERE name = ?",
+                (*values, endpoint.name),
             )
 
     def list_role_passwords(self, tenant_id: TenantId) -> list[RolePassword]:

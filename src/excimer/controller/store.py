@@ -67,6 +67,9 @@ class MetadataStore(Protocol):
     def put_listen(self, endpoint: Endpoint) -> None:
         """Replaces address, port and certificate of an endpoint, and nothing else."""
 
+    def put_suspension(self, endpoint: Endpoint) -> None:
+        """Replaces when an endpoint is suspended, its state, and what is counted of it; nothing else."""
+
     def remove_endpoint(self, name: str) -> None: ...
 
     def list_role_passwords(self, tenant_id: TenantId) -> list[RolePassword]: ...

@@ -11,6 +11,7 @@ from excimer.controller.model import (
     LOOPBACK,
     ComputeSpec,
     Endpoint,
+    EndpointState,
     Pageserver,
     Safekeeper,
     Tenant,
@@ -75,6 +76,9 @@ class CreateEndpointBody(Body):
     listen_host: str = Field(LOOPBACK, description="Other than loopback needs the files of a certificate.")
     tls_certificate_path: str | None = Field(None, description="On the machine where the endpoint runs.")
     tls_key_path: str | None = None
+    suspend_delay_s: int | None = Field(
+        None, description="Suspended when nobody used it for so long; 0: never. Default: 300, static ones 0."
+    )
 
 
 class ImportAnswer(BaseModel):
@@ -156,6 +160,11 @@ class EndpointAnswer(BaseModel):
     tls_certificate_path: str | None
     tls_key_path: str | None
     created_at: datetime
+    suspend_delay_s: int
+    state: EndpointState
+    last_active_at: datetime | None
+    suspends: int
+    suspend_reason: str
 
     @classmethod
     def of(cls, endpoint: Endpoint, branch: str) -> "EndpointAnswer":
@@ -174,6 +183,11 @@ class EndpointAnswer(BaseModel):
             tls_certificate_path=endpoint.tls_certificate_path,
             tls_key_path=endpoint.tls_key_path,
             created_at=_time(endpoint.created_at),
+            suspend_delay_s=endpoint.suspend_delay_s,
+            state=endpoint.state,
+            last_active_at=time_or_none(endpoint.last_active_at),
+            suspends=endpoint.suspends,
+            suspend_reason=endpoint.suspend_reason,
         )
 
 
@@ -231,6 +245,10 @@ class NodesAnswer(BaseModel):
 
 def _lsn(lsn: int | None) -> str | None:
     return None if lsn is None else format_lsn(lsn)
+
+
+def time_or_none(unix: float | None) -> datetime | None:
+    return None if unix is None else _time(unix)
 
 
 def _time(unix: float) -> datetime:

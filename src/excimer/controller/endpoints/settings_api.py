@@ -33,7 +33,7 @@ class SettingsAnswer(BaseModel):
 def make_settings_router(controller: Controller, verifier: TokenVerifier, clock: Clock) -> APIRouter:
     """A user may change every endpoint's list, a compute only its own."""
     router = APIRouter(prefix="/v1/endpoints/{name}/settings", tags=["endpoints"])
-    allowed: Any = Depends(_owner_or_user(verifier, clock))
+    allowed: Any = Depends(owner_or_user(verifier, clock))
 
     @router.get("", dependencies=[allowed])
     async def read_settings(name: str) -> SettingsAnswer:
@@ -47,7 +47,8 @@ def make_settings_router(controller: Controller, verifier: TokenVerifier, clock:
     return router
 
 
-def _owner_or_user(verifier: TokenVerifier, clock: Clock) -> Callable[[Request, str], None]:
+def owner_or_user(verifier: TokenVerifier, clock: Clock) -> Callable[[Request, str], None]:
+    """For routes with a `name`: the compute of that endpoint, or who may manage everything."""
     authenticate = bearer_auth(verifier, clock)
 
     def check(request: Request, name: str) -> None:
