@@ -23,6 +23,10 @@ extern void guard_statements(void);
 /* The manager gets in, whatever its role has lost (superuser_login.c). */
 extern void guard_superuser_login(void);
 
+/* Clients are counted, and turned away during a suspend (admission.c). */
+extern void define_admission_settings(void);
+extern void guard_admission(void);
+
 /* What acts on the outside by itself waits, or is not started (background_work.c). */
 extern void define_background_settings(void);
 extern void guard_background_work(void);

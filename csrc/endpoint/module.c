@@ -24,9 +24,11 @@ void _PG_init(void)
                                &extension_hint, "", PGC_POSTMASTER, GUC_NO_SHOW_ALL | GUC_NOT_IN_SAMPLE, NULL, NULL,
                                NULL);
     define_background_settings();
+    define_admission_settings();
     EmitWarningsOnPlaceholders("excimer");
     guard_apply_commits();
     guard_statements();
     guard_superuser_login();
+    guard_admission();
     guard_background_work();
 }

@@ -92,14 +92,14 @@ class Stack:
     def create_main(self) -> None:
         """A tenant with branch `main` and an endpoint of that name, running."""
         self.text("tenant", "create", "--set-default")
-        self.text("endpoint", "create", "main")
+        self.text("endpoint", "create", "main", "--suspend-after", "never")
         self.text("endpoint", "start", "main")
 
     def branch(self, name: str, *, ancestor: str = "main", at: str | None = None) -> Any:
         """Makes a branch and an endpoint on it with the same name, running."""
         place = ["--at", at] if at else []
         made = self.json("timeline", "branch", "--branch-name", name, "--ancestor", ancestor, *place)
-        self.text("endpoint", "create", name, "--branch-name", name)
+        self.text("endpoint", "create", name, "--branch-name", name, "--suspend-after", "never")
         self.text("endpoint", "start", name)
         return made
 

@@ -296,6 +296,7 @@ class Installation:
             extension_workers=spec["extension_workers"],
             controller_address=self.controller_address,
             postgres_settings=endpoint["postgres_settings"],
+            suspend_delay_s=endpoint["suspend_delay_s"],
         )
         chosen = {
             name: value

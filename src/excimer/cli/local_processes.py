@@ -72,6 +72,9 @@ class HealthAnswer(msgspec.Struct, frozen=True):
     warnings: dict[str, str] = {}
     settings: str = ""
     restart_pending: str = ""
+    suspend_delay_s: int | None = None
+    last_active_at: int | None = None
+    awake_for: str = ""
 
 
 class Probed(NamedTuple):
@@ -80,7 +83,7 @@ class Probed(NamedTuple):
     warnings: list[str]
     """What is to be looked at: why a part is not well, and what is wrong although it does its work."""
     facts: dict[str, str]
-    """What a compute says of its settings, see `excimer.compute.settings_keeper`."""
+    """What a compute says of its settings and its use: `excimer.compute.settings_keeper`, `idle_watch`."""
 
 
 @contextlib.contextmanager
@@ -341,5 +344,11 @@ def probe_health(http_address: str, pid: int | None, limit_s: float = PROBE_TIME
         answer.status,
         [f"{about}: {problem}" for about, problem in sorted(body.problems.items())]
         + [f"{about} is {warning}" for about, warning in sorted(body.warnings.items())],
-        {"settings": body.settings, "restart_pending": body.restart_pending},
+        {
+            "settings": body.settings,
+            "restart_pending": body.restart_pending,
+            "suspend_delay_s": "" if body.suspend_delay_s is None else str(body.suspend_delay_s),
+            "last_active_at": "" if body.last_active_at is None else str(body.last_active_at),
+            "awake_for": body.awake_for,
+        },
     )

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Final
 
 from excimer.base.errors import FencedError, RefusedError
-from excimer.compute.core import EXIT_CLEAN, EXIT_FENCED
+from excimer.compute.core import EXIT_CLEAN, EXIT_FENCED, EXIT_SUSPENDED
 from excimer.compute.last_end import forget_end, record_end
 from excimer.compute.metrics import read_metrics
 from excimer.compute.postgres_process import FAST_STOP_TIMEOUT_S
@@ -23,6 +23,9 @@ from excimer.wire.endpoint_tokens import EndpointTokens
 STOP_LIMIT_S: Final = FAST_STOP_TIMEOUT_S + SAVE_LIMIT_S + 2.0
 """A fast shutdown, then saving what WAL does not carry, then cleaning up; each has its own bound."""
 
+AS_WANTED: Final = (EXIT_CLEAN, EXIT_SUSPENDED)
+"""For whoever watches the process they are one: it has ended well. The controller knows which."""
+
 
 async def serve(tokens: EndpointTokens, settings: ComputeSettings) -> None:
     """Raises `FencedError` or `RefusedError` when the endpoint is over for good."""
@@ -34,11 +37,11 @@ async def serve(tokens: EndpointTokens, settings: ComputeSettings) -> None:
         with rotating_logs([spec.places.postgres_log]):
             async with serving_light_http(settings.http_listen, health, lambda: read_metrics(manager)):
                 end = await manager.run()
-        if end.code != EXIT_CLEAN:
+        if end.code not in AS_WANTED:
             record_end(settings.endpoint_dir, end.reason)
     if end.code == EXIT_FENCED:
         raise FencedError(end.reason)
-    if end.code != EXIT_CLEAN:
+    if end.code not in AS_WANTED:
         raise RefusedError(end.reason)
 
 

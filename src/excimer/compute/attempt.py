@@ -14,15 +14,18 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 
 from excimer.base.address import Address, parse_address
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError
 from excimer.base.lsn import Lsn, format_lsn
+from excimer.compute.admission import Admission, Door
 from excimer.compute.arena import Arena, preload_environment
 from excimer.compute.backpressure import Backpressure
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
 from excimer.compute.directory_preparation import prepare_new
+from excimer.compute.idle_watch import IdleWatch, Serving
 from excimer.compute.local_access import LocalAccess, find_superuser, write_local_access
 from excimer.compute.lsn_lease import LeasedMoment, LsnLease
 from excimer.compute.outside_work import GATE, disable_inherited_subscriptions
@@ -32,6 +35,7 @@ from excimer.compute.postgres_process import PostgresProcess, PostgresStartError
 from excimer.compute.postgres_settings import access_arguments
 from excimer.compute.proposer import PostgresAddress, Proposer
 from excimer.compute.server_certificate import CertificatePair, follow_files, read_pair
+from excimer.compute.server_look import look_at_server
 from excimer.compute.settings_keeper import SettingsKeeper
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
@@ -63,6 +67,7 @@ class Attempt:
         keeper: SettingsKeeper,
         states: StateKeeper,
         on_started: Callable[[], None],
+        idle: IdleWatch,
     ) -> None:
         """`tokens` gives the newest; `renew_tokens` tells of newer ones."""
         self._spec = spec
@@ -70,12 +75,14 @@ class Attempt:
         self._keeper = keeper
         self._states = states
         self._on_started = on_started
+        self._idle = idle
         self._options: list[str] = []
         self._settings: dict[str, str] = {}
         self._process: PostgresProcess | None = None
         self._task: asyncio.Task[object] | None = None
         self._stopping = False
         self._superusers: list[str] = []
+        self._admission: Admission | None = None
         self.arena: Arena | None = None
         self.proposer: Proposer | None = None
         self.backpressure: Backpressure | None = None
@@ -121,6 +128,8 @@ class Attempt:
         if self.proposer is not None:
             self.proposer.expect_end()
         if self._process is not None:
+            if self._admission is not None and self._admission.door is Door.SHUT:
+                await self._process.let_leave()
             await self._process.stop(fast=True)
         elif self._task is not None:
             self._task.cancel()
@@ -177,8 +186,8 @@ class Attempt:
         log.info("ready", lsn=format_lsn(backup.lsn), **clock.steps_ms)
         socket_dir = str(spec.places.socket_dir)
         superuser = await find_superuser(self._superusers, socket_dir, spec.port, spec.build.version)
+        address = PostgresAddress(socket_dir, spec.port, spec.build.version, superuser)
         if self.proposer is not None:
-            address = PostgresAddress(socket_dir, spec.port, spec.build.version, superuser)
             scope.start("proposer", self.proposer.stream(address))
             self.backpressure = self._make_backpressure(self.proposer, self.arena, Lsn(backup.lsn))
             scope.start("backpressure", self.backpressure.run())
@@ -197,10 +206,16 @@ class Attempt:
         write_local_access(spec.places.local_access, access)
         self._begin("")
         self._on_started()
+        self._watch_use(scope, process, address)
         status = await process.wait_exit()
         if self._stopping and status == 0 and self.proposer is not None:
             await self._states.save(spec.places.data_dir, self.arena, self.proposer.commit_lsn)
         return Ended(time.monotonic(), f"postgres {describe_exit(status)}")
+
+    def _watch_use(self, scope: TaskScope, process: PostgresProcess, address: PostgresAddress) -> None:
+        assert self._admission is not None
+        serving = Serving(process.pid, self._admission, partial(look_at_server, address))
+        scope.supervise("idle watch", partial(self._idle.run, serving))
 
     async def _open_gate(self, address: PostgresAddress) -> None:
         """Lets subscriptions be applied, as soon as none is enabled that the branch only inherited."""
@@ -275,6 +290,7 @@ class Attempt:
 
     async def _start_postgres(self) -> PostgresProcess:
         spec = self._spec
+        self._admission = Admission.make(spec.places.data_dir)
         environment = spec.build.whole_environment(
             preload_environment(spec.places.arena) | {"LC_ALL": "C.UTF-8"}
         )
@@ -300,6 +316,8 @@ class Attempt:
             await self._process.stop(fast=False)
         if self.proposer is not None:
             self.proposer.close()
+        if self._admission is not None:
+            self._admission.close()
         if self.arena is not None:
             self.arena.close()
             self.arena = None

@@ -8,6 +8,7 @@
        +-------------------------delay over------+                |
     any --fenced, refused-----------------------------------------+
     any --revoked: as stop, and says why
+    RUNNING --suspend: as stop, and is told apart from it
 
 An *attempt* is one start of postgres on one data directory. It ends with exactly one of `Ended`,
 `StartFailed` and `Fenced`, after its postgres is dead and its directory is gone.
@@ -28,6 +29,7 @@ STABLE_AFTER_S = 30.0
 EXIT_CLEAN = 0
 EXIT_REFUSED = 2
 EXIT_FENCED = 3
+EXIT_SUSPENDED = 4
 
 
 class State(Enum):
@@ -60,6 +62,12 @@ class StopRequested(NamedTuple):
     pass
 
 
+class SuspendRequested(NamedTuple):
+    """Nobody uses it. Whoever starts it again goes on where it was."""
+
+    reason: str
+
+
 class Revoked(NamedTuple):
     """The endpoint, or its branch, is no longer there."""
 
@@ -71,7 +79,7 @@ class Fenced(NamedTuple):
 
 
 AttemptEnd = Ended | StartFailed | Fenced
-Event = Started | AttemptEnd | DelayOver | StopRequested | Revoked
+Event = Started | AttemptEnd | DelayOver | StopRequested | SuspendRequested | Revoked
 
 
 class Launch(NamedTuple):
@@ -116,6 +124,8 @@ class Endpoint:
                 return [Exit(EXIT_FENCED, reason)]
             case StopRequested():
                 return self._stop(Exit(EXIT_CLEAN, "stopped"))
+            case SuspendRequested(reason):
+                return self._stop(Exit(EXIT_SUSPENDED, reason))
             case Revoked(reason):
                 return self._stop(Exit(EXIT_REFUSED, reason))
             case Started(at_s):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from excimer.compute.idle_watch import IdleWatch
 from excimer.compute.shell import Manager
 from excimer.service.plain_metrics import PlainMetric, render_plain
 
@@ -30,6 +31,7 @@ def _metrics(manager: Manager) -> Iterator[PlainMetric]:
     yield PlainMetric("excimer_compute_running", "gauge", "1 while postgres serves clients", float(ready))
     yield PlainMetric("excimer_compute_starts_total", "counter", "Attempts to start postgres", manager.starts)
     yield from manager.disk.samples()
+    yield from _idle_metrics(manager.idle)
     attempt = manager.attempt
     if attempt is None:
         return
@@ -66,4 +68,38 @@ def _metrics(manager: Manager) -> Iterator[PlainMetric]:
             "gauge",
             "Processes of postgres that wait now for space on the disk",
             float(attempt.arena.waiting_for_room()),
+        )
+
+
+def _idle_metrics(idle: IdleWatch) -> Iterator[PlainMetric]:
+    yield PlainMetric(
+        "excimer_compute_suspend_delay_seconds",
+        "gauge",
+        "How long nobody must have used it before it is suspended; 0: never",
+        float(idle.delay_s),
+    )
+    if idle.idle_s is None:
+        return
+    yield PlainMetric(
+        "excimer_compute_idle_seconds", "gauge", "Since somebody used the endpoint", idle.idle_s
+    )
+    yield PlainMetric(
+        "excimer_compute_idle_samples_total",
+        "counter",
+        "How often it was looked who is there, since PostgreSQL started",
+        float(idle.samples),
+    )
+    yield PlainMetric(
+        "excimer_compute_idle_questions_total",
+        "counter",
+        "How often PostgreSQL was asked who is there, since it started",
+        float(idle.questions),
+    )
+    for kind, count in idle.present.items():
+        yield PlainMetric(
+            "excimer_compute_kept_awake_by",
+            "gauge",
+            "Who is there that keeps the endpoint awake",
+            float(count),
+            {"kind": kind},
         )

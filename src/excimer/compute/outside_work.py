@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from excimer.base.address import Address
+from excimer.compute.admission import ADMISSION_NAME
 from excimer.compute.proposer import PostgresAddress
 from excimer.postgres import PostgresBuild
 from excimer.postgres.library_lists import split_libraries
@@ -98,11 +99,16 @@ async def _connect(address: PostgresAddress) -> ReplicationClient:
                 },
             )
         except PostgresError as error:
-            if error.sqlstate not in _NO_SUCH_DATABASE:
+            if not is_no_database(error):
                 raise
             refused = error
     assert refused is not None
     raise refused
+
+
+def is_no_database(error: PostgresError) -> bool:
+    """Whether a connection failed because its database is not there, or takes none."""
+    return error.sqlstate in _NO_SUCH_DATABASE
 
 
 def module_arguments(
@@ -118,6 +124,7 @@ def module_arguments(
         "excimer.subscriptions_wait": "on" if waits else "off",
         "excimer.extension_workers": "on" if work.runs_extension_workers else "off",
         "excimer.extension_hint": extension_hint,
+        "excimer.admission_file": ADMISSION_NAME,
     }
     return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
 

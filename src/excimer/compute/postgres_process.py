@@ -20,6 +20,7 @@ FIRST_UNPRIVILEGED_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 USUAL_FIRST_UNPRIVILEGED_PORT = 1024
 START_TIMEOUT_S = 60.0
 FAST_STOP_TIMEOUT_S = 3.0
+SMART_STOP_TIMEOUT_S = 3.0
 LOG_READ_SIZE_BYTES = 1 << 16
 _READY_POLL_S = 0.002
 _KILL_ROUNDS = 500
@@ -107,6 +108,15 @@ class PostgresProcess:
     def reload(self) -> None:
         """Makes it read its configuration, pg_hba.conf and certificate again."""
         self._signal(signal.SIGHUP)
+
+    async def let_leave(self) -> None:
+        """A smart shutdown, for one that nobody uses and nobody can begin to use. `stop` it then.
+
+        Who is still at the door hears SQLSTATE 57P03; a fast shutdown would disconnect it without a word.
+        """
+        if self._signal(signal.SIGTERM):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), SMART_STOP_TIMEOUT_S)
 
     async def stop(self, *, fast: bool) -> None:
         """Fast: lets it finish its shutdown checkpoint for a few seconds; then, or else, at once."""

@@ -51,3 +51,5 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Under this id subscriptions that the branch inherited are disabled, once; empty: they go on."""
     extension_workers: bool = True
     """Whether background workers that extensions register are started."""
+    suspend_delay_s: int = 0
+    """How long nobody must have used it before it is suspended, at the start of the manager; 0: never."""

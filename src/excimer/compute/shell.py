@@ -13,6 +13,7 @@ from excimer.base.lsn import parse_lsn
 from excimer.compute.attempt import Attempt
 from excimer.compute.core import (
     EXIT_CLEAN,
+    EXIT_SUSPENDED,
     DelayOver,
     Effect,
     Endpoint,
@@ -24,8 +25,10 @@ from excimer.compute.core import (
     State,
     StopAttempt,
     StopRequested,
+    SuspendRequested,
     Wait,
 )
+from excimer.compute.idle_watch import IdleWatch, SuspensionDoor
 from excimer.compute.outside_work import OutsideWork
 from excimer.compute.places import find_places, leave_places
 from excimer.compute.server_certificate import CertificateFiles, check_listen, choose_certificate
@@ -122,6 +125,14 @@ class Manager:
         )
         self._keeper = make_keeper(settings, spec, health, lambda: self._renewal.current.renewal)
         self._states = make_states(settings, spec, lambda: self._renewal.current)
+        self.idle = IdleWatch(
+            SuspensionDoor(
+                settings.controller_address, settings.endpoint_name, lambda: self._renewal.current.renewal
+            ),
+            settings.suspend_delay_s,
+            SystemClock(),
+            suspend=lambda reason: self._events.put_nowait(SuspendRequested(reason)),
+        )
         self._endpoint = Endpoint()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._attempt: Attempt | None = None
@@ -146,6 +157,7 @@ class Manager:
 
     def _report_awaited(self) -> None:
         """What a start waits for makes it unwell; that commits wait while postgres runs is a warning."""
+        self._health.facts.update(self.idle.facts())
         attempt = self._attempt
         awaited = None if attempt is None or self._endpoint.state is State.WAITING else attempt.awaited
         starts = self._endpoint.state is State.STARTING
@@ -161,7 +173,7 @@ class Manager:
         """Until the endpoint is over. Cancelling it is the request to stop; it then still ends cleanly."""
         loop = asyncio.get_running_loop()
         async with TaskScope() as scope, self._keeper.serving(self._spec.places.settings_socket):
-            loop.add_signal_handler(signal.SIGHUP, lambda: scope.start("settings", self._keeper.refresh()))
+            loop.add_signal_handler(signal.SIGHUP, self._take_over_changes, scope)
             scope.start("renew tokens", self._renew_tokens())
             scope.supervise("disk", self.disk.run)
             try:
@@ -173,11 +185,15 @@ class Manager:
                 loop.remove_signal_handler(signal.SIGHUP)
                 leave_places(self._spec.places)
 
+    def _take_over_changes(self, scope: TaskScope) -> None:
+        scope.start("settings", self._keeper.refresh())
+        scope.start("suspend delay", self.idle.refresh())
+
     async def _drive(self, scope: TaskScope, effects: list[Effect]) -> Exit:
         while True:
             for effect in effects:
                 if isinstance(effect, Exit):
-                    if effect.code != EXIT_CLEAN:
+                    if effect.code not in (EXIT_CLEAN, EXIT_SUSPENDED):
                         log.error("the endpoint is over", reason=effect.reason)
                     return effect
                 await self._carry_out(scope, effect)
@@ -191,7 +207,12 @@ class Manager:
         match effect:
             case Launch():
                 self._attempt = Attempt(
-                    self._spec, lambda: self._renewal.current, self._keeper, self._states, self._started
+                    self._spec,
+                    lambda: self._renewal.current,
+                    self._keeper,
+                    self._states,
+                    self._started,
+                    self.idle,
                 )
                 self.starts += 1
                 scope.start("attempt", self._report_end(self._attempt))

@@ -33,6 +33,8 @@ METAVARS = {
     "--seconds": "SECONDS",
     "--rate": "MIB",
     "--listen": "ADDR[:PORT]",
+    "--suspend-after": "DELAY",
+    "--after": "DELAY",
     "--broker-url": "URL",
     "--object-store": "URL",
     "--object-store-option": "KEY=VALUE",

@@ -68,10 +68,10 @@ def test_a_certificate_that_an_operator_gave_is_shown_by_endpoints_too(tmp_path:
 
 
 def test_managers_are_told_of_it_beside_the_endpoints_own(installation: Installation) -> None:
-    names = ("mode", "lsn", "tenant_id", "timeline_id", "postgres_settings")
+    names = ("mode", "lsn", "tenant_id", "timeline_id", "postgres_settings", "suspend_delay_s")
     endpoint = PLAIN | dict.fromkeys(names) | {"tls_certificate_path": "/own.crt", "tls_key_path": "/own.key"}
-    names = ("pageserver_address", "pageserver_http_address", "lease_holder", "safekeepers", "quieting_id")
-    spec = dict.fromkeys(names) | {"extension_workers": True, "tokens": {}, "endpoint": endpoint}
+    rest = ("pageserver_address", "pageserver_http_address", "lease_holder", "safekeepers", "quieting_id")
+    spec = dict.fromkeys(rest) | {"extension_workers": True, "tokens": {}, "endpoint": endpoint}
     settings = installation.endpoint_part(spec).settings
     assert isinstance(settings, ComputeSettings)
     assert (settings.tls_certificate_path, settings.tls_key_path) == (Path("/own.crt"), Path("/own.key"))

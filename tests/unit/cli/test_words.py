@@ -104,13 +104,16 @@ def test_a_part_failed_when_an_error_was_its_last_word(tmp_path: Path) -> None:
     assert failure(log) is None
 
 
+USE: dict[str, Any] = {"last_active_at": None, "suspend_delay_s": 300}
+
+
 def _endpoint(**changes: Any) -> dict[str, Any]:
     row = dict.fromkeys(("name", "tenant", "branch"), NAME) | {
         "state": "running",
         "mode": "primary",
         "lsn": None,
     }
-    return row | {"pg_version": 18, "url": f"postgres://{NAME}", "lsn": None, "reason": None} | changes
+    return row | {"pg_version": 18, "url": f"postgres://{NAME}", "lsn": None, "reason": None} | USE | changes
 
 
 @pytest.mark.parametrize(
@@ -159,8 +162,10 @@ def test_words_in_tables_stay_whole_and_lines_have_no_tail() -> None:
     url = "postgresql://postgres@127.0.0.1:16959/postgres?sslmode=disable"
     _show_endpoints(Console(file=stream, width=40, color_system=None), [_endpoint(url=url), _endpoint()])
     heading, first, *_ = stream.getvalue().splitlines()
-    assert heading.split() == ["endpoint", "tenant", "branch", "state", "mode", "pg", "url"]
-    assert first.split() == [NAME, NAME, NAME, "running", "primary", "18", url]
+    assert heading.split() == [
+        *("endpoint", "tenant", "branch", "state", "used", "suspends", "mode", "pg", "url")
+    ]
+    assert first.split() == [NAME, NAME, NAME, "running", "5m", "primary", "18", url]
     assert heading == heading.rstrip()
 
 

@@ -8,6 +8,7 @@ from excimer.compute.core import (
     EXIT_CLEAN,
     EXIT_FENCED,
     EXIT_REFUSED,
+    EXIT_SUSPENDED,
     RESTART_DELAY_S_MAX,
     RESTART_DELAY_S_MIN,
     STABLE_AFTER_S,
@@ -24,6 +25,7 @@ from excimer.compute.core import (
     State,
     StopAttempt,
     StopRequested,
+    SuspendRequested,
     Wait,
 )
 
@@ -68,6 +70,29 @@ def test_a_refused_start_is_not_tried_again() -> None:
     assert Endpoint().step(StartFailed("no PostgreSQL 13", may_retry=False)) == [
         Exit(EXIT_REFUSED, "no PostgreSQL 13")
     ]
+
+
+def test_a_suspend_stops_it_and_is_told_apart_from_a_stop() -> None:
+    endpoint = Endpoint()
+    endpoint.step(Started(0.0))
+    assert endpoint.step(SuspendRequested("idle")) == [StopAttempt()]
+    assert endpoint.step(StopRequested()) == []
+    assert endpoint.step(crash(1.0)) == [Exit(EXIT_SUSPENDED, "idle")]
+
+
+def test_a_crash_before_the_suspend_leaves_it_suspended() -> None:
+    endpoint = Endpoint()
+    endpoint.step(Started(0.0))
+    endpoint.step(crash(1.0))
+    assert endpoint.step(SuspendRequested("idle")) == [Exit(EXIT_SUSPENDED, "idle")]
+
+
+def test_a_stop_that_came_first_is_a_stop() -> None:
+    endpoint = Endpoint()
+    endpoint.step(Started(0.0))
+    endpoint.step(StopRequested())
+    assert endpoint.step(SuspendRequested("idle")) == []
+    assert endpoint.step(crash(1.0)) == [Exit(EXIT_CLEAN, "stopped")]
 
 
 def test_stop_waits_for_the_attempt_to_end() -> None:

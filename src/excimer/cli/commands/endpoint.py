@@ -1,4 +1,4 @@
-"""`excimer endpoint create | start | stop | restart | list | show | logs | delete`: computes on branches.
+"""`excimer endpoint create | start | stop | suspend | restart | list | show | logs | delete`: computes.
 
 Not here: how clients reach them (`endpoint_access`).
 """
@@ -23,6 +23,16 @@ from excimer.cli.branch_options import (
 )
 from excimer.cli.commands import endpoint_access
 from excimer.cli.commands.endpoint_config import config, parse_assignments
+from excimer.cli.commands.endpoint_suspend import (
+    AfterOption,
+    SuspendAfterOption,
+    change_delay,
+    last_active_at,
+    parse_delay,
+    shown_delay,
+    shown_use,
+    tell,
+)
 from excimer.cli.commands.logs import FollowOption, LinesOption, show_log
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.credentials import find_credentials, public_url, url_of
@@ -106,6 +116,7 @@ def create(
     ] = None,
     tls_cert: endpoint_access.CertificateOption = None,
     tls_key: endpoint_access.KeyOption = None,
+    suspend_after: SuspendAfterOption = None,
 ) -> None:
     """Make an endpoint on a branch. It does not run yet."""
     session = session_of(context)
@@ -114,9 +125,9 @@ def create(
         raise UsageError("--pg-port and the port of --listen exclude each other")
     if lsn is not None:
         check_lsn(lsn)
+        if at is not None:
+            raise UsageError("--lsn and --at exclude each other")
     point = branch_point(at) if lsn is None else {"at_lsn": lsn}
-    if lsn is not None and at is not None:
-        raise UsageError("--lsn and --at exclude each other")
     body = {
         "name": name,
         "tenant": tenant or "",
@@ -126,13 +137,12 @@ def create(
         "at_timestamp": point.get("at_timestamp"),
         "pg_version": pg_version,
         "postgres_settings": parse_assignments(settings or [], "--set"),
+        "suspend_delay_s": None if suspend_after is None else parse_delay(suspend_after),
     }
     pg_port = access.pop("postgres_port", pg_port)
-    installation = load_installation(session.directory)
-    client = ControllerClient(installation)
+    client = ControllerClient(installation := load_installation(session.directory))
     if access:
-        wish = access | {"postgres_port": pg_port or 1}
-        _check_wish(installation, wish, branch_of(client, tenant, branch_name))
+        _check_wish(installation, access, pg_port, branch_of(client, tenant, branch_name))
     endpoint = create_endpoint(installation, body | access, pg_port)
     url = url_of(installation, endpoint, find_credentials(installation, client, endpoint))
     session.say(
@@ -141,9 +151,12 @@ def create(
     )
 
 
-def _check_wish(installation: Installation, wish: dict[str, Any], branch: dict[str, Any]) -> None:
+def _check_wish(
+    installation: Installation, access: dict[str, Any], pg_port: int | None, branch: dict[str, Any]
+) -> None:
     """Where a new endpoint on `branch` would listen. Raises as `check_listen_here`."""
-    endpoint_access.check_listen_here(installation, NOWHERE | wish | {"pg_version": branch["pg_version"]})
+    wish = NOWHERE | access | {"postgres_port": pg_port or 1, "pg_version": branch["pg_version"]}
+    endpoint_access.check_listen_here(installation, wish)
 
 
 def branch_of(client: ControllerClient, tenant: str | None, branch_name: str) -> dict[str, Any]:
@@ -232,8 +245,10 @@ def start_endpoint(
         try:
             with early_word_of(session, installation, [part]):
                 wait_for_parts(installation, [part], launched, session.done)
-            return endpoint, is_new
+            return endpoint | {"state": "running"}, is_new
         except ProcessFailedError:
+            if not launched:  # it was on its way to be suspended, or stopped
+                continue
             with exclusive(installation, session.note):  # who stopped it for a restart has started it, too
                 is_replaced = is_running(installation, name)
             if not is_replaced:
@@ -284,11 +299,46 @@ def stop(
     was_running = stop_endpoint(session, installation, name, immediate=immediate)
     if destroy:
         delete_endpoint(installation, client, name)
-    elif endpoint["mode"] == "static":
-        client.post("endpoints", name, "release", body=None)
+    else:
+        tell(client, name, state="stopped")
+        if endpoint["mode"] == "static":
+            client.post("endpoints", name, "release", body=None)
+    was_there = was_running or endpoint["state"] == "suspended"
     session.say(
-        f"endpoint {name} " + ("deleted" if destroy else "stopped" if was_running else "did not run"),
+        f"endpoint {name} " + ("deleted" if destroy else "stopped" if was_there else "did not run"),
         {"name": name, "stopped": was_running, "deleted": destroy},
+    )
+
+
+@app.command()
+def suspend(context: typer.Context, name: OptionalEndpointArgument = None, after: AfterOption = None) -> None:
+    """Suspend an endpoint now, as a fast stop; or say when it suspends itself. `endpoint start` wakes it.
+
+    What runs in it is rolled back, and its clients are disconnected. A suspended endpoint has no process.
+    """
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    client = ControllerClient(installation)
+    endpoint = choose_endpoint(client, name)
+    name = str(endpoint["name"])
+    if after is not None:
+        answer = change_delay(installation, client, endpoint, parse_delay(after))
+        delay_s = answer["suspend_delay_s"]
+        said = f"after {shown_delay(delay_s)} without use" if delay_s else "never by itself"
+        when = "" if answer["in_force"] else f"; its manager has not taken that over: excimer logs {name}"
+        session.say(f"endpoint {name} is suspended {said}{when}", answer)
+        return
+    if endpoint["mode"] == "static":
+        raise UsageError(f"endpoint {name} is static, and keeps its moment only while it runs: stop it")
+    is_suspended = state_of(installation, endpoint)["state"] == "suspended"
+    was_running = stop_endpoint(session, installation, name, immediate=False)
+    if not was_running and not is_suspended:
+        raise NotRunningError(f"endpoint {name} does not run: there is nothing to suspend")
+    if was_running:
+        endpoint |= tell(client, name, state="suspended", reason="asked")
+    session.say(
+        f"endpoint {name} suspended" if was_running else f"endpoint {name} is suspended already",
+        endpoint | {"suspended": was_running},
     )
 
 
@@ -336,11 +386,12 @@ def list_endpoints(context: typer.Context) -> None:
 
 
 def state_of(installation: Installation, endpoint: dict[str, Any]) -> dict[str, Any]:
-    """``state``: as `part_state`, stopped, ended (by itself, for `reason`); and what `problems` it has."""
+    """``state``: as `part_state`, stopped, suspended, ended (by itself, for `reason`); and its `problems`."""
     process = _process_of(installation, endpoint["name"])
     if process is None:
         reason = end_of(installation, endpoint)
-        state = "stopped" if reason is None else "ended"
+        asleep = "suspended" if endpoint["state"] == "suspended" else "stopped"
+        state = asleep if reason is None else "ended"
         return {"state": state, "pid": None, "reason": reason, "problems": [], "restart_pending": []}
     state, words, facts = ask_part(installation, process, f"{HOST}:{endpoint['http_port']}")
     return {
@@ -349,6 +400,7 @@ def state_of(installation: Installation, endpoint: dict[str, Any]) -> dict[str, 
         "reason": None,
         "problems": words,
         "restart_pending": [name for name in facts.get("restart_pending", "").split(",") if name],
+        **last_active_at(facts),
     }
 
 
@@ -365,15 +417,20 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
     if not rows:
         console.print("no endpoints yet: excimer endpoint create NAME")
         return
-    table = plain_table("endpoint", "tenant", "branch", "state", "mode", "pg", "url")
+    now = time.time()
+    table = plain_table("endpoint", "tenant", "branch", "state", "used", "suspends", "mode", "pg", "url")
     for row in rows:
-        color = {"running": "green", "stopped": "dim", "ended": "red"}.get(row["state"], "yellow")
+        color = {"running": "green", "stopped": "dim", "suspended": "dim", "ended": "red"}.get(
+            row["state"], "yellow"
+        )
         mode = row["mode"] + (f" @{row['lsn']}" if row["lsn"] else "")
         table.add_row(
             row["name"],
             row["tenant"],
             row["branch"],
             f"[{color}]{row['state']}[/{color}]",
+            shown_use(row["last_active_at"], now),
+            shown_delay(row["suspend_delay_s"]),
             mode,
             str(row["pg_version"]),
             row["url"],
@@ -424,6 +481,15 @@ def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
         ("PostgreSQL", str(value["pg_version"])),
         ("process", str(value["pid"] or "")),
         ("made", value["created_at"][:19].replace("T", " ") + " UTC"),
+        ("last used", shown_use(value["last_active_at"], time.time())),
+        (
+            "suspended after",
+            shown_delay(value["suspend_delay_s"]) + " without use" * bool(value["suspend_delay_s"]),
+        ),
+        (
+            "suspends",
+            f"{value['suspends']}" + (f", the last one {value['suspend_reason']}" * bool(value["suspends"])),
+        ),
         ("log", value["postgres_log"]),
         *(
             (

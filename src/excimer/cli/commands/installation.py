@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 import typer
 
 from excimer.base.errors import NotFoundError, RetryableError
+from excimer.cli.commands.endpoint_suspend import last_active_at, shown_endpoint
 from excimer.cli.completion import complete_part
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.endpoint_remains import remove_remains
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 BROKER: Final = "broker"
+ENDPOINT_COLUMNS: Final = ("branch", "postgres_port", "suspend_delay_s", "last_active_at")
 STATUS_LIMIT_S: Final = 2.0
 """How long `status` waits for the controller's list, which comes from memory."""
 _UNNAMEABLE: Final = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
@@ -486,17 +488,21 @@ def _tls_status(installation: Installation) -> dict[str, str] | None:
     return {"certificate": str(tls.certificate), "expires": expires, "ca": str(tls.ca)}
 
 
-def _status_row(installation: Installation, part: str, lock_dir: Path, http_address: str) -> dict[str, Any]:
+def _status_row(
+    installation: Installation, part: str, lock_dir: Path, http_address: str, *, is_suspended: bool = False
+) -> dict[str, Any]:
     process = find_process(installation, part, lock_dir)
-    state = "stopped"
+    state = "suspended" if is_suspended else "stopped"
     warnings: list[str] = []
+    facts: dict[str, str] = {}
     if process is None:
         reason = read_end(lock_dir) or failure(log_path(installation, part))
         if reason is not None:
             state, warnings = "ended", [reason]
     else:
-        state, warnings, _ = ask_part(installation, process, http_address)
+        state, warnings, facts = ask_part(installation, process, http_address)
     return {
+        **last_active_at(facts),
         "part": part,
         "state": state,
         "pid": process.pid if process else None,
@@ -524,13 +530,14 @@ def _endpoint_rows(installation: Installation) -> list[dict[str, Any]]:
         return _unknown_endpoint_rows(installation)
     return at_once(
         lambda endpoint: (
-            _status_row(
+            {name: endpoint[name] for name in ENDPOINT_COLUMNS}
+            | _status_row(
                 installation,
                 endpoint_part_name(endpoint["name"]),
                 installation.endpoint_dir(endpoint["name"]),
                 f"127.0.0.1:{endpoint['http_port']}",
+                is_suspended=endpoint["state"] == "suspended",
             )
-            | {"branch": endpoint["branch"], "postgres_port": endpoint["postgres_port"]}
         ),
         endpoints,
     )
@@ -566,10 +573,10 @@ def _show_status(
     from excimer.cli.tables import plain_table, show_table
 
     table = plain_table("part", "state", "pid", "http", "")
-    colors = {"running": "green", "stopped": "dim"}
+    colors = {"running": "green", "stopped": "dim", "suspended": "dim"}
     for row in rows:
         color = colors.get(row["state"], "yellow")
-        extra = f"branch {row['branch']}, port {row['postgres_port']}" if "branch" in row else ""
+        extra = shown_endpoint(row)
         if row.get("restarts"):
             extra = f"restarted {_times(row['restarts'])}, the last one {row['last_end']}"
         table.add_row(

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from excimer.cli.branch_options import OptionalEndpointArgument
-from excimer.cli.commands.endpoint import is_running
+from excimer.cli.commands.endpoint import is_running, start_endpoint, state_of
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.credentials import DATABASE, local_access
 from excimer.cli.endpoint_choice import choose_endpoint
 from excimer.cli.errors import NotRunningError
 from excimer.cli.installation import Installation, load_installation
-from excimer.cli.session import session_of
+from excimer.cli.session import Session, session_of
 
 app = typer.Typer()
 
@@ -37,19 +37,22 @@ def psql(
     if endpoint is not None and endpoint.startswith("-"):
         rest.insert(0, endpoint)
         endpoint = None
-    installation = load_installation(session_of(context).directory)
-    found = running_endpoint(installation, endpoint)
+    session = session_of(context)
+    installation = load_installation(session.directory)
+    found = running_endpoint(session, installation, endpoint)
     build = find_build(found["pg_version"])
     program = str(build.program("psql"))
     access = local_access(installation, found["name"])
     os.execve(program, [program, *rest], psql_environment(access, build.environment(), DATABASE))
 
 
-def running_endpoint(installation: Installation, name: str | None) -> dict[str, Any]:
-    """The endpoint meant, see `choose_endpoint`. Raises `NotRunningError`."""
+def running_endpoint(session: Session, installation: Installation, name: str | None) -> dict[str, Any]:
+    """The endpoint meant, see `choose_endpoint`; one that is suspended is woken. Raises `NotRunningError`."""
     found = choose_endpoint(ControllerClient(installation), name)
-    if not is_running(installation, found["name"]):
-        raise NotRunningError(
-            f"endpoint {found['name']} does not run: excimer endpoint start {found['name']}"
-        )
-    return found
+    if is_running(installation, found["name"]):
+        return found
+    if state_of(installation, found)["state"] == "suspended":
+        session.note(f"waking endpoint {found['name']} …")
+        speechless = Session(session.directory, as_json=True)  # standard output is the command's own
+        return start_endpoint(speechless, installation, found["name"])[0]
+    raise NotRunningError(f"endpoint {found['name']} does not run: excimer endpoint start {found['name']}")

@@ -86,7 +86,7 @@ class OpenEndpoint(NamedTuple):
 @contextlib.contextmanager
 def _opened(session: Session, name: str | None, *, to_write: bool) -> Iterator[OpenEndpoint]:
     installation = load_installation(session.directory)
-    endpoint = running_endpoint(installation, name)
+    endpoint = running_endpoint(session, installation, name)
     if to_write and endpoint["mode"] != "primary":
         raise ReadOnlyEndpointError(
             f"endpoint {endpoint['name']} is read-only: change roles on a primary of branch "

@@ -43,7 +43,7 @@ def verify(
     """
     session = session_of(context)
     installation = load_installation(session.directory)
-    found = running_endpoint(installation, endpoint)
+    found = running_endpoint(session, installation, endpoint)
     progress = Progress(session)
     begun = time.monotonic()
     try:
