@@ -465,6 +465,13 @@ def show(context: typer.Context, name: OptionalEndpointArgument = None) -> None:
     session.answer(value, lambda console: _show_endpoint(console, value))
 
 
+def _suspends(endpoint: dict[str, Any]) -> str:
+    """When it suspends itself, and how often it was suspended."""
+    delay_s, count = endpoint["suspend_delay_s"], endpoint["suspends"]
+    after = f"after {shown_delay(delay_s)} without use" if delay_s else "never by itself"
+    return after + (f"; {count} so far, the last one {endpoint['suspend_reason']}" if count else "")
+
+
 def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
     from rich.text import Text
 
@@ -482,14 +489,7 @@ def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
         ("process", str(value["pid"] or "")),
         ("made", value["created_at"][:19].replace("T", " ") + " UTC"),
         ("last used", shown_use(value["last_active_at"], time.time())),
-        (
-            "suspended after",
-            shown_delay(value["suspend_delay_s"]) + " without use" * bool(value["suspend_delay_s"]),
-        ),
-        (
-            "suspends",
-            f"{value['suspends']}" + (f", the last one {value['suspend_reason']}" * bool(value["suspends"])),
-        ),
+        ("suspends", _suspends(value)),
         ("log", value["postgres_log"]),
         *(
             (
