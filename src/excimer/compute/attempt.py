@@ -175,6 +175,8 @@ class Attempt:
         saved = None if fetching is None else await fetching
         clock.step("basebackup")
         await asyncio.to_thread(self._prepare, backup, pair, saved)
+        start_lsn = Lsn(backup.lsn)
+        del backup, saved  # they are on disk now, and have megabytes that would stay as long as this does
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
         self._begin("PostgreSQL to accept connections")
@@ -183,13 +185,13 @@ class Attempt:
         assert self.arena is not None
         self.arena.set_ready()
         clock.step("postgres")
-        log.info("ready", lsn=format_lsn(backup.lsn), **clock.steps_ms)
+        log.info("ready", lsn=format_lsn(start_lsn), **clock.steps_ms)
         socket_dir = str(spec.places.socket_dir)
         superuser = await find_superuser(self._superusers, socket_dir, spec.port, spec.build.version)
         address = PostgresAddress(socket_dir, spec.port, spec.build.version, superuser)
         if self.proposer is not None:
             scope.start("proposer", self.proposer.stream(address))
-            self.backpressure = self._make_backpressure(self.proposer, self.arena, Lsn(backup.lsn))
+            self.backpressure = self._make_backpressure(self.proposer, self.arena, start_lsn)
             scope.start("backpressure", self.backpressure.run())
             await self._open_gate(address)
         self._keeper.started(process.pid)
