@@ -16,15 +16,16 @@ import contextlib
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import weakref
+from collections.abc import AsyncIterator, Callable
+from email.utils import formatdate
 from typing import Any, Final
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from pydantic import BaseModel, Field
 from starlette import types as asgi
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -45,6 +46,7 @@ from excimer.service import metrics
 from excimer.service.accept import accept_connections, serve_protocol
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.health import Health
+from excimer.service.http_front import FirstRequest
 from excimer.service.http_guard import (
     ADMISSION,
     CLAIMS,
@@ -137,6 +139,7 @@ def create_app(
     for an app that nobody else can reach. `is_stream(method, path)` names requests whose body has no bound.
     """
     app = FastAPI(title=title, version=version, redoc_url=None)
+    app.state.health = health
     app.add_exception_handler(ExcimerError, _answer_error)
     app.add_exception_handler(OSError, _answer_os_error)
     app.add_exception_handler(Exception, _answer_unexpected)
@@ -163,34 +166,6 @@ def create_app(
     return app
 
 
-def warm_up() -> None:
-    """Lets FastAPI and pydantic make now what they make for a process's first app; nothing of it is kept.
-
-    Of the 13 MiB that a service's own app takes in a fork, 7 are then shared with all others.
-    """
-
-    class Sample(BaseModel):
-        name: str
-        size: int | None = Field(default=None, description="as of a route that takes a body")
-        rows: list[str] = []
-
-    def checked(request: Request) -> bool:
-        return bool(request.scope["type"] == "http")
-
-    app = create_app("sample", "0", Health("sample"), metrics.new_registry("sample", "0"), verifier=None)
-    router = APIRouter(prefix="/v1/{tenant_id}", dependencies=[Depends(checked)])
-
-    @router.get("/{timeline_id}")
-    async def read(tenant_id: str, timeline_id: str, lsn: str | None = None, most: int = 1) -> list[Sample]:
-        return []
-
-    @router.post("/{timeline_id}", status_code=201)
-    async def change(tenant_id: str, timeline_id: str, body: Sample) -> dict[str, Any]:
-        return {}
-
-    app.include_router(router, dependencies=[Depends(checked)])
-
-
 @contextlib.asynccontextmanager
 async def serving_http(
     app: FastAPI, listen: str, what: str, limits: ConnectionLimits | None = None
@@ -201,65 +176,68 @@ async def serving_http(
     running requests finish for `STOP_LIMIT_S`.
     """
     bound = bind_listen(listen, what)
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=STOP_LIMIT_S,
-    )
-    server = _Server(config, ConnectionGate(what, process_limits(limits)))
+    gate = ConnectionGate(what, process_limits(limits))
     async with TaskScope() as scope:
-        task = scope.start(f"http {what}", server.serve(sockets=[bound]))
-        await server.serving.wait()
+        server = _Server(app, scope)
+        accepting = scope.start(f"accept {what}", accept_connections(bound, gate, server.accepted))
         try:
             yield bound_address(bound)
         finally:
-            server.should_exit = True
-            await asyncio.wait([task], timeout=STOP_LIMIT_S + 1)
+            accepting.cancel()
+            await asyncio.wait([accepting])
+            bound.close()
+            await server.end()
 
 
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, for the process belongs to `process_main`, and without its way to
-    accept connections: descriptors that run out, and strangers in thousands, are `accept`'s business.
+    accept connections: descriptors that run out, and strangers in thousands, are `accept`'s business. It
+    begins with the first request that `http_front` does not answer.
     """
 
-    def __init__(self, config: uvicorn.Config, gate: ConnectionGate) -> None:
+    def __init__(self, app: FastAPI, scope: TaskScope) -> None:
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=STOP_LIMIT_S,
+        )
         super().__init__(config)
-        self.serving = asyncio.Event()
-        self._gate = gate
-        self._scope = TaskScope()
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        async with self._scope:
-            await super().serve(sockets)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.lifespan.startup()
         self.servers = []
-        self._accepting = [
-            self._scope.start("accept", accept_connections(listening, self._gate, self._accepted))
-            for listening in sockets or []
-        ]
-        self.started = True
-        self.serving.set()
+        self._health: Health = app.state.health
+        self._scope = scope
+        self._serving: asyncio.Task[None] | None = None
+        self._waiting: weakref.WeakSet[FirstRequest] = weakref.WeakSet()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for task in self._accepting:
-            task.cancel()
-        await asyncio.wait(self._accepting)
-        await super().shutdown(sockets)
+    def accepted(self, admission: Admission) -> None:
+        first = FirstRequest(admission, self._health, self._begin_application)
+        self._waiting.add(first)
+        self._scope.contain("http connection", serve_protocol(admission, first))
 
-    def _accepted(self, admission: Admission) -> None:
-        protocol = _HttpConnection(self.config, self.server_state, admission)
-        self._scope.contain("http connection", serve_protocol(admission, protocol))
+    def _begin_application(self, admission: Admission) -> asyncio.Protocol:
+        if self._serving is None:
+            self.config.load()
+            self.lifespan = self.config.lifespan_class(self.config)
+            date = (b"date", formatdate(usegmt=True).encode())
+            self.server_state.default_headers = [date, *self.config.encoded_headers]
+            self._serving = self._scope.start("http", self._serve())
+        return _HttpConnection(self.config, self.server_state, admission)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.main_loop()
+        await self.shutdown()
+
+    async def end(self) -> None:
+        """Lets running requests finish for `STOP_LIMIT_S`."""
+        for waiting in list(self._waiting):
+            waiting.abort()
+        if self._serving is not None:
+            self.should_exit = True
+            await asyncio.wait([self._serving], timeout=STOP_LIMIT_S + 1)
 
 
 class _HttpConnection(H11Protocol):
