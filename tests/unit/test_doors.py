@@ -248,7 +248,16 @@ def test_http_of_the_controller(tmp_path: Path) -> None:
                 postgres_settings={},
             )
             registry = new_registry("controller", "1")
-            app = controller_app(world.controller, VERIFIER, SystemClock(), Health("controller"), registry)
+            controller = world.controller
+            app = controller_app(
+                controller,
+                controller.access,
+                controller.suspension,
+                VERIFIER,
+                SystemClock(),
+                Health("controller"),
+                registry,
+            )
             return await check_http("controller", app)
 
     assert asyncio.run(story()) == {d for d in DOORS if d.service == "controller"}

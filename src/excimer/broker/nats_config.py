@@ -1,5 +1,6 @@
 """The NATS server's program, its configuration file, and what its monitoring answers."""
 
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -34,6 +35,7 @@ class NatsServerMissingError(RefusedError):
     """The NATS server's program is not installed."""
 
 
+@functools.cache
 def find_nats_server() -> Path:
     """The program of the wheel that Excimer depends on, else one on PATH."""
     try:

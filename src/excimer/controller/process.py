@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 import excimer
 from excimer.base.clock import Clock
 from excimer.base.errors import RefusedError
+from excimer.controller.access import Access
 from excimer.controller.endpoints.access_api import make_access_router
 from excimer.controller.endpoints.api import make_router
 from excimer.controller.endpoints.settings_api import make_settings_router, owner_or_user
@@ -16,11 +17,13 @@ from excimer.controller.metrics import add_suspends
 from excimer.controller.settings import ControllerSettings
 from excimer.controller.shell import Controller
 from excimer.controller.sqlite_store import SqliteStore
+from excimer.controller.suspension import Suspension
 from excimer.controller.tokens import TokenMaker
 from excimer.service.disk_watch import DiskWatch
 from excimer.service.health import Health
 from excimer.service.http import bearer_auth, create_app, serving_http
 from excimer.service.instance_lock import InstanceLock
+from excimer.service.made_ahead import MadeAhead
 from excimer.service.metrics import add_disks, new_registry
 from excimer.service.tasks import SystemClock, TaskScope
 from excimer.wire.auth import Right, TokenVerifier
@@ -47,10 +50,12 @@ async def serve_controller(settings: ControllerSettings) -> None:
             store.put_nodes(settings.pageservers, settings.safekeepers)
             controller = Controller(store, tokens, clock)
             disk = DiskWatch(health, [settings.data_dir])
-            registry = new_registry("controller", excimer.__version__)
+            registry = make_registry()
             add_disks(registry, disk)
             add_suspends(registry, controller.suspension.counts)
-            app = make_app(controller, verifier, clock, health, registry)
+            app = make_app(
+                controller, controller.access, controller.suspension, verifier, clock, health, registry
+            )
             async with (
                 serving_http(app, settings.http_listen, "controller http_listen"),
                 TaskScope() as scope,
@@ -62,8 +67,16 @@ async def serve_controller(settings: ControllerSettings) -> None:
             store.close()
 
 
+@MadeAhead
+def make_registry() -> CollectorRegistry:
+    return new_registry("controller", excimer.__version__)
+
+
+@MadeAhead
 def make_app(
     controller: Controller,
+    access: Access,
+    suspension: Suspension,
     verifier: TokenVerifier,
     clock: Clock,
     health: Health,
@@ -75,8 +88,8 @@ def make_app(
         make_router(controller), dependencies=[Depends(bearer_auth(verifier, clock, Right.MANAGE))]
     )
     app.include_router(make_settings_router(controller, verifier, clock))
-    app.include_router(make_suspension_router(controller.suspension, owner_or_user(verifier, clock)))
-    app.include_router(make_access_router(controller.access, bearer_auth(verifier, clock)))
+    app.include_router(make_suspension_router(suspension, owner_or_user(verifier, clock)))
+    app.include_router(make_access_router(access, bearer_auth(verifier, clock)))
     return app
 
 

@@ -52,6 +52,7 @@ from excimer.service.http import bearer_auth, create_app, serving_http
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
+from excimer.service.made_ahead import MadeAhead
 from excimer.service.metrics import add_disks, new_registry
 from excimer.service.tasks import SystemClock, TaskScope, running
 from excimer.storage.engine.context import MIB, StorageContext, StorageSettings
@@ -78,7 +79,7 @@ async def serve(settings: PageserverSettings) -> None:
         listening = bind_listen(settings.page_service_listen, "page service")
         stack.callback(listening.close)
         health = Health("pageserver")
-        registry = new_registry("pageserver", __version__)
+        registry = make_registry()
         tenants, keeper, service = await stack.enter_async_context(_parts(settings, health, registry))
         app = make_app(tenants, keeper, service.verifier, health, registry)
         http = await stack.enter_async_context(serving_http(app, settings.http_listen, "pageserver API"))
@@ -89,6 +90,12 @@ async def serve(settings: PageserverSettings) -> None:
         await asyncio.Event().wait()
 
 
+@MadeAhead
+def make_registry() -> CollectorRegistry:
+    return new_registry("pageserver", __version__)
+
+
+@MadeAhead
 def make_app(
     tenants: Tenants,
     keeper: HistoryKeeper,

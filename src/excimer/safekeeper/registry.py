@@ -68,7 +68,8 @@ class TimelineRegistry:
 
     def open_all(self) -> None:
         """Opens what is on disk. Blocks; meant for the start. Raises OSError."""
-        for directory in sorted(self._data_dir.glob("*/*")):
+        tenants = (each for each in self._data_dir.iterdir() if each.is_dir())
+        for directory in sorted(each for tenant in tenants for each in tenant.iterdir()):
             if directory.name.endswith((_NEW_SUFFIX, _DELETED_SUFFIX)):
                 shutil.rmtree(directory)
                 continue

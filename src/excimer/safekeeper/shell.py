@@ -36,6 +36,7 @@ from excimer.service.http import create_app, serving_http
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger
+from excimer.service.made_ahead import MadeAhead
 from excimer.service.metrics import add_disks, new_registry
 from excimer.service.tasks import SystemClock, TaskScope
 from excimer.wire.auth import TokenVerifier
@@ -65,8 +66,7 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
         verifier = _load_verifier(settings)
         proposer_socket = closing.enter_context(bind_listen(settings.proposer_listen, "proposer_listen"))
         reader_socket = closing.enter_context(bind_listen(settings.replication_listen, "replication_listen"))
-        metrics_registry = new_registry("safekeeper", __version__)
-        metrics = SafekeeperMetrics(metrics_registry)
+        metrics_registry, metrics = make_metrics()
         timelines = TimelineRegistry(settings.data_dir, settings.id, metrics, Disk())
         closing.callback(timelines.close)
         timelines.open_all()
@@ -105,6 +105,13 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
             await asyncio.Event().wait()
 
 
+@MadeAhead
+def make_metrics() -> tuple[CollectorRegistry, SafekeeperMetrics]:
+    registry = new_registry("safekeeper", __version__)
+    return registry, SafekeeperMetrics(registry)
+
+
+@MadeAhead
 def make_app(
     timelines: TimelineRegistry,
     remover: WalRemover,

@@ -223,5 +223,11 @@ def configure_logging(
     _sink.set_limit(limit or LogLimit())
     root = logging.getLogger()
     root.handlers[:] = [_FromLibraries()]
-    root.setLevel(max(LEVELS[level], logging.WARNING))
-    logging.getLogger(OWN_PREFIX.rstrip(".")).setLevel(LEVELS[level])
+    _set_level(root, max(LEVELS[level], logging.WARNING))
+    _set_level(logging.getLogger(OWN_PREFIX.rstrip(".")), LEVELS[level])
+
+
+def _set_level(logger: logging.Logger, level: int) -> None:
+    """Setting the same again would write to every logger of every library, which forks share."""
+    if logger.level != level:
+        logger.setLevel(level)

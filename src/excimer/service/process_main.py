@@ -25,10 +25,12 @@ from typing import Any, Final, TypeVar
 
 from excimer.base.errors import ExcimerError
 from excimer.io.private_files import PRIVATE_UMASK
+from excimer.io.processes import release_freed_memory
+from excimer.io.program_pages import release_program_pages
 from excimer.service.log_files import LogRotation
 from excimer.service.logs import configure_logging, get_logger
 from excimer.service.settings import Settings, SettingsError, load_settings
-from excimer.service.tasks import failure_of
+from excimer.service.tasks import failure_of, running
 from excimer.service.tls import TlsFilesError, configure_tls
 
 EXIT_CLEAN: Final = 0
@@ -37,6 +39,8 @@ EXIT_USAGE: Final = 2
 EXIT_CRASHED: Final = 70
 
 STOP_LIMIT_S: Final = 5.0
+SETTLED_S: Final = 15.0
+"""After its start a service has done what it does once."""
 
 S = TypeVar("S", bound=Settings)
 
@@ -121,12 +125,20 @@ async def _until_signal(service: str, serving: Awaitable[None], stop_limit_s: fl
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
     try:
-        await serving
+        async with running("settle", _settle()):
+            await serving
     except asyncio.CancelledError:
         if not stopping:
             raise
         task.uncancel()
     log.info(f"{service} stopped")
+
+
+async def _settle() -> None:
+    """Gives back what only the start needed, some MiB in each service, when it is likely to be over."""
+    await asyncio.sleep(SETTLED_S)
+    await asyncio.to_thread(release_program_pages)
+    await asyncio.to_thread(release_freed_memory)
 
 
 def _end_hard(service: str, stop_limit_s: float, loop: asyncio.AbstractEventLoop) -> None:

@@ -55,9 +55,17 @@ def _take_place(launched: Launched, environment: Environment, standard_input: in
     os.setsid()
     _take(standard_input if standard_input is not None else os.open(os.devnull, os.O_RDONLY), [0])
     _take(log, [1, 2])
-    os.environb.clear()
-    os.environb.update(environment)
+    _set_environment(dict(environment))
     show_as(launched.part, ["-m", launched.module, *launched.arguments])
+
+
+def _set_environment(wanted: dict[bytes, bytes]) -> None:
+    """Most of it is as in the supervisor, and is not written again (`preload` says why)."""
+    for name in [name for name in os.environb if name not in wanted]:
+        del os.environb[name]
+    for name, value in wanted.items():
+        if os.environb.get(name) != value:
+            os.environb[name] = value
 
 
 def _take(descriptor: int, places: Iterable[int]) -> None:
@@ -67,7 +75,14 @@ def _take(descriptor: int, places: Iterable[int]) -> None:
 
 
 def run_launched(launched: Launched) -> int:
-    """Runs the service as ``python -m MODULE`` would; its exit code, unless it leaves by SystemExit."""
+    """Runs the service as ``python -m MODULE`` would; its exit code, unless it leaves by SystemExit.
+
+    One that is preloaded has a ``main``: finding and loading the module again would cost it a MiB.
+    """
     sys.argv[:] = [launched.module, *launched.arguments]
+    loaded = sys.modules.get(f"{launched.module}.__main__")
+    if loaded is not None:
+        code: int = loaded.main()
+        return code
     runpy.run_module(launched.module, run_name="__main__", alter_sys=True)
     return 0
