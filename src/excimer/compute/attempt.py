@@ -168,15 +168,7 @@ class Attempt:
             self._begin(f"the pageserver to keep {format_lsn(end_lsn)}")
             await self._hold_lsn(scope, end_lsn)
         self._begin(f"the pageserver to have WAL up to {format_lsn(end_lsn)} and send a basebackup")
-        fetching = None
-        if spec.static_lsn is None:
-            fetching = scope.start("saved state", self._states.fetch(end_lsn))
-        backup = await self._fetch_basebackup(end_lsn)
-        saved = None if fetching is None else await fetching
-        clock.step("basebackup")
-        await asyncio.to_thread(self._prepare, backup, pair, saved)
-        start_lsn = Lsn(backup.lsn)
-        del backup, saved  # they are on disk now, and have megabytes that would stay as long as this does
+        start_lsn = await self._lay_directory(scope, end_lsn, pair, clock)
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
         self._begin("PostgreSQL to accept connections")
@@ -218,6 +210,19 @@ class Attempt:
         assert self._admission is not None
         serving = Serving(process.pid, self._admission, partial(look_at_server, address))
         scope.supervise("idle watch", partial(self._idle.run, serving))
+
+    async def _lay_directory(
+        self, scope: TaskScope, end_lsn: Lsn, pair: CertificatePair | None, clock: "_StepClock"
+    ) -> Lsn:
+        """Where it begins. What was fetched for it, megabytes, is let go of: it is on disk."""
+        fetching = None
+        if self._spec.static_lsn is None:
+            fetching = scope.start("saved state", self._states.fetch(end_lsn))
+        backup = await self._fetch_basebackup(end_lsn)
+        saved = None if fetching is None else await fetching
+        clock.step("basebackup")
+        await asyncio.to_thread(self._prepare, backup, pair, saved)
+        return Lsn(backup.lsn)
 
     async def _open_gate(self, address: PostgresAddress) -> None:
         """Lets subscriptions be applied, as soon as none is enabled that the branch only inherited."""
