@@ -5,6 +5,9 @@ PYTHON ?= python3
 TESTS  ?=
 JOBS   ?= 2
 MINUTES ?= 30
+# PG: which PostgreSQL `make regress` tries; REGRESS: options of `python -m tests.regress`.
+PG      ?= 18
+REGRESS ?=
 # Options of `python -m tests.chaos`.
 CHAOS  ?=
 
@@ -21,13 +24,14 @@ ifneq ($(shell cat $(VENV)/.place 2>/dev/null),$(abspath $(VENV)))
 MOVED := moved
 endif
 
-.PHONY: help setup run demo test sweep chaos check findings bench clean moved
+.PHONY: help setup run demo test sweep chaos regress check findings bench clean moved
 help:
 	@echo 'make run     start everything and print a postgresql:// URL'
 	@echo 'make demo    the same, then a walk through branching on real data'
 	@echo 'make test    all tests; TESTS="tests/unit -k lsn" some of them; JOBS=1 one at a time'
 	@echo 'make sweep   the tests that draw at random, at many times their usual length'
 	@echo 'make chaos   random faults under load for MINUTES (30); CHAOS=--control: the same on stock PostgreSQL'
+	@echo 'make regress  PostgreSQL'"'"'s own suites against an endpoint, then verify; PG=14..18; REGRESS=--control: on stock'
 	@echo 'make check   lint, format, types, spelling, house rules'
 	@echo 'make findings  what surprised us in outside software, tried again without Excimer'
 	@echo 'make bench   measure against plain PostgreSQL'
@@ -59,6 +63,8 @@ sweep: setup
 	$(PYTEST) $(PARALLEL) -o timeout=7200 -o faulthandler_timeout=7200 $(TESTS)
 chaos: setup
 	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(CHAOS)
+regress: setup
+	@$(BIN)/python -m tests.regress --pg-version $(PG) $(REGRESS)
 check: setup
 	@sh tools/check.sh $(BIN)
 findings:
