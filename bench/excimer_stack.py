@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from bench.pgbench import BenchFailedError, Target
+from excimer.cli.endpoint_remains import remove_remains
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.stack import Stack, running_stack
 
@@ -62,6 +63,11 @@ class MeasuredStack:
                 raise BenchFailedError("the pageserver does not come to rest")
 
     def stop(self) -> None:
+        """What a clean stop keeps is removed: the next start begins with nothing."""
+        self.stop_keeping()
+        remove_remains(self.stack.directory / "endpoints" / ENDPOINT, kept_too=True)
+
+    def stop_keeping(self) -> None:
         self.stack.text("endpoint", "stop", ENDPOINT)
 
     def start(self) -> None:

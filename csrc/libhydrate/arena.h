@@ -10,7 +10,7 @@
  * header) and later changes only `ready`, the settings and what of WAL is allowed. Buckets are an open-addressed hash table of
  * file numbers + 1 by path. A presence byte goes from absent to present once and never back.
  *
- * The arena lives as long as the data directory beside it; neither survives the machine.
+ * The arena lives as long as the data directory beside it, through clean stops; neither survives the machine.
  * Not here: who may change what, and when (claims.c, hydration.c, file_states.c).
  */
 #ifndef EXCIMER_ARENA_H
@@ -25,11 +25,12 @@
 #include <unistd.h>
 
 #define ARENA_MAGIC 0x4e45524143584501ull
-#define ARENA_VERSION 4u
+#define ARENA_VERSION 5u
 #define ARENA_BLOCK_SIZE 8192u
 #define ARENA_FILES_OFFSET 16384u
 #define ARENA_PATH_SIZE 48u
 #define ARENA_DATA_DIR_SIZE 1024u
+#define ARENA_IDENTITY_SIZE 16u
 #define ARENA_ADDRESS_SIZE 256u
 #define ARENA_TOKEN_SIZE 4096u
 #define ARENA_STREAMS 4u
@@ -139,12 +140,33 @@ struct arena_header {
     struct arena_settings settings[2];
     struct arena_statistics statistics;
     struct arena_throttle throttle;
+    uint8_t directory_id[ARENA_IDENTITY_SIZE]; /* of the data directory whose files it describes */
 };
 
 _Static_assert(sizeof(struct arena_file) == 128, "an entry is two cache lines");
 _Static_assert(sizeof(struct arena_header) <= ARENA_FILES_OFFSET, "the header fits its space");
 _Static_assert(sizeof(struct arena_miss) == 16, "a miss is 16 bytes");
 _Static_assert(sizeof(struct arena_settings) % sizeof(uint64_t) == 0, "settings are whole words");
+
+/* For a new PostgreSQL on the directory of one that has been shut down: which files and blocks are here stays, all
+ * that belongs to the processes that are gone becomes as at the beginning. */
+static inline void arena_renew(struct arena_header *header)
+{
+    struct arena_file *files = (struct arena_file *)((char *)header + ARENA_FILES_OFFSET);
+    struct arena_throttle before = header->throttle;
+    header->ready = 0;
+    memset(&header->statistics, 0, sizeof header->statistics);
+    memset((char *)header + header->misses_offset, 0, header->miss_capacity * sizeof(struct arena_miss));
+    header->throttle = (struct arena_throttle){.allowed = UINT64_MAX,
+                                               .wal_limit_lsn = UINT64_MAX,
+                                               .wal_segment_size = before.wal_segment_size,
+                                               .start_lsn = before.start_lsn,
+                                               .quorum_lsn = UINT64_MAX};
+    for (uint32_t index = 0; index < header->file_count; index++) {
+        files[index].waiters = 0;
+        memset(files[index].streams, 0, sizeof files[index].streams);
+    }
+}
 
 /* Whether `count` items from `offset` on, which is aligned for them, end at or before `end`. */
 static inline int arena_has_room(uint64_t offset, uint64_t count, uint64_t item_size, uint64_t end)

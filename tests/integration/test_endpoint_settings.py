@@ -176,7 +176,11 @@ def test_a_static_endpoint_and_a_branch_have_lists_of_their_own(stack: Stack) ->
 
 
 def test_a_setting_that_stops_postgres_is_named_at_once_and_does_not_loop(stack: Stack) -> None:
-    """Stored by an older Excimer, or for another build: nothing that is checked today gets there."""
+    """Stored by an older Excimer, or for another build: nothing that is checked today gets there.
+
+    PostgreSQL has changed nothing then, and what the last clean stop has kept is not lost.
+    """
+    stack.query("create unlogged table kept as select 1")
     stack.text("endpoint", "stop", "main")
     assert stack.run("endpoint", "config", "main", "unset", "--all").returncode == 0
     for stored, said in (
@@ -193,6 +197,8 @@ def test_a_setting_that_stops_postgres_is_named_at_once_and_does_not_loop(stack:
         assert (row["state"], said in row["reason"]) == ("ended", True)
     assert stack.run("endpoint", "config", "main", "unset", "--all").returncode == 0
     stack.text("endpoint", "start", "main")
+    assert stack.json("endpoint", "show", "main")["start"] == "warm"
+    assert stack.query("table kept") == [(1,)]
 
 
 def test_a_halted_manager_is_stopped_in_seconds_and_leaves_nothing(stack: Stack) -> None:

@@ -228,7 +228,7 @@ def test_a_pageserver_keeps_what_comes_in_memory_and_goes_on(stack: Stack) -> No
         arrive(branch, lsn)
         branch.flush()
         assert durable(branch) >= lsn
-        stack.text("endpoint", "stop", "main")
+        stack.stop_and_forget()
         stack.text("endpoint", "start", "main")
         assert tpcb.check(stack) == before, "what the compute had is what the pageserver has"
         stack.text("stop")

@@ -58,12 +58,12 @@ def test_a_commit_that_waits_for_the_quorum_cannot_be_cancelled_into_success(sta
             connection.execute("select pg_sleep(20)")
 
 
-def test_unlogged_tables_are_empty_after_a_stop_and_usable(stack: Stack) -> None:
+def test_unlogged_tables_are_empty_after_an_unclean_stop_and_usable(stack: Stack) -> None:
     stack.query("create unlogged table scratch(a int)")  # its init fork has no block
     stack.query("create unlogged table keyed(a int primary key)")
     for table in ("scratch", "keyed"):
         stack.query(f"insert into {table} select generate_series(1, 100)")
-    stack.text("endpoint", "stop", "main")
+    stack.text("endpoint", "stop", "main", "--immediate")
     stack.text("endpoint", "start", "main")
     for table in ("scratch", "keyed"):
         assert stack.query(f"select count(*) from {table}") == [(0,)]

@@ -144,7 +144,7 @@ def live(stack: Stack, root: Path) -> None:
         assert load.wait(60) == 0, "the pageserver's death is seen by nobody"
     arrive(branch_of(stack), parse_lsn(server.sql("select pg_current_wal_flush_lsn()")[0][0]))
     branch_of(stack).flush()
-    stack.text("endpoint", "stop", "main")
+    stack.stop_and_forget()
     stack.text("endpoint", "start", "main")
     with pgbench(stack, 6):
         server.sql("drop database copy_1")

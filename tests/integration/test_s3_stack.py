@@ -54,12 +54,12 @@ def test_data_outlives_the_pageservers_disk(server: S3Server) -> None:
             )
             assert checked == [(True,)]
         shutil.rmtree(stack.directory / "pageserver" / "layers")  # and while it runs
-        stack.text("endpoint", "stop", "main")
+        stack.stop_and_forget()
         stack.text("endpoint", "start", "main")
         assert stack.query(SUMS) == expected["main"]
         stack.query("insert into things values (0, 'more')")
         more = stack.query(SUMS)
-        stack.text("endpoint", "stop", "main")
+        stack.stop_and_forget()
         stack.text("endpoint", "start", "main")
         stack.kill("pageserver")  # in the middle, and a compute with hardly a page of its own waits for it
         shutil.rmtree(stack.directory / "pageserver")

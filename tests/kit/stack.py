@@ -18,6 +18,7 @@ from typing import Any
 
 import psycopg
 
+from excimer.cli.endpoint_remains import remove_remains
 from excimer.io.processes import program_environment
 from excimer.supervisor.protocol import ForgetPart, ask
 from tests.kit.builds import build_of
@@ -113,6 +114,11 @@ class Stack:
     def forget(self, name: str) -> None:
         """Its description is asked for anew: it has another password, or its superuser another name."""
         self._endpoints.pop(name, None)
+
+    def stop_and_forget(self, name: str = "main") -> None:
+        """Stops an endpoint and removes what the stop has kept: its next start has only the page store."""
+        self.text("endpoint", "stop", name)
+        remove_remains(self.directory / "endpoints" / name, kept_too=True)
 
     def url(self, name: str = "main", database: str = "postgres") -> str:
         """With the superuser's password."""

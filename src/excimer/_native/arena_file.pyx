@@ -13,6 +13,7 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
     uint32_t ARENA_FILES_OFFSET
     uint32_t ARENA_PATH_SIZE
     uint32_t ARENA_DATA_DIR_SIZE
+    uint32_t ARENA_IDENTITY_SIZE
     uint32_t ARENA_ADDRESS_SIZE
     uint32_t ARENA_TOKEN_SIZE
     int ARENA_ABSENT
@@ -100,12 +101,14 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
         char data_dir[1024]
         arena_statistics statistics
         arena_throttle throttle
+        uint8_t directory_id[16]
 
     const char *arena_fault(const arena_header *header, uint64_t size)
     uint32_t arena_hash(const char *path, size_t size)
     void arena_read_settings(const arena_header *header, arena_settings *settings)
     void arena_publish_settings(arena_header *header, const arena_settings *settings)
     void arena_publish_ready(arena_header *header)
+    void arena_renew(arena_header *header)
     void arena_publish_throttle(arena_header *header, uint64_t allowed, uint64_t wal_limit_lsn)
     void arena_publish_quorum(arena_header *header, uint64_t quorum_lsn)
     uint64_t arena_taken(const arena_header *header)
@@ -251,7 +254,7 @@ cdef bint insert(arena_header *header, uint32_t index, const char *path, size_t 
 
 def build(
     unsigned char[::1] arena, list files, uint32_t miss_capacity, bytes data_dir, uint64_t wal_segment_size,
-    uint64_t wal_start_lsn
+    uint64_t wal_start_lsn, bytes directory_id
 ) -> None:
     """Fills a zeroed buffer of `arena_size` bytes, all blocks absent, no limits. `files`: (path, blocks, …).
 
@@ -265,6 +268,8 @@ def build(
     cdef const char *path
     if len(data_dir) >= ARENA_DATA_DIR_SIZE:
         raise ValueError("the data directory's path is too long")
+    if <uint32_t>len(directory_id) != ARENA_IDENTITY_SIZE:
+        raise ValueError("a directory's identity has 16 bytes")
     header.version = ARENA_VERSION
     header.file_count = <uint32_t>len(files)
     header.listed = header.file_count
@@ -282,6 +287,7 @@ def build(
     header.throttle.start_lsn = wal_start_lsn
     header.throttle.quorum_lsn = UINT64_MAX
     memcpy(header.data_dir, <const char *>data_dir, <size_t>len(data_dir))
+    memcpy(header.directory_id, <const char *>directory_id, <size_t>len(directory_id))
     for item in files:
         file = files_of(header) + index
         path = PyUnicode_AsUTF8AndSize(item[0], &size)
@@ -439,8 +445,18 @@ def read_settings(unsigned char[::1] arena) -> tuple[int, int, int, int, int, by
     )
 
 
+def renew(unsigned char[::1] arena) -> None:
+    """Keeps which files and blocks are here; the rest becomes as at the beginning. While none runs."""
+    arena_renew(header_of(arena))
+
+
 def data_dir(unsigned char[::1] arena) -> bytes:
     return <bytes>header_of(arena).data_dir
+
+
+def directory_id(unsigned char[::1] arena) -> bytes:
+    """Of the data directory that it describes, 16 bytes."""
+    return <bytes>(<char *>header_of(arena).directory_id)[:ARENA_IDENTITY_SIZE]
 
 
 def statistics(unsigned char[::1] arena) -> dict[str, int]:

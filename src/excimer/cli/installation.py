@@ -84,6 +84,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What a clean stop may save of what WAL does not carry, 0: nothing; read when an endpoint starts."""
     saved_unlogged_max_mib: Annotated[int, msgspec.Meta(ge=0, le=256)] | None = None
     """Of that, of unlogged relations."""
+    stopped_directories_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """What the data directories of stopped endpoints may take together, read when an endpoint starts."""
     token_life_s: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """How long computes and the pageserver go on without the controller; None: the controller's defaults."""
     local_disk_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
@@ -298,11 +300,13 @@ class Installation:
             postgres_settings=endpoint["postgres_settings"],
             suspend_delay_s=endpoint["suspend_delay_s"],
         )
-        chosen = {
-            name: value
-            for name in ("pageserver_lag_max_mib", "saved_state_max_mib", "saved_unlogged_max_mib")
-            if (value := getattr(self.config, name)) is not None
-        }
+        names = (
+            "pageserver_lag_max_mib",
+            "saved_state_max_mib",
+            "saved_unlogged_max_mib",
+            "stopped_directories_max_mib",
+        )
+        chosen = {name: value for name in names if (value := getattr(self.config, name)) is not None}
         settings = msgspec.structs.replace(settings, **chosen)
         name = endpoint_part_name(endpoint["name"])
         tokens = msgspec.json.encode(spec["tokens"])

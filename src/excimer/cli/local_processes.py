@@ -75,6 +75,8 @@ class HealthAnswer(msgspec.Struct, frozen=True):
     suspend_delay_s: int | None = None
     last_active_at: int | None = None
     awake_for: str = ""
+    start: str = ""
+    start_reason: str = ""
 
 
 class Probed(NamedTuple):
@@ -350,5 +352,7 @@ def probe_health(http_address: str, pid: int | None, limit_s: float = PROBE_TIME
             "suspend_delay_s": "" if body.suspend_delay_s is None else str(body.suspend_delay_s),
             "last_active_at": "" if body.last_active_at is None else str(body.last_active_at),
             "awake_for": body.awake_for,
+            "start": body.start,
+            "start_reason": body.start_reason,
         },
     )

@@ -1,11 +1,14 @@
 """`python -m excimer.compute SETTINGS.toml < TOKENS`: runs one endpoint until it is told to stop."""
 
+import contextlib
 import sys
 from functools import partial
 from typing import Final
 
 from excimer.base.errors import FencedError, RefusedError
 from excimer.compute.core import EXIT_CLEAN, EXIT_FENCED, EXIT_SUSPENDED
+from excimer.compute.directory_lock import directory_lock
+from excimer.compute.kept_space import keep_within
 from excimer.compute.last_end import forget_end, record_end
 from excimer.compute.metrics import read_metrics
 from excimer.compute.postgres_process import FAST_STOP_TIMEOUT_S
@@ -34,9 +37,13 @@ async def serve(tokens: EndpointTokens, settings: ComputeSettings) -> None:
         health = Health("compute")
         spec = make_spec(settings)
         manager = Manager(spec, settings, tokens, health)
-        with rotating_logs([spec.places.postgres_log]):
-            async with serving_light_http(settings.http_listen, health, lambda: read_metrics(manager)):
-                end = await manager.run()
+        try:
+            with directory_lock(spec.places.data_dir.parent), rotating_logs([spec.places.postgres_log]):
+                async with serving_light_http(settings.http_listen, health, lambda: read_metrics(manager)):
+                    end = await manager.run()
+        finally:
+            with contextlib.suppress(OSError):
+                keep_within(settings.endpoint_dir.parent, settings.stopped_directories_max_mib << 20)
         if end.code not in AS_WANTED:
             record_end(settings.endpoint_dir, end.reason)
     if end.code == EXIT_FENCED:

@@ -31,6 +31,7 @@ DEADLINE_S_DEFAULT = 60.0
 READ_AHEAD_BLOCKS_DEFAULT = 128
 MISSES_KEPT = 8192
 WAL_SEGMENT_SIZE_DEFAULT = 16 << 20
+NO_DIRECTORY_ID = bytes(16)
 UNLIMITED = (1 << 64) - 1
 _LISTED, _GONE = 0, 2
 """States of a file (`arena.h`)."""
@@ -158,6 +159,15 @@ class Arena:
     @property
     def data_dir(self) -> Path:
         return Path(os.fsdecode(arena_file.data_dir(self._memory)))
+
+    @property
+    def directory_id(self) -> bytes:
+        """Of the data directory that it belongs to."""
+        return arena_file.directory_id(self._memory)
+
+    def renew(self) -> None:
+        """For a new PostgreSQL on a directory that was kept: what is here stays, statistics begin anew."""
+        arena_file.renew(self._memory)
 
     def set_ready(self) -> None:
         """PostgreSQL has started: from now on listings of directories are complete."""
@@ -304,6 +314,7 @@ def build_arena(
     data_dir: Path,
     wal_segment_size: int = WAL_SEGMENT_SIZE_DEFAULT,
     wal_start_lsn: Lsn = INVALID_LSN,
+    directory_id: bytes = NO_DIRECTORY_ID,
 ) -> Arena:
     """Makes the arena of a new data directory, with every block absent, and the files that must be there.
 
@@ -324,7 +335,9 @@ def build_arena(
     finally:
         os.close(descriptor)
     try:
-        arena_file.build(memory, listed, MISSES_KEPT, os.fsencode(data_dir), wal_segment_size, wal_start_lsn)
+        arena_file.build(
+            memory, listed, MISSES_KEPT, os.fsencode(data_dir), wal_segment_size, wal_start_lsn, directory_id
+        )
     except ValueError as error:
         raise BadArenaFileError(str(error)) from error
     arena = Arena(memory, settings, 0)

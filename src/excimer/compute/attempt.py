@@ -1,17 +1,19 @@
-"""One attempt: election, basebackup, data directory, postgres, and its WAL to the quorum.
+"""One attempt: election, data directory, postgres, and its WAL to the quorum.
 
 ::
 
-    elect ---> E ---> basebackup at E ---> directory + arena ---> postgres ready ---> stream WAL
-                                                                        |
-    remove everything <--- postgres is dead <---------------------------+ (stop, crash, fenced)
+                   +--warm: the directory of the last stop--------+
+    elect ---> E --+                                              +--> postgres ready ---> stream WAL
+                   +--cold: basebackup at E ---> directory, arena-+           |
+                                                                              |
+    keep it, with a record <--- clean, a quorum has all <-- postgres is dead -+ (stop, crash, fenced)
+    remove it              <--- anything else <----------------+
 
-Whatever happens, an attempt ends with postgres dead and the directory gone.
+Whatever happens, an attempt ends with postgres dead, without a directory or with one that H3 lets be used.
 """
 
 import asyncio
 import contextlib
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,8 +26,10 @@ from excimer.compute.arena import Arena, preload_environment
 from excimer.compute.backpressure import Backpressure
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
-from excimer.compute.directory_preparation import prepare_new
+from excimer.compute.directory_preparation import prepare_kept, prepare_new
+from excimer.compute.endpoint_directory import EndpointDirectory
 from excimer.compute.idle_watch import IdleWatch, Serving
+from excimer.compute.kept_directory import CleanEnd
 from excimer.compute.local_access import LocalAccess, find_superuser, write_local_access
 from excimer.compute.lsn_lease import LeasedMoment, LsnLease
 from excimer.compute.outside_work import GATE, disable_inherited_subscriptions
@@ -40,6 +44,7 @@ from excimer.compute.settings_keeper import SettingsKeeper
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
 from excimer.compute.state_keeper import FetchedState, StateKeeper
+from excimer.compute.warm_start import Cold, QuorumEnd, Warm, told
 from excimer.io.processes import describe_exit
 from excimer.pgformat.basebackup import Basebackup
 from excimer.postgres.setting_rules import check_rules
@@ -53,6 +58,8 @@ BASEBACKUP_NOTICE_S = 5.0
 AWAITED_NOTICE_S = 2.0
 """A step that takes longer is spoken of to whoever asks how the endpoint is."""
 ELECTION = "election"
+EXITS_OF_NO_START = (0, 1)
+"""As postgres ends that was told to stop, or that refuses to start; not as it crashes."""
 
 log = get_logger(__name__)
 
@@ -76,9 +83,14 @@ class Attempt:
         self._states = states
         self._on_started = on_started
         self._idle = idle
+        self._directory = EndpointDirectory(spec)
+        self.decided: Warm | Cold | None = None
+        """How it starts; None while that is not known."""
         self._options: list[str] = []
         self._settings: dict[str, str] = {}
         self._process: PostgresProcess | None = None
+        self._is_launched = False
+        self._clean_end: CleanEnd | None = None
         self._task: asyncio.Task[object] | None = None
         self._stopping = False
         self._superusers: list[str] = []
@@ -144,7 +156,7 @@ class Attempt:
     async def _run(self, scope: TaskScope) -> AttemptEnd:
         spec = self._spec
         clock = _StepClock()
-        await self._clean_up()
+        await self._end_postgres()
         # Before the election, which ends whoever else serves this timeline.
         check_port(spec.port)
         bind_listen(str(Address(spec.host, spec.port)), "PostgreSQL", is_ours=False).close()
@@ -164,26 +176,30 @@ class Attempt:
             election = await self.proposer.elect()
             end_lsn = election.start_lsn
             clock.step("election")
-        elif spec.pageserver_http_address:
+            quorum = QuorumEnd(end_lsn, election.writer)
+            self.decided = await asyncio.to_thread(self._directory.decide, quorum)
+        else:
+            await asyncio.to_thread(self._directory.begin_anew)
+        if spec.static_lsn is not None and spec.pageserver_http_address:
             self._begin(f"the pageserver to keep {format_lsn(end_lsn)}")
             await self._hold_lsn(scope, end_lsn)
-        self._begin(f"the pageserver to have WAL up to {format_lsn(end_lsn)} and send a basebackup")
-        start_lsn = await self._lay_directory(scope, end_lsn, pair, clock)
+        ingested_lsn = await self._lay_directory(scope, end_lsn, pair, clock)
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
         self._begin("PostgreSQL to accept connections")
+        self._is_launched = True
         self._process = process = await self._start_postgres()
         await self._wait_ready(process)
         assert self.arena is not None
         self.arena.set_ready()
         clock.step("postgres")
-        log.info("ready", lsn=format_lsn(start_lsn), **clock.steps_ms)
+        log.info("ready", lsn=format_lsn(end_lsn), **told(self.decided), **clock.steps_ms)
         socket_dir = str(spec.places.socket_dir)
         superuser = await find_superuser(self._superusers, socket_dir, spec.port, spec.build.version)
         address = PostgresAddress(socket_dir, spec.port, spec.build.version, superuser)
         if self.proposer is not None:
             scope.start("proposer", self.proposer.stream(address))
-            self.backpressure = self._make_backpressure(self.proposer, self.arena, start_lsn)
+            self.backpressure = self._make_backpressure(self.proposer, self.arena, ingested_lsn)
             scope.start("backpressure", self.backpressure.run())
             await self._open_gate(address)
         self._keeper.started(process.pid)
@@ -202,9 +218,15 @@ class Attempt:
         self._on_started()
         self._watch_use(scope, process, address)
         status = await process.wait_exit()
-        if self._stopping and status == 0 and self.proposer is not None:
-            await self._states.save(spec.places.data_dir, self.arena, self.proposer.commit_lsn)
+        if status == 0 and self.proposer is not None and self.backpressure is not None:
+            await self._ended_cleanly(self.proposer, self.backpressure, self.arena)
         return Ended(time.monotonic(), f"postgres {describe_exit(status)}")
+
+    async def _ended_cleanly(self, proposer: Proposer, backpressure: Backpressure, arena: Arena) -> None:
+        """What a quorum has now decides whether the directory stays, and is the state that is saved."""
+        self._clean_end = CleanEnd(proposer.commit_lsn, proposer.last_writer, backpressure.ingested_lsn)
+        if self._stopping:
+            await self._states.save(self._spec.places.data_dir, arena, proposer.commit_lsn)
 
     def _watch_use(self, scope: TaskScope, process: PostgresProcess, address: PostgresAddress) -> None:
         assert self._admission is not None
@@ -214,15 +236,34 @@ class Attempt:
     async def _lay_directory(
         self, scope: TaskScope, end_lsn: Lsn, pair: CertificatePair | None, clock: "_StepClock"
     ) -> Lsn:
-        """Where it begins. What was fetched for it, megabytes, is let go of: it is on disk."""
+        """How far the pageserver has surely ingested. What was fetched, megabytes, is let go of again."""
+        if isinstance(self.decided, Warm):
+            record = self.decided.record
+            prepared = await asyncio.to_thread(
+                prepare_kept, self._spec, record, self._list(), token=self._tokens().read_pages, pair=pair
+            )
+            self.arena, self._options, self._superusers = prepared
+            return record.ingested_lsn
+        self._begin(f"the pageserver to have WAL up to {format_lsn(end_lsn)} and send a basebackup")
         fetching = None
         if self._spec.static_lsn is None:
             fetching = scope.start("saved state", self._states.fetch(end_lsn))
         backup = await self._fetch_basebackup(end_lsn)
         saved = None if fetching is None else await fetching
         clock.step("basebackup")
-        await asyncio.to_thread(self._prepare, backup, pair, saved)
+        await asyncio.to_thread(self._lay, backup, pair, saved)
         return Lsn(backup.lsn)
+
+    def _lay(self, backup: Basebackup, pair: CertificatePair | None, saved: FetchedState | None) -> None:
+        settings, token = self._list(), self._tokens().read_pages
+        resumption = self._states.resume(saved, backup)
+        prepared = prepare_new(self._spec, backup, settings, token=token, pair=pair, resumption=resumption)
+        self.arena, self._options, self._superusers = prepared
+
+    def _list(self) -> dict[str, str]:
+        """The endpoint's own list of settings, with which postgres is about to start."""
+        self._settings = check_rules(self._keeper.starting())
+        return self._settings
 
     async def _open_gate(self, address: PostgresAddress) -> None:
         """Lets subscriptions be applied, as soon as none is enabled that the branch only inherited."""
@@ -286,15 +327,6 @@ class Attempt:
         finally:
             notice.cancel()
 
-    def _prepare(self, backup: Basebackup, pair: CertificatePair | None, saved: FetchedState | None) -> None:
-        self._settings = check_rules(self._keeper.starting())
-        token = self._tokens().read_pages
-        resumption = self._states.resume(saved, backup)
-        prepared = prepare_new(
-            self._spec, backup, self._settings, token=token, pair=pair, resumption=resumption
-        )
-        self.arena, self._options, self._superusers = prepared
-
     async def _start_postgres(self) -> PostgresProcess:
         spec = self._spec
         self._admission = Admission.make(spec.places.data_dir)
@@ -317,22 +349,33 @@ class Attempt:
         )
 
     async def _clean_up(self) -> None:
-        """Kills what runs in the directory and removes it: the cache is never used twice (H2)."""
+        """Kills what runs in the directory; unless it was closed cleanly, it goes (H2, H3)."""
         self._keeper.ended()
-        if self._process is not None:
-            await self._process.stop(fast=False)
+        await self._end_postgres()
         if self.proposer is not None:
             self.proposer.close()
         if self._admission is not None:
             self._admission.close()
         if self.arena is not None:
+            self.arena.set_token("")  # it may stay, and nobody needs this any more
             self.arena.close()
             self.arena = None
+        await asyncio.to_thread(
+            self._directory.finish, self._clean_end, self._superusers, never_began=self._never_began()
+        )
+
+    def _never_began(self) -> bool:
+        """Postgres was not started, or has refused to start, or was told to stop before it had."""
+        if self._process is None:
+            return not self._is_launched
+        return self._process.exit_status in EXITS_OF_NO_START
+
+    async def _end_postgres(self) -> None:
+        if self._process is not None:
+            await self._process.stop(fast=False)
         places = self._spec.places
         places.local_access.unlink(missing_ok=True)
         await kill_left_behind(places.data_dir)
-        await asyncio.to_thread(shutil.rmtree, places.data_dir, True)
-        places.arena.unlink(missing_ok=True)
 
 
 def _page_relay(spec: ComputeSpec) -> contextlib.AbstractAsyncContextManager[None]:

@@ -11,7 +11,8 @@
     RUNNING --suspend: as stop, and is told apart from it
 
 An *attempt* is one start of postgres on one data directory. It ends with exactly one of `Ended`,
-`StartFailed` and `Fenced`, after its postgres is dead and its directory is gone.
+`StartFailed` and `Fenced`, after its postgres is dead, and its directory is gone or closed for the next start
+(H3).
 
 There is no recovery path: a crashed compute starts afresh at the new end of WAL, with a delay that
 doubles while it keeps failing. A fenced one never starts again, because a newer compute owns the

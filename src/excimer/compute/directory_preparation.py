@@ -1,33 +1,52 @@
 """Makes ready what postgres is started on: its data directory, the arena beside it, its options.
 
-What depends on the endpoint (configuration, who may connect, certificates, where pages come from) is written
-at each start.
+A new directory is laid, or one that the last stop left is used as it is. What depends on the endpoint
+(configuration, who may connect, certificates, where pages come from) is written at each start.
 
-Not here: what a new directory must hold (`data_directory`), the arena's bytes (`arena`).
+Not here: what a new directory must hold (`data_directory`), the arena's bytes (`arena`), whether one that was
+kept may be used (`warm_start`).
 """
 
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from excimer.base.address import Address
 from excimer.base.lsn import MAX_LSN, Lsn
 from excimer.compute.arena import Arena, ArenaFile, ArenaSettings, build_arena
 from excimer.compute.client_authentication import installation_users, render_hba, render_ident
-from excimer.compute.data_directory import NOTHING_CARRIED, plan_data_directory, write_data_directory
-from excimer.compute.local_access import superuser_names
-from excimer.compute.outside_work import module_arguments, preloaded_libraries
+from excimer.compute.data_directory import (
+    NOTHING_CARRIED,
+    plan_data_directory,
+    write_data_directory,
+    write_private,
+)
+from excimer.compute.kept_directory import CONTROL_FILE_NAME, DIRECTORY_ID_NAME, new_directory_id
+from excimer.compute.local_access import kept_superuser_names, superuser_names
+from excimer.compute.outside_work import GATE, module_arguments, preloaded_libraries
 from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
-from excimer.compute.server_certificate import CertificatePair, install_pair
+from excimer.compute.server_certificate import CertificatePair, install_pair, remove_pair
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.state_resumption import Resumption
-from excimer.pgformat.auto_conf import AUTO_CONF_NAME, render_auto_conf
+from excimer.compute.warm_start import ShutdownRecord
+from excimer.pgformat.auto_conf import AUTO_CONF_NAME, AUTO_CONF_NEW_NAME, render_auto_conf
 from excimer.pgformat.basebackup import Basebackup, origins_setting
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
+from excimer.pgformat.replication_origins import ORIGINS_PATH, count_origins
 from excimer.pgformat.wal_prefix import WalPrefix, build_wal_prefix
 from excimer.postgres import extension_hint
 from excimer.service.tls import has_tls
+
+NOT_KEPT: Final = (
+    GATE,
+    AUTO_CONF_NEW_NAME,
+    "postmaster.pid",
+    "standby.signal",
+    "recovery.signal",
+    "backup_label",
+)
+"""What would make a start other than the one of a primary that was shut down, if somebody had left it."""
 
 
 class Prepared(NamedTuple):
@@ -71,7 +90,9 @@ def prepare_new(
     else:
         carried, prefix = resumption.carried, resumption.prefix
     history = History(control, backup.origin_count, superuser_names(backup))
-    options, configuration = configure(spec, history, settings)
+    directory_id = new_directory_id()
+    options, configuration = _configure(spec, history, settings)
+    configuration.append((DIRECTORY_ID_NAME, directory_id.hex().encode()))
     plan = plan_data_directory(
         backup, prefix, configuration, control.wal_segment_size, hot_standby=is_static, carried=carried
     )
@@ -81,10 +102,11 @@ def prepare_new(
     arena = build_arena(
         spec.places.arena,
         files=[ArenaFile(file.path, file.blocks) for file in plan.lazy_files],
-        settings=page_source(spec, token, not_modified_since=lsn),
+        settings=_page_source(spec, token, not_modified_since=lsn),
         data_dir=spec.places.data_dir,
         wal_segment_size=control.wal_segment_size,
         wal_start_lsn=lsn if resumption is None else resumption.wal_lsn,
+        directory_id=directory_id,
     )
     arena.place_pages(plan.inline_runs)
     return Prepared(arena, options, history.superusers)
@@ -102,7 +124,39 @@ def _recovery_prefix(backup: Basebackup, control: ControlFile, *, hot_standby: b
     )
 
 
-def configure(
+def prepare_kept(
+    spec: ComputeSpec,
+    record: ShutdownRecord,
+    settings: Mapping[str, str],
+    *,
+    token: str,
+    pair: CertificatePair | None,
+) -> Prepared:
+    """The directory of `record`, which has been taken away. Absent blocks are those of its first start.
+
+    PostgreSQL's own files stay as they are. Raises `PostgresSettingError`, CorruptionError, OSError.
+    """
+    data_dir, version = spec.places.data_dir, spec.build.version
+    control = ControlFile.unpack((data_dir / CONTROL_FILE_NAME).read_bytes(), version)
+    origins = (data_dir / ORIGINS_PATH).read_bytes() if (data_dir / ORIGINS_PATH).exists() else None
+    superusers = kept_superuser_names(data_dir, record.superusers)
+    history = History(control, 0 if origins is None else count_origins(origins), superusers)
+    options, configuration = _configure(spec, history, settings)
+    for name in NOT_KEPT:
+        (data_dir / name).unlink(missing_ok=True)
+    for name, content in configuration:
+        write_private(data_dir / name, content)
+    if pair is None:
+        remove_pair(data_dir)
+    else:
+        install_pair(pair, data_dir)
+    arena = Arena.open(spec.places.arena)
+    arena.renew()
+    arena.change(_page_source(spec, token, not_modified_since=arena.settings.not_modified_since))
+    return Prepared(arena, options, history.superusers)
+
+
+def _configure(
     spec: ComputeSpec, history: History, settings: Mapping[str, str]
 ) -> tuple[list[str], list[tuple[str, bytes]]]:
     """Options of the postgres program, and the configuration files with their names."""
@@ -135,7 +189,7 @@ def configure(
     return options, [(name, text.encode()) for name, text in files]
 
 
-def page_source(spec: ComputeSpec, token: str, *, not_modified_since: Lsn) -> ArenaSettings:
+def _page_source(spec: ComputeSpec, token: str, *, not_modified_since: Lsn) -> ArenaSettings:
     """Where absent blocks come from, as of when."""
     return ArenaSettings(
         pageserver_address=str(spec.places.page_socket) if has_tls() else spec.pageserver_address,

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from excimer.base.address import Address
-from excimer.base.keys import GLOBAL_TABLESPACE, Fork, KeyKind, parse_key
+from excimer.base.keys import BLOCK_SIZE_BYTES, GLOBAL_TABLESPACE, Fork, KeyKind, parse_key
 from excimer.pgformat.basebackup import Basebackup
 from excimer.pgformat.relation_map import parse_relation_map
 from excimer.pgformat.role_catalog import AUTHID_OID, bootstrap_superuser_names
@@ -48,10 +48,25 @@ def read_local_access(path: Path) -> LocalAccess | None:
 
 def superuser_names(backup: Basebackup) -> list[str]:
     """What the bootstrap superuser may be called, the likeliest first; never empty."""
-    names = [name for name in bootstrap_superuser_names(_authid_pages(backup)) if name.isprintable()]
+    names = _printable_names(_authid_pages(backup))
     if not names:
         log.warning("the bootstrap superuser's row is not in the basebackup", assumed=SUPERUSER)
     return names or [SUPERUSER]
+
+
+def kept_superuser_names(data_dir: Path, known: Iterable[str]) -> list[str]:
+    """The same of a directory that was shut down; `known`: as before, the likeliest first.
+
+    Blocks that are not there are zeros, in which there is no row. Raises OSError, `RelationMapError`.
+    """
+    relation_map = parse_relation_map((data_dir / GLOBAL_MAP_PATH).read_bytes())
+    content = (data_dir / "global" / str(relation_map[AUTHID_OID])).read_bytes()
+    pages = [content[start : start + BLOCK_SIZE_BYTES] for start in range(0, len(content), BLOCK_SIZE_BYTES)]
+    return list(dict.fromkeys([*_printable_names(pages), *known]))
+
+
+def _printable_names(pages: Iterable[bytes]) -> list[str]:
+    return [name for name in bootstrap_superuser_names(pages) if name.isprintable()]
 
 
 def _authid_pages(backup: Basebackup) -> Iterable[bytes]:

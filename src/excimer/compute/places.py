@@ -16,6 +16,7 @@ from excimer.io.cache import cache_directory
 from excimer.io.processes import is_passable, make_owned_dir, unprivileged_user
 
 LOCAL_ACCESS_NAME: Final = "local_access.json"
+SHUTDOWN_RECORD_NAME: Final = "shutdown.json"
 
 
 class ComputePlaces(NamedTuple):
@@ -29,6 +30,8 @@ class ComputePlaces(NamedTuple):
     postgres_log: Path
     local_access: Path
     """Says, while PostgreSQL serves, how our own user connects to it (`local_access`)."""
+    shutdown_record: Path
+    """Says, while none does, that the data directory may be used again (`kept_directory`)."""
 
 
 def find_places(endpoint_dir: Path) -> ComputePlaces:
@@ -59,6 +62,7 @@ def locate_places(endpoint_dir: Path) -> ComputePlaces:
         settings_socket=run_dir / "settings.sock",
         postgres_log=endpoint_dir / "postgres.log",
         local_access=endpoint_dir / LOCAL_ACCESS_NAME,
+        shutdown_record=endpoint_dir / SHUTDOWN_RECORD_NAME,
     )
 
 

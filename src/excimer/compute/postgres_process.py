@@ -68,6 +68,11 @@ class PostgresProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; negative for a signal."""
+        return self._process.returncode
+
     @classmethod
     async def start(
         cls,

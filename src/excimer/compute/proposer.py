@@ -42,6 +42,7 @@ from excimer.wire.safekeeping import (
     AcceptorMessage,
     ProposerId,
     Term,
+    TermStart,
     TimelineIdentity,
     TokenRenewal,
     encode_proposer_message,
@@ -95,6 +96,8 @@ class Election(NamedTuple):
     term: Term
     start_lsn: Lsn
     """E: end of the last record. Committed: a majority of safekeepers has everything below."""
+    writer: TermStart | None
+    """Whose WAL ends at E; None if the history does not say."""
 
 
 class Proposer:
@@ -145,6 +148,12 @@ class Proposer:
     def commit_lsn(self) -> Lsn:
         """WAL below is durable at a majority; 0 before the election."""
         return self._core.commit_lsn
+
+    @property
+    def last_writer(self) -> TermStart | None:
+        """Whose WAL ends at the commit LSN: this proposer's own, once it has committed some."""
+        history = self._core.history
+        return None if history is None else history.writer_of(self.commit_lsn)
 
     @property
     def received_lsn(self) -> Lsn:
@@ -399,7 +408,9 @@ class Proposer:
         return frame
 
     def _won(self, term: Term, start_lsn: Lsn) -> None:
-        self._election = Election(term, start_lsn)
+        history = self._core.history
+        writer = None if history is None else history.writer_of(start_lsn)
+        self._election = Election(term, start_lsn, writer)
         self._open_window(start_lsn)
         self._changed.set()
 

@@ -103,6 +103,12 @@ def install_pair(pair: CertificatePair, data_dir: Path) -> None:
     write_private(data_dir / CERTIFICATE_NAME, pair.certificate)
 
 
+def remove_pair(data_dir: Path) -> None:
+    """Of an endpoint that no longer shows one."""
+    for name in (KEY_NAME, CERTIFICATE_NAME):
+        (data_dir / name).unlink(missing_ok=True)
+
+
 async def follow_files(
     files: CertificateFiles, installed: CertificatePair, data_dir: Path, reload: Callable[[], None]
 ) -> None:

@@ -45,6 +45,8 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Of what a clean stop saves because WAL does not carry it, before it is compressed; 0: nothing."""
     saved_unlogged_max_mib: int = 16
     """Of that, of unlogged relations; those that do not fit begin empty, as after a crash."""
+    stopped_directories_max_mib: int = 10240
+    """What the data directories of stopped endpoints beside this one may take together; 0: none is kept."""
     postgres_settings: dict[str, str] = msgspec.field(default_factory=dict)
     """The endpoint's own list at the start of the manager; later ones come from the controller."""
     quieting_id: str = ""

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from excimer.base.address import parse_address
@@ -29,6 +30,7 @@ from excimer.compute.core import (
     Wait,
 )
 from excimer.compute.idle_watch import IdleWatch, SuspensionDoor
+from excimer.compute.kept_space import keep_watching
 from excimer.compute.outside_work import OutsideWork
 from excimer.compute.places import find_places, leave_places
 from excimer.compute.server_certificate import CertificateFiles, check_listen, choose_certificate
@@ -38,6 +40,7 @@ from excimer.compute.spec import ComputeSpec
 from excimer.compute.state_collection import StateLimits
 from excimer.compute.state_keeper import StateKeeper, StateOwner
 from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
+from excimer.compute.warm_start import told
 from excimer.postgres import endpoint_module, find_build
 from excimer.postgres.setting_check import at_start_only
 from excimer.service.disk_watch import DiskWatch
@@ -60,6 +63,7 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
     )
     check_listen(listen, build, certificate)
     return ComputeSpec(
+        endpoint_name=settings.endpoint_name,
         tenant_id=parse_tenant_id(settings.tenant_id),
         timeline_id=parse_timeline_id(settings.timeline_id),
         static_lsn=parse_lsn(settings.lsn) if settings.lsn is not None else None,
@@ -138,6 +142,9 @@ class Manager:
         self._attempt: Attempt | None = None
         health.on_ask = self._report_awaited
         self.disk = DiskWatch(health, [settings.endpoint_dir], self._waiting_for_room)
+        self._watch_kept = partial(
+            keep_watching, settings.endpoint_dir.parent, settings.stopped_directories_max_mib << 20
+        )
         self.starts = 0
 
     @property
@@ -176,6 +183,7 @@ class Manager:
             loop.add_signal_handler(signal.SIGHUP, self._take_over_changes, scope)
             scope.start("renew tokens", self._renew_tokens())
             scope.supervise("disk", self.disk.run)
+            scope.supervise("kept directories", self._watch_kept)
             try:
                 return await self._drive(scope, self._endpoint.begin())
             except asyncio.CancelledError:
@@ -235,6 +243,8 @@ class Manager:
             self._attempt.renew_tokens(tokens)
 
     def _started(self) -> None:
+        if self._attempt is not None:
+            self._health.facts.update(told(self._attempt.decided))
         self._events.put_nowait(Started(time.monotonic()))
 
     async def _report_end(self, attempt: Attempt) -> None:

@@ -14,6 +14,7 @@ from excimer.postgres import PostgresBuild
 class ComputeSpec(NamedTuple):
     """The same for all attempts of one manager."""
 
+    endpoint_name: str
     tenant_id: TenantId
     timeline_id: TimelineId
     static_lsn: Lsn | None

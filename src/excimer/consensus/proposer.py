@@ -147,8 +147,8 @@ class Proposer:
         return self._leader.start_lsn if self._leader else INVALID_LSN
 
     @property
-    def horizon_lsn(self) -> Lsn:
-        return self._leader.horizon_lsn if self._leader else INVALID_LSN
+    def history(self) -> TermHistory | None:
+        return self._leader.history if self._leader else None
 
     @property
     def writable_size_bytes(self) -> int:

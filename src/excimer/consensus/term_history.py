@@ -54,6 +54,14 @@ class TermHistory:
         """The term of a log that ends at `end_lsn`: an entry that starts right there counts."""
         return self.up_to(end_lsn).last.term
 
+    def writer_of(self, end_lsn: Lsn) -> TermStart | None:
+        """Whose WAL a log that ends at `end_lsn` ends with: who only began there has written none of it.
+
+        Two logs of one timeline that end at the same LSN with the same writer hold the same bytes, as far
+        back as both go. None when the history does not say.
+        """
+        return next((entry for entry in reversed(self.entries) if entry.start_lsn < end_lsn), None)
+
     def up_to(self, end_lsn: Lsn) -> "TermHistory":
         """The history of a log that ends at `end_lsn`."""
         kept = tuple(entry for entry in self.entries if entry.start_lsn <= end_lsn)

@@ -65,17 +65,34 @@ TREES = st.lists(
 )
 
 
-@given(TREES, st.data())
-def test_common_end_agrees_with_comparing_bytes(
-    tree: list[tuple[int, int, int]], data: st.DataObject
-) -> None:
-    """Grows logs as elections do, each term from a prefix of an earlier one, and compares bytes."""
+def grow(tree: list[tuple[int, int, int]]) -> list[tuple[TermHistory, list[int]]]:
+    """Logs as elections make them, each term's from a prefix of an earlier one; a byte is who wrote it."""
     logs: list[tuple[TermHistory, list[int]]] = [(history((0, 0)), [0] * 10)]
     for term, (parent, cut, growth) in enumerate(tree, start=1):
         parent_history, parent_log = logs[parent % len(logs)]
         inherited = parent_log[:cut]
         extended = parent_history.extended(Term(term), Lsn(len(inherited)))
         logs.append((extended, inherited + [term] * growth))
+    return logs
+
+
+@given(TREES)
+def test_logs_that_end_at_one_lsn_with_one_writer_are_the_same(tree: list[tuple[int, int, int]]) -> None:
+    logs = grow(tree)
+    for one_history, one in logs:
+        writer = one_history.writer_of(Lsn(len(one)))
+        assert (None if writer is None else writer.term) == (one[-1] if one else None)
+        for other_history, other in logs:
+            if len(one) == len(other):
+                assert (writer == other_history.writer_of(Lsn(len(other)))) == (one == other)
+
+
+@given(TREES, st.data())
+def test_common_end_agrees_with_comparing_bytes(
+    tree: list[tuple[int, int, int]], data: st.DataObject
+) -> None:
+    """Byte by byte."""
+    logs = grow(tree)
     elected_history, elected_log = logs[-1]
     endless_log = elected_log + [elected_history.last.term] * 100
     mine_history, whole_log = data.draw(st.sampled_from(logs))

@@ -73,6 +73,13 @@ PORT_ATTEMPTS: Final = 5
 POSTGRES_LOG_NAME: Final = "postgres.log"
 NOWHERE: Final[dict[str, Any]] = {"listen_host": HOST, "tls_certificate_path": None, "tls_key_path": None}
 """Where an endpoint listens unless it is told."""
+NOT_RUNNING: Final[dict[str, Any]] = {
+    "pid": None,
+    "problems": [],
+    "restart_pending": [],
+    "start": None,
+    "start_reason": None,
+}
 
 for _name, _command in endpoint_access.COMMANDS.items():
     app.command(_name)(_command)
@@ -284,7 +291,7 @@ def stop(
     ] = False,
     immediate: Annotated[bool, typer.Option("--immediate", help="Kill at once; no commit is lost.")] = False,
 ) -> None:
-    """Stop an endpoint. Its local files are only a cache and are deleted.
+    """Stop an endpoint. Its local files are only a cache, with which the next start is faster.
 
     A static endpoint no longer keeps the moment that it shows: when that leaves what is retained, it cannot
     be started again. `excimer stop` keeps it.
@@ -363,6 +370,7 @@ def delete_endpoint(installation: Installation, client: ControllerClient, name: 
     with contextlib.suppress(NotFoundError):
         client.delete("endpoints", name)
     part = endpoint_part_name(name)
+    remove_remains(installation.endpoint_dir(name), kept_too=True)
     shutil.rmtree(installation.endpoint_dir(name), ignore_errors=True)
     (installation.run_dir / f"{part}.toml").unlink(missing_ok=True)
 
@@ -386,13 +394,15 @@ def list_endpoints(context: typer.Context) -> None:
 
 
 def state_of(installation: Installation, endpoint: dict[str, Any]) -> dict[str, Any]:
-    """``state``: as `part_state`, stopped, suspended, ended (by itself, for `reason`); and its `problems`."""
+    """``state``: as `part_state`, stopped, suspended, ended (by itself, for `reason`); and its `problems`.
+
+    ``start``: warm or cold, and for what ``start_reason`` without the directory that was there.
+    """
     process = _process_of(installation, endpoint["name"])
     if process is None:
         reason = end_of(installation, endpoint)
         asleep = "suspended" if endpoint["state"] == "suspended" else "stopped"
-        state = asleep if reason is None else "ended"
-        return {"state": state, "pid": None, "reason": reason, "problems": [], "restart_pending": []}
+        return NOT_RUNNING | {"state": asleep if reason is None else "ended", "reason": reason}
     state, words, facts = ask_part(installation, process, f"{HOST}:{endpoint['http_port']}")
     return {
         "state": "starting" if state == "unwell" else state,
@@ -401,6 +411,8 @@ def state_of(installation: Installation, endpoint: dict[str, Any]) -> dict[str, 
         "problems": words,
         "restart_pending": [name for name in facts.get("restart_pending", "").split(",") if name],
         **last_active_at(facts),
+        "start": facts.get("start") or None,
+        "start_reason": facts.get("start_reason") or None,
     }
 
 
@@ -487,6 +499,7 @@ def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
         ("mode", value["mode"] + (f" at {value['lsn']}" if value["lsn"] else "")),
         ("PostgreSQL", str(value["pg_version"])),
         ("process", str(value["pid"] or "")),
+        ("started", ": ".join(filter(None, [value["start"], value["start_reason"]]))),
         ("made", value["created_at"][:19].replace("T", " ") + " UTC"),
         ("last used", shown_use(value["last_active_at"], time.time())),
         ("suspends", _suspends(value)),
