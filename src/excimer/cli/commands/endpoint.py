@@ -5,7 +5,7 @@ Not here: how clients reach them (`endpoint_access`).
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -29,9 +29,9 @@ from excimer.cli.commands.endpoint_suspend import (
     change_delay,
     last_active_at,
     parse_delay,
+    patch_suspension,
     shown_delay,
     shown_use,
-    tell,
 )
 from excimer.cli.commands.logs import FollowOption, LinesOption, show_log
 from excimer.cli.controller_client import ControllerClient
@@ -152,10 +152,13 @@ def create(
         _check_wish(installation, access, pg_port, branch_of(client, tenant, branch_name))
     endpoint = create_endpoint(installation, body | access, pg_port)
     url = url_of(installation, endpoint, find_credentials(installation, client, endpoint))
-    session.say(
-        f"endpoint {name} made on branch {endpoint['branch']}; next: excimer endpoint start {name}\n{url}",
-        endpoint | {"url": url},
-    )
+    session.say(f"{_shown_new(endpoint)}\n{url}", endpoint | {"url": url})
+
+
+def _shown_new(endpoint: Mapping[str, Any]) -> str:
+    name, delay_s = endpoint["name"], endpoint["suspend_delay_s"]
+    until = f"; it is suspended when nobody used it for {shown_delay(delay_s)}" if delay_s else ""
+    return f"endpoint {name} made on branch {endpoint['branch']}{until}; next: excimer endpoint start {name}"
 
 
 def _check_wish(
@@ -307,7 +310,7 @@ def stop(
     if destroy:
         delete_endpoint(installation, client, name)
     else:
-        tell(client, name, state="stopped")
+        patch_suspension(client, name, state="stopped")
         if endpoint["mode"] == "static":
             client.post("endpoints", name, "release", body=None)
     was_there = was_running or endpoint["state"] == "suspended"
@@ -342,7 +345,7 @@ def suspend(context: typer.Context, name: OptionalEndpointArgument = None, after
     if not was_running and not is_suspended:
         raise NotRunningError(f"endpoint {name} does not run: there is nothing to suspend")
     if was_running:
-        endpoint |= tell(client, name, state="suspended", reason="asked")
+        endpoint |= patch_suspension(client, name, state="suspended", reason="asked")
     session.say(
         f"endpoint {name} suspended" if was_running else f"endpoint {name} is suspended already",
         endpoint | {"suspended": was_running},

@@ -92,7 +92,7 @@ def last_active_at(facts: Mapping[str, str]) -> dict[str, str]:
     return {"last_active_at": datetime.fromtimestamp(int(said), UTC).isoformat()} if said else {}
 
 
-def tell(client: ControllerClient, name: str, **changes: Any) -> dict[str, Any]:
+def patch_suspension(client: ControllerClient, name: str, **changes: Any) -> dict[str, Any]:
     """The controller's answer to what has become of an endpoint, or is to become."""
     answer: dict[str, Any] = client.patch("endpoints", name, "suspension", body=changes)
     return answer
@@ -103,7 +103,7 @@ def change_delay(
 ) -> dict[str, Any]:
     """Keeps it, and has a compute that runs take it over. Answers the endpoint's row, and ``in_force``."""
     name = str(endpoint["name"])
-    answer = tell(client, name, suspend_delay_s=delay_s)
+    answer = patch_suspension(client, name, suspend_delay_s=delay_s)
     process = find_process(installation, endpoint_part_name(name), installation.endpoint_dir(name))
     in_force = True
     if process is not None:

@@ -146,4 +146,6 @@ def _ensure_endpoint(installation: Installation) -> None:
     try:
         ControllerClient(installation).get("endpoints", ENDPOINT)
     except NotFoundError:
-        create_endpoint(installation, {"name": ENDPOINT, "branch": "main"}, None)
+        # Never suspended: its URL is printed, and nothing wakes an endpoint yet when a client connects.
+        body = {"name": ENDPOINT, "branch": "main", "suspend_delay_s": 0}
+        create_endpoint(installation, body, None)
