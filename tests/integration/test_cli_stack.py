@@ -68,10 +68,22 @@ def stack() -> Iterator[Stack]:
         shutil.rmtree(root)
 
 
+def wait_for_main(command: "subprocess.Popen[str]") -> None:
+    """Until the command line has taken over signals: before that, an interrupted Python has its own words."""
+    while command.poll() is None:
+        status = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{command.pid}/status").read_text().splitlines()
+        )
+        if int(status.get("SigCgt", "0"), 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.005)
+
+
 def test_up_comes_up_however_often_it_was_interrupted(stack: Stack) -> None:
     """Each goes on with what the one before has left; at last two at once."""
     for step, wait_s in enumerate((0.4, 0.8, 1.3, 1.9, 2.6, 3.4)):
         begun = stack.begin("up", "--safekeepers", "1")
+        wait_for_main(begun)
         time.sleep(wait_s)
         begun.send_signal(signal.SIGKILL if step % 2 else signal.SIGINT)
         _, errors = begun.communicate(timeout=COMMAND_TIMEOUT_S)
@@ -135,11 +147,12 @@ def test_an_interrupted_start_is_repaired_by_the_next(stack: Stack) -> None:
     for wait_s in (0.1, 0.6):
         stack.json("stop")
         start = stack.begin("start")
+        wait_for_main(start)
         time.sleep(wait_s)
         start.send_signal(signal.SIGINT)
         _, errors = start.communicate(timeout=COMMAND_TIMEOUT_S)
-        assert start.returncode in (130, -signal.SIGINT, 0), errors
-        assert "Traceback" not in errors or start.returncode == -signal.SIGINT
+        assert start.returncode in (130, 0), errors
+        assert "Traceback" not in errors
         stack.json("start")
     assert "no endpoint runs: `excimer endpoint start NAME`" in stack.run("start")[2]
     assert stack.json("endpoint", "start", "main")["started"]
