@@ -15,8 +15,10 @@ from excimer.compute.attempt import Attempt
 from excimer.compute.core import (
     EXIT_CLEAN,
     EXIT_SUSPENDED,
+    AttemptEnd,
     DelayOver,
     Effect,
+    Ended,
     Endpoint,
     Event,
     Exit,
@@ -248,7 +250,12 @@ class Manager:
         self._events.put_nowait(Started(time.monotonic()))
 
     async def _report_end(self, attempt: Attempt) -> None:
-        self._events.put_nowait(await attempt.run())
+        end: AttemptEnd | None = None
+        try:
+            end = await attempt.run()
+        finally:
+            # Unforeseen errors end the manager, too, which on its way waits until the attempt has ended.
+            self._events.put_nowait(end or Ended(time.monotonic(), "an unforeseen error"))
 
     async def _report_delay(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
