@@ -1,9 +1,11 @@
 """A whole installation whose services speak TLS: everything works, nothing is said in clear."""
 
+import io
 import json
 import socket
 import ssl
 import subprocess
+import tarfile
 import tomllib
 from collections.abc import Iterator
 from functools import partial
@@ -124,8 +126,8 @@ def shown_by_postgres(address: Address, ca: Path) -> bytes:
             return secure.getpeercert(binary_form=True) or b""
 
 
-def take_backup(url: str) -> None:
-    """By pg_basebackup, as a tar that nobody keeps."""
+def take_backup(url: str) -> bytes:
+    """By pg_basebackup, as a tar."""
     build = build_of(TLS_VERSION)
     command = [
         str(build.program("pg_basebackup")),
@@ -143,7 +145,7 @@ def take_backup(url: str) -> None:
     environment = program_environment(build.environment())
     taken = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
     assert taken.returncode == 0, taken.stderr
-    assert b"backup_label" in taken.stdout
+    return taken.stdout
 
 
 def test_endpoints_show_a_certificate_of_the_installation_where_their_build_can(stack: Stack) -> None:
@@ -159,14 +161,21 @@ def test_endpoints_show_a_certificate_of_the_installation_where_their_build_can(
     verified = url.replace("require", "verify-full") + "&sslrootcert="
     with psycopg.connect(verified + str(files / "ca.pem"), autocommit=True) as connection:
         assert connection.pgconn.ssl_in_use
-        row = connection.execute("select pg_read_file('server.key')").fetchone()
+        row = connection.execute("select pg_read_file(current_setting('ssl_key_file'))").fetchone()
         assert row is not None
         assert row[0] == (files / "server.key").read_text() != (files.parent / "server.key").read_text()
+        with pytest.raises(psycopg.errors.UndefinedFile):
+            connection.execute("select pg_read_file('server.key')")
     with pytest.raises(psycopg.OperationalError, match="certificate verify failed"):
         psycopg.connect(verified + str(files.parent / "ca.pem"))
     # 14's libpq does not look for addresses in a certificate.
-    take_backup(url.replace("require", "verify-ca") + f"&sslrootcert={files / 'ca.pem'}")
-    assert (stack.data_dir("secure") / "server.key").stat().st_mode & 0o777 == 0o600
+    backup = take_backup(url.replace("require", "verify-ca") + f"&sslrootcert={files / 'ca.pem'}")
+    with tarfile.open(fileobj=io.BytesIO(backup)) as content:
+        names = set(content.getnames())
+    assert "backup_label" in names
+    assert names.isdisjoint({"server.key", "server.crt", "excimer_admission"})
+    assert b"PRIVATE KEY" not in backup
+    assert (stack.data_dir("secure").parent / "server.key").stat().st_mode & 0o777 == 0o600
     main = "require" if build_of(NEWEST_VERSION).features.tls else "disable"
     assert stack.json("endpoint", "url", "main")["url"].endswith(f"?sslmode={main}")
     found = {row["check"]: row for row in json.loads(stack.run("--json", "doctor").stdout)["findings"]}
@@ -178,8 +187,18 @@ def test_endpoints_show_a_certificate_of_the_installation_where_their_build_can(
     stack.wait_until(
         lambda: shown_by_postgres(address, files / "ca.pem") == new, "the new certificate at PostgreSQL"
     )
+    in_use = stack.data_dir("secure").parent
+    (in_use / "pgdata" / "server.key").write_text("of an older Excimer")
+    stack.text("endpoint", "stop", "secure")
+    assert not (in_use / "server.key").exists(), "a stopped endpoint needs none"
+    stack.text("endpoint", "start", "secure")
+    assert stack.json("endpoint", "show", "secure")["start"] == "warm"
+    assert not (in_use / "pgdata" / "server.key").exists()
+    address = Address("127.0.0.1", stack.endpoint("secure")["port"])
+    assert shown_by_postgres(address, files / "ca.pem") == new
     for name in ("wide", "secure"):
         stack.text("endpoint", "stop", name, "--destroy", "--immediate")
+    assert not (in_use / "server.key").exists()
 
 
 def test_a_lost_certificate_is_made_anew_and_loaded_while_all_runs(stack: Stack) -> None:

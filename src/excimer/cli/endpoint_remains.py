@@ -21,7 +21,7 @@ def remove_remains(endpoint_dir: Path, *, kept_too: bool = False) -> None:
         from excimer.compute.postgres_process import kill_left_behind
 
         asyncio.run(kill_left_behind(places.data_dir))
-        with directory_lock(places.data_dir.parent):
+        with directory_lock(places.run_dir):
             discard(places)
         places.settings_socket.unlink(missing_ok=True)
     leave_places(places)

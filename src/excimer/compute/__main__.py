@@ -38,7 +38,7 @@ async def serve(tokens: EndpointTokens, settings: ComputeSettings) -> None:
         spec = make_spec(settings)
         manager = Manager(spec, settings, tokens, health)
         try:
-            with directory_lock(spec.places.data_dir.parent), rotating_logs([spec.places.postgres_log]):
+            with directory_lock(spec.places.run_dir), rotating_logs([spec.places.postgres_log]):
                 async with serving_light_http(settings.http_listen, health, lambda: read_metrics(manager)):
                     end = await manager.run()
         finally:

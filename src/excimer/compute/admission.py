@@ -6,7 +6,7 @@
     u32 state     0 open, 1 held, 2 shut
     u32 unused
 
-The file lies in the data directory; the endpoint module (`csrc/endpoint/admission.c`) maps it in every
+The file lies beside the data directory; the endpoint module (`csrc/endpoint/admission.c`) maps it in every
 process. There stands why no client goes in that the manager has not seen: a client counts itself before it
 reads the state, and the manager sets the state before it reads the count. Between its two steps the manager
 asks PostgreSQL something, which is a barrier to whatever processor there is.
@@ -24,7 +24,7 @@ from typing import Final
 from excimer.io.processes import give_to_user
 
 ADMISSION_NAME: Final = "excimer_admission"
-"""In the data directory; given to the module as excimer.admission_file."""
+"""Given to the module, with its directory, as excimer.admission_file."""
 
 OWN_NAMES: Final = "excimer_"
 """How the application names of our own connections begin, which do not count. Same as in admission.c."""
@@ -42,6 +42,11 @@ class Door(IntEnum):
     """Who comes is refused with SQLSTATE 57P03."""
 
 
+def remove_admission(directory: Path) -> None:
+    """Of a PostgreSQL that is gone."""
+    (directory / ADMISSION_NAME).unlink(missing_ok=True)
+
+
 class Admission:
     """The manager's end. `make` it before PostgreSQL starts; `close` it when PostgreSQL is gone."""
 
@@ -49,9 +54,9 @@ class Admission:
         self._shared = shared
 
     @classmethod
-    def make(cls, data_dir: Path) -> "Admission":
+    def make(cls, directory: Path) -> "Admission":
         """A new file, open and without logins, whatever an earlier PostgreSQL has left. Raises OSError."""
-        path = data_dir / ADMISSION_NAME
+        path = directory / ADMISSION_NAME
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

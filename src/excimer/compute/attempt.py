@@ -38,7 +38,7 @@ from excimer.compute.position_client import PositionClient
 from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, check_port, kill_left_behind
 from excimer.compute.postgres_settings import access_arguments
 from excimer.compute.proposer import PostgresAddress, Proposer
-from excimer.compute.server_certificate import CertificatePair, follow_files, read_pair
+from excimer.compute.server_certificate import CertificatePair, follow_files, installed_files, read_pair
 from excimer.compute.server_look import look_at_server
 from excimer.compute.settings_keeper import SettingsKeeper
 from excimer.compute.spec import ComputeSpec
@@ -204,7 +204,7 @@ class Attempt:
             await self._open_gate(address)
         self._keeper.started(process.pid)
         if spec.certificate is not None and pair is not None:
-            following = follow_files(spec.certificate, pair, spec.places.data_dir, process.reload)
+            following = follow_files(spec.certificate, pair, spec.places.run_dir, process.reload)
             scope.start("certificate", following)
         access = LocalAccess(
             socket_dir=socket_dir,
@@ -329,7 +329,7 @@ class Attempt:
 
     async def _start_postgres(self) -> PostgresProcess:
         spec = self._spec
-        self._admission = Admission.make(spec.places.data_dir)
+        self._admission = Admission.make(spec.places.run_dir)
         environment = spec.build.whole_environment(
             preload_environment(spec.places.arena) | {"LC_ALL": "C.UTF-8"}
         )
@@ -344,7 +344,7 @@ class Attempt:
                 port=spec.port,
                 socket_dir=str(spec.places.socket_dir),
                 data_dir=str(spec.places.data_dir),
-                has_tls=spec.certificate is not None,
+                certificate=None if spec.certificate is None else installed_files(spec.places.run_dir),
             ),
         )
 

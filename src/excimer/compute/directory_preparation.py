@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from excimer.base.address import Address
 from excimer.base.lsn import MAX_LSN, Lsn
+from excimer.compute.admission import ADMISSION_NAME
 from excimer.compute.arena import Arena, ArenaFile, ArenaSettings, build_arena
 from excimer.compute.client_authentication import installation_users, render_hba, render_ident
 from excimer.compute.data_directory import (
@@ -25,7 +26,13 @@ from excimer.compute.kept_directory import CONTROL_FILE_NAME, DIRECTORY_ID_NAME,
 from excimer.compute.local_access import kept_superuser_names, superuser_names
 from excimer.compute.outside_work import GATE, module_arguments, preloaded_libraries
 from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
-from excimer.compute.server_certificate import CertificatePair, install_pair, remove_pair
+from excimer.compute.server_certificate import (
+    CERTIFICATE_NAME,
+    KEY_NAME,
+    CertificatePair,
+    install_pair,
+    remove_pair,
+)
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.state_resumption import Resumption
 from excimer.compute.warm_start import ShutdownRecord
@@ -47,6 +54,8 @@ NOT_KEPT: Final = (
     "backup_label",
 )
 """What would make a start other than the one of a primary that was shut down, if somebody had left it."""
+BESIDE: Final = (KEY_NAME, CERTIFICATE_NAME, ADMISSION_NAME)
+"""What an older Excimer put into the directory, where base backups find it."""
 
 
 class Prepared(NamedTuple):
@@ -98,7 +107,7 @@ def prepare_new(
     )
     write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
     if pair is not None:
-        install_pair(pair, spec.places.data_dir)
+        install_pair(pair, spec.places.run_dir)
     arena = build_arena(
         spec.places.arena,
         files=[ArenaFile(file.path, file.blocks) for file in plan.lazy_files],
@@ -142,14 +151,14 @@ def prepare_kept(
     superusers = kept_superuser_names(data_dir, record.superusers)
     history = History(control, 0 if origins is None else count_origins(origins), superusers)
     options, configuration = _configure(spec, history, settings)
-    for name in NOT_KEPT:
+    for name in (*NOT_KEPT, *BESIDE):
         (data_dir / name).unlink(missing_ok=True)
     for name, content in configuration:
         write_private(data_dir / name, content)
     if pair is None:
-        remove_pair(data_dir)
+        remove_pair(spec.places.run_dir)
     else:
-        install_pair(pair, data_dir)
+        install_pair(pair, spec.places.run_dir)
     arena = Arena.open(spec.places.arena)
     arena.renew()
     arena.change(_page_source(spec, token, not_modified_since=arena.settings.not_modified_since))
@@ -171,6 +180,7 @@ def _configure(
         spec.outside_work,
         is_static=is_static,
         extension_hint=extension_hint(spec.build),
+        admission_file=spec.places.run_dir / ADMISSION_NAME,
     )
     postgresql_conf = render_postgres_settings(
         pg_version=pg_version,

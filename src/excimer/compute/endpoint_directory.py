@@ -14,6 +14,7 @@ from excimer.compute.kept_directory import (
     owner_of,
     read_boot_id,
     read_record,
+    remove_lent,
     take_record,
     why_not_kept,
     write_record,
@@ -72,6 +73,7 @@ class EndpointDirectory:
         if record is None:
             discard(self._places)
         else:
+            remove_lent(self._places)
             write_record(self._places, record)
 
     def _untouched(self) -> ShutdownRecord | None:

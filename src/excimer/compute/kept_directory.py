@@ -27,8 +27,10 @@ import msgspec
 
 from excimer.base.errors import CorruptionError
 from excimer.base.lsn import WAL_PAGE_SIZE_BYTES, Lsn, format_lsn
+from excimer.compute.admission import remove_admission
 from excimer.compute.arena import Arena
 from excimer.compute.places import ComputePlaces
+from excimer.compute.server_certificate import remove_pair
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.warm_start import FoundDirectory, Owner, ShutdownRecord
 from excimer.io.private_files import write_private
@@ -159,27 +161,34 @@ def make_record(
         ingested_lsn=end.ingested_lsn,
         superusers=tuple(superusers),
         stopped_at_s=time.time(),
-        size_bytes=disk_usage_bytes(places.data_dir.parent),
+        size_bytes=disk_usage_bytes(places.run_dir),
     )
 
 
 def discard(places: ComputePlaces) -> None:
-    """Removes a directory, its arena and its record, in an order that never leaves it looking usable. Blocks.
+    """Removes a directory, what is beside it and its record; at no point does it look usable. Blocks.
 
     Also what an earlier removal did not finish.
     """
     hide(places)
-    remove_hidden(places.data_dir.parent)
+    remove_hidden(places.run_dir)
 
 
 def hide(places: ComputePlaces) -> None:
     """The quick part of `discard`: nobody finds anything any more, and its place is free."""
     places.shutdown_record.unlink(missing_ok=True)
     places.arena.unlink(missing_ok=True)
+    remove_lent(places)
     if places.data_dir.is_symlink():
         places.data_dir.unlink()
     elif places.data_dir.exists():
         places.data_dir.rename(places.data_dir.with_name(f"{REMOVED}{secrets.token_hex(8)}"))
+
+
+def remove_lent(places: ComputePlaces) -> None:
+    """What each start makes anew for its PostgreSQL: the certificate, its key, the door."""
+    remove_pair(places.run_dir)
+    remove_admission(places.run_dir)
 
 
 def remove_hidden(run_dir: Path) -> None:

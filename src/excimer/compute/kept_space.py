@@ -64,7 +64,7 @@ def find_kept(endpoints_dir: Path) -> Iterator[KeptEntry]:
 def _remove(entry: KeptEntry) -> bool:
     """False if it is in use, or cannot be removed."""
     places = locate_places(entry.endpoint_dir)
-    run_dir = places.data_dir.parent
+    run_dir = places.run_dir
     try:
         with directory_lock(run_dir, wait_s=0):
             is_kept = places.shutdown_record.exists()

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from excimer.base.address import Address
-from excimer.compute.admission import ADMISSION_NAME
 from excimer.compute.proposer import PostgresAddress
 from excimer.postgres import PostgresBuild
 from excimer.postgres.library_lists import split_libraries
@@ -112,7 +111,13 @@ def is_no_database(error: PostgresError) -> bool:
 
 
 def module_arguments(
-    module: Path, preloaded: list[str], work: OutsideWork, *, is_static: bool, extension_hint: str
+    module: Path,
+    preloaded: list[str],
+    work: OutsideWork,
+    *,
+    is_static: bool,
+    extension_hint: str,
+    admission_file: Path,
 ) -> list[str]:
     """Options of the postgres program that preload `module`, after `preloaded`, and say what it is to hold.
 
@@ -124,7 +129,7 @@ def module_arguments(
         "excimer.subscriptions_wait": "on" if waits else "off",
         "excimer.extension_workers": "on" if work.runs_extension_workers else "off",
         "excimer.extension_hint": extension_hint,
-        "excimer.admission_file": ADMISSION_NAME,
+        "excimer.admission_file": str(admission_file),
     }
     return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
 

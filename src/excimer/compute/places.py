@@ -20,6 +20,8 @@ SHUTDOWN_RECORD_NAME: Final = "shutdown.json"
 
 
 class ComputePlaces(NamedTuple):
+    run_dir: Path
+    """Belongs to PostgreSQL's user. Beside the data directory lies here what no base backup may have."""
     data_dir: Path
     arena: Path
     socket_dir: Path
@@ -40,7 +42,7 @@ def find_places(endpoint_dir: Path) -> ComputePlaces:
     Makes the directories around them, not the data directory itself.
     """
     places = locate_places(endpoint_dir)
-    make_owned_dir(places.data_dir.parent)
+    make_owned_dir(places.run_dir)
     make_owned_dir(places.socket_dir)
     return places
 
@@ -55,6 +57,7 @@ def locate_places(endpoint_dir: Path) -> ComputePlaces:
         run_dir = cache_directory() / "computes" / name
     socket_dir = Path(tempfile.gettempdir()) / f"excimer-{name}"
     return ComputePlaces(
+        run_dir=run_dir,
         data_dir=run_dir / "pgdata",
         arena=run_dir / "arena",
         socket_dir=socket_dir,

@@ -12,6 +12,7 @@ here) gives up the wait for one's own commits, as PostgreSQL documents it.
 
 from collections.abc import Mapping
 
+from excimer.compute.server_certificate import CertificateFiles
 from excimer.pgformat.auto_conf import render_settings
 from excimer.pgformat.control_file import ControlFile
 from excimer.postgres.setting_rules import whole_number
@@ -93,18 +94,24 @@ def fixed_arguments(
     return _arguments(FIXED | raised)
 
 
-def access_arguments(*, host: str, port: int, socket_dir: str, data_dir: str, has_tls: bool) -> list[str]:
-    """Options that say where clients connect and by which rules, above postgresql.auto.conf as well."""
+def access_arguments(
+    *, host: str, port: int, socket_dir: str, data_dir: str, certificate: CertificateFiles | None
+) -> list[str]:
+    """Options that say where clients connect and by which rules, above postgresql.auto.conf as well.
+
+    `certificate`: PostgreSQL's own copies; None: clients are not offered TLS.
+    """
     access = {
         "listen_addresses": host,
         "port": str(port),
         "unix_socket_directories": socket_dir,
         "hba_file": f"{data_dir}/pg_hba.conf",
         "ident_file": f"{data_dir}/pg_ident.conf",
-        "ssl": "on" if has_tls else "off",
+        "ssl": "off" if certificate is None else "on",
     }
-    if has_tls:
-        access |= {"ssl_cert_file": "server.crt", "ssl_key_file": "server.key", "ssl_ca_file": ""}
+    if certificate is not None:
+        files = {"ssl_cert_file": str(certificate.certificate), "ssl_key_file": str(certificate.key)}
+        access |= files | {"ssl_ca_file": ""}
     return _arguments(access)
 
 

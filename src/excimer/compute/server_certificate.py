@@ -3,8 +3,8 @@
 An endpoint shows its own certificate, or else the installation's if its build of PostgreSQL has TLS.
 
 The files belong to whoever made them (an operator, an ACME client) and often cannot be read by PostgreSQL's
-user; PostgreSQL in turn insists on who owns its key. So they are copied into the data directory, as a pair
-that has been checked, and again when they change.
+user; PostgreSQL in turn insists on who owns its key. So they are copied, as a pair that has been checked, and
+again when they change: beside the data directory, all of which a base backup has.
 
 Not here: who may connect (`client_authentication`).
 """
@@ -97,20 +97,26 @@ def _no_passphrase() -> str:
     raise CertificateError("the key has a passphrase, which nobody could enter: write it without one")
 
 
-def install_pair(pair: CertificatePair, data_dir: Path) -> None:
+def installed_files(directory: Path) -> CertificateFiles:
+    """Where `install_pair` puts it."""
+    return CertificateFiles(directory / CERTIFICATE_NAME, directory / KEY_NAME)
+
+
+def install_pair(pair: CertificatePair, directory: Path) -> None:
     """The key first: if we die between the two, the pair in the files does not fit, and none is loaded."""
-    write_private(data_dir / KEY_NAME, pair.key)
-    write_private(data_dir / CERTIFICATE_NAME, pair.certificate)
+    files = installed_files(directory)
+    write_private(files.key, pair.key)
+    write_private(files.certificate, pair.certificate)
 
 
-def remove_pair(data_dir: Path) -> None:
+def remove_pair(directory: Path) -> None:
     """Of an endpoint that no longer shows one."""
-    for name in (KEY_NAME, CERTIFICATE_NAME):
-        (data_dir / name).unlink(missing_ok=True)
+    for path in installed_files(directory):
+        path.unlink(missing_ok=True)
 
 
 async def follow_files(
-    files: CertificateFiles, installed: CertificatePair, data_dir: Path, reload: Callable[[], None]
+    files: CertificateFiles, installed: CertificatePair, directory: Path, reload: Callable[[], None]
 ) -> None:
     """Until cancelled: installs what the files become, and calls `reload`. What is wrong is logged."""
     reported = ""
@@ -125,7 +131,7 @@ async def follow_files(
             continue
         reported = ""
         if found != installed:
-            await asyncio.to_thread(install_pair, found, data_dir)
+            await asyncio.to_thread(install_pair, found, directory)
             installed = found
             reload()
             log.info("certificate renewed", certificate=str(files.certificate))

@@ -34,7 +34,9 @@ from excimer.cli.local_processes import (
 from excimer.cli.log_lines import last_error, pretty, tail
 from excimer.cli.session import Session
 from excimer.cli.supervision import interrupts_later, program_path_environment
+from excimer.compute.admission import Admission
 from excimer.compute.places import find_places
+from excimer.compute.server_certificate import CertificatePair, install_pair
 from excimer.pageserver.settings import PageserverSettings
 from excimer.supervisor.process_records import ProcessRecord, boot_id, start_ticks
 from tests.kit.directories import reachable_directory
@@ -312,8 +314,10 @@ def test_what_a_killed_compute_left_goes(monkeypatch: pytest.MonkeyPatch) -> Non
         places.data_dir.mkdir()
         (places.data_dir / "base").touch()
         places.arena.touch()
+        install_pair(CertificatePair(b"certificate", b"key"), places.run_dir)
+        Admission.make(places.run_dir).close()
         left = subprocess.Popen(["sleep", "100"], cwd=places.data_dir)
         remove_remains(endpoint)
         assert left.wait(10) == -signal.SIGKILL
         assert not list(temporary.iterdir())
-        assert not list(places.data_dir.parent.iterdir())
+        assert not list(places.run_dir.iterdir())

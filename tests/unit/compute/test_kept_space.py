@@ -12,6 +12,7 @@ from excimer.compute.kept_directory import discard, hide, remove_hidden, write_r
 from excimer.compute.kept_space import find_kept, keep_within
 from excimer.compute.kept_space_plan import KeptEntry, plan_removals
 from excimer.compute.places import ComputePlaces, find_places
+from excimer.compute.server_certificate import CertificatePair, install_pair
 from tests.unit.compute.test_warm_start import RECORD
 
 SIZES = st.integers(0, 1000)
@@ -42,6 +43,7 @@ def keep(endpoints: Path, name: str, stopped_at_s: float) -> ComputePlaces:
     places.data_dir.mkdir()
     (places.data_dir / "file").write_text("content")
     places.arena.write_text("arena")
+    install_pair(CertificatePair(b"certificate", b"key"), places.run_dir)
     write_record(places, msgspec.structs.replace(RECORD, stopped_at_s=stopped_at_s, size_bytes=100))
     return places
 
@@ -50,7 +52,7 @@ def test_the_oldest_are_removed_whole(tmp_path: Path) -> None:
     old, young = keep(tmp_path, "old", 1), keep(tmp_path, "young", 2)
     keep_within(tmp_path, 100, free_bytes_min=0)
     assert [entry.endpoint_dir.name for entry in find_kept(tmp_path)] == ["young"]
-    assert list(old.data_dir.parent.iterdir()) == []
+    assert list(old.run_dir.iterdir()) == []
     assert young.data_dir.exists()
 
 
@@ -62,10 +64,10 @@ def test_they_make_room_on_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
 
 def test_what_is_in_use_stays(tmp_path: Path) -> None:
     places = keep(tmp_path, "main", 1)
-    with directory_lock(places.data_dir.parent):
+    with directory_lock(places.run_dir):
         keep_within(tmp_path, 0, free_bytes_min=0)
         assert (places.data_dir.exists(), places.shutdown_record.exists()) == (True, True)
-        with pytest.raises(DirectoryBusyError), directory_lock(places.data_dir.parent, wait_s=0):
+        with pytest.raises(DirectoryBusyError), directory_lock(places.run_dir, wait_s=0):
             pass
     keep_within(tmp_path, 0, free_bytes_min=0)
     assert (places.data_dir.exists(), places.shutdown_record.exists()) == (False, False)
@@ -74,11 +76,10 @@ def test_what_is_in_use_stays(tmp_path: Path) -> None:
 def test_a_removal_that_was_cut_short_is_finished_by_the_next(tmp_path: Path) -> None:
     places = keep(tmp_path, "main", 1)
     hide(places)
-    assert not places.data_dir.exists()
-    assert len(list(places.data_dir.parent.iterdir())) == 1
+    assert [path.name.partition("-")[0] for path in places.run_dir.iterdir()] == ["removed"]
     discard(places)
-    assert list(places.data_dir.parent.iterdir()) == []
-    remove_hidden(places.data_dir.parent)
+    assert list(places.run_dir.iterdir()) == []
+    remove_hidden(places.run_dir)
 
 
 def test_a_directory_whose_record_cannot_be_read_goes_before_all_others(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ def arguments(
     preloaded: list[str], *, quieting_id: str | None = None, workers: bool = True, is_static: bool = False
 ) -> dict[str, str]:
     work = OutsideWork(quieting_id, workers)
-    made = module_arguments(MODULE, preloaded, work, is_static=is_static, extension_hint="try this")
+    made = module_arguments(
+        MODULE, preloaded, work, is_static=is_static, extension_hint="try this", admission_file=Path("/door")
+    )
     assert set(made[::2]) == {"-c"}
     return dict(text.split("=", 1) for text in made[1::2])
 

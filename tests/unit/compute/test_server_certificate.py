@@ -86,29 +86,29 @@ def test_a_renewed_certificate_is_installed_and_a_wrong_one_is_not(
     files: CertificateFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_certificate, "POLL_INTERVAL_S", 0.01)
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
     reloads = asyncio.Queue[bytes]()
 
     def reload() -> None:
-        reloads.put_nowait((data_dir / "server.crt").read_bytes())
+        reloads.put_nowait((run_dir / "server.crt").read_bytes())
 
     async def story() -> None:
         first = read_pair(files)
-        install_pair(first, data_dir)
-        following = asyncio.ensure_future(follow_files(files, first, data_dir, reload))
+        install_pair(first, run_dir)
+        following = asyncio.ensure_future(follow_files(files, first, run_dir, reload))
         files.certificate.write_text("half of a certificate")
         await asyncio.sleep(0.1)
         assert reloads.empty()
-        assert (data_dir / "server.crt").read_bytes() == first.certificate
+        assert (run_dir / "server.crt").read_bytes() == first.certificate
         write_certificate(*files, "second")
         async with asyncio.timeout(10):
             assert await reloads.get() == files.certificate.read_bytes() != first.certificate
-        assert (data_dir / "server.key").read_bytes() == files.key.read_bytes()
+        assert (run_dir / "server.key").read_bytes() == files.key.read_bytes()
         following.cancel()
 
     asyncio.run(story())
-    assert {path.name: path.stat().st_mode & 0o777 for path in data_dir.iterdir()} == {
+    assert {path.name: path.stat().st_mode & 0o777 for path in run_dir.iterdir()} == {
         "server.crt": 0o600,
         "server.key": 0o600,
     }
