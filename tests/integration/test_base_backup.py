@@ -36,10 +36,12 @@ class Backups:
         self.hba.write_text(TRUST)
         self.hba.chmod(0o644)
 
-    def take(self, name: str, *options: str, role: str = ROLE, password: str = PASSWORD) -> Path:
-        """A backup over TCP. Raises AssertionError with what pg_basebackup wrote."""
+    def take(
+        self, name: str, *options: str, role: str = ROLE, password: str = PASSWORD, of: str = "main"
+    ) -> Path:
+        """A backup of endpoint `of` over TCP. Raises AssertionError with what pg_basebackup wrote."""
         target = self.directory / name
-        endpoint = self.stack.endpoint("main")
+        endpoint = self.stack.endpoint(of)
         place = ["-h", endpoint["host"], "-p", str(endpoint["port"]), "-U", role, "-w"]
         self.program("pg_basebackup", *place, "-c", "fast", "-D", str(target), *options, password=password)
         return target
@@ -48,8 +50,8 @@ class Backups:
         environment = self.build.whole_environment({"PGPASSWORD": password})
         return run([self.build.program(name), *arguments], environment=environment, timeout_s=120)
 
-    def dump(self) -> str:
-        return comparable(self.stack.check_program("pg_dumpall", *DUMP_OPTIONS))
+    def dump(self, of: str = "main") -> str:
+        return comparable(self.stack.check_program("pg_dumpall", *DUMP_OPTIONS, name=of))
 
     def start_afresh(self) -> None:
         """Afterwards hardly a block of the branch is in the endpoint's directory, and no WAL from before."""
@@ -111,6 +113,14 @@ def test_a_tar_that_fetches_its_wal_at_the_end_is_whole_as_well(backups: Backups
     for path in backup.rglob("*"):
         give_to_user(path)
     backups.check(backup, dump, has_indexes_checked=False)
+
+
+def test_a_branch_gives_one_as_well(backups: Backups) -> None:
+    """Its endpoint's directory has files that only branches have; PostgreSQL reads them all for a backup."""
+    backups.stack.branch("twig")
+    backup = backups.take("of-twig", of="twig")
+    backups.check(backup, backups.dump("twig"), has_indexes_checked=False)
+    backups.stack.text("endpoint", "stop", "twig")
 
 
 def test_nobody_takes_one_without_the_right_or_the_password(backups: Backups) -> None:

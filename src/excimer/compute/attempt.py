@@ -26,6 +26,7 @@ from excimer.compute.arena import Arena, preload_environment
 from excimer.compute.backpressure import Backpressure
 from excimer.compute.basebackup_client import fetch_basebackup
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
+from excimer.compute.data_directory import write_private
 from excimer.compute.directory_preparation import prepare_kept, prepare_new
 from excimer.compute.endpoint_directory import EndpointDirectory
 from excimer.compute.idle_watch import IdleWatch, Serving
@@ -272,7 +273,8 @@ class Attempt:
             return
         if await disable_inherited_subscriptions(address, quieting_id):
             log.info("inherited subscriptions are disabled", quieting_id=quieting_id)
-        (self._spec.places.data_dir / GATE).touch()
+        # PostgreSQL's user must be able to read it: a base backup reads every file that is there.
+        write_private(self._spec.places.data_dir / GATE, b"")
 
     async def _wait_ready(self, process: PostgresProcess) -> None:
         """Raises `ConfigurationFaultError` when a setting is what keeps it from starting."""
