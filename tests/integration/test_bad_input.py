@@ -304,7 +304,7 @@ def test_a_damaged_layer_is_named_and_never_served(well: Stack) -> None:
     expected = well.query("select count(*), md5(string_agg(v, '' order by g)) from victim")
     branch.flush()
     well.query("create table other as select g from generate_series(1, 1000) g")
-    well.text("endpoint", "stop", "main")
+    well.stop_and_forget()
     layer = max(set(layer_files(well)) - before, key=lambda path: path.stat().st_size)
     copies = [path for path in well.directory.rglob(layer.name) if path.is_file()]
     assert {path.relative_to(well.directory).parts[0] for path in copies} == {"object_store", "pageserver"}
@@ -380,6 +380,6 @@ def test_a_full_disk_blocks_commits_and_loses_nothing(small_disk_stack: Stack) -
     assert finished.wait(60), "commits go on when there is room again"
     expected = [(40, 40_000)]
     assert stack.query("select count(distinct g), count(*) from filled") == expected
-    stack.text("endpoint", "stop", "main")
+    stack.stop_and_forget()
     stack.text("endpoint", "start", "main")
     assert stack.query("select count(distinct g), count(*) from filled") == expected

@@ -96,7 +96,7 @@ def check_whole(stack: Stack, branch: str, expected_dump: str) -> None:
     stack.query("update words set tags = tags || 1 where tags[1] % 3 = 0", branch)
     stack.branch(f"{branch}-child", ancestor=branch)
     stack.query("delete from plain where key <= 4000", branch)
-    stack.text("endpoint", "stop", branch)
+    stack.stop_and_forget(branch)
     stack.text("endpoint", "start", branch)
     assert stack.query("select count(*) from plain", branch) == [(500,)]
     assert stack.query("select count(*) from plain", f"{branch}-child") == [(3700,)]

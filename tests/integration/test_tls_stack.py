@@ -49,7 +49,7 @@ def test_reads_writes_branches_and_restarts(stack: Stack) -> None:
     stack.query("create table t as select generate_series(1, 200000) i")
     stack.branch("other")
     assert stack.query("select count(*), sum(i) from t", "other") == [(200000, 20000100000)]
-    stack.text("endpoint", "stop", "main")
+    stack.stop_and_forget()
     stack.text("endpoint", "start", "main")
     stack.query("insert into t values (0)")
     assert stack.query("select count(*) from t") == [(200001,)]

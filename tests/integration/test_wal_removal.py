@@ -101,7 +101,7 @@ def test_everything_goes_on_from_what_is_left(stack: Stack) -> None:
     for part in ("safekeeper-1", "safekeeper-2", "safekeeper-3"):
         stack.kill(part)
     stack.text("start")
-    stack.text("endpoint", "stop", "main")
+    stack.stop_and_forget()
     stack.text("endpoint", "start", "main")
     assert stack.query("select count(*), sum(hashtext(b)) from t") == [before]
     write(stack)

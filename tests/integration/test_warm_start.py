@@ -228,6 +228,21 @@ def test_what_a_kill_or_an_immediate_stop_leaves_is_not_used(stack: Stack) -> No
     assert count(stack) == rows
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_pageserver_that_is_away_does_not_keep_a_warm_start_back(
+    stack: Stack, number: signal.Signals
+) -> None:
+    rows = acknowledge(stack)
+    stack.text("endpoint", "stop", "main")
+    pageserver = stack.pid("pageserver")
+    try:
+        os.kill(pageserver, number) if number is signal.SIGSTOP else stack.kill("pageserver")
+        assert start(stack) == ("warm", None)
+        assert count(stack) == rows
+    finally:
+        os.kill(pageserver, signal.SIGCONT) if number is signal.SIGSTOP else stack.text("start")
+
+
 def test_a_crash_of_postgres_starts_afresh(stack: Stack) -> None:
     rows = acknowledge(stack)
     before = stack.postmaster_pid()

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 
 from excimer.base.address import Address, parse_address
-from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError
+from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.compute.admission import Admission, Door
 from excimer.compute.arena import Arena, preload_environment
@@ -58,6 +58,7 @@ from excimer.wire.endpoint_tokens import EndpointTokens
 BASEBACKUP_NOTICE_S = 5.0
 AWAITED_NOTICE_S = 2.0
 """A step that takes longer is spoken of to whoever asks how the endpoint is."""
+SERVED_TIMEOUT_S = 1.0
 ELECTION = "election"
 EXITS_OF_NO_START = (0, 1)
 """As postgres ends that was told to stop, or that refuses to start; not as it crashes."""
@@ -239,6 +240,7 @@ class Attempt:
     ) -> Lsn:
         """How far the pageserver has surely ingested. What was fetched, megabytes, is let go of again."""
         if isinstance(self.decided, Warm):
+            await self._check_served()
             record = self.decided.record
             prepared = await asyncio.to_thread(
                 prepare_kept, self._spec, record, self._list(), token=self._tokens().read_pages, pair=pair
@@ -254,6 +256,22 @@ class Attempt:
         clock.step("basebackup")
         await asyncio.to_thread(self._lay, backup, pair, saved)
         return Lsn(backup.lsn)
+
+    async def _check_served(self) -> None:
+        """A start without a basebackup asks nothing else of the pageserver, which may be away for now.
+
+        Raises what the pageserver answers with when it does not serve the branch: it is gone, or damaged.
+        """
+        spec = self._spec
+        token = self._tokens().read_pages
+        client = PositionClient(spec.pageserver_address, spec.tenant_id, spec.timeline_id, token)
+        try:
+            async with asyncio.timeout(SERVED_TIMEOUT_S):
+                await client.position()
+        except (RetryableError, TimeoutError) as error:
+            log.warning("the pageserver does not say whether it serves the branch", error=error)
+        finally:
+            client.close()
 
     def _lay(self, backup: Basebackup, pair: CertificatePair | None, saved: FetchedState | None) -> None:
         settings, token = self._list(), self._tokens().read_pages
