@@ -31,6 +31,9 @@ extern void guard_admission(void);
 extern void define_background_settings(void);
 extern void guard_background_work(void);
 
+/* Init forks of unlogged indexes are in WAL (init_forks.c). */
+extern void guard_init_forks(void);
+
 /* Given by the compute's manager: which command brings an extension that this build lacks. */
 extern char *extension_hint;
 

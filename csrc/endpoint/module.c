@@ -27,6 +27,7 @@ void _PG_init(void)
     define_admission_settings();
     EmitWarningsOnPlaceholders("excimer");
     guard_apply_commits();
+    guard_init_forks();
     guard_statements();
     guard_superuser_login();
     guard_admission();

@@ -5,7 +5,6 @@ What WAL does not carry comes from the state that the stop saved. EXCIMER_COLD_V
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 
 import psycopg
@@ -34,16 +33,9 @@ def name(stack: Stack, request: pytest.FixtureRequest) -> Iterator[str]:
     stack.run("endpoint", "stop", name, "--destroy")
 
 
-def evict(stack: Stack, name: str) -> None:
-    """What another machine would have of the endpoint."""
-    for kept in (stack.directory / "endpoints" / name).iterdir():
-        if kept.name in ("run", "shutdown.json"):
-            shutil.rmtree(kept, ignore_errors=True) if kept.is_dir() else kept.unlink()
-
-
 def restart_cold(stack: Stack, name: str) -> None:
     stack.text("endpoint", "stop", name)
-    evict(stack, name)
+    stack.evict(name)
     stack.text("endpoint", "start", name)
 
 
@@ -148,7 +140,7 @@ def test_a_stop_succeeds_when_nothing_can_be_saved(stack: Stack, name: str) -> N
     stack.kill("pageserver")
     stack.text("endpoint", "stop", name)
     assert "what WAL does not carry was not saved" in log_of(stack, name)
-    evict(stack, name)
+    stack.evict(name)
     stack.text("start")
     stack.text("endpoint", "start", name)
     assert one(stack, "select count(*) from t", name) == 100

@@ -171,6 +171,12 @@ class Stack:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid(part), signal.SIGKILL)
 
+    def evict(self, name: str) -> None:
+        """What another machine would have of a stopped endpoint."""
+        for kept in (self.directory / "endpoints" / name).iterdir():
+            if kept.name in ("run", "shutdown.json"):
+                shutil.rmtree(kept, ignore_errors=True) if kept.is_dir() else kept.unlink()
+
     def data_dir(self, name: str = "main") -> Path:
         """The directory in which an endpoint's postgres runs now."""
         return Path(os.readlink(f"/proc/{self.postmaster_pid(name)}/cwd"))

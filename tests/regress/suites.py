@@ -21,11 +21,6 @@ KNOWN: Final[Mapping[str, str]] = {
 }
 """Tests that differ from stock, and why (docs/architecture/regress.md)."""
 
-KNOWN_TO_VERIFY: Final[Mapping[str, str]] = {
-    "contrib_regression_bloom: public.bloomidxu": "the init fork of an unlogged bloom index is not in WAL",
-}
-"""Relations that `excimer verify` finds, and why."""
-
 NOT_RUN: Final[Mapping[str, str]] = {
     "basic_archive": "needs archive_mode and a server of its own",
     "dblink": "connects back by the default socket, without a password",
