@@ -151,6 +151,28 @@ def stock_blocks(root: Path) -> int:
     return int(size[0])
 
 
+@pytest.mark.parametrize("name", ["stack", "oldest_stack"])
+def test_a_receiver_that_hangs_does_not_cost_the_slots(name: str, request: pytest.FixtureRequest) -> None:
+    """PostgreSQL's shutdown waits until everybody has all WAL; killed meanwhile it would forget all slots."""
+    stack: Stack = request.getfixturevalue(name)
+    script(stack, "create table taken (a text)")
+    stack.query("select pg_create_logical_replication_slot('slow', 'test_decoding')")
+    arguments = ["--slot", "slow", "--start", "--no-loop", "-f", os.devnull]
+    receiver = stack.program("pg_recvlogical", "-d", "postgres", *arguments)
+    try:
+        active = "select 1 from pg_replication_slots where slot_name = 'slow' and active"
+        stack.wait_until(lambda: stack.query(active) == [(1,)], "a receiver")
+        receiver.send_signal(signal.SIGSTOP)
+        stack.query("insert into taken select repeat(md5(g::text), 100) from generate_series(1, 20000) g")
+        assert restart(stack) == ("warm", None)
+    finally:
+        receiver.kill()
+        receiver.communicate()
+    changes = "pg_logical_slot_get_changes('slow', null, null) where data like '%INSERT%'"
+    assert stack.query(f"select count(*) from {changes}") == [(20000,)]
+    script(stack, "select pg_drop_replication_slot('slow'); drop table taken")
+
+
 def test_tables_grow_as_with_restarts_of_stock(stack: Stack) -> None:
     """The free space that a vacuum has found is used after a stop."""
     with tempfile.TemporaryDirectory(prefix="excimer-grown-") as root:

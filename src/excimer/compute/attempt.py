@@ -144,9 +144,12 @@ class Attempt:
         if self._process is not None:
             if self._admission is not None and self._admission.door is Door.SHUT:
                 await self._process.let_leave()
-            await self._process.stop(fast=True)
+            await self._process.stop(fast=True, own_walsender=self._own_walsender)
         elif self._task is not None:
             self._task.cancel()
+
+    def _own_walsender(self) -> int | None:
+        return None if self.proposer is None else self.proposer.walsender_pid
 
     def renew_tokens(self, tokens: EndpointTokens) -> None:
         """Into the arena goes what opens the branch's pages, to the proposer what writes its WAL."""

@@ -8,18 +8,24 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from excimer.base.errors import RefusedError, RetryableError
+from excimer.compute.activity_sampler import child_pids
 from excimer.io.processes import describe_exit, spawn_async
+from excimer.pgformat.auto_conf import AUTO_CONF_NAME
 from excimer.service.log_files import open_log
+from excimer.service.logs import get_logger
 
 FIRST_UNPRIVILEGED_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 USUAL_FIRST_UNPRIVILEGED_PORT = 1024
 START_TIMEOUT_S = 60.0
 FAST_STOP_TIMEOUT_S = 3.0
+RECEIVERS_TIMEOUT_S = 1.5
+"""Of that: how long readers of WAL may take what is left of it. PostgreSQL waits for the slowest."""
 SMART_STOP_TIMEOUT_S = 3.0
 LOG_READ_SIZE_BYTES = 1 << 16
 _READY_POLL_S = 0.002
@@ -29,7 +35,11 @@ _STATUS_LINE = 7
 _SHARED_MEMORY_LINE = 6
 _IPC_RMID = 0
 
+_WALSENDER = re.compile(rb"postgres: (?:.*: )?walsender ")
+
 _libc = ctypes.CDLL(None)
+
+log = get_logger(__name__)
 
 
 class ReservedPortError(RefusedError):
@@ -83,14 +93,14 @@ class PostgresProcess:
         options: Sequence[str] = (),
     ) -> "PostgresProcess":
         """Launches postgres as the unprivileged user; `wait_ready` says when it serves."""
-        with os.fdopen(open_log(log_path), "ab") as log:
-            log_start_bytes = log.tell()
+        with os.fdopen(open_log(log_path), "ab") as file:
+            log_start_bytes = file.tell()
             process = await spawn_async(
                 [postgres, "-D", data_dir, *options],
                 environment=environment,
                 directory=data_dir,
-                stdout=log,
-                stderr=log,
+                stdout=file,
+                stderr=file,
                 parent_death_signal=signal.SIGQUIT,
             )
         return cls(process, data_dir, log_path, log_start_bytes)
@@ -123,11 +133,15 @@ class PostgresProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), SMART_STOP_TIMEOUT_S)
 
-    async def stop(self, *, fast: bool) -> None:
-        """Fast: lets it finish its shutdown checkpoint for a few seconds; then, or else, at once."""
-        if fast and self._signal(signal.SIGINT):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), FAST_STOP_TIMEOUT_S)
+    async def stop(self, *, fast: bool, own_walsender: Callable[[], int | None] = lambda: None) -> None:
+        """Fast: lets it finish its shutdown checkpoint for a few seconds; then, or else, at once.
+
+        A reader of WAL that is slow, or gone without a word, would hold the checkpoint up, and a kill cost
+        all slots. So readers other than `own_walsender` are disconnected in time.
+        """
+        if fast and self._signal(signal.SIGINT) and not await self._has_ended(RECEIVERS_TIMEOUT_S):
+            self._disconnect_receivers(own_walsender())
+            await self._has_ended(FAST_STOP_TIMEOUT_S - RECEIVERS_TIMEOUT_S)
         if self._signal(signal.SIGQUIT):
             try:
                 await asyncio.wait_for(self._process.wait(), 1.0)
@@ -139,11 +153,33 @@ class PostgresProcess:
     def log_lines(self) -> list[str]:
         """The first lines that it wrote; none if they cannot be read."""
         try:
-            with self._log_path.open("rb") as log:
-                log.seek(self._log_start_bytes)
-                return log.read(LOG_READ_SIZE_BYTES).decode(errors="replace").splitlines()
+            with self._log_path.open("rb") as file:
+                file.seek(self._log_start_bytes)
+                return file.read(LOG_READ_SIZE_BYTES).decode(errors="replace").splitlines()
         except OSError:
             return []
+
+    async def _has_ended(self, wait_s: float) -> bool:
+        try:
+            await asyncio.wait_for(self._process.wait(), wait_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def _disconnect_receivers(self, own_walsender: int | None) -> None:
+        """Those that do not take what they are sent: PostgreSQL's own time limit, made short, ends them.
+
+        SIGTERM would not: it has them say goodbye first, to somebody who does not listen.
+        """
+        if own_walsender is None:  # which one is ours cannot be told, and our WAL must arrive
+            return
+        with contextlib.suppress(OSError), (self._data_dir / AUTO_CONF_NAME).open("a") as settings:
+            settings.write("\nwal_sender_timeout = 500ms\n")  # the next start writes the file anew
+        for pid in child_pids(self._process.pid) - {own_walsender}:
+            with contextlib.suppress(OSError):
+                if _WALSENDER.match(Path(f"/proc/{pid}/cmdline").read_bytes()):
+                    os.kill(pid, signal.SIGHUP)
+                    log.warning("a reader of WAL holds up the stop, and is disconnected", pid=pid)
 
     def _signal(self, number: int) -> bool:
         if self._process.returncode is not None:

@@ -172,6 +172,11 @@ class Proposer:
         self._is_ending = True
 
     @property
+    def walsender_pid(self) -> int | None:
+        """Of the postgres process whose WAL it reads; None while there is none."""
+        return None if self._client is None else self._client.server_pid
+
+    @property
     def connected_count(self) -> int:
         """Safekeepers that are connected now."""
         return sum(peer.is_connected for peer in self._peers)

@@ -85,6 +85,11 @@ class ReplicationClient(asyncio.Protocol):
         self.server_end_lsn = INVALID_LSN
         """The newest end of WAL that the server has told: how far behind this reader is."""
 
+    @property
+    def server_pid(self) -> int | None:
+        """Of the walsender, if the server has said so."""
+        return self._connection.server_pid
+
     async def identify_system(self) -> SystemIdentity:
         """Raises PostgresError, `ReplicationLostError`."""
         rows = await self._query("IDENTIFY_SYSTEM")

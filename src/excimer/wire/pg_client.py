@@ -91,6 +91,8 @@ class ClientConnection:
 
     def __init__(self, parameters: Mapping[str, str], password: str | None) -> None:
         self.server_parameters: dict[str, str] = {}
+        self.server_pid: int | None = None
+        """Of the server's process that serves this connection, if it said so."""
         self._password = password
         self._frames = FrameReader()
         self._output = bytearray(encode_startup(parameters))
@@ -146,7 +148,9 @@ class ClientConnection:
             case b"S":
                 name, _, value = body.decode(errors="replace").partition("\0")
                 self.server_parameters[name] = value.rstrip("\0")
-            case b"T" | b"C" | b"I" | b"K" | b"N" | b"v":
+            case b"K":
+                self.server_pid = int.from_bytes(body[:4], "big")
+            case b"T" | b"C" | b"I" | b"N" | b"v":
                 pass  # descriptions we do not need: results are text, in the order asked for
             case _:
                 raise ProtocolViolationError(f"message {kind!r} is not expected from a server")
