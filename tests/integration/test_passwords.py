@@ -399,7 +399,7 @@ def test_an_endpoint_with_a_certificate_speaks_tls_and_takes_up_a_new_one(
     assert is_trusted()
     write_certificate(certificate, key, "second")
     stack.wait_until(is_trusted, "the new certificate is in use")
-    installed_key = (stack.data_dir("tls") / "server.key").stat()
+    installed_key = (stack.data_dir("tls").parent / "server.key").stat()
     assert installed_key.st_mode & 0o777 == 0o600
     stack.text("endpoint", "stop", "tls", "--destroy")
 
