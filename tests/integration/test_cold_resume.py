@@ -47,6 +47,7 @@ def one(stack: Stack, statement: str, name: str) -> object:
     return stack.query(statement, name)[0][0]
 
 
+@pytest.mark.parametrize("stack", VERSIONS[-1:], indirect=True)
 def test_tables_do_not_grow_over_suspends(stack: Stack, name: str) -> None:
     """Free space that VACUUM found is used. Each round puts back as many rows as it deleted, so that a lost
     map would cost a fifth of the table each time.
