@@ -173,9 +173,11 @@ def changed_file(path: Path, offset: int, flip: int) -> Iterator[None]:
         file.seek(offset)
         file.write(bytes((before ^ flip,)))
         file.flush()
-        yield
-        file.seek(offset)
-        file.write(bytes((before,)))
+        try:
+            yield
+        finally:
+            file.seek(offset)
+            file.write(bytes((before,)))
 
 
 def test_a_page_that_is_damaged_here_is_named(stack: Stack) -> None:

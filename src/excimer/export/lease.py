@@ -11,11 +11,13 @@ from typing import Final
 from excimer.base.errors import ExcimerError, RetryableError
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.export.page_stream import BranchAccess
-from excimer.service.http_client import HttpClient, path_of
+from excimer.service.http_client import HttpClient, RemoteBusyError, path_of
 
 RENEWALS_PER_LEASE: Final = 4
 RENEWAL_INTERVAL_S_MIN: Final = 1.0
 RELEASE_TIMEOUT_S: Final = 3.0
+ARRIVAL_LIMIT_S: Final = 60.0
+ARRIVAL_POLL_S: Final = 0.05
 TOKEN_HOLDER: Final = "cli"
 """Of the access's token: it takes and gives back leases in names that begin with this."""
 
@@ -47,6 +49,21 @@ class ReadingLease:
         )
         with suppress(ExcimerError):
             await client.delete(self._path + path_of(self._holder))
+
+
+async def take_lease(ask: Ask) -> float:
+    """The first `ask`, of an LSN that the pageserver is about to reach: it is a moment behind the commits.
+
+    Raises what `ask` does; `RemoteBusyError` when the LSN is not reached in `ARRIVAL_LIMIT_S`.
+    """
+    deadline = time.monotonic() + ARRIVAL_LIMIT_S
+    while True:
+        try:
+            return await ask()
+        except RemoteBusyError:
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(ARRIVAL_POLL_S)
 
 
 async def keep_lease(ask: Ask, length_s: float) -> None:

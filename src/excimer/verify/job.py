@@ -27,7 +27,7 @@ from excimer.base.keys import BLOCK_SIZE_BYTES, KeyKind, Relation, parse_key
 from excimer.base.lsn import Lsn
 from excimer.export.job import read_basebackup
 from excimer.export.layout import PageRun, page_files_of
-from excimer.export.lease import ReadingLease, keep_lease
+from excimer.export.lease import ReadingLease, keep_lease, take_lease
 from excimer.export.page_stream import BranchAccess, PageStream, RunRequest
 from excimer.export.reading_token import Renew
 from excimer.pgformat.basebackup import Basebackup
@@ -130,7 +130,7 @@ class _Verification:
     async def _leased(self, lsn: Lsn) -> AsyncIterator[None]:
         lease = ReadingLease(self._subject.access, lsn, "verify")
         try:
-            async with running("verification lease", keep_lease(lease.ask, await lease.ask())):
+            async with running("verification lease", keep_lease(lease.ask, await take_lease(lease.ask))):
                 yield
         finally:
             await lease.release()

@@ -6,7 +6,8 @@ import pytest
 
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.export import lease
-from excimer.export.lease import keep_lease
+from excimer.export.lease import keep_lease, take_lease
+from excimer.service.http_client import RemoteBusyError, RemoteRefusedError
 
 
 class Pageserver:
@@ -44,3 +45,24 @@ def test_it_is_renewed_several_times_in_its_length(monkeypatch: pytest.MonkeyPat
     ]
     assert all(wait >= 0.049 for wait in [*waits[:3], waits[4]]), "a quarter of its length"
     assert waits[3] >= 0.009, "soon after a failure"
+
+
+def test_an_lsn_that_the_pageserver_is_about_to_reach_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is behind the commits by a moment; one that it never reaches ends the wait."""
+    monkeypatch.setattr("excimer.export.lease.ARRIVAL_POLL_S", 0.0)
+    answers: list[float | Exception] = [RemoteBusyError("not reached"), RemoteBusyError("not reached"), 30.0]
+
+    async def ask() -> float:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert asyncio.run(take_lease(ask)) == 30.0
+    monkeypatch.setattr("excimer.export.lease.ARRIVAL_LIMIT_S", 0.0)
+    answers[:] = [RemoteBusyError("not reached"), 30.0]
+    with pytest.raises(RemoteBusyError):
+        asyncio.run(take_lease(ask))
+    answers[:] = [RemoteRefusedError("its history is gone"), 30.0]
+    with pytest.raises(RemoteRefusedError):
+        asyncio.run(take_lease(ask))
