@@ -239,6 +239,21 @@ def test_a_manager_that_is_killed_while_it_starts(stack: Stack, where: str, when
     assert count(stack) == rows
 
 
+def test_a_stop_that_postgres_does_not_end_cleanly_is_said(stack: Stack) -> None:
+    """Its checkpointer hangs, so that it is killed: what a quorum has is there, and the log says so."""
+    rows = acknowledge(stack)
+    postmaster = stack.postmaster_pid()
+    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    (checkpointer,) = (int(pid) for pid, title in titles.items() if b"checkpointer" in title)
+    os.kill(checkpointer, signal.SIGSTOP)
+    stack.text("endpoint", "stop", "main")
+    log = (stack.directory / "logs" / "endpoint-main.log").read_text()
+    assert "postgres did not stop cleanly: the next start is cold" in log
+    assert start(stack)[0] == "cold"
+    assert count(stack) == rows
+
+
 def test_what_a_kill_or_an_immediate_stop_leaves_is_not_used(stack: Stack) -> None:
     rows = acknowledge(stack)
     stack.kill("endpoint-main")

@@ -225,6 +225,8 @@ class Attempt:
         status = await process.wait_exit()
         if status == 0 and self.proposer is not None and self.backpressure is not None:
             await self._ended_cleanly(self.proposer, self.backpressure, self.arena)
+        elif status != 0 and self._stopping:
+            log.warning("postgres did not stop cleanly: the next start is cold", ended=describe_exit(status))
         return Ended(time.monotonic(), f"postgres {describe_exit(status)}")
 
     async def _ended_cleanly(self, proposer: Proposer, backpressure: Backpressure, arena: Arena) -> None:
