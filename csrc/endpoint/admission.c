@@ -6,7 +6,7 @@
  * the data directory that every process of PostgreSQL has mapped:
  *
  *     logins    how many clients have been let in, or wait to be
- *     state     open; held: the manager looks once more; shut: it is going to end PostgreSQL
+ *     state     open; held: the manager looks once more; shut: it is going to end PostgreSQL; starting: not open yet
  *
  *     client    counts itself,  then reads the state:   open: goes in   held: waits   shut: refused, SQLSTATE 57P03
  *     manager   sets it to held, looks, then reads the count: as before: shut         another one: open again
@@ -49,6 +49,7 @@ struct admission {
 #define STATE_OPEN 0
 #define STATE_HELD 1
 #define STATE_SHUT 2
+#define STATE_STARTING 3 /* a login's own time limit ends this wait, too: nobody goes in */
 
 #define OWN_NAMES "excimer_"
 #define HELD_POLL_MS 2
@@ -77,13 +78,15 @@ static uint32 wait_while_held(void)
     TimestampTz since = GetCurrentTimestamp();
     uint32 state;
 
-    while ((state = __atomic_load_n(&admission->state, __ATOMIC_SEQ_CST)) == STATE_HELD &&
-           !TimestampDifferenceExceeds(since, GetCurrentTimestamp(), HELD_MS_MAX)) {
+    for (;;) {
+        state = __atomic_load_n(&admission->state, __ATOMIC_SEQ_CST);
+        bool is_held_long = TimestampDifferenceExceeds(since, GetCurrentTimestamp(), HELD_MS_MAX);
+        if (state != STATE_STARTING && (state != STATE_HELD || is_held_long))
+            return state;
         (void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, HELD_POLL_MS, PG_WAIT_EXTENSION);
         ResetLatch(MyLatch);
         CHECK_FOR_INTERRUPTS();
     }
-    return state;
 }
 
 static void authenticate(Port *port, int status)

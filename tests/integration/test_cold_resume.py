@@ -5,6 +5,7 @@ What WAL does not carry comes from the state that the stop saved. EXCIMER_COLD_V
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
 import psycopg
@@ -132,6 +133,27 @@ def test_unlogged_tables_and_sequences_are_exact(stack: Stack, name: str) -> Non
     after = one(stack, "select nextval('s')", name)
     assert isinstance(after, int)
     assert 8 < after <= 8 + 33
+
+
+def test_unlogged_rows_of_before_the_start_do_not_come_back_after_a_crash(stack: Stack, name: str) -> None:
+    """What changed them since is in no WAL, which may still end where it did at the start."""
+    safekeeper = stack.pid("safekeeper-1")
+    stack.query("create unlogged table u (a int)", name)
+    for is_cold in (False, True):
+        stack.query("insert into u select generate_series(1, 100)", name)
+        stack.text("endpoint", "stop", name)
+        if is_cold:
+            stack.evict(name)
+        stack.text("endpoint", "start", name)
+        os.kill(safekeeper, signal.SIGSTOP)
+        try:
+            assert one(stack, "select count(*) from u", name) == 100
+            stack.query("delete from u", name)
+            stack.kill(f"endpoint-{name}")
+        finally:
+            os.kill(safekeeper, signal.SIGCONT)
+        stack.text("endpoint", "start", name)
+        assert one(stack, "select count(*) from u", name) == 0
 
 
 def test_a_stop_succeeds_when_nothing_can_be_saved(stack: Stack, name: str) -> None:

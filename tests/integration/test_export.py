@@ -135,7 +135,7 @@ async def _check_cluster(cluster: PlainPostgres, dump: str) -> None:
             await connection.execute("vacuum freeze")
             await connection.execute("checkpoint")
         assert cluster.process is not None
-        await cluster.process.stop(fast=True)
+        await cluster.process.stop()
     async with cluster.running():
         assert await cluster.value("select count(*) from plain where value = 'new'") == "2001"
         assert await cluster.value("select count(*) from pending") == "1"

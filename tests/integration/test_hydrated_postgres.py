@@ -83,7 +83,7 @@ class Cluster:
             await process.wait_ready()
             yield
         finally:
-            await process.stop(fast=True)
+            await process.stop()
 
     def make_truth(self) -> None:
         run_initdb(self.build, self.truth)

@@ -146,7 +146,7 @@ async def _compare(pg_version: int) -> None:
                 for statement in (*STATEMENTS, *LATER_STATEMENTS):
                     await connection.execute(statement.encode())
             assert cluster.process is not None
-            await cluster.process.stop(fast=True)
+            await cluster.process.stop()
         _compare_names(build, cluster.data_dir, start, pg_version)
         _compare_checksums(build, cluster.data_dir)
     finally:

@@ -231,7 +231,7 @@ def test_a_second_proposer_fences_the_first_and_cuts_its_divergent_tail(
                 third.close()
                 await asyncio.wait_for(fenced, SOON_S)
                 assert postgres.process is not None
-                await postgres.process.stop(fast=False)
+                await postgres.process.kill()
 
     async def expect_fenced(proposer: Proposer, plain: PlainPostgres) -> None:
         with pytest.raises(NewerProposerError):
@@ -263,7 +263,7 @@ def test_a_safekeeper_away_for_long_is_repaired_by_another_one(
             await wait_until(lambda: lagging.commit_lsn() >= end, "it catches up")
             assert postgres.process is not None
             started = time.monotonic()
-            await postgres.process.stop(fast=True)  # waits until its last WAL is confirmed
+            await postgres.process.stop()  # waits until its last WAL is confirmed
             assert time.monotonic() - started < 4
         contents = [
             [path.read_bytes() for path in sorted(member.timeline_dir.glob("0*"))[:4]]

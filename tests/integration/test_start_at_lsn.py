@@ -50,7 +50,7 @@ class Cluster:
             await process.wait_ready()
             yield process
         finally:
-            await process.stop(fast=True)
+            await process.stop()
 
     def query(self, *statements: str) -> list[tuple[object, ...]]:
         url = f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"

@@ -131,7 +131,7 @@ def test_wal_arrives_in_order_over_segments_and_after_the_server_was_killed() ->
                 assert recorder.data.startswith(wal_of(postgres.data_dir, recorder.start_lsn, end_lsn))
                 assert receiver.source == source(postgres).address
                 assert postgres.process is not None
-                await postgres.process.stop(fast=False)
+                await postgres.process.kill()
                 await until(lambda: receiver.source is None)
                 async with postgres.running():
                     end_lsn = await write_wal(postgres, 100)

@@ -1,18 +1,23 @@
 """An endpoint that was stopped cleanly is as after a restart of stock PostgreSQL; any other starts afresh."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from excimer.compute.activity_sampler import child_pids
 from excimer.compute.arena import Arena
 from excimer.compute.places import locate_places
+from excimer.compute.stop_progress import STILL_S, checkpointer_work
 from excimer.pageserver.bootstrap import initdb_template
 from tests.kit.builds import ALL_VERSIONS, NEWEST_VERSION, build_of
 from tests.kit.dying_manager import start_dying
@@ -239,18 +244,41 @@ def test_a_manager_that_is_killed_while_it_starts(stack: Stack, where: str, when
     assert count(stack) == rows
 
 
+def checkpointer_pid(stack: Stack) -> int:
+    return checkpointer_work(child_pids(stack.postmaster_pid()))[0]
+
+
+def test_a_stop_whose_last_checkpoint_takes_long_is_waited_for(stack: Stack) -> None:
+    """Beyond every limit that holds while nothing moves: it is clean, and the next start a warm one."""
+    rows = acknowledge(stack)
+    script(stack, "create table wide (pad text);alter table wide alter pad set storage plain;checkpoint")
+    stack.query("insert into wide select repeat('x', 6000) from generate_series(1, 6000)")
+    checkpointer = checkpointer_pid(stack)
+    os.kill(checkpointer, signal.SIGSTOP)
+    stopping = threading.Thread(target=stack.text, args=("endpoint", "stop", "main"))
+    stopping.start()
+    with contextlib.suppress(ProcessLookupError):  # it has come to its end
+        for _ in range(4):
+            time.sleep(STILL_S / 2)  # it has not moved for so long, each time anew
+            before = checkpointer_work([checkpointer])
+            os.kill(checkpointer, signal.SIGCONT)
+            while checkpointer_work([checkpointer]) == before:
+                pass
+            os.kill(checkpointer, signal.SIGSTOP)
+        os.kill(checkpointer, signal.SIGCONT)
+    stopping.join()
+    assert start(stack) == ("warm", None)
+    assert count(stack) == rows
+
+
 def test_a_stop_that_postgres_does_not_end_cleanly_is_said(stack: Stack) -> None:
     """Its checkpointer hangs, so that it is killed: what a quorum has is there, and the log says so."""
     rows = acknowledge(stack)
-    postmaster = stack.postmaster_pid()
-    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-    titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    (checkpointer,) = (int(pid) for pid, title in titles.items() if b"checkpointer" in title)
-    os.kill(checkpointer, signal.SIGSTOP)
+    os.kill(checkpointer_pid(stack), signal.SIGSTOP)
     stack.text("endpoint", "stop", "main")
     log = (stack.directory / "logs" / "endpoint-main.log").read_text()
     assert "postgres did not stop cleanly: the next start is cold" in log
-    assert start(stack)[0] == "cold"
+    assert start(stack) == ("cold", "it was not shut down cleanly")
     assert count(stack) == rows
 
 
@@ -261,7 +289,8 @@ def test_what_a_kill_or_an_immediate_stop_leaves_is_not_used(stack: Stack) -> No
     assert count(stack) == rows
     stack.text("endpoint", "stop", "main", "--immediate")
     assert not data_dir(stack).exists()
-    assert start(stack) == ("cold", None)
+    assert start(stack) == ("cold", "it was not shut down cleanly")
+    assert restart(stack) == ("warm", None), "told once"
     assert count(stack) == rows
 
 
@@ -285,7 +314,8 @@ def test_a_crash_of_postgres_starts_afresh(stack: Stack) -> None:
     before = stack.postmaster_pid()
     os.kill(before, signal.SIGKILL)
     stack.wait_until(lambda: stack.accepts() and stack.postmaster_pid() != before, "a fresh start")
-    assert stack.json("endpoint", "show", "main")["start"] == "cold"
+    shown = stack.json("endpoint", "show", "main")
+    assert (shown["start"], shown["start_reason"]) == ("cold", "it was not shut down cleanly")
     assert count(stack) == rows
 
 
@@ -374,7 +404,7 @@ def test_directories_of_stopped_endpoints_are_bounded(stack: Stack) -> None:
     stack.text("endpoint", "stop", "main")
     assert list(data_dir(stack).parent.glob("*")) == []
     config.write_text(before)
-    assert start(stack) == ("cold", None)
+    assert start(stack) == ("cold", "it was removed to make room on the disk")
 
 
 def test_the_proposers_slot_lets_old_wal_go(stack: Stack) -> None:

@@ -69,7 +69,7 @@ class PlainPostgres:
         finally:
             if self.process is not None:
                 # Quick: a fast stop would wait for a standby that may be gone.
-                await process.stop(fast=False)
+                await process.kill()
 
     async def connect(self) -> "psycopg.AsyncConnection[tuple[object, ...]]":
         return await psycopg.AsyncConnection.connect(self.url, autocommit=True)

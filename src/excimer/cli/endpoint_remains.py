@@ -19,9 +19,10 @@ def remove_remains(endpoint_dir: Path, *, kept_too: bool = False) -> None:
         from excimer.compute.directory_lock import directory_lock
         from excimer.compute.kept_directory import discard
         from excimer.compute.postgres_process import kill_left_behind
+        from excimer.compute.warm_start import NOT_CLEAN
 
         asyncio.run(kill_left_behind(places.data_dir))
         with directory_lock(places.run_dir):
-            discard(places)
+            discard(places, NOT_CLEAN)
         places.settings_socket.unlink(missing_ok=True)
     leave_places(places)

@@ -21,7 +21,7 @@ import msgspec
 
 from excimer.base.errors import RetryableError
 from excimer.cli.errors import BusyError, ProcessFailedError
-from excimer.cli.installation import Installation, Part, make_directories
+from excimer.cli.installation import Installation, Part, endpoint_part_name, make_directories
 from excimer.cli.log_lines import last_error
 from excimer.cli.supervision import (
     SUPERVISOR,
@@ -31,17 +31,18 @@ from excimer.cli.supervision import (
     program_path_environment,
     supervisor_lock_dir,
 )
+from excimer.compute.places import STOP_BEAT_NAME
 from excimer.io.private_files import touch_private
 from excimer.service.health import HTTP_OK
 from excimer.service.settings import save_settings
 from excimer.supervisor import process_records
-from excimer.supervisor.process_records import ProcessRecord, record_path, settings_path
+from excimer.supervisor.process_records import ProcessRecord, is_halted, record_path, settings_path
 from excimer.supervisor.protocol import Started, StartPart
 
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 10.0
 ENDPOINT_STOP_LIMIT_S: Final = 14.0
-"""A manager ends by itself, hard if need be, after 11 s."""
+"""A manager ends by itself, hard if need be, 11 s after its stop has last got on."""
 
 HALTED_LIMIT_S: Final = 1.0
 """How long a process that somebody has stopped (SIGSTOP) is waited for: it cannot end by itself."""
@@ -255,11 +256,30 @@ def _own_words(installation: Installation, part: Part) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What is to be stopped: a part's name, where its instance lock is, how long it may take."""
+    """What is to be stopped: a part's name, where its instance lock is, how long it may take.
+
+    The time begins anew whenever the file `beat` in that directory changes.
+    """
 
     part: str
     lock_dir: Path
     limit_s: float
+    beat: str | None = None
+
+    def read_beat(self) -> bytes:
+        """What it says now; nothing if there is none."""
+        if self.beat is None:
+            return b""
+        try:
+            return (self.lock_dir / self.beat).read_bytes()
+        except OSError:
+            return b""
+
+
+def running_endpoint(installation: Installation, name: str) -> Running:
+    """An endpoint's manager, whose stop takes as long as PostgreSQL's last checkpoint."""
+    directory = installation.endpoint_dir(name)
+    return Running(endpoint_part_name(name), directory, ENDPOINT_STOP_LIMIT_S, STOP_BEAT_NAME)
 
 
 def stop_parts(
@@ -276,18 +296,48 @@ def stop_parts(
     """
     begun = time.monotonic()
     found = [(each, find_process(installation, each.part, each.lock_dir)) for each in parts]
-    running = [(each, record) for each, record in found if record is not None]
-    for _, record in running:
-        _signal(record, signal.SIGKILL if immediate else signal.SIGTERM)
-    for each, record in running:
-        if not _wait_gone(record, begun + each.limit_s):
-            _signal(record, signal.SIGKILL)
-            if not _wait_gone(record, time.monotonic() + KILL_LIMIT_S):
-                raise ProcessFailedError(f"{each.part} (process {record.pid}) cannot be stopped")
-        stopped(f"{each.part} stopped", time.monotonic() - begun)
-    for each in parts:
-        record_path(installation.run_dir, each.part).unlink(missing_ok=True)
-    return [each.part for each, _ in running]
+    running = [_Ending(each, record, begun) for each, record in found if record is not None]
+    for each in running:
+        _signal(each.record, signal.SIGKILL if immediate else signal.SIGTERM)
+    left = list(running)
+    while left:
+        for each in list(left):
+            if each.look():
+                left.remove(each)
+                stopped(f"{each.part.part} stopped", time.monotonic() - begun)
+        if left:
+            time.sleep(POLL_S)
+    for part in parts:
+        record_path(installation.run_dir, part.part).unlink(missing_ok=True)
+    return [each.part.part for each in running]
+
+
+class _Ending:
+    """A process that has been told to end."""
+
+    def __init__(self, part: Running, record: ProcessRecord, begun_s: float) -> None:
+        self.part = part
+        self.record = record
+        self._beat = part.read_beat()
+        self._deadline_s = begun_s + part.limit_s
+        self._halted_until_s = begun_s + HALTED_LIMIT_S
+        self._is_killed = False
+
+    def look(self) -> bool:
+        """Whether it is gone; kills it if its time is over. Raises `ProcessFailedError`."""
+        if not self.record.is_alive():
+            return True
+        now_s = time.monotonic()
+        if (beat := self.part.read_beat()) != self._beat and not self._is_killed:
+            self._beat, self._deadline_s = beat, now_s + self.part.limit_s
+        is_halted_long = now_s > self._halted_until_s and is_halted(self.record.pid)
+        if now_s <= self._deadline_s and (self._is_killed or not is_halted_long):
+            return False
+        if self._is_killed:
+            raise ProcessFailedError(f"{self.part.part} (process {self.record.pid}) cannot be stopped")
+        _signal(self.record, signal.SIGKILL)
+        self._is_killed, self._deadline_s = True, now_s + KILL_LIMIT_S
+        return False
 
 
 def stop_supervisor(installation: Installation, *, immediate: bool) -> None:
@@ -300,24 +350,6 @@ def _signal(record: ProcessRecord, number: signal.Signals) -> None:
     if record.is_alive():
         with contextlib.suppress(ProcessLookupError):
             os.kill(record.pid, number)
-
-
-def _wait_gone(record: ProcessRecord, deadline: float) -> bool:
-    halted_until = time.monotonic() + HALTED_LIMIT_S
-    while record.is_alive():
-        now = time.monotonic()
-        if now > deadline or (now > halted_until and is_halted(record.pid)):
-            return False
-        time.sleep(POLL_S)
-    return True
-
-
-def is_halted(pid: int) -> bool:
-    """Whether somebody has stopped the process (SIGSTOP)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
-    except (OSError, IndexError):
-        return False
 
 
 def probe(http_address: str, pid: int | None, limit_s: float = PROBE_TIMEOUT_S) -> int:

@@ -10,9 +10,9 @@ import time
 from typing import NamedTuple
 
 from excimer.cli.installation import HOST, Installation
-from excimer.cli.local_processes import START_LIMIT_S, Probed, is_halted, probe_health
+from excimer.cli.local_processes import START_LIMIT_S, Probed, probe_health
 from excimer.service.health import HTTP_OK
-from excimer.supervisor.process_records import ProcessRecord
+from excimer.supervisor.process_records import ProcessRecord, is_halted
 
 _SAFEKEEPER = re.compile(rf"safekeeper {re.escape(HOST)}:(\d+)")
 

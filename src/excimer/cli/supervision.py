@@ -25,7 +25,15 @@ from excimer.io.processes import describe_exit
 from excimer.service.log_files import open_log, rotate
 from excimer.service.settings import save_settings
 from excimer.supervisor.process_names import PADDING
-from excimer.supervisor.process_records import ProcessRecord, find_process, settings_path, write_record
+from excimer.supervisor.process_records import (
+    ProcessRecord,
+    find_process,
+    is_halted,
+    read_record,
+    record_path,
+    settings_path,
+    write_record,
+)
 from excimer.supervisor.protocol import (
     Answer,
     Failed,
@@ -56,6 +64,19 @@ def supervisor_lock_dir(run_dir: Path) -> Path:
 
 def find_supervisor(installation: Installation) -> ProcessRecord | None:
     return find_process(installation.run_dir, SUPERVISOR, supervisor_lock_dir(installation.run_dir))
+
+
+def supervisor_problem(installation: Installation) -> str | None:
+    """Why nothing that dies would come back, and what to do; None: it would, or everything was stopped."""
+    supervisor = find_supervisor(installation)
+    if supervisor is not None:
+        if not is_halted(supervisor.pid):
+            return None
+        pid = supervisor.pid
+        return f"the supervisor (process {pid}) is halted and starts nothing: kill -CONT {pid}"
+    if read_record(record_path(installation.run_dir, SUPERVISOR)) is None:
+        return None  # who stops it removes its record
+    return "the supervisor does not run: a service that dies stays down; excimer start starts it again"
 
 
 def ask_supervisor(installation: Installation, request: Request, standard_input: int | None = None) -> Answer:

@@ -3,7 +3,7 @@
 ::
 
     u64 logins    clients that were let in, or wait to be
-    u32 state     0 open, 1 held, 2 shut
+    u32 state     0 open, 1 held, 2 shut, 3 starting
     u32 unused
 
 The file lies beside the data directory; the endpoint module (`csrc/endpoint/admission.c`) maps it in every
@@ -40,6 +40,8 @@ class Door(IntEnum):
     """Who comes waits: the manager looks once more."""
     SHUT = 2
     """Who comes is refused with SQLSTATE 57P03."""
+    STARTING = 3
+    """Who comes waits, for as long as a login may take (authentication_timeout): nobody goes in yet."""
 
 
 def remove_admission(directory: Path) -> None:
@@ -54,13 +56,13 @@ class Admission:
         self._shared = shared
 
     @classmethod
-    def make(cls, directory: Path) -> "Admission":
-        """A new file, open and without logins, whatever an earlier PostgreSQL has left. Raises OSError."""
+    def make(cls, directory: Path, door: Door = Door.OPEN) -> "Admission":
+        """A new file without logins, whatever an earlier PostgreSQL has left. Raises OSError."""
         path = directory / ADMISSION_NAME
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, _LAYOUT.pack(0, Door.OPEN, 0))
+            os.write(descriptor, _LAYOUT.pack(0, door, 0))
             give_to_user(path)
             return cls(mmap.mmap(descriptor, _LAYOUT.size))
         finally:

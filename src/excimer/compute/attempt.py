@@ -44,7 +44,9 @@ from excimer.compute.server_look import look_at_server
 from excimer.compute.settings_keeper import SettingsKeeper
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
+from excimer.compute.start_session import leave_start_lsn
 from excimer.compute.state_keeper import FetchedState, StateKeeper
+from excimer.compute.stop_progress import AroundStop, StopBeat
 from excimer.compute.warm_start import Cold, QuorumEnd, Warm, told
 from excimer.io.processes import describe_exit
 from excimer.pgformat.basebackup import Basebackup
@@ -77,14 +79,16 @@ class Attempt:
         states: StateKeeper,
         on_started: Callable[[], None],
         idle: IdleWatch,
+        beat: StopBeat,
     ) -> None:
-        """`tokens` gives the newest; `renew_tokens` tells of newer ones."""
+        """`tokens` gives the newest; `renew_tokens` tells of newer ones. `beat` hears how a stop gets on."""
         self._spec = spec
         self._tokens = tokens
         self._keeper = keeper
         self._states = states
         self._on_started = on_started
         self._idle = idle
+        self._beat = beat
         self._directory = EndpointDirectory(spec)
         self.decided: Warm | Cold | None = None
         """How it starts; None while that is not known."""
@@ -144,12 +148,17 @@ class Attempt:
         if self._process is not None:
             if self._admission is not None and self._admission.door is Door.SHUT:
                 await self._process.let_leave()
-            await self._process.stop(fast=True, own_walsender=self._own_walsender)
+            await self._process.stop(AroundStop(self._own_walsender, self._quorum, self._beat))
         elif self._task is not None:
             self._task.cancel()
 
     def _own_walsender(self) -> int | None:
         return None if self.proposer is None else self.proposer.walsender_pid
+
+    def _quorum(self) -> tuple[int, bool]:
+        """Commit LSN, and whether a majority answers; who writes no WAL needs none."""
+        proposer = self.proposer
+        return (0, True) if proposer is None else (proposer.commit_lsn, proposer.missing_majority() is None)
 
     def renew_tokens(self, tokens: EndpointTokens) -> None:
         """Into the arena goes what opens the branch's pages, to the proposer what writes its WAL."""
@@ -203,10 +212,9 @@ class Attempt:
         superuser = await find_superuser(self._superusers, socket_dir, spec.port, spec.build.version)
         address = PostgresAddress(socket_dir, spec.port, spec.build.version, superuser)
         if self.proposer is not None:
-            scope.start("proposer", self.proposer.stream(address))
-            self.backpressure = self._make_backpressure(self.proposer, self.arena, ingested_lsn)
-            scope.start("backpressure", self.backpressure.run())
-            await self._open_gate(address)
+            await self._begin_writing(scope, self.proposer, address, ingested_lsn)
+        assert self._admission is not None
+        self._admission.set(Door.OPEN)
         self._keeper.started(process.pid)
         if spec.certificate is not None and pair is not None:
             following = follow_files(spec.certificate, pair, spec.places.run_dir, process.reload)
@@ -229,11 +237,26 @@ class Attempt:
             log.warning("postgres did not stop cleanly: the next start is cold", ended=describe_exit(status))
         return Ended(time.monotonic(), f"postgres {describe_exit(status)}")
 
+    async def _begin_writing(
+        self, scope: TaskScope, proposer: Proposer, address: PostgresAddress, ingested_lsn: Lsn
+    ) -> None:
+        """From here on the quorum gets PostgreSQL's WAL."""
+        assert self.arena is not None
+        scope.start("proposer", proposer.stream(address))
+        self.backpressure = self._make_backpressure(proposer, self.arena, ingested_lsn)
+        scope.start("backpressure", self.backpressure.run())
+        if self._may_count_again():
+            await leave_start_lsn(address)
+        await self._open_gate(address)
+
     async def _ended_cleanly(self, proposer: Proposer, backpressure: Backpressure, arena: Arena) -> None:
         """What a quorum has now decides whether the directory stays, and is the state that is saved."""
-        self._clean_end = CleanEnd(proposer.commit_lsn, proposer.last_writer, backpressure.ingested_lsn)
+        end = CleanEnd(proposer.commit_lsn, proposer.last_writer, backpressure.ingested_lsn, False)
+        self._clean_end = end
         if self._stopping:
-            await self._states.save(self._spec.places.data_dir, arena, proposer.commit_lsn)
+            self._clean_end = end._replace(saved_unlogged=True)  # until it is known
+            is_there = await self._states.save(self._spec.places.data_dir, arena, proposer.commit_lsn)
+            self._clean_end = end._replace(saved_unlogged=is_there)
 
     def _watch_use(self, scope: TaskScope, process: PostgresProcess, address: PostgresAddress) -> None:
         assert self._admission is not None
@@ -288,6 +311,18 @@ class Attempt:
         """The endpoint's own list of settings, with which postgres is about to start."""
         self._settings = check_rules(self._keeper.starting())
         return self._settings
+
+    def _first_door(self) -> Door:
+        return Door.STARTING if self._may_count_again() else Door.OPEN
+
+    def _may_count_again(self) -> bool:
+        """Whether unlogged rows that were saved where this start begins would come back after a crash."""
+        match self.decided:
+            case Warm(record):
+                return record.saved_unlogged
+            case Cold():
+                return self._states.may_count_again
+        return False  # a static endpoint writes nothing
 
     async def _open_gate(self, address: PostgresAddress) -> None:
         """Lets subscriptions be applied, as soon as none is enabled that the branch only inherited."""
@@ -354,7 +389,7 @@ class Attempt:
 
     async def _start_postgres(self) -> PostgresProcess:
         spec = self._spec
-        self._admission = Admission.make(spec.places.run_dir)
+        self._admission = Admission.make(spec.places.run_dir, self._first_door())
         environment = spec.build.whole_environment(
             preload_environment(spec.places.arena) | {"LC_ALL": "C.UTF-8"}
         )
@@ -374,9 +409,18 @@ class Attempt:
         )
 
     async def _clean_up(self) -> None:
-        """Kills what runs in the directory; unless it was closed cleanly, it goes (H2, H3)."""
+        """Kills what runs in the directory; unless it was closed cleanly, it goes (H2, H3).
+
+        What the system refuses is left to the next start, which does all of it before anything else: a
+        directory without a record is used by nobody.
+        """
         self._keeper.ended()
-        await self._end_postgres()
+        is_dead = False
+        try:
+            await self._end_postgres()
+            is_dead = True
+        except (ExcimerError, OSError) as error:
+            log.error("what runs in the data directory cannot be ended; the next start tries", error=error)
         if self.proposer is not None:
             self.proposer.close()
         if self._admission is not None:
@@ -385,9 +429,16 @@ class Attempt:
             self.arena.set_token("")  # it may stay, and nobody needs this any more
             self.arena.close()
             self.arena = None
-        await asyncio.to_thread(
-            self._directory.finish, self._clean_end, self._superusers, never_began=self._never_began()
-        )
+        if is_dead:
+            await self._finish_directory()
+
+    async def _finish_directory(self) -> None:
+        try:
+            await asyncio.to_thread(
+                self._directory.finish, self._clean_end, self._superusers, never_began=self._never_began()
+            )
+        except OSError as error:
+            log.error("the data directory is not closed; the next start removes it", error=error)
 
     def _never_began(self) -> bool:
         """Postgres was not started, or has refused to start, or was told to stop before it had."""
@@ -397,7 +448,7 @@ class Attempt:
 
     async def _end_postgres(self) -> None:
         if self._process is not None:
-            await self._process.stop(fast=False)
+            await self._process.kill()
         places = self._spec.places
         places.local_access.unlink(missing_ok=True)
         await kill_left_behind(places.data_dir)

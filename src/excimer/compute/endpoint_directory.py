@@ -15,12 +15,13 @@ from excimer.compute.kept_directory import (
     read_boot_id,
     read_record,
     remove_lent,
+    take_reason,
     take_record,
     why_not_kept,
     write_record,
 )
 from excimer.compute.spec import ComputeSpec
-from excimer.compute.warm_start import Cold, QuorumEnd, ShutdownRecord, Warm, decide_start
+from excimer.compute.warm_start import NOT_CLEAN, Cold, QuorumEnd, ShutdownRecord, Warm, decide_start
 from excimer.service.logs import get_logger
 
 log = get_logger(__name__)
@@ -34,6 +35,8 @@ class EndpointDirectory:
         self._places = spec.places
         self._is_taken = False
         """What is there is this attempt's; before, it is left alone."""
+        self._reason: str | None = None
+        """Why this start is a cold one."""
         self._record: ShutdownRecord | None = None
 
     def decide(self, quorum: QuorumEnd) -> Warm | Cold:
@@ -44,13 +47,15 @@ class EndpointDirectory:
             quorum,
             owner=owner_of(self._spec),
             boot_id=read_boot_id(),
+            not_kept=take_reason(self._places),
         )
         self._is_taken = True
         match decided:
             case Warm(record):
                 take_record(self._places)
                 self._record = record
-            case Cold():
+            case Cold(reason):
+                self._reason = reason
                 discard(self._places)
         return decided
 
@@ -67,11 +72,14 @@ class EndpointDirectory:
         """
         if not self._is_taken:
             return
-        record = self._untouched() if end is None and never_began else None
+        record: ShutdownRecord | None = None
+        reason: str | None = NOT_CLEAN
         if end is not None:
-            record = self._closed(end, superusers)
+            record, reason = self._closed(end, superusers)
+        elif never_began:
+            record, reason = self._untouched(), self._reason
         if record is None:
-            discard(self._places)
+            discard(self._places, reason)
         else:
             remove_lent(self._places)
             write_record(self._places, record)
@@ -82,9 +90,11 @@ class EndpointDirectory:
             return None
         return self._record
 
-    def _closed(self, end: CleanEnd, superusers: Sequence[str]) -> ShutdownRecord | None:
+    def _closed(self, end: CleanEnd, superusers: Sequence[str]) -> tuple[ShutdownRecord | None, str | None]:
+        """The record, or why there is none."""
         reason = why_not_kept(self._places, self._spec.build, end)
         if reason is not None:
             log.warning("the data directory is not kept", reason=reason)
-            return None
-        return make_record(self._places, owner_of(self._spec), end, superusers)
+            return None, reason
+        record = make_record(self._places, owner_of(self._spec), end, superusers)
+        return record, NOT_CLEAN if record is None else None

@@ -13,6 +13,7 @@ synced: the page cache is as old as the boot that the record names (H3).
 Not here: the decision (`warm_start`), how many directories may stay (`kept_space`).
 """
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -62,6 +63,8 @@ class CleanEnd(NamedTuple):
     writer: TermStart | None
     ingested_lsn: Lsn
     """How far the pageserver was, as far as is known."""
+    saved_unlogged: bool
+    """What was saved at this end has unlogged rows, or may have."""
 
 
 def owner_of(spec: ComputeSpec) -> Owner:
@@ -162,20 +165,24 @@ def make_record(
         superusers=tuple(superusers),
         stopped_at_s=time.time(),
         size_bytes=disk_usage_bytes(places.run_dir),
+        saved_unlogged=end.saved_unlogged,
     )
 
 
-def discard(places: ComputePlaces) -> None:
+def discard(places: ComputePlaces, reason: str | None = None) -> None:
     """Removes a directory, what is beside it and its record; at no point does it look usable. Blocks.
 
-    Also what an earlier removal did not finish.
+    Also what an earlier removal did not finish. The next start tells the `reason`, if it is given one.
     """
-    hide(places)
+    hide(places, reason)
     remove_hidden(places.run_dir)
 
 
-def hide(places: ComputePlaces) -> None:
+def hide(places: ComputePlaces, reason: str | None = None) -> None:
     """The quick part of `discard`: nobody finds anything any more, and its place is free."""
+    if reason is not None:
+        with contextlib.suppress(OSError):  # only a word less to whoever asks
+            write_private(places.not_kept, reason.encode())
     places.shutdown_record.unlink(missing_ok=True)
     places.arena.unlink(missing_ok=True)
     remove_lent(places)
@@ -183,6 +190,16 @@ def hide(places: ComputePlaces) -> None:
         places.data_dir.unlink()
     elif places.data_dir.exists():
         places.data_dir.rename(places.data_dir.with_name(f"{REMOVED}{secrets.token_hex(8)}"))
+
+
+def take_reason(places: ComputePlaces) -> str | None:
+    """Why the last stop left no directory, told once; None if nothing is known."""
+    try:
+        reason = places.not_kept.read_text(errors="replace").strip()
+        places.not_kept.unlink()
+    except OSError:
+        return None
+    return reason or None
 
 
 def remove_lent(places: ComputePlaces) -> None:

@@ -23,6 +23,8 @@ LOOK_S: Final = 10.0
 FREE_BYTES_MIN: Final = 1 << 30
 """With less on the disk a stopped endpoint's cache is worth less than room."""
 
+MADE_ROOM: Final = "it was removed to make room on the disk"
+
 log = get_logger(__name__)
 
 
@@ -69,7 +71,7 @@ def _remove(entry: KeptEntry) -> bool:
         with directory_lock(run_dir, wait_s=0):
             is_kept = places.shutdown_record.exists()
             if is_kept:
-                hide(places)
+                hide(places, MADE_ROOM)
         if is_kept:
             remove_hidden(run_dir)
     except (DirectoryBusyError, OSError) as error:

@@ -22,26 +22,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from excimer.base.address import Address
 from excimer.compute.proposer import PostgresAddress
+from excimer.compute.start_session import connect_at_start
 from excimer.postgres import PostgresBuild
 from excimer.postgres.library_lists import split_libraries
 from excimer.postgres.setting_rules import PostgresSettingError
-from excimer.service.replication_client import ReplicationClient, connect_replication
-from excimer.wire.pg_client import PostgresError, unlimited_session
 
 GATE: Final = "excimer_subscriptions_may_start"
 """Same as in csrc/endpoint/background_work.c."""
-APPLICATION_NAME: Final = "excimer_branch_start"
 PRELOAD: Final = "shared_preload_libraries"
 PRELOADED: Final = ("pg_stat_statements",)
 """What people expect of a server that somebody runs for them."""
-DATABASES: Final = ("postgres", "template1")
-"""Subscriptions are in a catalog that all databases share; a cluster nearly always has both of these."""
 
 _SAFE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_$/.-")
-_OPTIONS: Final = "-c synchronous_commit=on -c default_transaction_read_only=off"
-_NO_SUCH_DATABASE: Final = ("3D000", "55000")
 
 
 class OutsideWork(NamedTuple):
@@ -65,7 +58,7 @@ async def disable_inherited_subscriptions(address: PostgresAddress, quieting_id:
     if not quieting_id.isalnum():
         raise PostgresSettingError(f"{quieting_id!r} is not an id")
     mark = mark_name(quieting_id)
-    client = await _connect(address)
+    client = await connect_at_start(address)
     try:
         known = await client.query(
             f"SELECT 1 FROM pg_catalog.pg_replication_origin WHERE roname OPERATOR(pg_catalog.=) '{mark}'"
@@ -80,34 +73,6 @@ async def disable_inherited_subscriptions(address: PostgresAddress, quieting_id:
         return True
     finally:
         client.close()
-
-
-async def _connect(address: PostgresAddress) -> ReplicationClient:
-    refused: PostgresError | None = None
-    for database in DATABASES:
-        try:
-            return await connect_replication(
-                Address(address.socket_dir, address.port),
-                user=address.user,
-                application_name=APPLICATION_NAME,
-                parameters={
-                    **unlimited_session(address.pg_version),
-                    "replication": "database",
-                    "database": database,
-                    "options": _OPTIONS,
-                },
-            )
-        except PostgresError as error:
-            if not is_no_database(error):
-                raise
-            refused = error
-    assert refused is not None
-    raise refused
-
-
-def is_no_database(error: PostgresError) -> bool:
-    """Whether a connection failed because its database is not there, or takes none."""
-    return error.sqlstate in _NO_SUCH_DATABASE
 
 
 def module_arguments(

@@ -17,6 +17,9 @@ from excimer.io.processes import is_passable, make_owned_dir, unprivileged_user
 
 LOCAL_ACCESS_NAME: Final = "local_access.json"
 SHUTDOWN_RECORD_NAME: Final = "shutdown.json"
+NOT_KEPT_NAME: Final = "not_kept"
+STOP_BEAT_NAME: Final = "stopping"
+"""In the endpoint's directory: changes for as long as a stop gets on (`stop_progress`)."""
 
 
 class ComputePlaces(NamedTuple):
@@ -34,6 +37,8 @@ class ComputePlaces(NamedTuple):
     """Says, while PostgreSQL serves, how our own user connects to it (`local_access`)."""
     shutdown_record: Path
     """Says, while none does, that the data directory may be used again (`kept_directory`)."""
+    not_kept: Path
+    """Says why the last stop left no data directory, until the next start."""
 
 
 def find_places(endpoint_dir: Path) -> ComputePlaces:
@@ -66,6 +71,7 @@ def locate_places(endpoint_dir: Path) -> ComputePlaces:
         postgres_log=endpoint_dir / "postgres.log",
         local_access=endpoint_dir / LOCAL_ACCESS_NAME,
         shutdown_record=endpoint_dir / SHUTDOWN_RECORD_NAME,
+        not_kept=endpoint_dir / NOT_KEPT_NAME,
     )
 
 

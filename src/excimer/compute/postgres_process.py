@@ -10,11 +10,20 @@ import ctypes
 import os
 import re
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from excimer.base.errors import RefusedError, RetryableError
 from excimer.compute.activity_sampler import child_pids
+from excimer.compute.stop_progress import (
+    ON_ITS_OWN,
+    STILL_S,
+    AroundStop,
+    StopProgress,
+    StopSigns,
+    checkpointer_work,
+)
 from excimer.io.processes import describe_exit, spawn_async
 from excimer.pgformat.auto_conf import AUTO_CONF_NAME
 from excimer.service.log_files import open_log
@@ -23,12 +32,12 @@ from excimer.service.logs import get_logger
 FIRST_UNPRIVILEGED_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 USUAL_FIRST_UNPRIVILEGED_PORT = 1024
 START_TIMEOUT_S = 60.0
-FAST_STOP_TIMEOUT_S = 3.0
 RECEIVERS_TIMEOUT_S = 1.5
-"""Of that: how long readers of WAL may take what is left of it. PostgreSQL waits for the slowest."""
+"""Of a fast shutdown: how long readers of WAL may take what is left. PostgreSQL waits for the slowest."""
 SMART_STOP_TIMEOUT_S = 3.0
 LOG_READ_SIZE_BYTES = 1 << 16
 _READY_POLL_S = 0.002
+_STOP_POLL_S = 0.25
 _KILL_ROUNDS = 500
 _KILL_POLL_S = 0.01
 _STATUS_LINE = 7
@@ -133,15 +142,33 @@ class PostgresProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), SMART_STOP_TIMEOUT_S)
 
-    async def stop(self, *, fast: bool, own_walsender: Callable[[], int | None] = lambda: None) -> None:
-        """Fast: lets it finish its shutdown checkpoint for a few seconds; then, or else, at once.
+    async def stop(self, around: AroundStop = ON_ITS_OWN) -> None:
+        """A fast shutdown, for as long as it gets on (`stop_progress`); then a `kill`.
 
         A reader of WAL that is slow, or gone without a word, would hold the checkpoint up, and a kill cost
-        all slots. So readers other than `own_walsender` are disconnected in time.
+        what the stop keeps. So readers other than our own walsender are disconnected in time.
         """
-        if fast and self._signal(signal.SIGINT) and not await self._has_ended(RECEIVERS_TIMEOUT_S):
-            self._disconnect_receivers(own_walsender())
-            await self._has_ended(FAST_STOP_TIMEOUT_S - RECEIVERS_TIMEOUT_S)
+        if self._signal(signal.SIGINT):
+            started_s = time.monotonic()
+            progress = StopProgress(started_s)
+            is_alone = False
+            while not await self._has_ended(_STOP_POLL_S):
+                now_s = time.monotonic()
+                if not is_alone and now_s - started_s >= RECEIVERS_TIMEOUT_S:
+                    self._disconnect_receivers(around.own_walsender())
+                    is_alone = True
+                if not progress.may_go_on(self._stop_signs(around), now_s):
+                    log.warning("postgres does not get on with its shutdown, and is killed", still_s=STILL_S)
+                    break
+                around.beat.move(progress.moved_s)
+        await self.kill()
+
+    def _stop_signs(self, around: AroundStop) -> StopSigns:
+        children = child_pids(self._process.pid)
+        return StopSigns(len(children), checkpointer_work(children), *around.quorum())
+
+    async def kill(self) -> None:
+        """Ends it, and whatever else runs in its directory, if it has not ended already."""
         if self._signal(signal.SIGQUIT):
             try:
                 await asyncio.wait_for(self._process.wait(), 1.0)

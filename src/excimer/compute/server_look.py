@@ -15,9 +15,9 @@ from excimer.base.address import Address
 from excimer.base.errors import RetryableError
 from excimer.compute.activity_sampler import ServerLook, ServerProcess
 from excimer.compute.admission import OWN_NAMES
-from excimer.compute.outside_work import DATABASES, is_no_database
 from excimer.compute.postgres_settings import PROPOSER_NAME
 from excimer.compute.proposer import PROPOSER_SLOT, PostgresAddress
+from excimer.compute.start_session import DATABASES, is_no_database
 from excimer.service.replication_client import ReplicationClient, connect_replication
 from excimer.wire.pg_client import PostgresError, unlimited_session
 

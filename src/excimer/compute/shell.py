@@ -41,6 +41,7 @@ from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.state_collection import StateLimits
 from excimer.compute.state_keeper import StateKeeper, StateOwner
+from excimer.compute.stop_progress import StopBeat
 from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
 from excimer.compute.warm_start import told
 from excimer.postgres import endpoint_module, find_build
@@ -116,8 +117,14 @@ class Manager:
     """Runs one endpoint until it is stopped, refused or fenced."""
 
     def __init__(
-        self, spec: ComputeSpec, settings: ComputeSettings, tokens: EndpointTokens, health: Health
+        self,
+        spec: ComputeSpec,
+        settings: ComputeSettings,
+        tokens: EndpointTokens,
+        health: Health,
+        beat: StopBeat | None = None,
     ) -> None:
+        """`beat` hears how a stop gets on."""
         self._spec = spec
         self._health = health
         self._renewal = TokenRenewal(
@@ -147,6 +154,7 @@ class Manager:
         self._watch_kept = partial(
             keep_watching, settings.endpoint_dir.parent, settings.stopped_directories_max_mib << 20
         )
+        self._beat = beat or StopBeat()
         self.starts = 0
 
     @property
@@ -223,6 +231,7 @@ class Manager:
                     self._states,
                     self._started,
                     self.idle,
+                    self._beat,
                 )
                 self.starts += 1
                 scope.start("attempt", self._report_end(self._attempt))

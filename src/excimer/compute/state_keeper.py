@@ -73,13 +73,23 @@ class StateKeeper:
         self._tokens = tokens
         self._in_use: Lsn | None = None
         self._distrusted: Lsn | None = None
+        self._may_count_again = False
 
     @property
     def is_on(self) -> bool:
         return bool(self._owner.pageserver_http_address and self._limits.size_bytes_max)
 
+    @property
+    def may_count_again(self) -> bool:
+        """Whether unlogged rows may have been saved where the start is that was prepared last.
+
+        They would come back at a start after a crash, if WAL had not left that LSN meanwhile.
+        """
+        return self._may_count_again
+
     async def fetch(self, lsn: Lsn) -> FetchedState | None:
         """What was saved at exactly this LSN; None without, and why is in the log."""
+        self._may_count_again = bool(self._owner.pageserver_http_address)
         if not self.is_on or lsn == self._distrusted:
             return None
         client = HttpClient(
@@ -92,10 +102,13 @@ class StateKeeper:
             data = await client.get_bytes(self._path(lsn))
             header, state = await asyncio.to_thread(unpack_state, data, format_lsn(lsn))
         except NotFoundError:
+            self._may_count_again = False
             return None
         except (ExcimerError, OSError) as error:
             self.not_used(lsn, error)
             return None
+        is_own = header.timeline_id == self._owner.timeline_id  # a branch takes no unlogged rows
+        self._may_count_again = is_own and bool(state.unlogged)
         if header.tenant_id != self._owner.tenant_id:
             self.not_used(lsn, CorruptionError(f"it is tenant {header.tenant_id}'s"))
             return None
@@ -134,10 +147,13 @@ class StateKeeper:
         self._distrusted = lsn
         self.not_used(lsn, CorruptionError(f"PostgreSQL did not start with it: {failure}"))
 
-    async def save(self, data_dir: Path, arena: Arena, commit_lsn: Lsn) -> None:
-        """Of a directory whose postgres is gone. `commit_lsn`: what a quorum has. Logs how it went."""
+    async def save(self, data_dir: Path, arena: Arena, commit_lsn: Lsn) -> bool:
+        """Of a directory whose postgres is gone. `commit_lsn`: what a quorum has. Logs how it went.
+
+        Whether unlogged rows are among it, or may be: an answer can be lost.
+        """
         if not self.is_on:
-            return
+            return False
         started = time.monotonic()
         try:
             async with asyncio.timeout(SAVE_LIMIT_S):
@@ -150,7 +166,7 @@ class StateKeeper:
                 "what WAL does not carry was not saved: the next start elsewhere is as after a crash",
                 reason=reason,
             )
-            return
+            return True
         for left_out in collected.state.left_out:
             log.warning("not saved", what=left_out)
         log.info(
@@ -159,6 +175,7 @@ class StateKeeper:
             bytes=size,
             ms=round((time.monotonic() - started) * 1000),
         )
+        return bool(collected.state.unlogged)
 
     async def _save(self, data_dir: Path, arena: Arena, commit_lsn: Lsn) -> tuple[CollectedState, int]:
         owner = self._owner

@@ -26,6 +26,7 @@ from excimer.base.lsn import Lsn, format_lsn
 from excimer.wire.safekeeping import Term, TermStart
 
 RECORD_VERSION: Final = 1
+NOT_CLEAN: Final = "it was not shut down cleanly"
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,6 +63,8 @@ class ShutdownRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Since 1970."""
     size_bytes: int
     """What directory and arena take on the disk."""
+    saved_unlogged: bool = True
+    """Unlogged rows were saved with this stop, and count again until WAL has left its LSN."""
 
     @property
     def writer(self) -> TermStart:
@@ -91,7 +94,7 @@ class Warm(NamedTuple):
 
 class Cold(NamedTuple):
     reason: str | None
-    """Why not with the directory that is there; None: there is none."""
+    """Why not with the directory that is there, or should be; None: there was none."""
 
 
 def decide_start(
@@ -101,12 +104,13 @@ def decide_start(
     *,
     owner: Owner,
     boot_id: str | None,
+    not_kept: str | None = None,
 ) -> Warm | Cold:
-    """`record` None: there is none that can be read; `found` None: there is no directory."""
+    """`record` None: none can be read; `found` None: there is no directory, and `not_kept` is why."""
     if found is None:
-        return Cold(None)
+        return Cold(not_kept)
     if record is None:
-        return Cold("it was not shut down cleanly")
+        return Cold(NOT_CLEAN)
     reason = (
         _foreign(record, owner)
         or _of_another_boot(record, boot_id)

@@ -5,8 +5,8 @@
     run_service("pageserver", PageserverSettings, serve)
 
 reads the settings, sets up the log, runs `serve(settings)` until SIGTERM or SIGINT, which cancels
-it; clean-up is in its `finally` blocks and contexts. A stop that takes longer than `stop_limit_s`
-ends the process hard, naming the tasks that did not come to an end.
+it; clean-up is in its `finally` blocks and contexts. A stop that takes longer than `stop_limit_s`, or as long
+since it last got on (`moved_s`), ends the process hard, naming the tasks that did not come to an end.
 
 Exit codes: 0 clean stop, 1 expected failure (one line on standard error), 2 wrong usage or
 settings, 70 unexpected crash (with a traceback in the log).
@@ -19,9 +19,10 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from excimer.base.errors import ExcimerError
 from excimer.io.private_files import PRIVATE_UMASK
@@ -47,6 +48,12 @@ S = TypeVar("S", bound=Settings)
 log = get_logger(__name__)
 
 
+class StopLimit(NamedTuple):
+    seconds: float
+    moved_s: Callable[[], float]
+    """From when on they are counted, if that is after the stop's beginning."""
+
+
 def run_service(
     service: str,
     settings_type: type[S],
@@ -54,8 +61,12 @@ def run_service(
     *,
     arguments: list[str] | None = None,
     stop_limit_s: float = STOP_LIMIT_S,
+    moved_s: Callable[[], float] = lambda: 0.0,
 ) -> int:
-    """Runs a service to its end and returns its exit code (for `sys.exit`)."""
+    """Runs a service to its end and returns its exit code (for `sys.exit`).
+
+    `moved_s`: when a stop last got on, by the monotonic clock.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(f"usage: python -m excimer.{service} SETTINGS.toml", file=sys.stderr)
@@ -74,8 +85,9 @@ def run_service(
     except TlsFilesError as error:
         print(f"excimer {service}: {error}", file=sys.stderr)
         return EXIT_USAGE
+    limit = StopLimit(stop_limit_s, moved_s)
     with rotating_logs([settings.log_path] if settings.log_path else []):
-        failure = failure_of(lambda: asyncio.run(_until_signal(service, serve(settings), stop_limit_s)))
+        failure = failure_of(lambda: asyncio.run(_until_signal(service, serve(settings), limit)))
     if failure is None:
         return EXIT_CLEAN
     log.error(f"{service} failed: {failure}", kind=type(failure).__name__)
@@ -104,7 +116,7 @@ def rotating_logs(paths: Sequence[Path]) -> Iterator[None]:
         rotation.stop()
 
 
-async def _until_signal(service: str, serving: Awaitable[None], stop_limit_s: float) -> None:
+async def _until_signal(service: str, serving: Awaitable[None], limit: StopLimit) -> None:
     """Awaits `serving`; the first SIGTERM or SIGINT cancels it and starts the clock of the hard end."""
     task = asyncio.current_task()
     assert task is not None
@@ -116,9 +128,8 @@ async def _until_signal(service: str, serving: Awaitable[None], stop_limit_s: fl
             return
         stopping = True
         log.info(f"{service} stops", signal=name)
-        timer = threading.Timer(stop_limit_s, _end_hard, (service, stop_limit_s, asyncio.get_running_loop()))
-        timer.daemon = True
-        timer.start()
+        arguments = service, limit, asyncio.get_running_loop()
+        threading.Thread(target=_end_hard, args=arguments, daemon=True).start()
         task.cancel()
 
     loop = asyncio.get_running_loop()
@@ -141,8 +152,11 @@ async def _settle() -> None:
     await asyncio.to_thread(release_freed_memory)
 
 
-def _end_hard(service: str, stop_limit_s: float, loop: asyncio.AbstractEventLoop) -> None:
-    """Runs in the timer's thread, because the loop or a worker thread may be what hangs."""
+def _end_hard(service: str, limit: StopLimit, loop: asyncio.AbstractEventLoop) -> None:
+    """When the time is over; in a thread of its own, because the loop or another thread may be what hangs."""
+    begun_s = time.monotonic()
+    while (left_s := max(begun_s, limit.moved_s()) + limit.seconds - time.monotonic()) > 0:
+        time.sleep(left_s)
     pending = sorted(task.get_name() for task in asyncio.all_tasks(loop))
-    log.error(f"{service} did not stop in time", limit_s=stop_limit_s, tasks=pending)
+    log.error(f"{service} did not stop in time", limit_s=limit.seconds, tasks=pending)
     os._exit(EXIT_FAILED)

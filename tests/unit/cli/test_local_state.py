@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ from excimer.compute.admission import Admission
 from excimer.compute.places import find_places
 from excimer.compute.server_certificate import CertificatePair, install_pair
 from excimer.pageserver.settings import PageserverSettings
-from excimer.supervisor.process_records import ProcessRecord, boot_id, start_ticks
+from excimer.supervisor.process_records import ProcessRecord, boot_id, start_ticks, write_record
 from tests.kit.directories import reachable_directory
 from tests.kit.small_service import part_of, small_installation
 
@@ -66,6 +67,44 @@ def test_start_is_idempotent_and_stop_too(installation: Installation) -> None:
     assert stop(installation, part) == ["small"]
     assert stop(installation, part) == []
     assert find_process(installation, "small", part.lock_dir) is None
+
+
+SLOW = """
+import signal, sys, time, pathlib
+told, beat, end = [], pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+print("ready", flush=True)
+while not told:
+    time.sleep(0.01)
+while not end.exists():
+    told.append(1)
+    beat.write_text(str(len(told)))
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_who_gets_on_with_its_end_is_waited_for(installation: Installation, gets_on: bool) -> None:
+    """Far beyond the limit, which holds for one that does not."""
+    limit_s, end = 1.5, installation.run_dir / "end"
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(installation.run_dir / "beat"), str(end)], stdout=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            write_record(installation.run_dir, "slow", process.pid)
+            reaper = threading.Thread(target=process.wait)
+            reaper.start()
+            allow = threading.Timer(2 * limit_s, end.touch)
+            allow.start()
+            running = Running("slow", installation.run_dir, limit_s, "beat" if gets_on else None)
+            assert stop_parts(installation, [running], lambda *_: None, immediate=False) == ["slow"]
+            allow.cancel()
+            reaper.join()
+            assert process.returncode == (0 if gets_on else -signal.SIGKILL)
+        finally:
+            process.kill()
 
 
 def test_a_killed_part_is_started_again(installation: Installation) -> None:

@@ -22,6 +22,7 @@ from excimer.cli.supervision import (
     log_path,
     part_states,
     supervisor_lock_dir,
+    supervisor_problem,
 )
 from excimer.io.private_files import PRIVATE_FILE
 from excimer.supervisor.process_records import ProcessRecord
@@ -141,12 +142,18 @@ def test_services_outlive_their_supervisor_and_are_taken_over(installation: Inst
     process = start(installation, part)
     first = find_supervisor(installation)
     assert first is not None
+    assert supervisor_problem(installation) is None
+    os.kill(first.pid, signal.SIGSTOP)
+    wait_until(lambda: supervisor_problem(installation) is not None, "it stands still")
+    assert f"kill -CONT {first.pid}" in str(supervisor_problem(installation))
     kill(first)
+    assert "excimer start" in str(supervisor_problem(installation))
     assert part_states(installation) == {}
     assert start_parts(installation, [part], lambda *_: None) == []
     second = find_supervisor(installation)
     assert second is not None
     assert second != first
+    assert supervisor_problem(installation) is None
     assert running(installation, part) == process
     kill(process)
     wait_until(comes_back(installation, part, process), "the restart by the second supervisor")

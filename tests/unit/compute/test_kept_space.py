@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from excimer.compute.directory_lock import DirectoryBusyError, directory_lock
-from excimer.compute.kept_directory import discard, hide, remove_hidden, write_record
-from excimer.compute.kept_space import find_kept, keep_within
+from excimer.compute.kept_directory import discard, hide, remove_hidden, take_reason, write_record
+from excimer.compute.kept_space import MADE_ROOM, find_kept, keep_within
 from excimer.compute.kept_space_plan import KeptEntry, plan_removals
 from excimer.compute.places import ComputePlaces, find_places
 from excimer.compute.server_certificate import CertificatePair, install_pair
@@ -60,6 +60,8 @@ def test_they_make_room_on_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
     keep(tmp_path, "old", 1)
     keep_within(tmp_path, 1 << 40, free_bytes_min=1 << 60)
     assert list(find_kept(tmp_path)) == []
+    places = find_places(tmp_path / "old")
+    assert (take_reason(places), take_reason(places)) == (MADE_ROOM, None)
 
 
 def test_what_is_in_use_stays(tmp_path: Path) -> None:

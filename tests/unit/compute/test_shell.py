@@ -9,10 +9,13 @@ from typing import Any, cast
 import pytest
 
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
+from excimer.compute import attempt
 from excimer.compute.attempt import Attempt
-from excimer.compute.core import AttemptEnd, Exit
+from excimer.compute.core import EXIT_REFUSED, AttemptEnd, Exit, StartFailed
+from excimer.compute.endpoint_directory import EndpointDirectory
 from excimer.compute.outside_work import OutsideWork
 from excimer.compute.places import locate_places
+from excimer.compute.postgres_process import PostgresStartError
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.settings_keeper import SettingsKeeper
 from excimer.compute.shell import Manager
@@ -116,3 +119,28 @@ def test_so_does_whatever_else_breaks_while_an_attempt_runs(
     monkeypatch.setattr(TokenRenewal, "run", break_off)
     with pytest.raises(UnforeseenError, match="a token"):
         run_to_its_end(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("refused", ["the removal", "the kill"])
+def test_a_directory_that_cannot_be_cleaned_up_ends_no_manager(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next attempt begins with the same; only what the attempt itself came to counts."""
+
+    async def run(_: Attempt, __: object) -> AttemptEnd:
+        return StartFailed("no PostgreSQL", may_retry=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("read-only file system")
+
+    async def cannot_kill(_: Path) -> None:
+        raise PostgresStartError("processes cannot be killed")
+
+    monkeypatch.setattr(Attempt, "_run", run)
+    monkeypatch.setattr(TokenRenewal, "run", never_renew)
+    if refused == "the removal":
+        monkeypatch.setattr(EndpointDirectory, "finish", refuse)
+    else:
+        monkeypatch.setattr(attempt, "kill_left_behind", cannot_kill)
+        monkeypatch.setattr(EndpointDirectory, "finish", lambda *_, **__: pytest.fail("somebody may write"))
+    assert run_to_its_end(tmp_path, monkeypatch) == Exit(EXIT_REFUSED, "no PostgreSQL")

@@ -49,8 +49,9 @@ def decide(
     quorum: QuorumEnd = QUORUM,
     owner: Owner = OWNER,
     boot_id: str | None = "boot",
+    not_kept: str | None = None,
 ) -> Warm | Cold:
-    return decide_start(record, found, quorum, owner=owner, boot_id=boot_id)
+    return decide_start(record, found, quorum, owner=owner, boot_id=boot_id, not_kept=not_kept)
 
 
 def changed(**changes: object) -> ShutdownRecord:
@@ -68,6 +69,7 @@ def test_what_was_shut_down_here_is_used() -> None:
 
 def test_no_directory_needs_no_reason() -> None:
     assert decide(found=None) == decide(record=None, found=None) == Cold(None)
+    assert decide(found=None, not_kept="no room") == Cold("no room")
     assert told(Cold(None)) == told(None) == {"start": "cold", "start_reason": ""}
 
 

@@ -22,6 +22,18 @@ class S(Settings, frozen=True):
     data_dir: Path
     how: str = ""
 
+moved_s = [0.0]
+
+async def get_on_slowly():
+    try:
+        await asyncio.sleep(60)
+    finally:
+        until = time.monotonic() + 3
+        while (now := time.monotonic()) < until:
+            moved_s[0] = now
+            await asyncio.sleep(0.02)
+        print("cleaned up", flush=True)
+
 async def serve(settings):
     with InstanceLock(settings.data_dir, "example"):
         print("ready", flush=True)
@@ -31,17 +43,20 @@ async def serve(settings):
             1 / 0
         if settings.how == "stuck":
             await asyncio.to_thread(time.sleep, 60)
+        if settings.how == "slow":
+            await get_on_slowly()
         try:
             await asyncio.sleep(60)
         finally:
             print("cleaned up", flush=True)
 
-sys.exit(run_service("example", S, serve, stop_limit_s=0.3))
+limit_s = 1.5 if sys.argv[-1].endswith("slow.toml") else 0.3
+sys.exit(run_service("example", S, serve, stop_limit_s=limit_s, moved_s=lambda: moved_s[0]))
 """
 
 
 def start(tmp_path: Path, how: str = "") -> "subprocess.Popen[str]":
-    settings = tmp_path / "settings.toml"
+    settings = tmp_path / f"{how}.toml"
     settings.write_text(f"data_dir = '{tmp_path / 'data'}'\nhow = '{how}'\n")
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(settings)],
@@ -79,6 +94,13 @@ def test_a_stuck_process_ends_anyway(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "example did not stop in time" in errors
+
+
+def test_a_process_that_gets_on_with_its_end_is_waited_for(tmp_path: Path) -> None:
+    process = start(tmp_path, "slow")
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "cleaned up\n"), errors
 
 
 def test_wrong_usage() -> None:

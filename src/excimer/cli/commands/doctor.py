@@ -27,6 +27,7 @@ from excimer.cli.installation import (
 from excimer.cli.local_processes import find_process, probe_health
 from excimer.cli.service_silence import at_once
 from excimer.cli.session import Session, session_of
+from excimer.cli.supervision import supervisor_problem
 from excimer.supervisor.process_records import ProcessRecord
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def examine(session: Session) -> Iterator[Finding]:
                 name="endpoints' certificate",
                 harm="clients that check it refuse endpoints without their own",
             )
+    yield _check_supervisor(installation)
     yield from _check_services(installation)
     yield from _check_endpoints(installation)
 
@@ -112,6 +114,12 @@ def _check_native() -> Finding:
     if missing:
         return Finding("native parts", "problem", f"{', '.join(missing)} not built: run `make setup`")
     return Finding("native parts", "ok", f"{len(built)} built")
+
+
+def _check_supervisor(installation: Installation) -> Finding:
+    problem = supervisor_problem(installation)
+    detail = "as it should be" if problem is None else problem
+    return Finding("supervisor", "ok" if problem is None else "warning", detail)
 
 
 def _check_nats() -> Finding:

@@ -48,11 +48,10 @@ from excimer.cli.installation import (
     renew_certificates,
 )
 from excimer.cli.local_processes import (
-    ENDPOINT_STOP_LIMIT_S,
-    Running,
     exclusive,
     find_process,
     launch_parts,
+    running_endpoint,
     stop_parts,
     wait_for_parts,
 )
@@ -360,7 +359,7 @@ def stop_endpoint(session: Session, installation: Installation, name: str, *, im
 
 def _stop_now(session: Session, installation: Installation, name: str, *, immediate: bool) -> bool:
     """Whether it ran; to be called in `exclusive`."""
-    part = Running(endpoint_part_name(name), installation.endpoint_dir(name), ENDPOINT_STOP_LIMIT_S)
+    part = running_endpoint(installation, name)
     was_running = bool(stop_parts(installation, [part], session.done, immediate=immediate))
     remove_remains(installation.endpoint_dir(name))
     return was_running

@@ -39,13 +39,13 @@ from excimer.cli.installation import (
     renew_certificates,
 )
 from excimer.cli.local_processes import (
-    ENDPOINT_STOP_LIMIT_S,
     STOP_LIMIT_S,
     Running,
     exclusive,
     find_process,
     hold_lock,
     launch_parts,
+    running_endpoint,
     stop_parts,
     stop_supervisor,
     wait_for_parts,
@@ -61,6 +61,7 @@ from excimer.cli.supervision import (
     log_path,
     part_states,
     supervisor_lock_dir,
+    supervisor_problem,
 )
 from excimer.compute.last_end import read_end
 from excimer.io.private_files import make_private_dir
@@ -88,9 +89,6 @@ FIRST_ENTRIES: Final = frozenset({"run", "logs", "keys", "endpoints", TLS_NAME})
 
 TRUST_LOCAL_NOTICE: Final = (
     "trust-local: every user of this machine can connect as any role, superusers included, without a password"
-)
-NO_SUPERVISOR_NOTICE: Final = (
-    "the supervisor does not run: a service that dies stays down; excimer start starts one"
 )
 TrustLocalOption = Annotated[
     bool,
@@ -435,7 +433,7 @@ def _stop_stages(installation: Installation) -> list[list[Running]]:
     endpoints = sorted(endpoints_dir.iterdir()) if endpoints_dir.is_dir() else []
     services = [Running(part.name, part.lock_dir, STOP_LIMIT_S) for part in installation.service_parts()]
     return [
-        [Running(endpoint_part_name(path.name), path, ENDPOINT_STOP_LIMIT_S) for path in endpoints],
+        [running_endpoint(installation, path.name) for path in endpoints],
         [running for running in services if running.part != BROKER],
         [running for running in services if running.part == BROKER],
     ]
@@ -451,20 +449,18 @@ def status(context: typer.Context) -> None:
     rows += endpoint_rows
     tls = _tls_status(installation)
     trusts = installation.config.trust_local
-    supervisor = find_supervisor(installation)
+    supervisor, problem = find_supervisor(installation), supervisor_problem(installation)
     value = {
         "directory": str(installation.directory),
         "well": services_well,
-        "supervisor": {"pid": None if supervisor is None else supervisor.pid},
+        "supervisor": {"pid": None if supervisor is None else supervisor.pid, "problem": problem},
         "trust_local": trusts,
         "parts": rows,
         "tls": tls,
     }
     session.answer(
         value,
-        lambda console: _show_status(
-            console, rows, tls, trusts_local=trusts, has_supervisor=supervisor is not None
-        ),
+        lambda console: _show_status(console, rows, tls, trusts_local=trusts, problem=problem),
     )
     if not services_well:
         raise typer.Exit(EXIT_UNAVAILABLE)
@@ -568,7 +564,7 @@ def _show_status(
     tls: dict[str, str] | None,
     *,
     trusts_local: bool = False,
-    has_supervisor: bool = True,
+    problem: str | None = None,
 ) -> None:
     from excimer.cli.tables import plain_table, show_table
 
@@ -589,7 +585,7 @@ def _show_status(
     for row in rows:
         for warning in row["warnings"]:
             console.print(f"{row['part']}: {warning}", style="red", highlight=False, soft_wrap=True)
-    if not has_supervisor and any(row["pid"] for row in rows):
-        console.print(NO_SUPERVISOR_NOTICE, style="yellow", highlight=False, soft_wrap=True)
+    if problem is not None:
+        console.print(problem, style="red", highlight=False, soft_wrap=True)
     if trusts_local:
         console.print(TRUST_LOCAL_NOTICE, style="yellow", highlight=False, soft_wrap=True)
