@@ -22,6 +22,7 @@ from excimer.cli.endpoint_remains import remove_remains
 from excimer.io.processes import program_environment
 from excimer.supervisor.protocol import ForgetPart, ask
 from tests.kit.builds import build_of
+from tests.kit.forked_commands import run_forked
 
 COMMAND_TIMEOUT_S = 180
 KEEP_VARIABLE = "EXCIMER_TEST_KEEP"
@@ -64,6 +65,8 @@ class Stack:
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Runs `excimer` and returns whatever happened."""
+        if self._open_files is None:
+            return run_forked(["--dir", str(self.directory), *arguments], COMMAND_TIMEOUT_S)
         return subprocess.run(
             self.command(*arguments),
             capture_output=True,
