@@ -31,7 +31,7 @@ from excimer.compute.directory_preparation import prepare_kept, prepare_new
 from excimer.compute.endpoint_directory import EndpointDirectory
 from excimer.compute.idle_watch import IdleWatch, Serving
 from excimer.compute.kept_directory import CleanEnd
-from excimer.compute.local_access import LocalAccess, find_superuser, write_local_access
+from excimer.compute.local_access import LocalAccess, write_local_access
 from excimer.compute.lsn_lease import LeasedMoment, LsnLease
 from excimer.compute.outside_work import GATE, disable_inherited_subscriptions
 from excimer.compute.page_relay import relaying_pages
@@ -47,6 +47,7 @@ from excimer.compute.start_failure import ConfigurationFaultError, configuration
 from excimer.compute.start_session import leave_start_lsn
 from excimer.compute.state_keeper import FetchedState, StateKeeper
 from excimer.compute.stop_progress import AroundStop, StopBeat
+from excimer.compute.superuser_names import find_superuser
 from excimer.compute.warm_start import Cold, QuorumEnd, Warm, told
 from excimer.io.processes import describe_exit
 from excimer.pgformat.basebackup import Basebackup

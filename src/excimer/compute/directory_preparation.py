@@ -23,7 +23,6 @@ from excimer.compute.data_directory import (
     write_private,
 )
 from excimer.compute.kept_directory import CONTROL_FILE_NAME, DIRECTORY_ID_NAME, new_directory_id
-from excimer.compute.local_access import kept_superuser_names, superuser_names
 from excimer.compute.outside_work import GATE, module_arguments, preloaded_libraries
 from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
 from excimer.compute.server_certificate import (
@@ -35,6 +34,7 @@ from excimer.compute.server_certificate import (
 )
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.state_resumption import Resumption
+from excimer.compute.superuser_names import kept_superuser_names, superuser_names
 from excimer.compute.warm_start import ShutdownRecord
 from excimer.pgformat.auto_conf import AUTO_CONF_NAME, AUTO_CONF_NEW_NAME, render_auto_conf
 from excimer.pgformat.basebackup import Basebackup, origins_setting

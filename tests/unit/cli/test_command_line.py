@@ -23,6 +23,9 @@ from excimer.cli.session import common_options_first
 from excimer.export.ownership import Owner
 from excimer.storage.format.tenant_settings import TenantSettingsError
 
+NEED_A_LOOP = {"export", "verify", "wal"}
+HEAVY = {"asyncio", "cryptography", "excimer.postgres", "psycopg", "rich"}
+
 
 def excimer(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
@@ -211,3 +214,15 @@ def test_branch_points(monkeypatch: pytest.MonkeyPatch) -> None:
             branch_point(text)
     monkeypatch.undo()
     time.tzset()
+
+
+def test_commands_do_not_import_what_few_of_them_need() -> None:
+    """A user waits for it each time, longer than for most commands."""
+    modules = sorted({module for module, _ in COMMANDS.values()} - NEED_A_LOOP)
+    program = (
+        "import importlib, sys\n"
+        f"for module in {modules}: importlib.import_module(f'excimer.cli.commands.{{module}}')\n"
+        f"print(*sorted({HEAVY}.intersection(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout == "\n"
