@@ -51,7 +51,9 @@ class WalReader:
         self._pg_version = pg_version
         self._segment_size_bytes = segment_size_bytes
         self._pending = b""
-        self._lsn = start_lsn  # of the first pending byte
+        self._taken = 0
+        """Of `_pending`; cut off once a chunk, for cutting copies all that is left."""
+        self._lsn = start_lsn  # of the first byte that is left
         self._record_start = start_lsn
         self._record = bytearray()
         self._skip_to = 0
@@ -65,7 +67,8 @@ class WalReader:
         """
         if self._error is not None:
             raise self._error
-        self._pending += chunk
+        self._pending = self._pending[self._taken :] + chunk
+        self._taken = 0
         self.position = Lsn(self.position + len(chunk))
         records: list[WalRecord] = []
         try:
@@ -79,7 +82,7 @@ class WalReader:
     def _step(self, records: list[WalRecord]) -> bool:
         """Consumes one page header or one page's part of a record; False when bytes are missing."""
         if self._skip_to > self._lsn:
-            if not self._consume(min(len(self._pending), self._skip_to - self._lsn)):
+            if not self._consume(self._skip_to - self._lsn):
                 return False
             if self._skip_to == self._lsn:
                 self._complete(records)
@@ -90,14 +93,16 @@ class WalReader:
             self._record_start = self._lsn
         room = WAL_PAGE_SIZE_BYTES - self._lsn % WAL_PAGE_SIZE_BYTES
         wanted = self._wanted_bytes()
-        part = self._consume(min(wanted, room, len(self._pending)))
+        part = self._consume(min(wanted, room))
         self._record += part
         if part and self._wanted_bytes() == 0:
             self._check_record(records)
         return bool(part)
 
     def _consume(self, size: int) -> bytes:
-        taken, self._pending = self._pending[:size], self._pending[size:]
+        """So many bytes, or all that are left."""
+        taken = self._pending[self._taken : self._taken + size]
+        self._taken += len(taken)
         self._lsn += len(taken)
         return taken
 
@@ -112,11 +117,10 @@ class WalReader:
 
     def _page_header(self) -> bool:
         size = page_header_size(self._lsn, self._segment_size_bytes)
-        if len(self._pending) < size:
+        content = self._pending[self._taken : self._taken + size]
+        if len(content) < size:
             return False
-        header = unpack_page_header(
-            self._pending[:size], self._lsn, self._pg_version, self._segment_size_bytes
-        )
+        header = unpack_page_header(content, self._lsn, self._pg_version, self._segment_size_bytes)
         if self._record and header.info & OVERWRITES_RECORD:
             self._record.clear()
         expected = 0
