@@ -1,4 +1,4 @@
-/* What leaves an endpoint through physical replication: never what its branch may turn out not to have.
+/* What leaves an endpoint through replication: never what its branch may turn out not to have.
  *
  * Below the LSN of the start, pg_wal holds what PostgreSQL needed to begin there, and nothing of the branch. A receiver
  * that goes on in a segment of an earlier start would put that into its archive without a word: a walsender's read there
@@ -8,6 +8,11 @@
  * then, the backup would hold what the branch has lost, and an increment onto it would lack what the branch has
  * instead. So a backup ends once a majority of safekeepers has all WAL written so far. It ends by writing its
  * history file, "SEGMENT.OFFSET.backup" in pg_wal. Who is cancelled meanwhile has no backup.
+ *
+ * Nor does PostgreSQL wait before it decodes a commit: what is on its own disk goes to consumers of logical replication.
+ * If the endpoint died then, they would have rows that the branch has lost and, worse, have confirmed an LSN below which
+ * the branch comes to have other rows, which they are never sent. So whoever reads WAL for a slot waits until a majority
+ * has it.
  */
 #define _GNU_SOURCE
 #include "hydrate.h"
@@ -17,12 +22,14 @@
 #include <time.h>
 
 #define NOT_OPEN (-1)
-#define LOOK_MS 10
+#define FIRST_LOOK_NS 200000l /* a quorum takes less than a millisecond */
+#define LAST_LOOK_NS 10000000l
 #define REPORT_AFTER_NS 1000000000ull
 #define BACKUP_SUFFIX ".backup"
 
 extern bool am_walsender __attribute__((weak));
 extern bool am_db_walsender __attribute__((weak)); /* one that may decode, too: that reads single pages */
+extern void *MyReplicationSlot __attribute__((weak)); /* of the process that decodes, or sends WAL for a slot */
 extern volatile sig_atomic_t QueryCancelPending __attribute__((weak));
 extern volatile sig_atomic_t ProcDiePending __attribute__((weak));
 
@@ -48,13 +55,56 @@ static bool sends_wal_as_it_is(size_t size)
     return &am_db_walsender == NULL || !am_db_walsender || size > BLOCK_SIZE;
 }
 
+static bool is_cancelled(void)
+{
+    return (&QueryCancelPending != NULL && QueryCancelPending != 0) ||
+           (&ProcDiePending != NULL && ProcDiePending != 0);
+}
+
+/* `what` waits: a sentence's beginning. */
+static int wait_for_quorum(uint64_t needed_lsn, const char *what)
+{
+    const struct arena_throttle *throttle = &arena.header->throttle;
+    uint64_t start_ns = system_now_ns();
+    struct timespec delay = {.tv_nsec = FIRST_LOOK_NS};
+    bool is_reported = false;
+    int error = errno;
+    while (__atomic_load_n(&throttle->quorum_lsn, __ATOMIC_ACQUIRE) < needed_lsn) {
+        if (is_cancelled())
+            return fail_because(EINTR, "cancelled while a majority of safekeepers does not have its WAL");
+        if (!is_reported && system_now_ns() - start_ns > REPORT_AFTER_NS) {
+            is_reported = true;
+            report("%s waits for a majority of safekeepers to have its WAL", what);
+        }
+        nanosleep(&delay, NULL);
+        delay.tv_nsec = delay.tv_nsec < LAST_LOOK_NS / 2 ? 2 * delay.tv_nsec : LAST_LOOK_NS;
+    }
+    errno = error;
+    return 0;
+}
+
+/* Physical walsenders do not: one of them brings the quorum its WAL. */
+static bool reads_for_logical_slot(void)
+{
+    return &MyReplicationSlot != NULL && MyReplicationSlot != NULL &&
+           (&am_walsender == NULL || !am_walsender || (&am_db_walsender != NULL && am_db_walsender));
+}
+
 int check_wal_read(int fd, off_t offset, size_t size)
 {
-    if (fd != reader_fd || fd == NOT_OPEN || arena.header == NULL || !sends_wal_as_it_is(size) ||
-        reader_start_lsn + (uint64_t)offset >= arena.header->throttle.start_lsn)
+    if (fd != reader_fd || fd == NOT_OPEN || arena.header == NULL)
         return 0;
-    report("a walsender was asked for WAL from before this endpoint's start");
-    return fail_because(EIO, "it is of before this endpoint's start; the safekeepers have it (excimer wal receive)");
+    uint64_t lsn = reader_start_lsn + (uint64_t)offset;
+    if (sends_wal_as_it_is(size)) {
+        if (lsn >= arena.header->throttle.start_lsn)
+            return 0;
+        report("a walsender was asked for WAL from before this endpoint's start");
+        return fail_because(EIO, "it is of before this endpoint's start; the safekeepers have it (excimer wal receive)");
+    }
+    if (!reads_for_logical_slot())
+        return 0;
+    uint64_t written_lsn = __atomic_load_n(&arena.header->throttle.written_lsn, __ATOMIC_RELAXED);
+    return wait_for_quorum(lsn + size < written_lsn ? lsn + size : written_lsn, "logical decoding");
 }
 
 static bool is_backup_history(const char *path)
@@ -64,30 +114,9 @@ static bool is_backup_history(const char *path)
     return size > suffix && strchr(name, '/') == NULL && strcmp(name + size - suffix, BACKUP_SUFFIX) == 0;
 }
 
-static bool is_cancelled(void)
-{
-    return (&QueryCancelPending != NULL && QueryCancelPending != 0) ||
-           (&ProcDiePending != NULL && ProcDiePending != 0);
-}
-
 int check_backup_end(const char *path)
 {
     if (!is_backup_history(path))
         return 0;
-    const struct arena_throttle *throttle = &arena.header->throttle;
-    uint64_t needed_lsn = __atomic_load_n(&throttle->written_lsn, __ATOMIC_RELAXED), start_ns = system_now_ns();
-    struct timespec delay = {.tv_nsec = LOOK_MS * 1000000l};
-    bool is_reported = false;
-    int error = errno;
-    while (__atomic_load_n(&throttle->quorum_lsn, __ATOMIC_ACQUIRE) < needed_lsn) {
-        if (is_cancelled())
-            return fail_because(EINTR, "cancelled while a majority of safekeepers does not have the backup's WAL");
-        if (!is_reported && system_now_ns() - start_ns > REPORT_AFTER_NS) {
-            is_reported = true;
-            report("a base backup waits for a majority of safekeepers to have its WAL");
-        }
-        nanosleep(&delay, NULL);
-    }
-    errno = error;
-    return 0;
+    return wait_for_quorum(__atomic_load_n(&arena.header->throttle.written_lsn, __ATOMIC_RELAXED), "a base backup");
 }

@@ -174,3 +174,35 @@ def test_what_lies_below_the_start_is_sent_to_nobody(tmp_path: Path) -> None:
         assert driver.call(f"pread {driver.open(PATH)} 0 1").startswith("ok")
     finally:
         lazy.close()
+
+
+@pytest.mark.parametrize("walsender", ["0 0", "1 1"])
+def test_wal_is_decoded_when_the_quorum_has_it(lazy: LazyDirectory, driver: Driver, walsender: str) -> None:
+    """By a function of a session, and by a walsender; of a page that is not full, what is written counts."""
+    driver.call(f"pwrite {driver.open(SEGMENT, 'wc')} 0 3 7")
+    driver.call("slot 1")
+    driver.call(f"walsender {walsender}")
+    fd = driver.open(SEGMENT, "r")
+    assert driver.read(fd, 2), "where nobody asks a quorum, nobody waits"
+    lazy.arena.set_quorum(Lsn(SEGMENT_START + BLOCK_SIZE_BYTES))
+    assert driver.read(fd, 0)
+    waits(driver, f"pread {fd} 1 1")
+    lazy.arena.set_quorum(Lsn(SEGMENT_START + 2 * BLOCK_SIZE_BYTES))
+    assert driver.answer().startswith("ok")
+    waits(driver, f"pread {fd} 2 1")
+    lazy.arena.set_quorum(Lsn(SEGMENT_START + 3 * BLOCK_SIZE_BYTES))
+    assert driver.answer().startswith("ok")
+    driver.call(f"pread {fd} 3 1")  # all that is written is at the quorum
+    lazy.arena.set_quorum(Lsn(SEGMENT_START))
+    driver.call("cancel_flag 1")
+    assert driver.call(f"pread {fd} 0 1").startswith("error")
+
+
+def test_who_brings_the_quorum_its_wal_does_not_wait_for_it(lazy: LazyDirectory, driver: Driver) -> None:
+    driver.call(f"pwrite {driver.open(SEGMENT, 'wc')} 0 3 7")
+    lazy.arena.set_quorum(Lsn(SEGMENT_START))
+    fd = driver.open(SEGMENT, "r")
+    for slot, walsender in ((1, "1 0"), (0, "0 0")):
+        driver.call(f"slot {slot}")
+        driver.call(f"walsender {walsender}")
+        assert driver.call(f"pread {fd} 0 3").startswith("ok")

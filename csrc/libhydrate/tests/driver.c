@@ -24,6 +24,7 @@
 volatile sig_atomic_t QueryCancelPending, ProcDiePending, InterruptPending;
 volatile uint32_t CritSectionCount, InterruptHoldoffCount;
 _Bool am_walsender, am_db_walsender;
+void *MyReplicationSlot;
 struct {
     int64_t records, images;
     uint64_t bytes;
@@ -239,6 +240,9 @@ static void on_path(const char *name, const char *first, const char *second)
     else if (strcmp(name, "walsender") == 0) {
         am_walsender = atoi(first) != 0;
         am_db_walsender = atoi(second) != 0;
+        answer(0);
+    } else if (strcmp(name, "slot") == 0) {
+        MyReplicationSlot = atoi(first) != 0 ? &MyReplicationSlot : NULL;
         answer(0);
     } else if (strcmp(name, "interrupt") == 0)
         answer(InterruptPending = atoi(first));

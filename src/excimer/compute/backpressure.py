@@ -90,8 +90,6 @@ class Backpressure:
 
     def look(self) -> None:
         """Decides, and tells what has changed."""
-        if self._is_over:
-            return
         at = Positions(
             written_lsn=self._arena.written_lsn(),
             received_lsn=self._proposer.received_lsn,
@@ -100,6 +98,8 @@ class Backpressure:
             bulk_bytes=self._arena.bulk_bytes(),
         )
         self._arena.set_quorum(at.commit_lsn)
+        if self._is_over:
+            return
         self._tell(self._plan.step(self._clock.monotonic(), at))
 
     def _is_busy(self) -> bool:

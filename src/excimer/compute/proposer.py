@@ -20,7 +20,7 @@ Not here: starting postgres; when commits wait for the pageserver's sake (`backp
 import asyncio
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Never, assert_never
 
 from excimer._native.wal_scanner import WalScanner
@@ -143,6 +143,8 @@ class Proposer:
         self._source_error: ExcimerError | None = None
         self._frame: tuple[core.SendWal, bytes] | None = None  # the last append, as bytes
         self._announce_timer: asyncio.TimerHandle | None = None
+        self.on_committed: Callable[[Lsn], None] = lambda _: None
+        """Hears of each new commit LSN; what a commit waits for comes before it."""
 
     @property
     def commit_lsn(self) -> Lsn:
@@ -378,6 +380,7 @@ class Proposer:
 
     def _committed(self) -> None:
         self._confirm()
+        self.on_committed(self._core.commit_lsn)
         if self._announce_timer is None:
             self._announce_later()
         if not self._is_repaired:
