@@ -5,6 +5,7 @@ EXCIMER_PUBLISHER_VERSIONS chooses the versions.
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -62,4 +63,40 @@ def test_what_no_quorum_has_is_not_decoded(stack: Stack) -> None:
             os.kill(safekeeper, signal.SIGCONT)
         writing.join()
         consumer.execute("reset statement_timeout")
-        assert rows_in(consumer.execute(PEEK).fetchall()) == [2]
+        assert rows_in(consumer.execute(TAKE).fetchall()) == [2]
+
+
+SLOTS = "select slot_name from pg_replication_slots where slot_name in ('followed', 'forgotten')"
+WRITE_16_MIB = (
+    "select pg_logical_emit_message(false, 'bulk', repeat('x', 1 << 20)) from generate_series(1, 16)"
+)
+
+
+def test_a_forgotten_slot_does_not_hold_wal_for_ever(stack: Stack) -> None:
+    """One with a consumer may hold more. What is said is in status."""
+    config = stack.directory / "config.toml"
+    before = config.read_text()
+    config.write_text(f"slot_wal_max_mib = 24\n{before}")
+    stack.text("endpoint", "stop", "main")
+    stack.text("endpoint", "start", "main")
+    config.write_text(before)
+    for name in ("followed", "forgotten"):
+        stack.query(f"select pg_create_logical_replication_slot('{name}', 'test_decoding')")
+    consumer = stack.program(
+        "pg_recvlogical", "-d", "postgres", "--slot", "followed", "--start", "-f", "-", "--no-loop"
+    )
+    try:
+        reading = "select active from pg_replication_slots where slot_name = 'followed'"
+        stack.wait_until(lambda: stack.query(reading) == [(True,)], "the consumer")
+        os.kill(consumer.pid, signal.SIGSTOP)  # it is there, and confirms nothing
+        stack.query(WRITE_16_MIB)
+        stack.wait_until(lambda: "slot_wal_max_mib" in stack.run("status").stdout, "the warning")
+        assert {name for (name,) in stack.query(SLOTS)} == {"followed", "forgotten"}
+        stack.query(WRITE_16_MIB)
+        told = re.compile(r"gone: .*forgotten \(\d\d MiB\).* needs a new slot")
+        stack.wait_until(lambda: told.search(stack.run("status").stdout) is not None, "what is told of it")
+        assert stack.query(SLOTS) == [("followed",)]
+    finally:
+        os.kill(consumer.pid, signal.SIGCONT)
+        consumer.terminate()
+        consumer.communicate(timeout=60)

@@ -42,6 +42,7 @@ from excimer.compute.proposer import PostgresAddress, Proposer
 from excimer.compute.server_certificate import CertificatePair, follow_files, installed_files, read_pair
 from excimer.compute.server_look import look_at_server
 from excimer.compute.settings_keeper import SettingsKeeper
+from excimer.compute.slot_watch import HeldWal, SlotWatch, drop_unused, held_wal
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
 from excimer.compute.start_session import leave_start_lsn
@@ -81,6 +82,7 @@ class Attempt:
         on_started: Callable[[], None],
         idle: IdleWatch,
         beat: StopBeat,
+        slots: SlotWatch,
     ) -> None:
         """`tokens` gives the newest; `renew_tokens` tells of newer ones. `beat` hears how a stop gets on."""
         self._spec = spec
@@ -90,6 +92,7 @@ class Attempt:
         self._on_started = on_started
         self._idle = idle
         self._beat = beat
+        self._slots = slots
         self._directory = EndpointDirectory(spec)
         self.decided: Warm | Cold | None = None
         """How it starts; None while that is not known."""
@@ -263,6 +266,13 @@ class Attempt:
         assert self._admission is not None
         serving = Serving(process.pid, self._admission, partial(look_at_server, address))
         scope.supervise("idle watch", partial(self._idle.run, serving))
+        if self.proposer is not None:
+            look, drop = partial(self._held_wal, self.proposer), partial(drop_unused, address)
+            scope.supervise("slots", partial(self._slots.run, look, drop))
+
+    def _held_wal(self, proposer: Proposer) -> list[HeldWal]:
+        spec = self._spec
+        return held_wal(spec.places.data_dir, spec.build.version, proposer.received_lsn)
 
     async def _lay_directory(
         self, scope: TaskScope, end_lsn: Lsn, pair: CertificatePair | None, clock: "_StepClock"

@@ -47,6 +47,8 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Of that, of unlogged relations; those that do not fit begin empty, as after a crash."""
     stopped_directories_max_mib: int = 10240
     """What the data directories of stopped endpoints beside this one may take together; 0: none is kept."""
+    slot_wal_max_mib: int = 10240
+    """How much WAL a replication slot without a consumer may hold before it is dropped; 0: any amount."""
     postgres_settings: dict[str, str] = msgspec.field(default_factory=dict)
     """The endpoint's own list at the start of the manager; later ones come from the controller."""
     quieting_id: str = ""

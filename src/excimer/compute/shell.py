@@ -38,6 +38,7 @@ from excimer.compute.places import find_places, leave_places
 from excimer.compute.server_certificate import CertificateFiles, check_listen, choose_certificate
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
+from excimer.compute.slot_watch import SlotWatch
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.state_collection import StateLimits
 from excimer.compute.state_keeper import StateKeeper, StateOwner
@@ -155,6 +156,7 @@ class Manager:
             keep_watching, settings.endpoint_dir.parent, settings.stopped_directories_max_mib << 20
         )
         self._beat = beat or StopBeat()
+        self._slots = SlotWatch(health, settings.slot_wal_max_mib << 20)
         self.starts = 0
 
     @property
@@ -232,6 +234,7 @@ class Manager:
                     self._started,
                     self.idle,
                     self._beat,
+                    self._slots,
                 )
                 self.starts += 1
                 scope.start("attempt", self._report_end(self._attempt))
