@@ -19,7 +19,6 @@ from excimer.consensus.acceptor import (
 from excimer.consensus.leader_state import LeaderState, Member
 from excimer.consensus.proposer import CommitAdvanced, Proposer, ProposerEffect, RestartWindow
 from excimer.consensus.proposer import Send as ProposerSend
-from excimer.consensus.quorum import quorum_lsn
 from excimer.consensus.term_history import TermHistory
 from excimer.wire.safekeeping import (
     AppendRequest,
@@ -210,18 +209,34 @@ class NeverLetsSkip(Proposer):
                 yield effect
 
 
-class CountsByPresence(Proposer):
+class CountsOtherwise(Proposer):
+    """Advances the commit as if its members had flushed what `_counted` says, with this term's history."""
+
+    def _advance_commit(self) -> list[ProposerEffect]:
+        known = [(peer.adopted, peer.flush_lsn) for peer in self._peers]
+        for peer, lsn in zip(self._peers, self._counted(), strict=True):
+            peer.adopted, peer.flush_lsn = True, lsn
+        effects = super()._advance_commit()
+        for peer, (adopted, lsn) in zip(self._peers, known, strict=True):
+            peer.adopted, peer.flush_lsn = adopted, lsn
+        return effects
+
+    def _counted(self) -> list[Lsn]:
+        raise NotImplementedError
+
+
+class CountsByPresence(CountsOtherwise):
     """Commits WAL because a majority holds that many bytes, whatever history they belong to."""
 
-    def _counted_flush_lsns(self) -> list[Lsn]:
+    def _counted(self) -> list[Lsn]:
         return [max(peer.flush_lsn, peer.vote.flush_lsn if peer.vote else Lsn(0)) for peer in self._peers]
 
 
-class CommitsByMinority(Proposer):
+class CommitsByMinority(CountsOtherwise):
     """One member is enough."""
 
-    def _counted_flush_lsns(self) -> list[Lsn]:
-        return [max(super()._counted_flush_lsns())] * len(self._peers)
+    def _counted(self) -> list[Lsn]:
+        return [max(peer.flush_lsn for peer in self._peers if peer.adopted)] * len(self._peers)
 
 
 class CommitsInsideRecords(Proposer):
@@ -229,7 +244,7 @@ class CommitsInsideRecords(Proposer):
 
     def _advance_commit(self) -> list[ProposerEffect]:
         reign = self._leading()
-        flushed_lsn = quorum_lsn(self._counted_flush_lsns(), len(self._peers))
+        flushed_lsn = reign.majority_flush_lsn()
         if flushed_lsn <= reign.commit_lsn or flushed_lsn < reign.start_lsn:
             return []
         reign.commit_lsn = flushed_lsn

@@ -21,6 +21,7 @@ from excimer.io.processes import hide_memory
 from excimer.service.health import Health
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.light_http import serving_light_http
+from excimer.service.native_loop import NativeEventLoop
 from excimer.service.process_main import EXIT_USAGE, rotating_logs, run_service
 from excimer.wire.endpoint_tokens import EndpointTokens
 
@@ -70,6 +71,7 @@ def main() -> int:
         partial(serve, tokens, beat),
         stop_limit_s=STOP_LIMIT_S,
         moved_s=lambda: beat.moved_s,
+        make_loop=NativeEventLoop,
     )
 
 

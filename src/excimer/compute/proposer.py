@@ -8,7 +8,8 @@
 
 `elect` wins the election and repairs a majority; `stream` then carries WAL until it is cancelled. All
 decisions are `consensus.proposer`'s; this shell owns the sockets, the window, and time. What a commit
-waits for runs in socket callbacks: WAL in, frames out, acknowledgements in, status update out.
+waits for runs in socket callbacks: WAL in, frames out, acknowledgements in, status update out. While
+nothing else happens it does not come here at all (`commit_relay`).
 
 A safekeeper that is slow or away delays nobody: at most `ProposerLimits.in_flight_size_bytes_max` is
 under way to it; it catches up from the window or, below that, from what another safekeeper has.
@@ -29,12 +30,14 @@ from excimer.base.chance import Chance
 from excimer.base.errors import ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.base.ids import ID_SIZE_BYTES, TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, MAX_LSN, Lsn
+from excimer.compute.commit_relay import CommitRelay, SteadyStream
 from excimer.compute.postgres_settings import PROPOSER_NAME
 from excimer.compute.safekeeper_peer import SafekeeperLacksTimelineError, SafekeeperPeer
 from excimer.consensus import proposer as core
 from excimer.consensus.quorum import majority
 from excimer.consensus.wal_window import WalWindow
 from excimer.service.logs import get_logger
+from excimer.service.native_loop import NativeEventLoop
 from excimer.service.replication_client import ReplicationClient, connect_replication
 from excimer.service.tasks import Backoff, TaskScope
 from excimer.wire.pg_client import unlimited_session
@@ -118,12 +121,13 @@ class Proposer:
             tenant_id=tenant_id, timeline_id=timeline_id, pg_version=0, system_id=0, wal_segment_size_bytes=0
         )
         self._chance = chance or random.SystemRandom()
+        self._limits = limits or core.ProposerLimits()
         self._core = core.Proposer(
             identity=identity,
             proposer_id=ProposerId(os.urandom(ID_SIZE_BYTES)),
             token=token,
             member_count=len(safekeepers),
-            limits=limits,
+            limits=self._limits,
         )
         addresses = [parse_address(each) if isinstance(each, str) else each for each in safekeepers]
         self._peers = [SafekeeperPeer(index, address, self) for index, address in enumerate(addresses)]
@@ -220,11 +224,16 @@ class Proposer:
         """Carries WAL from E on until cancelled. Raises `NewerProposerError`, CorruptionError."""
         if self._election is None:
             raise ValueError("elect before streaming")
+        loop = asyncio.get_running_loop()
+        if isinstance(loop, NativeEventLoop):
+            loop.serve(CommitRelay(self))
         try:
             async with TaskScope() as scope:
                 self._start_talking(scope)
                 await self._read_postgres(postgres)
         finally:
+            if isinstance(loop, NativeEventLoop):
+                loop.serve(None)
             self.close()
 
     def _start_talking(self, scope: TaskScope) -> None:
@@ -311,6 +320,55 @@ class Proposer:
             lsn = max(self._confirmed_lsn, min(self._core.commit_lsn, self._confirm_limit_lsn))
             self._confirmed_lsn = lsn
             self._client.report(write_lsn=lsn, flush_lsn=lsn, apply_lsn=lsn)
+
+    # The native way (CommitOwner)
+
+    def steady_stream(self) -> SteadyStream | None:
+        leader = self._core.steady_leader
+        source, scanner = self._client, self._scanner
+        if leader is None or source is None or scanner is None or self._failure or self._is_paused:
+            return None
+        if not source.is_steady:
+            return None
+        connections = []
+        for peer, member in zip(self._peers, leader.members, strict=True):
+            if not member.connected:
+                continue
+            if peer.connection is None or not peer.connection.is_steady:
+                return None
+            connections.append((member, peer.connection))
+        return SteadyStream(leader, scanner, source, connections, self._core.term) if connections else None
+
+    @property
+    def window(self) -> WalWindow:
+        return self._window
+
+    @property
+    def confirmed_lsn(self) -> Lsn:
+        return self._confirmed_lsn
+
+    @property
+    def confirm_limit_lsn(self) -> Lsn:
+        return self._confirm_limit_lsn
+
+    @property
+    def awaits_commit(self) -> bool:
+        return self._announce_timer is None or not self._is_repaired
+
+    @property
+    def window_size_bytes_max(self) -> int:
+        return self._limits.window_size_bytes_max - WRITABLE_SIZE_BYTES_MIN
+
+    def relayed(self, confirmed_lsn: Lsn) -> None:
+        self._confirmed_lsn = confirmed_lsn
+
+    def go_on(self, *, has_committed: bool) -> None:
+        if self._failure is not None:
+            return
+        if has_committed:
+            self._committed()
+        self._carry_out(self._core.go_on())
+        self._regulate()
 
     def _regulate(self) -> None:
         """Backpressure: postgres is read only while the window has room."""

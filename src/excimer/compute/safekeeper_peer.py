@@ -9,12 +9,14 @@ Not here: what messages mean (`consensus.proposer`).
 import asyncio
 from typing import Protocol, cast
 
+from excimer._native.commit_path import Link
+from excimer._native.led_wal import MemberWal
 from excimer.base.address import Address
 from excimer.base.errors import CorruptionError, ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.service.logs import get_logger
 from excimer.service.tasks import Backoff
 from excimer.service.tls import native_client_tls
-from excimer.service.tls_protocol import connect_tls
+from excimer.service.tls_protocol import TlsTransport, connect_tls
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     AcceptorMessageParser,
@@ -81,9 +83,13 @@ class SafekeeperPeer:
         self.failure: ExcimerError | None = None
         """Why it is not connected, as last heard; None while it is."""
         self._owner = owner
-        self._connection: _Connection | None = None
+        self._connection: PeerConnection | None = None
         self._is_mute = False
         """The connection before this one ended because nothing came on it."""
+
+    @property
+    def connection(self) -> "PeerConnection | None":
+        return self._connection
 
     @property
     def is_connected(self) -> bool:
@@ -160,15 +166,15 @@ class SafekeeperPeer:
             host, port = self.address
             context = native_client_tls()
             if context is None:
-                await loop.create_connection(lambda: _Connection(self), host, port)
+                await loop.create_connection(lambda: PeerConnection(self), host, port)
             else:
-                await connect_tls(lambda: _Connection(self), host, port, context)
+                await connect_tls(lambda: PeerConnection(self), host, port, context)
 
     async def _wait_disconnected(self) -> None:
         if self._connection is not None:
             await self._connection.closed.wait()
 
-    def connection_made(self, connection: "_Connection") -> None:
+    def connection_made(self, connection: "PeerConnection") -> None:
         if self._connection is not None:
             self._connection.close()
         self._connection = connection
@@ -185,7 +191,7 @@ class SafekeeperPeer:
         except RefusedError as error:
             self.drop(error)
 
-    def connection_lost(self, connection: "_Connection", error: Exception | None) -> None:
+    def connection_lost(self, connection: "PeerConnection", error: Exception | None) -> None:
         if connection is not self._connection:
             return
         self._connection = None
@@ -196,8 +202,8 @@ class SafekeeperPeer:
         self._owner.peer_disconnected(self)
 
 
-class _Connection(asyncio.Protocol):
-    """One socket of a peer."""
+class PeerConnection(asyncio.Protocol):
+    """One socket of a peer. Commits may pass by it: `link`, then `relayed`, then `read_on`."""
 
     def __init__(self, peer: SafekeeperPeer) -> None:
         self._peer = peer
@@ -206,6 +212,43 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._made_at = self._heard_at = self._loop.time()
         self.closed = asyncio.Event()
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the socket takes and gives whole messages: none waits to be sent, none has come in part."""
+        transport = self._transport
+        return (
+            transport is not None
+            and not transport.is_closing()
+            and transport.get_write_buffer_size() == 0
+            and self._parser.is_greeted
+            and self._parser.rest_size_bytes == 0
+        )
+
+    def link(self, member: MemberWal) -> Link:
+        """Its socket, for native code to use between two calls, while it is steady."""
+        assert self._transport is not None
+        fd = self._transport.get_extra_info("socket").fileno()
+        return Link(fd, member, self._transport.tls if isinstance(self._transport, TlsTransport) else None)
+
+    def relayed(self, unsent: bytes, *, has_heard: bool) -> None:
+        """What the link did, but for `read_on`; `unsent` is as it goes to the socket."""
+        if has_heard:
+            self._heard_at = self._loop.time()
+            self._peer.failure = None
+        if unsent and isinstance(self._transport, TlsTransport):
+            self._transport.write_sealed(unsent)
+        elif unsent:
+            self.write(unsent)
+
+    def read_on(self, data: bytes) -> None:
+        """Takes what came on the link and was not its own."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        if data:
+            self.data_received(data)
+        if isinstance(self._transport, TlsTransport):
+            self._transport.read_on()
 
     @property
     def silent_s(self) -> float:

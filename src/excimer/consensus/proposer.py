@@ -38,7 +38,6 @@ leader keeps its log (**renewal**; the argument is in `excimer.consensus`).
 Not here: sockets, retries and their delays, the WAL bytes (a shell keeps a `WalWindow`), PostgreSQL.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from typing import assert_never
 
@@ -61,7 +60,7 @@ from excimer.consensus.proposer_effects import (
     SendWal,
     TrimWindow,
 )
-from excimer.consensus.quorum import check_member_count, majority, quorum_lsn
+from excimer.consensus.quorum import check_member_count, majority
 from excimer.consensus.term_history import BOOTSTRAP_TERM, TermHistory
 from excimer.wire.safekeeping import (
     AcceptorGreeting,
@@ -151,6 +150,20 @@ class Proposer:
         return self._leader.history if self._leader else None
 
     @property
+    def steady_leader(self) -> LeaderState | None:
+        """This leader's state while all that happens is WAL and its acknowledgements, which may move it
+        without this object; then `go_on` has to be called.
+        """
+        leader = self._leader
+        return leader if self.phase is Phase.LEADING and leader and leader.has_steady_members else None
+
+    def go_on(self) -> list[ProposerEffect]:
+        """Whatever is due after others have moved the state of a steady leader."""
+        if self._leader is None or self.phase is not Phase.LEADING:
+            return []
+        return [*self._pump_all(), *self._trim(self._limits.trim_size_bytes)]
+
+    @property
     def writable_size_bytes(self) -> int:
         """How much more WAL to read from PostgreSQL now; 0 means wait for commits (backpressure)."""
         if self._leader is None or self.phase is not Phase.LEADING:
@@ -209,9 +222,7 @@ class Proposer:
             raise FencedError(f"the proposer of term {self.term} does not lead: write no WAL")
         if not leader.window_end_lsn <= end_lsn or last_record_end_lsn > end_lsn:
             raise ValueError(f"WAL to {format_lsn(end_lsn)} after {format_lsn(leader.window_end_lsn)}")
-        leader.window_end_lsn = end_lsn
-        if last_record_end_lsn > leader.newest_boundary_lsn:
-            leader.boundaries.append(last_record_end_lsn)
+        leader.wal_appended(end_lsn, last_record_end_lsn)
         return self._pump_all()
 
     def tick(self) -> list[ProposerEffect]:
@@ -223,7 +234,7 @@ class Proposer:
             return self._renew()
         if self.phase is Phase.RENEWING:
             return self._ask_for_votes()
-        leader.raise_horizon(self._peers)
+        leader.raise_horizon()
         heartbeats: list[ProposerEffect] = [
             Send(
                 peer.index,
@@ -245,7 +256,7 @@ class Proposer:
         if leader is None or self.phase is not Phase.LEADING:
             return []
         effects: list[ProposerEffect] = []
-        leader.raise_horizon(self._peers)
+        leader.raise_horizon()
         for peer in self._peers:
             is_streamed = peer.connected and peer.adopted and peer.sent_lsn is not None
             if is_streamed and (to_all or peer.announced_commit_lsn < leader.commit_lsn):
@@ -376,11 +387,11 @@ class Proposer:
         history = TermHistory(best.history).extended(self.term, start_lsn)
         self.phase = Phase.LEADING
         self._leader = LeaderState(
+            self._peers,
             start_lsn=start_lsn,
             history=history,
-            window_start_lsn=start_lsn,
-            window_end_lsn=start_lsn,
-            boundaries=[start_lsn],
+            chunk_size_bytes=self._limits.chunk_size_bytes,
+            in_flight_size_bytes_max=self._limits.in_flight_size_bytes_max,
         )
         return [Elected(self.term, start_lsn, donor.index), *self._tell_elected(history)]
 
@@ -449,9 +460,6 @@ class Proposer:
     def _append_answered(self, peer: Member, answer: AppendResponse) -> list[ProposerEffect]:
         if answer.term != self.term or not peer.adopted:
             return self._outranked_by(peer, answer.term)
-        if peer.sent_lsn is not None and peer.sent_lsn < answer.flush_lsn:
-            # A late rejection had set it back, perhaps below all that the window and donors still have.
-            peer.sent_lsn = answer.flush_lsn
         return self._acknowledged(peer, answer.flush_lsn, answer.commit_lsn)
 
     def _append_rejected(self, peer: Member, answer: AppendRejected) -> list[ProposerEffect]:
@@ -467,25 +475,12 @@ class Proposer:
         return self._pump_all()
 
     def _acknowledged(self, peer: Member, flush_lsn: Lsn, commit_lsn: Lsn) -> list[ProposerEffect]:
-        peer.flush_lsn = max(peer.flush_lsn, flush_lsn)
-        peer.commit_lsn = max(peer.commit_lsn, commit_lsn)
+        self._leading().answered(peer, flush_lsn, commit_lsn)
         return [*self._advance_commit(), *self._pump_all(), *self._trim(self._limits.trim_size_bytes)]
-
-    def _counted_flush_lsns(self) -> list[Lsn]:
-        """Flush LSNs that commit: of members whose log is known to be a prefix of this term's."""
-        return [peer.flush_lsn for peer in self._peers if peer.adopted]
 
     def _advance_commit(self) -> list[ProposerEffect]:
         leader = self._leading()
-        if not leader.boundaries:
-            return []
-        flushed_lsn = quorum_lsn(self._counted_flush_lsns(), len(self._peers))
-        reached = bisect_right(leader.boundaries, flushed_lsn)
-        if reached == 0 or flushed_lsn < leader.start_lsn:
-            return []
-        leader.commit_lsn = leader.boundaries[reached - 1]
-        del leader.boundaries[:reached]
-        return [CommitAdvanced(leader.commit_lsn)]
+        return [CommitAdvanced(leader.commit_lsn)] if leader.advance_commit() else []
 
     def _leading(self) -> LeaderState:
         if self._leader is None:
@@ -504,9 +499,9 @@ class Proposer:
         if not adopted:
             return []
         flushed_lsn = min([peer.flush_lsn for peer in adopted])
-        leader.raise_horizon(self._peers)
-        durable_lsn = quorum_lsn(self._counted_flush_lsns(), len(self._peers))
-        trim_lsn = leader.trim_lsn(flushed_lsn, durable_lsn, self._limits.window_size_bytes_max // 2)
+        leader.raise_horizon()
+        kept_size_bytes = self._limits.window_size_bytes_max // 2
+        trim_lsn = leader.trim_lsn(flushed_lsn, leader.majority_flush_lsn(), kept_size_bytes)
         if trim_lsn <= leader.window_start_lsn:
             return []
         leader.window_start_lsn = trim_lsn
@@ -527,18 +522,13 @@ class Proposer:
         return effects
 
     def _pump(self, leader: LeaderState, peer: Member, sent_lsn: Lsn) -> Iterator[ProposerEffect]:
-        room_end_lsn = peer.flush_lsn + self._limits.in_flight_size_bytes_max
         if sent_lsn < leader.window_start_lsn:
+            room_end_lsn = peer.flush_lsn + self._limits.in_flight_size_bytes_max
             if peer.reading_lsn is None and sent_lsn < room_end_lsn:
                 yield from self._read_for(leader, peer, sent_lsn)
             return
-        while sent_lsn < min(leader.window_end_lsn, room_end_lsn):
-            end_lsn = Lsn(min(sent_lsn + self._limits.chunk_size_bytes, leader.window_end_lsn))
-            if sent_lsn > peer.flush_lsn and end_lsn - sent_lsn < self._limits.chunk_size_bytes:
-                break  # group commit: little WAL waits for the answer to what is under way
-            yield SendWal(peer.index, self.term, sent_lsn, end_lsn, leader.commit_lsn, leader.horizon_lsn)
-            peer.announced_commit_lsn = leader.commit_lsn
-            peer.sent_lsn = sent_lsn = end_lsn
+        while (wal := leader.next_append(peer)) is not None:
+            yield SendWal(peer.index, self.term, *wal, leader.commit_lsn, leader.horizon_lsn)
 
     def _read_for(self, leader: LeaderState, peer: Member, start_lsn: Lsn) -> Iterator[ProposerEffect]:
         """Asks the member with the most WAL, of those that hold what `peer` lacks."""

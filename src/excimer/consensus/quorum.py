@@ -1,16 +1,13 @@
-"""Majorities: how many members decide, and how far a majority has come.
+"""Majorities: how many members decide.
 
 Any two majorities of one set share a member. That one sentence is why a proposer elected by one
 majority learns of everything that another has stored (D1).
 
 Not here: who the members are. They are a fixed set; a changed set would need joint majorities,
-and this module is the place for them.
+and this module is the place for them. How far a majority has come is `_native/led_wal.pyx`'s.
 """
 
-from collections.abc import Sequence
-
 from excimer.base.errors import RefusedError
-from excimer.base.lsn import INVALID_LSN, Lsn
 
 
 class MemberCountError(RefusedError):
@@ -26,17 +23,3 @@ def check_member_count(member_count: int) -> None:
 def majority(member_count: int) -> int:
     """The fewest members that outnumber the rest: 1 of 1, 2 of 3, 3 of 5."""
     return member_count // 2 + 1
-
-
-def quorum_lsn(lsns: Sequence[Lsn], member_count: int) -> Lsn:
-    """The highest LSN that a majority of `member_count` has reached; absent members count as 0.
-
-    ::
-
-        lsns 120 90 70, 3 members       lsns 120, 3 members
-              -----------^ 2 of 3 have 90      only 1 of 3: 0
-    """
-    needed = majority(member_count)
-    if len(lsns) < needed:
-        return INVALID_LSN
-    return sorted(lsns, reverse=True)[needed - 1]

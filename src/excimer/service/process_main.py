@@ -62,6 +62,7 @@ def run_service(
     arguments: list[str] | None = None,
     stop_limit_s: float = STOP_LIMIT_S,
     moved_s: Callable[[], float] = lambda: 0.0,
+    make_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
     """Runs a service to its end and returns its exit code (for `sys.exit`).
 
@@ -86,8 +87,13 @@ def run_service(
         print(f"excimer {service}: {error}", file=sys.stderr)
         return EXIT_USAGE
     limit = StopLimit(stop_limit_s, moved_s)
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=make_loop) as runner:
+            runner.run(_until_signal(service, serve(settings), limit))
+
     with rotating_logs([settings.log_path] if settings.log_path else []):
-        failure = failure_of(lambda: asyncio.run(_until_signal(service, serve(settings), limit)))
+        failure = failure_of(run)
     if failure is None:
         return EXIT_CLEAN
     log.error(f"{service} failed: {failure}", kind=type(failure).__name__)

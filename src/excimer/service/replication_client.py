@@ -152,6 +152,34 @@ class ReplicationClient(asyncio.Protocol):
             self._positions = positions
             self._send_status()
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether WAL comes, message by message: none waits to be sent, none has come in part."""
+        transport = self._transport
+        return (
+            self._is_streaming
+            and self._sink is not None
+            and self._connection.is_between_messages
+            and transport is not None
+            and not transport.is_closing()
+            and transport.is_reading()
+            and transport.get_write_buffer_size() == 0
+        )
+
+    def fileno(self) -> int:
+        """Of its socket, for native code to use between two calls while it is steady; see `relayed`."""
+        assert self._transport is not None
+        descriptor: int = self._transport.get_extra_info("socket").fileno()
+        return descriptor
+
+    def relayed(self, expected_lsn: Lsn, server_end_lsn: Lsn, reported_lsn: Lsn, unsent: bytes) -> None:
+        """WAL below `expected_lsn` came, and `reported_lsn` was told, past this client, but for `unsent`."""
+        self._expected_lsn = expected_lsn
+        self.server_end_lsn = server_end_lsn
+        self._positions = (reported_lsn, reported_lsn, reported_lsn)
+        if unsent and self._transport is not None:
+            self._transport.write(unsent)
+
     def pause(self) -> None:
         """Stops reading the socket; the server is held back by TCP."""
         if self._transport is not None and not self._transport.is_closing():

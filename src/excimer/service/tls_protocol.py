@@ -18,19 +18,22 @@ from excimer._native.openssl import TlsConnection, TlsContext
 _Inner = TypeVar("_Inner", bound=asyncio.Protocol)
 
 
-class _TlsTransport(asyncio.Transport):
-    """What the inner protocol writes to."""
+class TlsTransport(asyncio.Transport):
+    """What the inner protocol writes to. Native code may use `tls` and the socket in its place, between
+    calls: then `write_sealed` sends what the socket did not take, and `read_on` has the protocol look again.
+    """
 
     def __init__(self, tls: TlsConnection, socket_transport: asyncio.Transport) -> None:
         super().__init__()
-        self._tls = tls
+        self.tls = tls
         self._encrypt = tls.encrypt
-        self._send = socket_transport.write
+        self._send = self.write_sealed = socket_transport.write
         self._socket_transport = socket_transport
         self.abort = socket_transport.abort  # type: ignore[method-assign]
         self.is_closing = socket_transport.is_closing  # type: ignore[method-assign]
         self.pause_reading = socket_transport.pause_reading  # type: ignore[method-assign]
         self.resume_reading = socket_transport.resume_reading  # type: ignore[method-assign]
+        self.get_write_buffer_size = socket_transport.get_write_buffer_size  # type: ignore[method-assign]
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._send(self._encrypt(data if type(data) is bytes else bytes(data)))
@@ -38,8 +41,12 @@ class _TlsTransport(asyncio.Transport):
     def close(self) -> None:
         """Tells the peer, so that it knows that nothing was cut off; does not wait for its answer."""
         if not self.is_closing():
-            self._send(self._tls.shutdown())
+            self._send(self.tls.shutdown())
             self._socket_transport.close()
+
+    def read_on(self) -> None:
+        """What native code has fed to TLS is dealt with as if it had just come."""
+        cast(TlsProtocol, self._socket_transport.get_protocol()).data_received(b"")
 
     def can_write_eof(self) -> bool:
         return False
@@ -115,7 +122,7 @@ class TlsProtocol(asyncio.Protocol):
             return
         self._flush()
         if is_done:
-            inner_transport = _TlsTransport(self._tls, self._transport)
+            inner_transport = TlsTransport(self._tls, self._transport)
             self._is_connected = True
             self._inner.connection_made(inner_transport)
             self.ready.set_result(inner_transport)

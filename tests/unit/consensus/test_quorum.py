@@ -4,8 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from excimer.base.lsn import Lsn
-from excimer.consensus.quorum import MemberCountError, check_member_count, majority, quorum_lsn
+from excimer.consensus.quorum import MemberCountError, check_member_count, majority
 
 
 @pytest.mark.parametrize(("count", "needed"), [(1, 1), (3, 2), (5, 3)])
@@ -13,21 +12,6 @@ def test_any_two_majorities_share_a_member(count: int, needed: int) -> None:
     assert majority(count) == needed
     groups = [set(group) for group in combinations(range(count), needed)]
     assert all(a & b for a in groups for b in groups)
-
-
-@pytest.mark.parametrize(
-    ("lsns", "count", "reached"),
-    [
-        ([120, 90, 70], 3, 90),
-        ([70, 120], 3, 70),
-        ([120], 3, 0),
-        ([120], 1, 120),
-        ([], 3, 0),
-        ([1, 2, 3, 4, 5], 5, 3),
-    ],
-)
-def test_quorum_lsn(lsns: list[int], count: int, reached: int) -> None:
-    assert quorum_lsn([Lsn(lsn) for lsn in lsns], count) == reached
 
 
 @pytest.mark.parametrize("count", [0, 2, 4, -1])
