@@ -17,7 +17,9 @@ from typing import Final
 
 import msgspec
 
+from excimer._native.heap_holes import fill_heap_holes, fill_object_holes
 from excimer.base.errors import RefusedError
+from excimer.io.processes import release_freed_memory
 from excimer.io.program_pages import release_program_pages
 
 MODULES: Final = (
@@ -55,6 +57,7 @@ def preload() -> None:
     gc.collect()
     _settle_types()
     gc.freeze()
+    _close_holes()
     release_program_pages()
 
 
@@ -65,6 +68,13 @@ def _settle_types() -> None:
     for kind in [found for found in gc.get_objects() if isinstance(found, type)]:
         type.__getattribute__(kind, "__module__")
     sys._clear_type_cache()
+
+
+def _close_holes() -> None:
+    """What forks make is to lie in pages of their own. Whole free pages are given back, not taken."""
+    release_freed_memory()
+    fill_object_holes()
+    fill_heap_holes()
 
 
 def _rehearse() -> None:
