@@ -118,40 +118,6 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
         yield running
 
 
-@pytest.mark.slow
-def test_nothing_differs_whatever_postgresql_does_and_while_it_does_it(stack: Stack) -> None:
-    """Every index type, TOAST, sequences, prepared transactions, freezing, truncation, other databases; then
-    the same after a restart, where most pages come from the pageserver, and under load.
-    """
-    with reachable_directory() as root:
-        server = EndpointServer(stack, root)
-        ingest_workload.run(server)
-        first = verified(stack)
-        assert_same(first)
-        assert first["pages"] > 1000
-        assert first["relations"] > 500
-        assert first["small_files"] > 5
-        assert first["unlogged_files"] >= 1
-        assert first["free_space_pages"] > 50
-
-        stack.text("endpoint", "restart", "main")
-        after = verified(stack)
-        assert_same(after)
-        assert after["absent_pages"] > 100
-
-        stack.check_program("pgbench", "-i", "-q", "-s", "1")
-        server.sql(
-            "create table churn(k int, note text); create index on churn(k); create sequence churn_seq"
-        )
-        server.sql("create table rewritten(id int primary key)")
-        with load(stack, root) as process:
-            server.sql(redo_workload.ROUND.format(round=3))
-            for _ in range(4):
-                assert_same(verified(stack))
-                assert process.poll() is None, "the load has ended"
-        assert_same(verified(stack))
-
-
 def idle_file(stack: Stack) -> tuple[Path, Relation]:
     """All of it is on the disk, and PostgreSQL writes none of it any more."""
     stack.query("select sum(length(note)) from idle")
@@ -301,3 +267,37 @@ def test_an_endpoint_that_does_not_run_cannot_be_verified(stack: Stack) -> None:
     result = stack.run("verify", "idle")
     assert (result.returncode, "does not run" in result.stderr) == (4, True), result.stderr
     assert stack.run("verify", "nobody").returncode == 3
+
+
+@pytest.mark.slow
+def test_nothing_differs_whatever_postgresql_does_and_while_it_does_it(stack: Stack) -> None:
+    """Every index type, TOAST, sequences, prepared transactions, freezing, truncation, other databases; then
+    the same after a restart, where most pages come from the pageserver, and under load.
+    """
+    with reachable_directory() as root:
+        server = EndpointServer(stack, root)
+        ingest_workload.run(server)
+        first = verified(stack)
+        assert_same(first)
+        assert first["pages"] > 1000
+        assert first["relations"] > 500
+        assert first["small_files"] > 5
+        assert first["unlogged_files"] >= 1
+        assert first["free_space_pages"] > 50
+
+        stack.text("endpoint", "restart", "main")
+        after = verified(stack)
+        assert_same(after)
+        assert after["absent_pages"] > 100
+
+        stack.check_program("pgbench", "-i", "-q", "-s", "1")
+        server.sql(
+            "create table churn(k int, note text); create index on churn(k); create sequence churn_seq"
+        )
+        server.sql("create table rewritten(id int primary key)")
+        with load(stack, root) as process:
+            server.sql(redo_workload.ROUND.format(round=3))
+            for _ in range(4):
+                assert_same(verified(stack))
+                assert process.poll() is None, "the load has ended"
+        assert_same(verified(stack))
