@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from bench.pgbench import BenchFailedError, Target
-from excimer.cli.endpoint_remains import remove_remains
+from excimer.compute.endpoint_remains import remove_remains
 from tests.kit.builds import NEWEST_VERSION, build_of
 from tests.kit.stack import Stack, running_stack
 

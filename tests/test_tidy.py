@@ -18,11 +18,12 @@ LAYERS = (
     {"postgres"},
     {"storage.engine", "service"},
     {"pageserver", "safekeeper", "broker", "compute", "controller", "proxy", "console", "scrubber"},
+    {"compute_node"},
     {"export", "verify"},
     {"supervisor"},
     {"cli"},
 )
-SERVICES = LAYERS[-4]
+SERVICES = LAYERS[-5]
 PURE = {"base", "pgformat", "wire", "consensus", "storage.format", "storage.plan"}
 IMPURE_MODULES = {"asyncio", "os", "socket", "time", "random", "threading", "subprocess"}
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

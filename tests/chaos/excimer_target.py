@@ -28,7 +28,9 @@ from tests.kit.stack import CommandFailedError, Stack, running_stack
 
 ENDPOINT = "main"
 DISK_MIB = 3000
-SERVICES = ("safekeeper-1", "safekeeper-2", "safekeeper-3", "pageserver", "controller", "broker")
+SERVICES = (
+    *("safekeeper-1", "safekeeper-2", "safekeeper-3", "pageserver", "controller", "compute-node", "broker"),
+)
 
 
 class ExcimerTarget:

@@ -255,6 +255,7 @@ def test_status_logs_and_a_second_instance(line: CommandLine) -> None:
         "safekeeper-3": "running",
         "pageserver": "stopped",
         "controller": "running",
+        "compute-node": "running",
     }
     logged = line.run("logs", "controller", "--json", "-n", "1000").stdout.splitlines()
     assert any(json.loads(row)["event"] == "tenant created" for row in logged if row.startswith("{"))

@@ -1,5 +1,6 @@
 """A compute manager that kills itself at a chosen step, run in place of what a command would start."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,11 +38,10 @@ def start_dying(stack: Stack, endpoint: str, where: str, when: str) -> "subproce
     """The manager of an endpoint that does not run. It dies `when` ("before" or "after") it calls what
     `where` ("module:function") names.
     """
-    installation = load_installation(stack.directory)
-    part = installation.endpoint_part(ControllerClient(installation).get("endpoints", endpoint, "spec"))
-    path = stack.directory / "run" / f"{part.name}.toml"
+    spec = ControllerClient(load_installation(stack.directory)).get("endpoints", endpoint, "spec")
+    path = stack.directory / "run" / f"endpoint-{endpoint}.toml"
     assert path.exists(), "a command has started it before"
-    log = (stack.directory / "logs" / f"{part.name}.log").open("ab")
+    log = (stack.directory / "logs" / f"endpoint-{endpoint}.log").open("ab")
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, where, when, str(path)],
         cwd=ROOT,
@@ -51,6 +51,6 @@ def start_dying(stack: Stack, endpoint: str, where: str, when: str) -> "subproce
     )
     log.close()
     assert process.stdin is not None
-    process.stdin.write(part.standard_input)
+    process.stdin.write(json.dumps(spec["tokens"]).encode())
     process.stdin.close()
     return process

@@ -46,13 +46,14 @@ HELD = (
         RENEWED,
         "the manager's memory",
     ),
+    Held("compute_node:N", None, "-", "for ever", "`keys/compute_node-N.token`"),
     Held("endpoint:NAME", None, "its timeline", "7 days, renewed with the others", "the manager's memory"),
     Held("safekeeper:N", Right.READ_WAL, "one timeline", "-", "reserved for copying: nobody has one yet"),
 )
 
 
 class Door(NamedTuple):
-    service: Literal["pageserver", "safekeeper", "controller"]
+    service: Literal["pageserver", "safekeeper", "controller", "compute node"]
     entrance: str
     """Of HTTP doors ``METHODS PATH``, or ``other routes`` for what no other row of the service names."""
     asks: Right | None
@@ -74,6 +75,7 @@ IN_ANY_NAME = ", in any name"
 SETTINGS = "GET, PATCH /v1/endpoints/{name}/settings"
 SUSPENSION = "GET, PATCH /v1/endpoints/{name}/suspension"
 RENEWAL = "POST /v1/endpoints/{name}/tokens"
+REGISTRATION = "PUT /v1/compute_nodes/{node_id}"
 WAL_ACCESS = "POST /v1/tenants/{tenant_id}/timelines/{timeline_id}/wal_access"
 
 DOORS = (
@@ -95,7 +97,9 @@ DOORS = (
     Door("controller", SUSPENSION, Right.MANAGE, "everything", "endpoint:NAME"),
     Door("controller", RENEWAL, None, "timeline", "endpoint:NAME"),
     Door("controller", WAL_ACCESS, None, "timeline", "pageserver:N that has the tenant"),
+    Door("controller", REGISTRATION, None, "everything", "compute_node:N"),
     Door("controller", OTHER_ROUTES, Right.MANAGE, "everything"),
+    Door("compute node", OTHER_ROUTES, Right.MANAGE, "everything"),
 )
 
 

@@ -19,7 +19,7 @@ from excimer.service.instance_lock import InstanceLock
 from excimer.service.light_http import serving_light_http
 from excimer.service.process_main import run_service
 from excimer.service.settings import Settings
-from excimer.supervisor.process_records import ProcessRecord, boot_id, start_ticks
+from excimer.service.process_records import ProcessRecord, boot_id, start_ticks
 
 class S(Settings, frozen=True):
     data_dir: Path

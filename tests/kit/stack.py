@@ -18,7 +18,7 @@ from typing import Any
 
 import psycopg
 
-from excimer.cli.endpoint_remains import remove_remains
+from excimer.compute.endpoint_remains import remove_remains
 from excimer.io.processes import program_environment
 from excimer.supervisor.protocol import ForgetPart, ask
 from tests.kit.builds import build_of

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from excimer.base.address import Address
 from excimer.base.errors import ExcimerError, NotFoundError
 from excimer.base.ids import TenantId, TimelineId
+from excimer.compute_node.endpoints.api import make_api
 from excimer.controller.process import make_app as controller_app
 from excimer.pageserver.endpoints.page_connection import PageService, ServedTimeline
 from excimer.pageserver.metrics import PageServiceMetrics
@@ -30,6 +31,7 @@ from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.shell import make_app as safekeeper_app
 from excimer.safekeeper.timeline_door import TimelineDoor
 from excimer.service.health import Health
+from excimer.service.light_http import serving_light_http
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.metrics import new_registry
 from excimer.service.replication_client import connect_replication
@@ -45,7 +47,11 @@ from tests.kit.storage_fakes import KEYS, fake_world
 
 TENANT, OTHER_TENANT = TenantId("aa" * 16), TenantId("ab" * 16)
 TIMELINE, OTHER_TIMELINE = TimelineId("bb" * 16), TimelineId("bc" * 16)
-HOLDERS = {"endpoint:NAME": "endpoint:main", "pageserver:N that has the tenant": "pageserver:1"}
+HOLDERS = {
+    "endpoint:NAME": "endpoint:main",
+    "pageserver:N that has the tenant": "pageserver:1",
+    "compute_node:N": "compute_node:1",
+}
 STRANGER = "somebody"
 DOCUMENT = Path(__file__).parents[2] / "docs/architecture/rights.md"
 VERIFIER = TokenVerifier(KEYS.public_pem)
@@ -88,7 +94,15 @@ def all_bearers() -> list[Bearer]:
         for right, resource in product(Right, resources)
         if right is not Right.WRITE_WAL or resource.timeline_id is not None
     ]
-    holders = (*HOLDERS.values(), "endpoint:main2", "pageserver:2", "controller", "cli", STRANGER)
+    holders = (
+        *HOLDERS.values(),
+        "endpoint:main2",
+        "pageserver:2",
+        "compute_node:2",
+        "controller",
+        "cli",
+        STRANGER,
+    )
     made += [Bearer(holder, None, resource) for holder, resource in product(holders, resources)]
     # A token with a right is not its holder's proof, whoever that is.
     made += [Bearer(holder, right, exact) for holder, right in product(HOLDERS.values(), Right)]
@@ -152,6 +166,7 @@ PARAMETERS = {
     "{lsn}": "00000000016b3f50",
     "{branch}": "no-branch",
     "{timeline}": "no-timeline",
+    "{node_id}": "1",
 }
 
 
@@ -200,7 +215,11 @@ async def check_http(service: str, app: FastAPI) -> set[Door]:
 
 async def _try_http(client: AsyncClient, method: str, path: str, door: Door, bearer: Bearer) -> bool:
     holder = "another" if door.entrance.endswith(table.IN_ANY_NAME) else bearer.holder
-    body = {"lsn": "0/10", "holder": holder} if path.endswith("/lsn_lease") else None
+    body: dict[str, Any] | None = None
+    if path.endswith("/lsn_lease"):
+        body = {"lsn": "0/10", "holder": holder}
+    elif door.entrance == table.REGISTRATION:
+        body = {"http_address": "127.0.0.1:1", "capacity": 1}
     target = _filled(path, holder, "main" if door.holder else "nowhere")
     answer = await client.request(method, target, json=body, headers=tokens.bearer(token_of(bearer)))
     assert answer.status_code < 500 or answer.status_code == 503, (method, path, answer.text)
@@ -261,6 +280,25 @@ def test_http_of_the_controller(tmp_path: Path) -> None:
             return await check_http("controller", app)
 
     assert asyncio.run(story()) == {d for d in DOORS if d.service == "controller"}
+
+
+def test_http_of_a_compute_node() -> None:
+    async def story() -> set[Door]:
+        api = make_api(cast(Any, Nobody()), VERIFIER, SystemClock())
+        door = next(door for door in DOORS if door.service == "compute node")
+        health = Health("compute node")
+        async with (
+            serving_light_http("127.0.0.1:0", health, lambda: b"", routes=api) as address,
+            AsyncClient(base_url=f"http://{address}") as client,
+        ):
+            for number, route in enumerate(api.routes):
+                bearers = FEW_BEARERS if number else BEARERS
+                await check(door, partial(_try_http, client, route.method, route.path, door), bearers)
+                unknown = await client.request(route.method, _filled(route.path, "", "main"))
+                assert unknown.status_code == 401
+        return {door}
+
+    assert asyncio.run(story()) == {d for d in DOORS if d.service == "compute node"}
 
 
 # Streams

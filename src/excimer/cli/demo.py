@@ -183,7 +183,7 @@ def _remove_branch(session: Session, installation: Installation, timeline_id: st
             raise DemoNameTakenError(f"there is {what} {BRANCH} that is not the demo's: delete it first")
     if any(row["name"] == BRANCH for row in endpoints):
         stop_endpoint(session, installation, BRANCH, immediate=False)
-        delete_endpoint(installation, client, BRANCH)
+        delete_endpoint(client, BRANCH)
     if any(row["timeline_id"] == timeline_id for row in branches):
         client.delete("tenants", tenant, "branches", timeline_id)
 

@@ -4,11 +4,11 @@
 
     .excimer/
       config.toml               versions, ports, the broker's password
-      keys/                     private.pem, public.pem, admin.token, pageserver-1.token
+      keys/                     private.pem, public.pem, admin.token, pageserver-1.token, compute_node-1.token
       tls/                      with `init --tls`: ca.pem, ca.key, server.pem, server.key
       tls/endpoints/            the same of another CA, for endpoints without a certificate of their own
-      broker/ controller/ pageserver/ object_store/ safekeepers/N/ endpoints/NAME/
-      run/                      PART.toml (settings), PART.pid, cli.lock
+      broker/ controller/ pageserver/ object_store/ safekeepers/N/ compute-node/ endpoints/NAME/
+      run/                      PART.toml (settings), PART.pid, cli.lock; those of endpoints are the node's
       logs/                     PART.log
 
 Not here: starting anything (`local_processes`).
@@ -17,14 +17,14 @@ Not here: starting anything (`local_processes`).
 import re
 import secrets
 import socket
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import SystemRandom
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 
-from excimer.base.address import Address
 from excimer.base.ids import NodeId
 from excimer.cli.errors import StateDirectoryError
 from excimer.cli.session import CONFIG_NAME as CONFIG_NAME
@@ -38,12 +38,14 @@ ENDPOINT_TLS_NAME: Final = "endpoints"
 """Within the former."""
 OWN_ENTRIES: Final = (
     *(CONFIG_NAME, "keys", "broker", "controller", "pageserver", "object_store"),
-    *("safekeepers", "endpoints", "run", "logs", TLS_NAME),
+    *("safekeepers", "compute-node", "endpoints", "run", "logs", TLS_NAME),
 )
 """All that an installation puts in its directory, and all that `init --force` removes."""
 
 ADMIN_TOKEN_NAME: Final = "admin.token"
 PAGESERVER_TOKEN_NAME: Final = "pageserver-1.token"
+COMPUTE_NODE_TOKEN_NAME: Final = "compute_node-1.token"
+COMPUTE_NODE: Final = "compute-node"
 HOST: Final = "127.0.0.1"
 PORTS: Final = range(15000, 30000)
 """Below the range from which Linux takes ports of outgoing connections, so that ours stay free."""
@@ -73,6 +75,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     controller_port: int
     page_service_port: int
     pageserver_http_port: int
+    compute_node_http_port: int | None = None
+    """None: an older Excimer has made this; the next start chooses one."""
+    compute_node_capacity: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """How many endpoints may be awake on this machine; None: as many as its memory holds."""
     safekeepers: tuple[SafekeeperPorts, ...]
     object_store_url: str | None = None
     """Where the durable data lives; None: in `object_store/` of the state directory."""
@@ -102,21 +108,27 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Every user of this machine may be any role of every endpoint, without a password."""
 
 
+class Process(NamedTuple):
+    """Where a process of the installation is found."""
+
+    name: str
+    http_address: str
+    lock_dir: Path
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One process of the installation."""
 
     name: str
-    """As in `excimer logs NAME`: broker, controller, pageserver, safekeeper-1, endpoint-main."""
+    """As in `excimer logs NAME`: broker, controller, pageserver, safekeeper-1, compute-node."""
     module: str
     settings: msgspec.Struct
     http_address: str
     lock_dir: Path
     """Where the process keeps its instance lock."""
-    standard_input: bytes = field(default=b"", repr=False)
-    """What it must know and no file may: its tokens."""
     is_restarted: bool = True
-    """Whether the supervisor starts it again when it dies; an endpoint needs new tokens first."""
+    """Whether the supervisor starts it again when it dies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +200,7 @@ class Installation:
             *[self._safekeeper(ports) for ports in self.config.safekeepers],
             self._pageserver(),
             self._controller(),
+            *([] if self.config.compute_node_http_port is None else [self.compute_node()]),
         ]
 
     def _broker(self) -> Part:
@@ -271,36 +284,14 @@ class Installation:
         )
         return Part("controller", "excimer.controller", settings, settings.http_listen, settings.data_dir)
 
-    def endpoint_part(self, spec: dict[str, Any]) -> Part:
-        """The compute manager of a controller's spec."""
-        from excimer.compute.settings import ComputeSettings
+    def compute_node(self) -> Part:
+        from excimer.compute_node.settings import ComputeNodeSettings, EndpointDefaults
 
-        endpoint = spec["endpoint"]
-        default_tls = self.endpoint_tls
-        settings = ComputeSettings(
-            endpoint_name=endpoint["name"],
-            endpoint_dir=self.endpoint_dir(endpoint["name"]),
-            tenant_id=endpoint["tenant_id"],
-            timeline_id=endpoint["timeline_id"],
-            mode=endpoint["mode"],
-            lsn=endpoint["lsn"],
-            pg_version=endpoint["pg_version"],
-            postgres_listen=str(Address(endpoint["listen_host"], endpoint["postgres_port"])),
-            trusts_local=self.config.trust_local,
-            tls_certificate_path=_path(endpoint["tls_certificate_path"]),
-            tls_key_path=_path(endpoint["tls_key_path"]),
+        config, default_tls = self.config, self.endpoint_tls
+        defaults = EndpointDefaults(
+            trusts_local=config.trust_local,
             default_tls_certificate_path=None if default_tls is None else default_tls.certificate,
             default_tls_key_path=None if default_tls is None else default_tls.key,
-            http_listen=f"{HOST}:{endpoint['http_port']}",
-            pageserver_address=spec["pageserver_address"],
-            pageserver_http_address=spec["pageserver_http_address"],
-            lease_holder=spec["lease_holder"],
-            safekeepers=spec["safekeepers"],
-            quieting_id=spec["quieting_id"] or "",
-            extension_workers=spec["extension_workers"],
-            controller_address=self.controller_address,
-            postgres_settings=endpoint["postgres_settings"],
-            suspend_delay_s=endpoint["suspend_delay_s"],
         )
         names = (
             "pageserver_lag_max_mib",
@@ -309,23 +300,27 @@ class Installation:
             "slot_wal_max_mib",
             "stopped_directories_max_mib",
         )
-        chosen = {name: value for name in names if (value := getattr(self.config, name)) is not None}
-        settings = msgspec.structs.replace(settings, **chosen)
-        name = endpoint_part_name(endpoint["name"])
-        tokens = msgspec.json.encode(spec["tokens"])
-        return Part(
-            name,
-            "excimer.compute",
-            settings,
-            settings.http_listen,
-            settings.endpoint_dir,
-            tokens,
-            is_restarted=False,
+        chosen = {name: value for name in names if (value := getattr(config, name)) is not None}
+        settings = ComputeNodeSettings(
+            id=NodeId(1),
+            data_dir=self.directory / COMPUTE_NODE,
+            run_dir=self.run_dir,
+            logs_dir=self.logs_dir,
+            endpoints_dir=self.directory / "endpoints",
+            http_listen=f"{HOST}:{config.compute_node_http_port}",
+            auth_public_key_path=self.keys_dir / "public.pem",
+            auth_token_path=self.keys_dir / COMPUTE_NODE_TOKEN_NAME,
+            controller_address=self.controller_address,
+            capacity=config.compute_node_capacity,
+            endpoint_defaults=msgspec.structs.replace(defaults, **chosen),
         )
+        return Part(COMPUTE_NODE, "excimer.compute_node", settings, settings.http_listen, settings.data_dir)
 
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+    def endpoint_process(self, endpoint: Mapping[str, Any]) -> Process:
+        """The manager of a controller's row."""
+        name = endpoint["name"]
+        http_address = f"{HOST}:{endpoint['http_port']}"
+        return Process(endpoint_part_name(name), http_address, self.endpoint_dir(name))
 
 
 def endpoint_part_name(endpoint: str) -> str:
@@ -395,7 +390,7 @@ def new_config(
         raise StateDirectoryError(
             f"{broker_url!r} is not the URL of a NATS server: write nats://USER:PASSWORD@HOST:PORT"
         )
-    ports = iter(free_ports(5 + 3 * safekeepers))
+    ports = iter(free_ports(6 + 3 * safekeepers))
     return Config(
         pg_version=pg_version,
         broker_port=next(ports),
@@ -409,6 +404,7 @@ def new_config(
         controller_port=next(ports),
         page_service_port=next(ports),
         pageserver_http_port=next(ports),
+        compute_node_http_port=next(ports),
         safekeepers=tuple(
             SafekeeperPorts(id=number, proposer=next(ports), replication=next(ports), http=next(ports))
             for number in range(1, safekeepers + 1)
@@ -426,12 +422,16 @@ def create_installation(directory: Path, config: Config) -> Installation:
     pair = generate_key_pair()
     _write_keys(installation, {"private.pem": pair.private_pem, "public.pem": pair.public_pem})
     write_tokens(installation)
+    _save_config(installation)
+    return installation
+
+
+def _save_config(installation: Installation) -> None:
     save_settings(
-        directory / CONFIG_NAME,
-        config,
+        installation.directory / CONFIG_NAME,
+        installation.config,
         "Written by excimer init. Ports may be changed while everything is stopped.",
     )
-    return installation
 
 
 def own_tls(directory: Path) -> TlsSettings:
@@ -462,7 +462,7 @@ def make_directories(installation: Installation) -> None:
 
 
 def write_tokens(installation: Installation) -> None:
-    """The two that do not run out: of this machine's user, and by which the controller knows the pageserver.
+    """Those that do not run out: of this machine's user, and by which the controller knows its nodes.
 
     Raises OSError, AuthError for a key that is none.
     """
@@ -472,16 +472,26 @@ def write_tokens(installation: Installation) -> None:
     claims = {
         ADMIN_TOKEN_NAME: Claims(holder="cli", rights=frozenset({Right.MANAGE})),
         PAGESERVER_TOKEN_NAME: Claims(holder="pageserver:1"),
+        COMPUTE_NODE_TOKEN_NAME: Claims(holder="compute_node:1"),
     }
     _write_keys(
         installation, {name: encode_token(private_pem, each).encode() for name, each in claims.items()}
     )
 
 
-def ensure_tokens(installation: Installation) -> None:
-    """For an installation that an older Excimer has made. Raises as `write_tokens`."""
-    if not (installation.keys_dir / PAGESERVER_TOKEN_NAME).exists():
+def complete_installation(installation: Installation) -> Installation:
+    """With what one lacks that an older Excimer has made; to be called before services start.
+
+    Raises as `write_tokens`.
+    """
+    names = (PAGESERVER_TOKEN_NAME, COMPUTE_NODE_TOKEN_NAME)
+    if not all((installation.keys_dir / name).exists() for name in names):
         write_tokens(installation)
+    if installation.config.compute_node_http_port is None:
+        config = msgspec.structs.replace(installation.config, compute_node_http_port=free_ports(1)[0])
+        installation = replace(installation, config=config)
+        _save_config(installation)
+    return installation
 
 
 def _write_keys(installation: Installation, contents: dict[str, bytes]) -> None:

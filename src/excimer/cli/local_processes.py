@@ -1,7 +1,7 @@
 """Detached processes of a local installation: start what does not run, wait until well, stop.
 
 The supervisor starts them (`supervision`), so that they share memory and come back when they die. Who is who
-is in `supervisor.process_records`.
+is in `service.process_records`.
 
 Starting is idempotent. Two commands do not start or stop at the same time (`run/cli.lock`), but they may
 wait at the same time until what they started is well.
@@ -21,8 +21,14 @@ import msgspec
 
 from excimer.base.errors import RetryableError
 from excimer.cli.errors import BusyError, ProcessFailedError
-from excimer.cli.installation import Installation, Part, endpoint_part_name, make_directories
-from excimer.cli.log_lines import last_error
+from excimer.cli.installation import (
+    Installation,
+    Part,
+    endpoint_part_name,
+    load_installation,
+    make_directories,
+    renew_certificates,
+)
 from excimer.cli.supervision import (
     SUPERVISOR,
     ask_supervisor,
@@ -33,10 +39,11 @@ from excimer.cli.supervision import (
 )
 from excimer.compute.places import STOP_BEAT_NAME
 from excimer.io.private_files import touch_private
+from excimer.service import process_records
 from excimer.service.health import HTTP_OK
+from excimer.service.log_lines import last_error
+from excimer.service.process_records import ProcessRecord, is_halted, record_path, settings_path
 from excimer.service.settings import save_settings
-from excimer.supervisor import process_records
-from excimer.supervisor.process_records import ProcessRecord, is_halted, record_path, settings_path
 from excimer.supervisor.protocol import Started, StartPart
 
 START_LIMIT_S: Final = 60.0
@@ -173,6 +180,26 @@ def wait_for_parts(
             time.sleep(POLL_S)
 
 
+def refresh_machine(installation: Installation) -> None:
+    """What endpoints take from this machine at their start is as the configuration now says; to be called in
+    `exclusive`.
+    """
+    renew_certificates(installation)
+    current = load_installation(installation.directory)
+    if current.config.compute_node_http_port is not None:
+        _save_settings(current, current.compute_node())
+
+
+def _save_settings(installation: Installation, part: Part) -> None:
+    save_settings(
+        settings_path(installation.run_dir, part.name),
+        msgspec.structs.replace(
+            part.settings, log_path=log_path(installation, part.name), tls=installation.config.tls
+        ),
+        "Written by excimer at each start; changes are lost.",
+    )
+
+
 def _is_absent(installation: Installation, part: Part) -> bool:
     return find_process(installation, part.name, part.lock_dir) is None
 
@@ -186,11 +213,7 @@ def _launch(installation: Installation, part: Part) -> LaunchedProcess | None:
     """Has the supervisor start a part that does not run, or watch one that does; None for the latter."""
     log = log_path(installation, part.name)
     if _is_absent(installation, part):
-        save_settings(
-            settings_path(installation.run_dir, part.name),
-            msgspec.structs.replace(part.settings, log_path=log, tls=installation.config.tls),
-            "Written by excimer at each start; changes are lost.",
-        )
+        _save_settings(installation, part)
     request = StartPart(
         part=part.name,
         module=part.module,
@@ -201,26 +224,10 @@ def _launch(installation: Installation, part: Part) -> LaunchedProcess | None:
         ),
         is_restarted=part.is_restarted,
     )
-    with _as_standard_input(part.standard_input) as standard_input:
-        answer = ask_supervisor(installation, request, standard_input)
+    answer = ask_supervisor(installation, request)
     if isinstance(answer, Started) and answer.is_new:
         return LaunchedProcess(answer.pid, answer.log_start)
     return None
-
-
-@contextlib.contextmanager
-def _as_standard_input(content: bytes) -> Iterator[int | None]:
-    """A pipe with `content`, which is less than a pipe holds, to hand on; None for no content."""
-    if not content:
-        yield None
-        return
-    reading, writing = os.pipe()
-    try:
-        with open(writing, "wb") as file:
-            file.write(content)
-        yield reading
-    finally:
-        os.close(reading)
 
 
 def _check_progress(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from excimer.cli.installation import HOST, Installation
 from excimer.cli.local_processes import START_LIMIT_S, Probed, probe_health
 from excimer.service.health import HTTP_OK
-from excimer.supervisor.process_records import ProcessRecord, is_halted
+from excimer.service.process_records import ProcessRecord, is_halted
 
 _SAFEKEEPER = re.compile(rf"safekeeper {re.escape(HOST)}:(\d+)")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from excimer.base.errors import ExcimerError, NotFoundError, RetryableError
-from excimer.cli.installation import Installation, Part
+from excimer.cli.installation import Installation, Part, Process
 from excimer.cli.local_processes import find_process, probe
 from excimer.cli.part_state import ask_part
 from excimer.cli.session import Session, current_session
@@ -118,7 +118,9 @@ def early_word(installation: Installation, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def early_word_of(session: Session, installation: Installation, parts: Sequence[Part]) -> Iterator[None]:
+def early_word_of(
+    session: Session, installation: Installation, parts: Sequence[Part | Process]
+) -> Iterator[None]:
     """While this takes long, says what those of the parts wait for that are not well yet."""
     begun = time.monotonic()
 
@@ -132,7 +134,7 @@ def early_word_of(session: Session, installation: Installation, parts: Sequence[
         yield
 
 
-def _words_of(installation: Installation, part: Part, *, has_had_time: bool) -> str | None:
+def _words_of(installation: Installation, part: Part | Process, *, has_had_time: bool) -> str | None:
     """None for a part that is well, for one that is gone, of which whoever waits will hear, and at first for
     one that has nothing to say.
     """

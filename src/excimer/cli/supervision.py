@@ -20,12 +20,11 @@ import excimer
 from excimer.base.errors import RetryableError
 from excimer.cli.errors import ProcessFailedError
 from excimer.cli.installation import Installation
-from excimer.cli.log_lines import last_error
 from excimer.io.processes import describe_exit
 from excimer.service.log_files import open_log, rotate
-from excimer.service.settings import save_settings
-from excimer.supervisor.process_names import PADDING
-from excimer.supervisor.process_records import (
+from excimer.service.log_lines import last_error
+from excimer.service.process_names import PADDING
+from excimer.service.process_records import (
     ProcessRecord,
     find_process,
     is_halted,
@@ -34,6 +33,7 @@ from excimer.supervisor.process_records import (
     settings_path,
     write_record,
 )
+from excimer.service.settings import save_settings
 from excimer.supervisor.protocol import (
     Answer,
     Failed,
@@ -79,7 +79,7 @@ def supervisor_problem(installation: Installation) -> str | None:
     return "the supervisor does not run: a service that dies stays down; excimer start starts it again"
 
 
-def ask_supervisor(installation: Installation, request: Request, standard_input: int | None = None) -> Answer:
+def ask_supervisor(installation: Installation, request: Request) -> Answer:
     """Asks it, after starting it if it does not run; to be called in `exclusive`.
 
     Raises `ProcessFailedError` with its reason for what cannot be done, `SupervisorSilentError`.
@@ -88,7 +88,7 @@ def ask_supervisor(installation: Installation, request: Request, standard_input:
     deadline = time.monotonic() + LISTEN_LIMIT_S
     while True:
         try:
-            answer = ask(installation.run_dir, request, ANSWER_LIMIT_S, standard_input)
+            answer = ask(installation.run_dir, request, ANSWER_LIMIT_S)
             break
         except (FileNotFoundError, ConnectionRefusedError):  # it begins, or has just been killed
             _check_begins(installation, launched, deadline)

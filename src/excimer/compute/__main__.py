@@ -1,8 +1,13 @@
-"""`python -m excimer.compute SETTINGS.toml < TOKENS`: runs one endpoint until it is told to stop."""
+"""`python -m excimer.compute SETTINGS.toml < TOKENS`: runs one endpoint until it is told to stop.
+
+A compute node forks it instead (`run_manager`).
+"""
 
 import contextlib
 import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from excimer.base.errors import FencedError, RefusedError
@@ -33,14 +38,16 @@ AS_WANTED: Final = (EXIT_CLEAN, EXIT_SUSPENDED)
 """For whoever watches the process they are one: it has ended well. The controller knows which."""
 
 
-async def serve(tokens: EndpointTokens, beat: StopBeat, settings: ComputeSettings) -> None:
+async def serve(
+    tokens: EndpointTokens, beat: StopBeat, report_ready: Callable[[bool], None], settings: ComputeSettings
+) -> None:
     """Raises `FencedError` or `RefusedError` when the endpoint is over for good."""
     with InstanceLock(settings.endpoint_dir, "compute", passable=True):
         forget_end(settings.endpoint_dir)
         health = Health("compute")
         spec = make_spec(settings)
         beat.path = settings.endpoint_dir / STOP_BEAT_NAME
-        manager = Manager(spec, settings, tokens, health, beat)
+        manager = Manager(spec, settings, tokens, health, beat, report_ready)
         try:
             with directory_lock(spec.places.run_dir), rotating_logs([spec.places.postgres_log]):
                 async with serving_light_http(settings.http_listen, health, lambda: read_metrics(manager)):
@@ -57,22 +64,33 @@ async def serve(tokens: EndpointTokens, beat: StopBeat, settings: ComputeSetting
         raise RefusedError(end.reason)
 
 
+def run_manager(settings_path: Path, tokens: EndpointTokens, report_ready: Callable[[bool], None]) -> int:
+    """The manager's whole life; its exit code. `report_ready` hears whenever PostgreSQL begins or ceases to
+    accept connections.
+    """
+    beat = StopBeat()
+    return run_service(
+        "compute",
+        ComputeSettings,
+        partial(serve, tokens, beat, report_ready),
+        arguments=[str(settings_path)],
+        stop_limit_s=STOP_LIMIT_S,
+        moved_s=lambda: beat.moved_s,
+        make_loop=NativeEventLoop,
+    )
+
+
 def main() -> int:
     hide_memory()
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("usage: python -m excimer.compute SETTINGS.toml", file=sys.stderr)
+        return EXIT_USAGE
     try:
         tokens = take_tokens()
     except RefusedError as error:
         print(f"excimer compute: {error}", file=sys.stderr)
         return EXIT_USAGE
-    beat = StopBeat()
-    return run_service(
-        "compute",
-        ComputeSettings,
-        partial(serve, tokens, beat),
-        stop_limit_s=STOP_LIMIT_S,
-        moved_s=lambda: beat.moved_s,
-        make_loop=NativeEventLoop,
-    )
+    return run_manager(Path(sys.argv[1]), tokens, lambda _: None)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Not here: the decision (`idle_policy`), stopping (`core`, `attempt`).
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -31,6 +31,8 @@ CALL_LIMIT_S: Final = 3.0
 """Clients wait at the shut door meanwhile only to be refused; less than the time that a start waits for."""
 RETRY_S: Final = 5.0
 IDLE: Final = "idle"
+
+Told: TypeAlias = Literal["running", "suspended"]
 
 log = get_logger(__name__)
 
@@ -53,9 +55,7 @@ class SuspensionDoor:
         """Raises ExcimerError."""
         return _understood(await self._client().get(self._path)).suspend_delay_s
 
-    async def tell(
-        self, state: Literal["running", "suspended"], last_active_at: UnixTime, reason: str
-    ) -> None:
+    async def tell(self, state: Told, last_active_at: UnixTime, reason: str) -> None:
         """Durable when it returns. Raises ExcimerError."""
         body = {"state": state, "last_active_at": last_active_at, "reason": reason}
         await self._client().call("PATCH", self._path, body)
@@ -96,6 +96,8 @@ class IdleWatch:
         self._clock = clock
         self._suspend = suspend
         self._policy: IdlePolicy | None = None
+        self._told: Told | None = None
+        """What the controller has surely heard last."""
         self._sampler: ActivitySampler | None = None
         self._changed = asyncio.Event()
 
@@ -157,12 +159,13 @@ class IdleWatch:
         """Until PostgreSQL is to be suspended, or until cancelled because it ends otherwise."""
         policy = self._policy = IdlePolicy(self._clock.monotonic(), self._delay_s)
         try:
-            is_told = False
+            self._told = None
             sampler = self._sampler = ActivitySampler(
                 lambda: child_pids(serving.postmaster_pid), serving.admission, serving.ask, self._clock
             )
             while True:
-                is_told = is_told or await self._tell("running", 0.0)
+                if self._told != "running":
+                    await self._tell("running", 0.0)
                 decision = policy.step(await sampler.sample())
                 stay = (
                     decision
@@ -200,13 +203,15 @@ class IdleWatch:
         self._suspend(f"nobody used it for {decision.idle_s:.0f} s")
         return None
 
-    async def _tell(self, state: Literal["running", "suspended"], idle_s: float) -> bool:
-        """Whether the controller has heard it."""
+    async def _tell(self, state: Told, idle_s: float) -> bool:
+        """Whether the controller has heard it. If the answer was lost it may have; then it is told anew."""
+        self._told = None
         try:
             await self._door.tell(state, UnixTime(self._clock.now() - idle_s), IDLE)
         except ExcimerError as error:
             log.warning(f"the controller cannot be told that the endpoint is {state}", error=error)
             return False
+        self._told = state
         return True
 
     async def _wait(self, wait_s: float) -> None:

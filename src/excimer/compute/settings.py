@@ -1,4 +1,4 @@
-"""What an operator (in practice the command line) writes for one endpoint: a TOML file without secrets."""
+"""What an operator (in practice the compute node) writes for one endpoint: a TOML file without secrets."""
 
 from pathlib import Path
 from typing import Literal
@@ -57,3 +57,5 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Whether background workers that extensions register are started."""
     suspend_delay_s: int = 0
     """How long nobody must have used it before it is suspended, at the start of the manager; 0: never."""
+    generation: int = 0
+    """Of the controller's decision that it be awake: a later one is for another manager."""

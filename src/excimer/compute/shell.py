@@ -124,8 +124,12 @@ class Manager:
         tokens: EndpointTokens,
         health: Health,
         beat: StopBeat | None = None,
+        report_ready: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        """`beat` hears how a stop gets on."""
+        """`beat` hears how a stop gets on, `report_ready` whenever PostgreSQL begins or ceases to accept
+        connections.
+        """
+        self._report_ready = report_ready
         self._spec = spec
         self._health = health
         self._renewal = TokenRenewal(
@@ -219,7 +223,9 @@ class Manager:
                 await self._carry_out(scope, effect)
             event = await self._events.get()
             effects = self._endpoint.step(event)
-            self._health.ready = self._endpoint.state is State.RUNNING
+            if self._health.ready != self.is_running:
+                self._health.ready = self.is_running
+                self._report_ready(self.is_running)
             if self._health.ready:
                 self._health.report("postgres", None)
 

@@ -29,8 +29,8 @@ All but `active` and `archived` are driven to their end after a crash.
 EndpointMode = Literal["primary", "static"]
 
 EndpointState = Literal["stopped", "running", "suspended"]
-"""What was last heard of it; whether its process lives is known where it runs. `suspended`: nobody used it,
-and whoever wants it again starts it. `stopped`: somebody has stopped it, or it has never run.
+"""`running`: it is to be awake; whether its process lives is known where it runs. `suspended`: nobody used
+it, and whoever wants it again starts it. `stopped`: somebody has stopped it, or it has never run.
 """
 
 SUSPEND_DELAY_S: Final = 300
@@ -133,6 +133,10 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """How often it has been suspended."""
     suspend_reason: str = ""
     """Of the last time: `idle`, or `asked` by a person."""
+    generation: int = 0
+    """Grows with each decision that it be awake."""
+    node_id: NodeId | None = None
+    """The compute node on which it is, or was last, awake."""
 
 
 class RolePassword(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +168,15 @@ class Safekeeper(msgspec.Struct, frozen=True, kw_only=True):
     http_address: str
     proposer_address: str
     replication_address: str
+
+
+class ComputeNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that starts and stops endpoints on its machine."""
+
+    id: NodeId
+    http_address: str
+    capacity: int
+    """How many endpoints may be awake on it."""
 
 
 class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):

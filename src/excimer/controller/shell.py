@@ -24,6 +24,8 @@ from excimer.base.lsn import Lsn
 from excimer.controller import core
 from excimer.controller.access import Access
 from excimer.controller.branch_points import BranchPoints, require_quorum
+from excimer.controller.compute_nodes import ComputeNodes
+from excimer.controller.endpoint_lifecycle import EndpointLifecycle
 from excimer.controller.endpoint_settings import BuildCheck, EndpointSettings, SettingsCheck
 from excimer.controller.history_operations import BranchHistory, BranchTools
 from excimer.controller.imports import Imports
@@ -90,6 +92,8 @@ class Controller:
         self.history = BranchHistory(store, clock, tools)
         self.settings = EndpointSettings(store, self.find_endpoint, settings_check or BuildCheck())
         self.suspension = Suspension(store, self.find_endpoint)
+        self.compute_nodes = ComputeNodes(store, tokens, clock)
+        self.lifecycle = EndpointLifecycle(store, self.compute_nodes, self.suspension, self.read_spec)
         self.imports = Imports(
             store=store,
             clock=clock,
@@ -135,6 +139,10 @@ class Controller:
         listed = await self.list_endpoints()
         found = core.find_endpoint([endpoint for endpoint, _ in listed], name)
         return next(pair for pair in listed if pair[0] == found)
+
+    async def branch_name(self, endpoint: Endpoint) -> str:
+        """Empty for one that is just being replaced."""
+        return next((name for each, name in await self.list_endpoints() if each.name == endpoint.name), "")
 
     async def list_nodes(self) -> tuple[list[Pageserver], list[Safekeeper]]:
         return (
@@ -383,6 +391,9 @@ class Controller:
         await self._db(self._store.put_listen, changed)
 
     async def delete_endpoint(self, name: str) -> None:
+        """Raises `StillRunningError`."""
+        endpoint, _ = await self.find_endpoint(name)
+        await self.lifecycle.remove(endpoint)
         await self.release_endpoint(name)
         await self._db(self._store.remove_endpoint, name)
         log.info("endpoint deleted", endpoint=name)

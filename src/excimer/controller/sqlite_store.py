@@ -20,6 +20,7 @@ from excimer.base.errors import CorruptionError, RefusedError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import format_lsn, parse_lsn
 from excimer.controller.model import (
+    ComputeNode,
     Endpoint,
     InUseError,
     NameTakenError,
@@ -95,6 +96,13 @@ MIGRATIONS: Final = (
     ALTER TABLE endpoint ADD COLUMN last_active_at REAL;
     ALTER TABLE endpoint ADD COLUMN suspends INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE endpoint ADD COLUMN suspend_reason TEXT NOT NULL DEFAULT ''
+    """,
+    """
+    CREATE TABLE computenode (
+        id INTEGER PRIMARY KEY, http_address TEXT NOT NULL, capacity INTEGER NOT NULL
+    ) STRICT;
+    ALTER TABLE endpoint ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE endpoint ADD COLUMN node_id INTEGER
     """,
 )
 
@@ -224,6 +232,13 @@ class SqliteStore:
     def list_safekeepers(self) -> list[Safekeeper]:
         return self._select(Safekeeper)
 
+    def list_compute_nodes(self) -> list[ComputeNode]:
+        return self._select(ComputeNode)
+
+    def put_compute_node(self, node: ComputeNode) -> None:
+        with self._transaction() as connection:
+            self._put(connection, ("id",), node)
+
     def list_tenants(self) -> list[Tenant]:
         return self._select(Tenant)
 
@@ -330,7 +345,10 @@ class SqliteStore:
             )
 
     def put_suspension(self, endpoint: Endpoint) -> None:
-        columns = ("suspend_delay_s", "state", "last_active_at", "suspends", "suspend_reason")
+        columns = (
+            *("suspend_delay_s", "state", "last_active_at", "suspends", "suspend_reason"),
+            *("generation", "node_id"),
+        )
         values = [getattr(endpoint, column) for column in columns]
         with self._transaction() as connection:
             connection.execute(

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.controller.model import (
+    ComputeNode,
     Endpoint,
     Pageserver,
     Placement,
@@ -27,6 +28,10 @@ class MetadataStore(Protocol):
 
     def list_pageservers(self) -> list[Pageserver]: ...
     def list_safekeepers(self) -> list[Safekeeper]: ...
+
+    def list_compute_nodes(self) -> list[ComputeNode]: ...
+    def put_compute_node(self, node: ComputeNode) -> None:
+        """Adds it, or replaces the row of its id."""
 
     def list_tenants(self) -> list[Tenant]: ...
     def find_tenant(self, tenant_id: TenantId) -> Tenant | None: ...
@@ -68,7 +73,9 @@ class MetadataStore(Protocol):
         """Replaces address, port and certificate of an endpoint, and nothing else."""
 
     def put_suspension(self, endpoint: Endpoint) -> None:
-        """Replaces when an endpoint is suspended, its state, and what is counted of it; nothing else."""
+        """Replaces when an endpoint is suspended, its state, where and in which generation, and what is
+        counted of it; nothing else.
+        """
 
     def remove_endpoint(self, name: str) -> None: ...
 

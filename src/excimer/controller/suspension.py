@@ -82,7 +82,8 @@ class Suspension:
     ) -> None:
         self._store = store
         self._find_endpoint = find_endpoint
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()
+        """Held for each change of an endpoint's state, its reading included."""
         self.counts = Counter({"idle": 0, "asked": 0})
         """Suspends since the controller started, by reason."""
 
@@ -99,7 +100,7 @@ class Suspension:
         reason: str,
     ) -> Endpoint:
         """As `changed`; durable when it returns. Raises `UnknownNameError`, `BadRequestError`."""
-        async with self._changing:
+        async with self.changing:
             before, _ = await self._find_endpoint(name)
             after = changed(
                 before, delay_s=delay_s, state=state, last_active_at=last_active_at, reason=reason

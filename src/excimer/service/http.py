@@ -1,8 +1,7 @@
 """HTTP for services: FastAPI under uvicorn, with everything that all of them share.
 
 An app of `create_app` has `/healthz`, `/metrics`, `/openapi.json`, `/docs`, request metrics and
-log context, and turns the error families into answers by `STATUS_OF_FAMILY`, the only such table.
-The body of an error is ``{"error": family, "kind": class, "message": sentence}``. Before all of it stands
+log context, and turns the error families into answers by `error_answers`. Before all of it stands
 `http_guard`. uvicorn speaks HTTP; connections come from `accept`, as at every port.
 
 Importing this module takes over half a second; processes in a user's wake-up path use
@@ -32,19 +31,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from excimer.base.address import Address
 from excimer.base.clock import Clock
-from excimer.base.errors import (
-    ConflictError,
-    CorruptionError,
-    ExcimerError,
-    FencedError,
-    NotFoundError,
-    RefusedError,
-    RetryableError,
-)
+from excimer.base.errors import ExcimerError
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.service import metrics
 from excimer.service.accept import accept_connections, serve_protocol
+from excimer.service.bearer import verify_bearer
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
+from excimer.service.error_answers import HTTP_UNAUTHORIZED, status_of
 from excimer.service.health import Health
 from excimer.service.http_front import FirstRequest
 from excimer.service.http_guard import (
@@ -53,37 +46,15 @@ from excimer.service.http_guard import (
     KEEP_ALIVE_S,
     RequestGuard,
     RequestLimits,
-    UnauthorizedError,
-    verify_bearer,
 )
 from excimer.service.listen import bind_listen, bound_address
 from excimer.service.logs import get_logger, log_context
 from excimer.service.tasks import SystemClock, TaskScope
-from excimer.wire.auth import AuthError, Claims, Resource, Right, TokenVerifier, authorize
-
-HTTP_UNAUTHORIZED: Final = 401
-
-STATUS_OF_FAMILY: Final[tuple[tuple[type[ExcimerError], int, str], ...]] = (
-    (UnauthorizedError, HTTP_UNAUTHORIZED, "unauthorized"),
-    (AuthError, 403, "forbidden"),
-    (NotFoundError, 404, "not_found"),
-    (ConflictError, 409, "conflict"),
-    (RefusedError, 400, "refused"),
-    (RetryableError, 503, "retryable"),
-    (FencedError, 412, "fenced"),
-    (CorruptionError, 500, "corruption"),
-    (ExcimerError, 500, "error"),
-)
-"""First match counts. 503 carries Retry-After."""
+from excimer.wire.auth import Claims, Resource, Right, TokenVerifier, authorize
 
 STOP_LIMIT_S: Final = 2
 
 log = get_logger(__name__)
-
-
-def status_of(error: ExcimerError) -> tuple[int, str]:
-    """HTTP status and family name of an error."""
-    return next((status, family) for kind, status, family in STATUS_OF_FAMILY if isinstance(error, kind))
 
 
 def bearer_auth(

@@ -65,14 +65,26 @@ class HttpClient:
         """An answer that is not JSON."""
         return await self._call("GET", path, None, "")
 
+    async def look(self, path: str) -> tuple[int, bytes]:
+        """Status and body of an answer, whatever the status. Raises `UnreachableError`."""
+        return await self._reach("GET", path, None, "")
+
     async def put_bytes(self, path: str, body: bytes) -> None:
         """A body that is not JSON."""
         await self._call("PUT", path, body, "application/octet-stream")
 
     async def _call(self, method: str, target: str, payload: bytes | None, media_type: str) -> bytes:
+        status, answer = await self._reach(method, target, payload, media_type)
+        if 200 <= status < 300:
+            return answer
+        raise _error_of(status, f"{self.service}: {_message_of(status, answer)}")
+
+    async def _reach(
+        self, method: str, target: str, payload: bytes | None, media_type: str
+    ) -> tuple[int, bytes]:
         try:
             async with asyncio.timeout(self.timeout_s) as limit:
-                status, answer = await self._exchange(method, target, payload, media_type)
+                return await self._exchange(method, target, payload, media_type)
         except (
             OSError,
             EOFError,
@@ -86,9 +98,6 @@ class HttpClient:
             raise UnreachableError(
                 f"{self.service} is not reachable at {self.address}: {_plain_reason(reason)}"
             ) from error
-        if 200 <= status < 300:
-            return answer
-        raise _error_of(status, f"{self.service}: {_message_of(status, answer)}")
 
     async def _exchange(
         self, method: str, target: str, payload: bytes | None = None, media_type: str = ""

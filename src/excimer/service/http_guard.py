@@ -17,23 +17,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
 from starlette import types as asgi
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from excimer.base.clock import Clock
-from excimer.base.errors import RefusedError
+from excimer.service.bearer import UnauthorizedError, verify_bearer
 from excimer.service.connections import Admission, TooManyConnectionsError
+from excimer.service.error_answers import error_body
 from excimer.service.logs import get_logger
-from excimer.wire.auth import AuthError, Claims, TokenVerifier
+from excimer.wire.auth import TokenVerifier
 
 OPEN_PATHS: Final = frozenset(("/healthz", "/metrics", "/docs", "/openapi.json"))
 KEEP_ALIVE_S: Final = 30
 ADMISSION: Final = "admission"
 """In the state of a request's scope: the connection's `Admission`."""
 CLAIMS: Final = "claims"
-"""There too: the `Claims` of a request that came with a token."""
+"""There too: the claims of a request that came with a token."""
 _CLOSE: Final = (b"connection", b"close")
 _LINGER_S: Final = 1.0
 _LINGER_BYTES_MAX: Final = 64 << 10
@@ -41,10 +41,6 @@ _LINGER_BYTES_MAX: Final = 64 << 10
 log = get_logger(__name__)
 
 Send = Callable[[asgi.Message], Any]
-
-
-class UnauthorizedError(RefusedError):
-    """No valid bearer token came with the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +62,7 @@ class Refusal:
     message: str
 
     def body(self) -> bytes:
-        return msgspec.json.encode({"error": self.family, "kind": self.kind, "message": self.message})
-
-
-def verify_bearer(authorization: str, verifier: TokenVerifier, now: float) -> Claims:
-    """The claims of an Authorization header. Raises `UnauthorizedError`."""
-    scheme, _, token = authorization.partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise UnauthorizedError("this needs a token: send the header 'Authorization: Bearer …'")
-    try:
-        return verifier.verify(token.strip(), now)
-    except AuthError as error:
-        raise UnauthorizedError(str(error)) from error
+        return error_body(self.family, self.kind, self.message)
 
 
 class RequestGuard:

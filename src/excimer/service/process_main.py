@@ -63,10 +63,12 @@ def run_service(
     stop_limit_s: float = STOP_LIMIT_S,
     moved_s: Callable[[], float] = lambda: 0.0,
     make_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    is_single_threaded: bool = False,
 ) -> int:
     """Runs a service to its end and returns its exit code (for `sys.exit`).
 
-    `moved_s`: when a stop last got on, by the monotonic clock.
+    `moved_s`: when a stop last got on, by the monotonic clock. `is_single_threaded`: it forks, so no thread
+    is made for it, and it keeps its log short by itself.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1 or arguments[0].startswith("-"):
@@ -87,12 +89,13 @@ def run_service(
         print(f"excimer {service}: {error}", file=sys.stderr)
         return EXIT_USAGE
     limit = StopLimit(stop_limit_s, moved_s)
+    settle = contextlib.nullcontext() if is_single_threaded else running("settle", _settle())
 
     def run() -> None:
         with asyncio.Runner(loop_factory=make_loop) as runner:
-            runner.run(_until_signal(service, serve(settings), limit))
+            runner.run(_until_signal(service, serve(settings), limit, settle))
 
-    with rotating_logs([settings.log_path] if settings.log_path else []):
+    with rotating_logs([settings.log_path] if settings.log_path and not is_single_threaded else []):
         failure = failure_of(run)
     if failure is None:
         return EXIT_CLEAN
@@ -122,7 +125,12 @@ def rotating_logs(paths: Sequence[Path]) -> Iterator[None]:
         rotation.stop()
 
 
-async def _until_signal(service: str, serving: Awaitable[None], limit: StopLimit) -> None:
+async def _until_signal(
+    service: str,
+    serving: Awaitable[None],
+    limit: StopLimit,
+    beside: contextlib.AbstractAsyncContextManager[object],
+) -> None:
     """Awaits `serving`; the first SIGTERM or SIGINT cancels it and starts the clock of the hard end."""
     task = asyncio.current_task()
     assert task is not None
@@ -142,7 +150,7 @@ async def _until_signal(service: str, serving: Awaitable[None], limit: StopLimit
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
     try:
-        async with running("settle", _settle()):
+        async with beside:
             await serving
     except asyncio.CancelledError:
         if not stopping:

@@ -4,6 +4,6 @@ It imports once what services share and stands still; a service is a fork of it,
 same memory for Python and its libraries, and start without importing anything. It watches them: one that
 dies is started again, later and later.
 
-Not here: what a service does, when one is to be started or stopped (`cli`), and restarting an endpoint, whose
-tokens only the controller can give.
+Not here: what a service does, when one is to be started or stopped (`cli`), and endpoints, whose managers the
+compute node forks.
 """

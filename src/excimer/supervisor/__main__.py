@@ -6,9 +6,9 @@ from pathlib import Path
 from excimer.base.errors import ExcimerError
 from excimer.service.logs import configure_logging, get_logger
 from excimer.service.process_main import EXIT_CLEAN, EXIT_FAILED, EXIT_USAGE
+from excimer.service.process_names import show_as
 from excimer.service.settings import SettingsError, load_settings
 from excimer.supervisor.child import run_launched
-from excimer.supervisor.process_names import show_as
 from excimer.supervisor.settings import SupervisorSettings
 from excimer.supervisor.shell import supervise
 

@@ -3,20 +3,16 @@
 import contextlib
 import os
 import runpy
-import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
+from excimer.service.forked_process import leave_parent
 from excimer.service.process_main import EXIT_CRASHED
-from excimer.supervisor.process_names import show_as
-from excimer.supervisor.process_records import settings_path
+from excimer.service.process_records import settings_path
 from excimer.supervisor.protocol import StartPart
 from excimer.supervisor.settings import SupervisorSettings
-
-OWN_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-"""Those that the supervisor handles itself; blocked while it forks, so that none is taken for the other's."""
 
 Environment: TypeAlias = Sequence[tuple[bytes, bytes]]
 
@@ -34,29 +30,23 @@ def launch_of(start: StartPart, settings: SupervisorSettings) -> Launched:
     return Launched(start.part, start.module, [str(settings_path(settings.run_dir, start.part))])
 
 
-def become(launched: Launched, environment: Environment, standard_input: int | None, log: int) -> None:
-    """The first steps of a fork, which has `OWN_SIGNALS` blocked. Takes over both descriptors.
+def become(launched: Launched, environment: Environment, log: int) -> None:
+    """The first steps of a fork, within `forking`. Takes over `log`.
 
     Ends the process if one of them fails: as the supervisor's twin it must not go on.
     """
     try:
-        _take_place(launched, environment, standard_input, log)
+        _take_place(launched, environment, log)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.write(log, f"excimer {launched.part}: {error}\n".encode())
         os._exit(EXIT_CRASHED)
 
 
-def _take_place(launched: Launched, environment: Environment, standard_input: int | None, log: int) -> None:
-    signal.set_wakeup_fd(-1)
-    for number in OWN_SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OWN_SIGNALS)
-    os.setsid()
-    _take(standard_input if standard_input is not None else os.open(os.devnull, os.O_RDONLY), [0])
-    _take(log, [1, 2])
+def _take_place(launched: Launched, environment: Environment, log: int) -> None:
+    arguments = ["-m", launched.module, *launched.arguments]
+    leave_parent(launched.part, arguments, output=log)
     _set_environment(dict(environment))
-    show_as(launched.part, ["-m", launched.module, *launched.arguments])
 
 
 def _set_environment(wanted: dict[bytes, bytes]) -> None:
@@ -66,12 +56,6 @@ def _set_environment(wanted: dict[bytes, bytes]) -> None:
     for name, value in wanted.items():
         if os.environb.get(name) != value:
             os.environb[name] = value
-
-
-def _take(descriptor: int, places: Iterable[int]) -> None:
-    for place in places:
-        os.dup2(descriptor, place)
-    os.close(descriptor)
 
 
 def run_launched(launched: Launched) -> int:

@@ -28,6 +28,7 @@ MODULES: Final = (
     "excimer.pageserver.__main__",
     "excimer.controller.__main__",
     "excimer.compute.__main__",
+    "excimer.compute_node.__main__",
     "excimer.service.light_http",
     "anyio._backends._asyncio",  # imported by FastAPI's first route that is not async
     "asyncio.subprocess",
@@ -101,11 +102,15 @@ def _warm_up_settings() -> None:
     """Makes what msgspec keeps for each kind of settings, by reading none."""
     from excimer.broker.settings import BrokerSettings
     from excimer.compute.settings import ComputeSettings
+    from excimer.compute_node.settings import ComputeNodeSettings
     from excimer.controller.settings import ControllerSettings
     from excimer.pageserver.settings import PageserverSettings
     from excimer.safekeeper.settings import SafekeeperSettings
 
-    for kind in (BrokerSettings, ComputeSettings, ControllerSettings, PageserverSettings, SafekeeperSettings):
+    for kind in (
+        *(BrokerSettings, ComputeSettings, ComputeNodeSettings),
+        *(ControllerSettings, PageserverSettings, SafekeeperSettings),
+    ):
         with contextlib.suppress(msgspec.ValidationError):
             msgspec.convert({}, kind, dec_hook=lambda _kind, value: value)
 

@@ -2,7 +2,7 @@
 
 ::
 
-    client  {"type": "start", "part": "controller", …}   and a descriptor, its standard input, or none
+    client  {"type": "start", "part": "controller", …}
     server  {"type": "started", "pid": 4711, …}
 
 The socket lies in `run/`, which is closed to other users; whoever can open it can start any module as us. Its
@@ -93,17 +93,14 @@ def socket_address(run_dir: Path) -> Iterator[str]:
         os.close(directory)
 
 
-def ask(run_dir: Path, request: Request, limit_s: float, standard_input: int | None = None) -> Answer:
+def ask(run_dir: Path, request: Request, limit_s: float) -> Answer:
     """Asks the supervisor. Blocks up to `limit_s` at each step. Raises OSError (it does not run, it is slow,
     it ended meanwhile), `msgspec.DecodeError` for an answer that is none.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, socket_address(run_dir) as address:
         connection.settimeout(limit_s)
         connection.connect(address)
-        content = msgspec.json.encode(request, enc_hook=str)
-        descriptors = [] if standard_input is None else [standard_input]
-        sent = socket.send_fds(connection, [content], descriptors)
-        connection.sendall(content[sent:])
+        connection.sendall(msgspec.json.encode(request, enc_hook=str))
         connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(_READ_SIZE_BYTES), b""))
     if not answer:
@@ -112,35 +109,18 @@ def ask(run_dir: Path, request: Request, limit_s: float, standard_input: int | N
     return decoded
 
 
-class Received(msgspec.Struct, frozen=True):
-    request: Request
-    standard_input: int | None
-    """A descriptor that is ours to close."""
-
-
-def receive(connection: socket.socket, limit_s: float) -> Received:
-    """Reads one request to its end, for up to `limit_s`. Raises OSError, `msgspec.DecodeError`, and leaves no
-    descriptor then.
-    """
+def receive(connection: socket.socket, limit_s: float) -> Request:
+    """Reads one request to its end, for up to `limit_s`. Raises OSError, `msgspec.DecodeError`."""
     content = bytearray()
-    descriptors: list[int] = []
     deadline = time.monotonic() + limit_s
-    try:
-        while True:
-            connection.settimeout(max(1e-3, deadline - time.monotonic()))
-            data, fds, _, _ = socket.recv_fds(connection, _READ_SIZE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-            descriptors += fds
-            if not data:
-                break
-            content += data
-            if len(content) > MESSAGE_SIZE_MAX or len(descriptors) > 1:
-                raise msgspec.DecodeError("a request is too long")
-        request = _decode(content)
-    except (OSError, msgspec.DecodeError):
-        for descriptor in descriptors:
-            os.close(descriptor)
-        raise
-    return Received(request, descriptors[0] if descriptors else None)
+    while True:
+        connection.settimeout(max(1e-3, deadline - time.monotonic()))
+        data = connection.recv(_READ_SIZE_BYTES)
+        if not data:
+            return _decode(content)
+        content += data
+        if len(content) > MESSAGE_SIZE_MAX:
+            raise msgspec.DecodeError("a request is too long")
 
 
 def _decode(content: bytearray) -> Request:

@@ -20,12 +20,13 @@ from typing import Final, assert_never
 import msgspec
 
 from excimer.io.processes import describe_exit
+from excimer.service.forked_process import FORK_SIGNALS, forking
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.log_files import open_log, rotate
 from excimer.service.logs import get_logger
-from excimer.supervisor.child import OWN_SIGNALS, Launched, become, launch_of
+from excimer.service.process_records import find_process, write_record
+from excimer.supervisor.child import Launched, become, launch_of
 from excimer.supervisor.preload import preload
-from excimer.supervisor.process_records import find_process, write_record
 from excimer.supervisor.protocol import (
     SOCKET_NAME,
     Answer,
@@ -93,7 +94,7 @@ def _signals_as_bytes() -> Iterator[socket.socket]:
         reading.setblocking(False)
         writing.setblocking(False)
         signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-        for number in OWN_SIGNALS:
+        for number in FORK_SIGNALS:
             signal.signal(number, lambda *_: None)
         yield reading
 
@@ -151,38 +152,34 @@ class Supervisor:
         connection, _ = self._listening.accept()
         with connection:
             try:
-                received = receive(connection, CLIENT_LIMIT_S)
+                request = receive(connection, CLIENT_LIMIT_S)
             except (OSError, msgspec.DecodeError) as error:
                 log.warning("a request was not understood", error=error)
                 return
-            answer = self._answer(received.request, received.standard_input)
+            answer = self._answer(request)
             if answer is None:
                 return  # we are the fork
             connection.settimeout(CLIENT_LIMIT_S)
             with contextlib.suppress(OSError):  # it was interrupted: what it wanted is done
                 connection.sendall(msgspec.json.encode(answer))
 
-    def _answer(self, request: Request, standard_input: int | None) -> Answer | None:
+    def _answer(self, request: Request) -> Answer | None:
         """None in a fork."""
-        try:
-            match request:
-                case StartPart():
-                    return self._start(request, standard_input)
-                case ForgetPart():
-                    self._watched.pop(request.part, None)
-                    return self._states()
-                case ReadParts():
-                    return self._states()
-                case _ as never:
-                    assert_never(never)
-        finally:
-            if standard_input is not None and self._in_fork is None:
-                os.close(standard_input)
+        match request:
+            case StartPart():
+                return self._start(request)
+            case ForgetPart():
+                self._watched.pop(request.part, None)
+                return self._states()
+            case ReadParts():
+                return self._states()
+            case _ as never:
+                assert_never(never)
 
     def _states(self) -> Parts:
         return Parts(parts={name: watched.state() for name, watched in self._watched.items()})
 
-    def _start(self, request: StartPart, standard_input: int | None) -> Answer | None:
+    def _start(self, request: StartPart) -> Answer | None:
         known = self._watched.get(request.part)
         running = find_process(self._settings.run_dir, request.part, request.lock_dir)
         if running is not None:
@@ -193,13 +190,13 @@ class Supervisor:
         self._forget_long_ended()
         watched = self._watched[request.part] = Watched(request, None)
         try:
-            return self._launch(watched, standard_input)
+            return self._launch(watched)
         except OSError as error:
             del self._watched[request.part]
             return Failed(reason=f"{request.part} cannot be started: {error}")
 
     def _forget_long_ended(self) -> None:
-        """Endpoints come and go; nobody asks any more how they ended."""
+        """Nobody asks any more how they ended."""
         limit = time.monotonic() - ENDED_KEPT_S
         for name, watched in list(self._watched.items()):
             if watched.ended_at is not None and watched.restart_at is None and watched.ended_at < limit:
@@ -207,26 +204,25 @@ class Supervisor:
 
     # Processes
 
-    def _launch(self, watched: Watched, standard_input: int | None = None) -> Started | None:
+    def _launch(self, watched: Watched) -> Started | None:
         """Forks it; None in the fork. Raises OSError."""
         start = watched.start
         if start.module.startswith(OWN_MODULES):
             preload()
         rotate(start.log_path)
         log_file = open_log(start.log_path)
-        signal.pthread_sigmask(signal.SIG_BLOCK, OWN_SIGNALS)
         try:
             log_start = os.lseek(log_file, 0, os.SEEK_END)
-            pid = os.fork()
-            if pid == 0:
-                self._in_fork = launch_of(start, self._settings)
-                become(self._in_fork, start.environment, standard_input, log_file)
-                return None
-            watched.launched(pid, time.monotonic())
-            self._record(watched, pid)
+            with forking():
+                pid = os.fork()
+                if pid == 0:
+                    self._in_fork = launch_of(start, self._settings)
+                    become(self._in_fork, start.environment, log_file)
+                    return None
+                watched.launched(pid, time.monotonic())
+                self._record(watched, pid)
         finally:
             if self._in_fork is None:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, OWN_SIGNALS)
                 os.close(log_file)
         log.info("started", part=start.part, pid=pid)
         return Started(pid=pid, is_new=True, log_start=log_start)

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from excimer.supervisor.process_records import ProcessRecord
+from excimer.service.process_records import ProcessRecord
 from excimer.supervisor.protocol import StartPart, WatchedPart
 
 

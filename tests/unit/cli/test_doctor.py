@@ -9,7 +9,7 @@ from excimer.cli.commands import doctor
 from excimer.cli.commands.doctor import Finding, _check_services
 from excimer.cli.installation import Installation, create_installation, new_config
 from excimer.cli.local_processes import Probed
-from excimer.supervisor.process_records import ProcessRecord
+from excimer.service.process_records import ProcessRecord
 
 ME = ProcessRecord(pid=os.getpid(), start_ticks=0, boot_id="")
 
@@ -34,6 +34,8 @@ def test_an_installation_that_is_stopped_as_a_whole_is_well(
 def test_a_service_that_is_missing_among_others_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = verdicts(tmp_path, monkeypatch, frozenset({"broker", "controller", "safekeeper-1"}))
+    found = verdicts(
+        tmp_path, monkeypatch, frozenset({"broker", "controller", "safekeeper-1", "compute-node"})
+    )
     assert [check for check, finding in found.items() if finding.verdict != "ok"] == ["pageserver"]
     assert "excimer start" in found["pageserver"].detail

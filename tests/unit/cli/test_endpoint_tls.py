@@ -14,10 +14,12 @@ from excimer.cli.installation import TLS_NAME, Installation, create_installation
 from excimer.compute.local_access import LocalAccess, write_local_access
 from excimer.compute.places import LOCAL_ACCESS_NAME
 from excimer.compute.server_certificate import CertificateError, ListenRefusedError
-from excimer.compute.settings import ComputeSettings
+from excimer.compute_node.manager_settings import manager_settings
+from excimer.compute_node.settings import ComputeNodeSettings
 from excimer.postgres import PostgresMissingError
 from excimer.service.settings import TlsSettings
 from tests.kit.builds import build_with
+from tests.kit.compute_orders import start_order
 from tests.kit.tls import new_tls
 
 PLAIN: dict[str, Any] = {
@@ -68,12 +70,10 @@ def test_a_certificate_that_an_operator_gave_is_shown_by_endpoints_too(tmp_path:
 
 
 def test_managers_are_told_of_it_beside_the_endpoints_own(installation: Installation) -> None:
-    names = ("mode", "lsn", "tenant_id", "timeline_id", "postgres_settings", "suspend_delay_s")
-    endpoint = PLAIN | dict.fromkeys(names) | {"tls_certificate_path": "/own.crt", "tls_key_path": "/own.key"}
-    rest = ("pageserver_address", "pageserver_http_address", "lease_holder", "safekeepers", "quieting_id")
-    spec = dict.fromkeys(rest) | {"extension_workers": True, "tokens": {}, "endpoint": endpoint}
-    settings = installation.endpoint_part(spec).settings
-    assert isinstance(settings, ComputeSettings)
+    node = installation.compute_node().settings
+    assert isinstance(node, ComputeNodeSettings)
+    order = start_order("main", tls_certificate_path="/own.crt", tls_key_path="/own.key")
+    settings = manager_settings(order, node)
     assert (settings.tls_certificate_path, settings.tls_key_path) == (Path("/own.crt"), Path("/own.key"))
     shown = installation.endpoint_tls
     assert shown is not None

@@ -16,14 +16,16 @@ import pytest
 from excimer.base.errors import ExcimerError
 from excimer.cli import local_processes
 from excimer.cli.commands.installation import make_installation, making
-from excimer.cli.endpoint_remains import remove_remains
 from excimer.cli.errors import BusyError, ProcessFailedError, StateDirectoryError, StillRunningError
 from excimer.cli.installation import (
     PORTS,
     Installation,
     Part,
+    complete_installation,
+    create_installation,
     free_ports,
     load_installation,
+    new_config,
 )
 from excimer.cli.local_processes import (
     Running,
@@ -32,14 +34,15 @@ from excimer.cli.local_processes import (
     start_parts,
     stop_parts,
 )
-from excimer.cli.log_lines import last_error, pretty, tail
 from excimer.cli.session import Session
 from excimer.cli.supervision import interrupts_later, program_path_environment
 from excimer.compute.admission import Admission
+from excimer.compute.endpoint_remains import remove_remains
 from excimer.compute.places import find_places
 from excimer.compute.server_certificate import CertificatePair, install_pair
 from excimer.pageserver.settings import PageserverSettings
-from excimer.supervisor.process_records import ProcessRecord, boot_id, start_ticks, write_record
+from excimer.service.log_lines import last_error, pretty, tail
+from excimer.service.process_records import ProcessRecord, boot_id, start_ticks, write_record
 from tests.kit.directories import reachable_directory
 from tests.kit.small_service import part_of, small_installation
 
@@ -274,6 +277,23 @@ def test_the_local_disk_is_bounded_by_the_configuration(
     path.write_text("local_disk_max_mib = -1\n" + path.read_text().removeprefix(line))
     with pytest.raises(StateDirectoryError, match="local_disk_max_mib"):
         load_installation(installation.directory)
+
+
+def test_an_installation_that_an_older_excimer_made_gets_a_compute_node(tmp_path: Path) -> None:
+    made = create_installation(tmp_path / "state", new_config(18, 1))
+    config = made.directory / "config.toml"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("compute_node_")))
+    (made.keys_dir / "compute_node-1.token").unlink()
+    older = load_installation(made.directory)
+    assert "compute-node" not in [part.name for part in older.service_parts()]
+    completed = complete_installation(older)
+    assert "compute-node" in [part.name for part in completed.service_parts()]
+    assert (made.keys_dir / "compute_node-1.token").exists()
+    assert load_installation(made.directory).config == completed.config, "it keeps its port"
+    port = completed.config.compute_node_http_port
+    assert completed.config == msgspec.structs.replace(older.config, compute_node_http_port=port)
+    assert complete_installation(completed) == completed
 
 
 def test_unconfined_redo_can_be_refused_by_the_configuration(installation: Installation) -> None:

@@ -27,7 +27,7 @@ from excimer.cli.service_silence import (
     silent_services,
 )
 from excimer.cli.session import Session
-from excimer.supervisor.process_records import ProcessRecord
+from excimer.service.process_records import ProcessRecord
 
 ME = ProcessRecord(pid=os.getpid(), start_ticks=0, boot_id="")
 LIMIT_S = 60

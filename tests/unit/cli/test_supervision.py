@@ -25,7 +25,7 @@ from excimer.cli.supervision import (
     supervisor_problem,
 )
 from excimer.io.private_files import PRIVATE_FILE
-from excimer.supervisor.process_records import ProcessRecord
+from excimer.service.process_records import ProcessRecord
 from excimer.supervisor.protocol import WatchedPart, socket_address
 from tests.kit.small_service import part_of, small_installation
 

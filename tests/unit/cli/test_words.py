@@ -21,9 +21,9 @@ from excimer.cli.commands.installation import _show_status
 from excimer.cli.commands.tenant import _show_tenants
 from excimer.cli.commands.timeline import _show_tree
 from excimer.cli.commands.timeline_history import running_sentence, stopped_sentence
-from excimer.cli.log_lines import as_json_line, failure
 from excimer.cli.page_text import draw_explanation
 from excimer.cli.session import Session, find_directory, is_styled
+from excimer.service.log_lines import as_json_line, failure
 from excimer.storage.format.tenant_settings import TenantSettings
 
 ROOT = Path(__file__).resolve().parents[3]

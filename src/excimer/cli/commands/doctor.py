@@ -28,7 +28,7 @@ from excimer.cli.local_processes import find_process, probe_health
 from excimer.cli.service_silence import at_once
 from excimer.cli.session import Session, session_of
 from excimer.cli.supervision import supervisor_problem
-from excimer.supervisor.process_records import ProcessRecord
+from excimer.service.process_records import ProcessRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

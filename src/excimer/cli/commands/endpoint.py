@@ -5,7 +5,7 @@ Not here: how clients reach them (`endpoint_access`).
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -29,7 +29,6 @@ from excimer.cli.commands.endpoint_suspend import (
     change_delay,
     last_active_at,
     parse_delay,
-    patch_suspension,
     shown_delay,
     shown_use,
 )
@@ -37,30 +36,20 @@ from excimer.cli.commands.logs import FollowOption, LinesOption, show_log
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.credentials import find_credentials, public_url, url_of
 from excimer.cli.endpoint_choice import choose_endpoint, choose_name
-from excimer.cli.endpoint_remains import remove_remains
-from excimer.cli.errors import NotRunningError, ProcessFailedError, StillRunningError, UsageError
+from excimer.cli.errors import NotRunningError, UsageError
 from excimer.cli.installation import (
     HOST,
     Installation,
     endpoint_part_name,
     free_ports,
     load_installation,
-    renew_certificates,
 )
-from excimer.cli.local_processes import (
-    exclusive,
-    find_process,
-    launch_parts,
-    running_endpoint,
-    stop_parts,
-    wait_for_parts,
-)
+from excimer.cli.local_processes import START_LIMIT_S, exclusive, find_process, refresh_machine
 from excimer.cli.part_state import ask_part
 from excimer.cli.service_silence import at_once, early_word_of
 from excimer.cli.session import Session, session_of
 from excimer.cli.supervision import log_path
-from excimer.io.private_files import make_private_dir
-from excimer.supervisor.process_records import ProcessRecord
+from excimer.service.process_records import ProcessRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +58,7 @@ app = typer.Typer(no_args_is_help=True)
 app.command()(config)
 
 PORT_ATTEMPTS: Final = 5
+STOP_ANSWER_LIMIT_S: Final = 3600.0
 POSTGRES_LOG_NAME: Final = "postgres.log"
 NOWHERE: Final[dict[str, Any]] = {"listen_host": HOST, "tls_certificate_path": None, "tls_key_path": None}
 """Where an endpoint listens unless it is told."""
@@ -227,53 +217,30 @@ def current_url(session: Session, installation: Installation, endpoint: dict[str
 
 
 def start_endpoint(
-    session: Session, installation: Installation, name: str, *, stop_first: Callable[[], object] | None = None
+    session: Session,
+    installation: Installation,
+    name: str,
+    *,
+    is_restart: bool = False,
+    is_immediate: bool = False,
 ) -> tuple[dict[str, Any], bool]:
-    """The endpoint, and whether it was started now. Refuses a second primary on a branch.
+    """The endpoint, and whether it was started now. The controller refuses a second primary on a branch.
 
-    `stop_first` is called before, with no other command in between. A process that another command replaces
-    while it starts is followed by its successor.
+    `is_restart`: what runs is stopped first, with no other command in between.
     """
     client = ControllerClient(installation)
-    client.get("endpoints", name)  # a controller that is silent is waited for while others may work
-    is_new = False
-    while True:
-        with exclusive(installation, session.note):
-            spec = client.get("endpoints", name, "spec")
-            endpoint: dict[str, Any] = spec["endpoint"]
-            if endpoint["mode"] == "primary":
-                _refuse_second_primary(installation, client, endpoint)
-            if stop_first is not None:
-                stop_first()
-                stop_first = None
-            renew_certificates(installation)
-            part = installation.endpoint_part(spec)
-            make_private_dir(part.lock_dir, passable=True)
-            launched = launch_parts(installation, [part])
-        is_new = is_new or bool(launched)
-        try:
-            with early_word_of(session, installation, [part]):
-                wait_for_parts(installation, [part], launched, session.done)
-            return endpoint | {"state": "running"}, is_new
-        except ProcessFailedError:
-            if not launched:  # it was on its way to be suspended, or stopped
-                continue
-            with exclusive(installation, session.note):  # who stopped it for a restart has started it, too
-                is_replaced = is_running(installation, name)
-            if not is_replaced:
-                raise
-
-
-def _refuse_second_primary(
-    installation: Installation, client: ControllerClient, endpoint: dict[str, Any]
-) -> None:
-    for other in client.get("endpoints")["endpoints"]:
-        is_rival = other["timeline_id"] == endpoint["timeline_id"] and other["mode"] == "primary"
-        if is_rival and other["name"] != endpoint["name"] and is_running(installation, other["name"]):
-            raise StillRunningError(
-                f"branch {endpoint['branch']} has a running primary, endpoint {other['name']}: "
-                f"stop that first, or branch and start an endpoint there"
-            )
+    process = installation.endpoint_process(client.get("endpoints", name))
+    with exclusive(installation, session.note):
+        refresh_machine(installation)
+    begun = time.monotonic()
+    body = {"limit_s": START_LIMIT_S, "restart": is_restart, "immediate": is_immediate}
+    if is_restart:
+        client = ControllerClient(installation, limit_s=STOP_ANSWER_LIMIT_S)
+    with early_word_of(session, installation, [process]):
+        answer = client.post("endpoints", name, "start", body=body)
+    if answer["started"]:
+        session.done(process.name, time.monotonic() - begun)
+    return answer["endpoint"], answer["started"]
 
 
 def is_running(installation: Installation, name: str) -> bool:
@@ -307,11 +274,9 @@ def stop(
     name = str(endpoint["name"])
     was_running = stop_endpoint(session, installation, name, immediate=immediate)
     if destroy:
-        delete_endpoint(installation, client, name)
-    else:
-        patch_suspension(client, name, state="stopped")
-        if endpoint["mode"] == "static":
-            client.post("endpoints", name, "release", body=None)
+        delete_endpoint(client, name)
+    elif endpoint["mode"] == "static":
+        client.post("endpoints", name, "release", body=None)
     was_there = was_running or endpoint["state"] == "suspended"
     session.say(
         f"endpoint {name} " + ("deleted" if destroy else "stopped" if was_there else "did not run"),
@@ -340,41 +305,36 @@ def suspend(context: typer.Context, name: OptionalEndpointArgument = None, after
     if endpoint["mode"] == "static":
         raise UsageError(f"endpoint {name} is static, and keeps its moment only while it runs: stop it")
     is_suspended = state_of(installation, endpoint)["state"] == "suspended"
-    was_running = stop_endpoint(session, installation, name, immediate=False)
+    answer = _stop(session, installation, name, suspend=True)
+    was_running = answer["stopped"]
     if not was_running and not is_suspended:
         raise NotRunningError(f"endpoint {name} does not run: there is nothing to suspend")
-    if was_running:
-        endpoint |= patch_suspension(client, name, state="suspended", reason="asked")
     session.say(
         f"endpoint {name} suspended" if was_running else f"endpoint {name} is suspended already",
-        endpoint | {"suspended": was_running},
+        answer["endpoint"] | {"suspended": was_running},
     )
 
 
 def stop_endpoint(session: Session, installation: Installation, name: str, *, immediate: bool) -> bool:
     """Whether it ran."""
-    with exclusive(installation, session.note):
-        return _stop_now(session, installation, name, immediate=immediate)
+    return bool(_stop(session, installation, name, immediate=immediate)["stopped"])
 
 
-def _stop_now(session: Session, installation: Installation, name: str, *, immediate: bool) -> bool:
-    """Whether it ran; to be called in `exclusive`."""
-    part = running_endpoint(installation, name)
-    was_running = bool(stop_parts(installation, [part], session.done, immediate=immediate))
-    remove_remains(installation.endpoint_dir(name))
-    return was_running
+def _stop(session: Session, installation: Installation, name: str, **wanted: bool) -> dict[str, Any]:
+    """It takes as long as PostgreSQL's last checkpoint."""
+    begun = time.monotonic()
+    answer: dict[str, Any] = ControllerClient(installation, limit_s=STOP_ANSWER_LIMIT_S).post(
+        "endpoints", name, "stop", body=wanted
+    )
+    if answer["stopped"]:
+        session.done(f"{endpoint_part_name(name)} stopped", time.monotonic() - begun)
+    return answer
 
 
-def delete_endpoint(installation: Installation, client: ControllerClient, name: str) -> None:
+def delete_endpoint(client: ControllerClient, name: str) -> None:
     """What another command deletes at the same time is deleted, too."""
-    import shutil
-
     with contextlib.suppress(NotFoundError):
         client.delete("endpoints", name)
-    part = endpoint_part_name(name)
-    remove_remains(installation.endpoint_dir(name), kept_too=True)
-    shutil.rmtree(installation.endpoint_dir(name), ignore_errors=True)
-    (installation.run_dir / f"{part}.toml").unlink(missing_ok=True)
 
 
 @app.command("list")
@@ -532,15 +492,11 @@ def restart(
     installation = load_installation(session.directory)
     begun = time.monotonic()
     chosen = choose_name(ControllerClient(installation), name)
-    stopped: list[bool] = []
-
-    def stop_first() -> None:
-        stopped.append(_stop_now(session, installation, chosen, immediate=immediate))
-
-    endpoint, _ = start_endpoint(session, installation, chosen, stop_first=stop_first)
+    was_running = is_running(installation, chosen)
+    endpoint, _ = start_endpoint(session, installation, chosen, is_restart=True, is_immediate=immediate)
     url = current_url(session, installation, endpoint)
     elapsed_s = round(time.monotonic() - begun, 3)
-    session.say(url, endpoint | {"url": url, "was_running": any(stopped), "elapsed_s": elapsed_s})
+    session.say(url, endpoint | {"url": url, "was_running": was_running, "elapsed_s": elapsed_s})
 
 
 @app.command("logs")
@@ -574,10 +530,5 @@ def delete(context: typer.Context, name: EndpointArgument) -> None:
     session = session_of(context)
     installation = load_installation(session.directory)
     client = ControllerClient(installation)
-    client.get("endpoints", name)
-    if is_running(installation, name):
-        raise StillRunningError(
-            f"endpoint {name} runs: stop it first, or `excimer endpoint stop {name} --destroy`"
-        )
-    delete_endpoint(installation, client, name)
+    client.delete("endpoints", name)
     session.say(f"endpoint {name} deleted", {"name": name, "deleted": True})

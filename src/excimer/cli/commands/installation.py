@@ -17,7 +17,6 @@ from excimer.base.errors import NotFoundError, RetryableError
 from excimer.cli.commands.endpoint_suspend import last_active_at, shown_endpoint
 from excimer.cli.completion import complete_part
 from excimer.cli.controller_client import ControllerClient
-from excimer.cli.endpoint_remains import remove_remains
 from excimer.cli.errors import (
     EXIT_UNAVAILABLE,
     StateDirectoryError,
@@ -25,14 +24,15 @@ from excimer.cli.errors import (
     UsageError,
 )
 from excimer.cli.installation import (
+    COMPUTE_NODE,
     CONFIG_NAME,
     OWN_ENTRIES,
     SAFEKEEPERS_MAX,
     TLS_NAME,
     Installation,
+    complete_installation,
     create_installation,
     endpoint_part_name,
-    ensure_tokens,
     load_installation,
     new_config,
     own_tls,
@@ -50,7 +50,6 @@ from excimer.cli.local_processes import (
     stop_supervisor,
     wait_for_parts,
 )
-from excimer.cli.log_lines import failure
 from excimer.cli.part_state import ask_part
 from excimer.cli.service_silence import at_once, early_word_of
 from excimer.cli.session import Session, session_of
@@ -63,8 +62,10 @@ from excimer.cli.supervision import (
     supervisor_lock_dir,
     supervisor_problem,
 )
+from excimer.compute.endpoint_remains import remove_remains
 from excimer.compute.last_end import read_end
 from excimer.io.private_files import make_private_dir
+from excimer.service.log_lines import failure
 from excimer.service.settings import TlsSettings
 from excimer.service.tls import Tls
 from excimer.supervisor.protocol import WatchedPart
@@ -338,13 +339,15 @@ def _unconfigured(directory: Path) -> Installation:
 def _lock_dir_of(directory: Path, part: str) -> Path:
     if part == SUPERVISOR:
         return supervisor_lock_dir(directory / "run")
+    if part == COMPUTE_NODE:
+        return directory / COMPUTE_NODE
     kind, _, name = part.partition("-")
     return directory / {"safekeeper": "safekeepers", "endpoint": "endpoints"}.get(kind, kind) / name
 
 
 @app.command()
 def start(context: typer.Context) -> None:
-    """Start the services that do not run: broker, safekeepers, pageserver, controller. Not endpoints."""
+    """Start the services that do not run: broker, safekeepers, pageserver, controller, compute node."""
     session = session_of(context)
     installation = load_installation(session.directory)
     started = start_services(session, installation)
@@ -361,10 +364,10 @@ def start(context: typer.Context) -> None:
 
 def start_services(session: Session, installation: Installation) -> list[str]:
     """Names of those that did not run."""
-    parts = installation.service_parts()
     with exclusive(installation, session.note):
         renew_certificates(installation)
-        ensure_tokens(installation)
+        installation = complete_installation(load_installation(installation.directory))
+        parts = installation.service_parts()
         launched = launch_parts(installation, parts)
     with early_word_of(session, installation, parts):
         wait_for_parts(installation, parts, launched, session.done)
@@ -428,13 +431,14 @@ def stop_everything(session: Session, installation: Installation, *, immediate: 
 
 
 def _stop_stages(installation: Installation) -> list[list[Running]]:
-    """Endpoints as the directory knows them, for the controller may be down; services; the broker last."""
+    """Who starts endpoints; those as the directory knows them, for services may be down; the broker last."""
     endpoints_dir = installation.directory / "endpoints"
     endpoints = sorted(endpoints_dir.iterdir()) if endpoints_dir.is_dir() else []
     services = [Running(part.name, part.lock_dir, STOP_LIMIT_S) for part in installation.service_parts()]
     return [
+        [running for running in services if running.part == COMPUTE_NODE],
         [running_endpoint(installation, path.name) for path in endpoints],
-        [running for running in services if running.part != BROKER],
+        [running for running in services if running.part not in (COMPUTE_NODE, BROKER)],
         [running for running in services if running.part == BROKER],
     ]
 

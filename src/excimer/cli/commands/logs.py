@@ -12,10 +12,10 @@ from excimer.base.errors import NotFoundError
 from excimer.cli.completion import complete_part
 from excimer.cli.errors import NotRunningError, UsageError
 from excimer.cli.installation import Installation, endpoint_part_name, load_installation, logged_parts
-from excimer.cli.log_lines import as_json_line, pretty, tail
 from excimer.cli.session import Session, session_of
 from excimer.cli.supervision import log_path
 from excimer.service.log_files import numbered
+from excimer.service.log_lines import as_json_line, pretty, tail
 
 app = typer.Typer()
 

@@ -25,7 +25,9 @@ from excimer.controller.endpoints.api_models import (
     TenantAnswer,
     TenantsAnswer,
 )
+from excimer.controller.endpoints.compute_node_api import add_compute_node_routes
 from excimer.controller.endpoints.history_api import add_history_routes
+from excimer.controller.endpoints.lifecycle_api import add_lifecycle_routes
 from excimer.controller.endpoints.reading import add_reading_routes, point_in_history
 from excimer.controller.endpoints.retention import add_retention_routes
 from excimer.controller.endpoints.role_api import add_role_routes
@@ -42,6 +44,8 @@ def make_router(controller: Controller) -> APIRouter:
     _add_branch_routes(router, controller, chance)
     _add_import_routes(router, controller)
     _add_endpoint_routes(router, controller)
+    add_lifecycle_routes(router, controller)
+    add_compute_node_routes(router, controller)
     add_reading_routes(router, controller)
     add_history_routes(router, controller)
     add_retention_routes(router, controller)
@@ -182,13 +186,13 @@ def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:
 
     @router.delete("/endpoints/{name}", tags=["endpoints"])
     async def delete_endpoint(name: str) -> DeletedAnswer:
-        """Forgets an endpoint; whoever runs its compute stops it first."""
+        """Forgets an endpoint that does not run, and what its stops have kept."""
         await controller.delete_endpoint(name)
         return DeletedAnswer(state="deleted")
 
     @router.post("/endpoints/{name}/release", tags=["endpoints"])
     async def release_endpoint(name: str) -> ReleasedAnswer:
-        """Lets the moment go that a static endpoint showed; whoever runs its compute has stopped it."""
+        """Lets the moment go that a static endpoint showed, which has been stopped."""
         return ReleasedAnswer(released=await controller.release_endpoint(name))
 
     @router.get("/endpoints/{name}/spec", tags=["endpoints"])

@@ -165,6 +165,8 @@ class EndpointAnswer(BaseModel):
     last_active_at: datetime | None
     suspends: int
     suspend_reason: str
+    generation: int
+    node_id: int | None
 
     @classmethod
     def of(cls, endpoint: Endpoint, branch: str) -> "EndpointAnswer":
@@ -188,6 +190,8 @@ class EndpointAnswer(BaseModel):
             last_active_at=time_or_none(endpoint.last_active_at),
             suspends=endpoint.suspends,
             suspend_reason=endpoint.suspend_reason,
+            generation=endpoint.generation,
+            node_id=endpoint.node_id,
         )
 
 

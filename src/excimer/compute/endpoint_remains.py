@@ -1,4 +1,4 @@
-"""What a compute leaves, seen from the command line.
+"""What a compute leaves.
 
 Killed, it may leave a postgres, a data directory and a directory of sockets. The next start would find and
 remove all of it; this is for endpoints that are stopped and stay so. What a clean stop has kept, stays.
@@ -9,11 +9,19 @@ from pathlib import Path
 from excimer.compute.places import leave_places, locate_places
 
 
-def remove_remains(endpoint_dir: Path, *, kept_too: bool = False) -> None:
-    """Of an endpoint whose manager does not run. `kept_too`: also what a clean stop has kept, for ever."""
+def has_remains(endpoint_dir: Path, *, kept_too: bool = False) -> bool:
+    """Whether `remove_remains` has more to do than a moment's work."""
     places = locate_places(endpoint_dir)
-    is_kept = places.shutdown_record.exists() and not kept_too
-    if places.data_dir.exists() and not is_kept:
+    return places.data_dir.exists() and (kept_too or not places.shutdown_record.exists())
+
+
+def remove_remains(endpoint_dir: Path, *, kept_too: bool = False) -> None:
+    """Of an endpoint whose manager does not run; may block for seconds.
+
+    `kept_too`: also what a clean stop has kept, for ever.
+    """
+    places = locate_places(endpoint_dir)
+    if has_remains(endpoint_dir, kept_too=kept_too):
         import asyncio
 
         from excimer.compute.directory_lock import directory_lock

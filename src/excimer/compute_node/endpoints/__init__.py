@@ -1,0 +1,1 @@
+"""Bytes to orders, and answers to bytes."""
