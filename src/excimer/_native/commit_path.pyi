@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from mmap import mmap
 from typing import Any
 
 from excimer._native.led_wal import LedWal, MemberWal
@@ -29,6 +30,7 @@ class CommitPath:
         confirm_limit_lsn: Lsn,
         window_size_max: int,
         returns_at_commit: bool,
+        arena: mmap | bytearray | None = None,
     ) -> None: ...
     def wait(self, epoll_fd: int, timeout_ms: int) -> list[tuple[int, int]]: ...
     def take_results(self) -> tuple[bytes, bytes, bytes]: ...

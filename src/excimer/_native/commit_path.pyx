@@ -57,6 +57,11 @@ cdef extern from "<endian.h>" nogil:
     uint64_t htobe64(uint64_t value)
     uint64_t be64toh(uint64_t value)
 
+cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
+    struct arena_header:
+        pass
+    void arena_publish_quorum(arena_header* header, uint64_t quorum_lsn)
+
 cdef enum:
     EVENT_COUNT = 64
     WAL_HEAD_SIZE = 30  # of CopyData: kind 1, length 4; of WAL: kind 1, start 8, end 8, time 8
@@ -118,6 +123,8 @@ cdef class CommitPath:
     cdef readonly uint64_t confirmed_lsn
     cdef uint64_t confirm_limit_lsn
     cdef uint64_t window_size_max
+    cdef uint8_t[::1] arena  # held within a wait only: its owner may close it at other times
+    cdef arena_header* header
     cdef bint returns_at_commit
     cdef readonly bint has_committed
     cdef readonly bint is_failed  # the scanner says why
@@ -174,12 +181,13 @@ cdef class CommitPath:
         uint64_t confirm_limit_lsn,
         uint64_t window_size_max,
         bint returns_at_commit,
+        uint8_t[::1] arena=None,
     ):
         """`wal` ends where the window does, and begins at or below what the least advanced link was sent.
 
         It waits no longer when the window has `window_size_max`; nor, with `returns_at_commit`, when the
-        commit LSN has risen. What is above `confirm_limit_lsn` is not confirmed. Raises ValueError for too
-        much WAL.
+        commit LSN has risen. What is above `confirm_limit_lsn` is not confirmed. The endpoint's open `arena`
+        hears of each commit LSN. Raises ValueError for too much WAL.
         """
         cdef size_t size = PyBytes_GET_SIZE(wal)
         if size > WAL_CAPACITY // 2:
@@ -191,6 +199,8 @@ cdef class CommitPath:
         self.confirmed_lsn = confirmed_lsn
         self.confirm_limit_lsn = confirm_limit_lsn
         self.window_size_max = window_size_max
+        self.arena = arena
+        self.header = NULL if arena is None else <arena_header*> &arena[0]
         self.returns_at_commit = returns_at_commit
         self.has_committed = self.is_failed = self.is_left = False
         self.is_source_left = self.is_source_blocked = False
@@ -214,6 +224,8 @@ cdef class CommitPath:
         self.taken_lsn = self.led.window_end_lsn
         self.received_size = 0
         unsent, self.source_unsent = self.source_unsent, None
+        self.arena = None
+        self.header = NULL
         return wal, left, unsent or b""
 
     cdef int run(self, int epoll_fd, int timeout_ms, epoll_event* events) noexcept nogil:
@@ -257,6 +269,8 @@ cdef class CommitPath:
             if self.returns_at_commit:
                 self.is_left = True
             self.confirm()
+            if self.header != NULL:
+                arena_publish_quorum(self.header, self.led.commit_lsn)
         for index in range(self.link_count):
             self.send_wal(<Link> self.link_pointers[index])
         if (

@@ -191,8 +191,13 @@ class Arena:
         arena_file.publish_throttle(self._memory, allowed_bytes, wal_limit_lsn)
 
     def set_quorum(self, lsn: Lsn) -> None:
-        """A majority of safekeepers has all WAL below `lsn`: base backups that wait for it end."""
+        """A majority of safekeepers has all WAL below `lsn`: what leaves the endpoint waits for it."""
         arena_file.publish_quorum(self._memory, lsn)
+
+    @property
+    def memory(self) -> mmap.mmap:
+        """For native code that tells it what these methods do; not to be held when it is closed."""
+        return self._memory
 
     def bulk_bytes(self) -> int:
         """Bulk WAL since the start that was made while it was limited, or waits to be allowed."""

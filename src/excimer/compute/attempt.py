@@ -402,7 +402,7 @@ class Attempt:
         spec = self._spec
         if self.proposer is not None and self.arena is not None:  # what leaves it is bound by this
             self.arena.set_quorum(self.proposer.commit_lsn)
-            self.proposer.on_committed = self.arena.set_quorum
+            self.proposer.board = self.arena
         self._admission = Admission.make(spec.places.run_dir, self._first_door())
         environment = spec.build.whole_environment(
             preload_environment(spec.places.arena) | {"LC_ALL": "C.UTF-8"}
@@ -437,7 +437,7 @@ class Attempt:
             log.error("what runs in the data directory cannot be ended; the next start tries", error=error)
         if self.proposer is not None:
             self.proposer.close()
-            self.proposer.on_committed = lambda _: None
+            self.proposer.board = None
         if self._admission is not None:
             self._admission.close()
         if self.arena is not None:

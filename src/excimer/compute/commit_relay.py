@@ -10,6 +10,7 @@ Not here: the loop (`service.native_loop`), the rules (`_native/led_wal.pyx`, `c
 """
 
 import asyncio
+import mmap
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -36,6 +37,15 @@ class SteadyStream(NamedTuple):
     term: int
 
 
+class CommitBoard(Protocol):
+    """Where others look for the commit LSN (`Arena`)."""
+
+    @property
+    def memory(self) -> mmap.mmap: ...
+
+    def set_quorum(self, lsn: Lsn) -> None: ...
+
+
 class CommitOwner(Protocol):
     """The proposer, to its relay."""
 
@@ -57,6 +67,10 @@ class CommitOwner(Protocol):
     @property
     def window_size_bytes_max(self) -> int:
         """With so much in the window postgres is read no further."""
+
+    @property
+    def board(self) -> CommitBoard | None:
+        """Hears of each new commit LSN; what a commit waits for comes before it."""
 
     def relayed(self, confirmed_lsn: Lsn) -> None:
         """Commits up to there have returned; the rest is in its places."""
@@ -105,6 +119,7 @@ class CommitRelay:
             confirm_limit_lsn=owner.confirm_limit_lsn,
             window_size_max=owner.window_size_bytes_max,
             returns_at_commit=owner.awaits_commit,
+            arena=None if owner.board is None else owner.board.memory,
         )
         return True
 

@@ -21,7 +21,7 @@ Not here: starting postgres; when commits wait for the pageserver's sake (`backp
 import asyncio
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Never, assert_never
 
 from excimer._native.wal_scanner import WalScanner
@@ -30,7 +30,7 @@ from excimer.base.chance import Chance
 from excimer.base.errors import ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.base.ids import ID_SIZE_BYTES, TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, MAX_LSN, Lsn
-from excimer.compute.commit_relay import CommitRelay, SteadyStream
+from excimer.compute.commit_relay import CommitBoard, CommitRelay, SteadyStream
 from excimer.compute.postgres_settings import PROPOSER_NAME
 from excimer.compute.safekeeper_peer import SafekeeperLacksTimelineError, SafekeeperPeer
 from excimer.consensus import proposer as core
@@ -147,7 +147,7 @@ class Proposer:
         self._source_error: ExcimerError | None = None
         self._frame: tuple[core.SendWal, bytes] | None = None  # the last append, as bytes
         self._announce_timer: asyncio.TimerHandle | None = None
-        self.on_committed: Callable[[Lsn], None] = lambda _: None
+        self.board: CommitBoard | None = None
         """Hears of each new commit LSN; what a commit waits for comes before it."""
 
     @property
@@ -438,7 +438,8 @@ class Proposer:
 
     def _committed(self) -> None:
         self._confirm()
-        self.on_committed(self._core.commit_lsn)
+        if self.board is not None:
+            self.board.set_quorum(self._core.commit_lsn)
         if self._announce_timer is None:
             self._announce_later()
         if not self._is_repaired:

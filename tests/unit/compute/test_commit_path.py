@@ -4,15 +4,19 @@ import contextlib
 import select
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from excimer._native import arena_file
 from excimer._native.commit_path import CommitPath, Link
 from excimer._native.openssl import TlsConnection
 from excimer._native.wal_scanner import WalScanner
+from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, MAX_LSN, Lsn
+from excimer.compute.arena import Arena, ArenaSettings, build_arena
 from excimer.consensus.leader_state import LeaderState, Member
 from excimer.consensus.proposer import ProposerLimits
 from excimer.consensus.term_history import TermHistory
@@ -151,7 +155,9 @@ class World:
         self.unsent: tuple[bytes, list[bytes]] = (b"", [])
         self.heard: list[bool] = []
 
-    def wait(self, timeout_ms: int = 0, *, returns_at_commit: bool = False) -> list[tuple[int, int]]:
+    def wait(
+        self, timeout_ms: int = 0, *, returns_at_commit: bool = False, arena: Arena | None = None
+    ) -> list[tuple[int, int]]:
         lsns = [each.state.sent_lsn for each in self.safekeepers if each.state.sent_lsn is not None]
         self.path.start(
             self.window[min(lsns) - START :],
@@ -160,6 +166,7 @@ class World:
             confirm_limit_lsn=self.confirm_limit_lsn,
             window_size_max=31 << 20,
             returns_at_commit=returns_at_commit,
+            arena=None if arena is None else arena.memory,
         )
         events = self.path.wait(self.epoll.fileno(), timeout_ms)
         wal, source_left, source_unsent = self.path.take_results()
@@ -260,6 +267,25 @@ def test_it_waits_for_commits_only_until_a_timer_is_due_or_somebody_wants_to_kno
     world.other.send(b"!")
     assert world.wait(SOON_MS) == [(world.timer.fileno(), select.EPOLLIN)]
     assert world.wait(-1) == [(world.timer.fileno(), select.EPOLLIN)]
+
+
+def test_the_arena_hears_of_each_commit(world: World, tmp_path: Path) -> None:
+    """Who decodes WAL for logical replication waits for it."""
+    (tmp_path / "data").mkdir()
+    settings = ArenaSettings("127.0.0.1:1", TenantId("ab" * 16), TimelineId("cd" * 16), "")
+    arena = build_arena(tmp_path / "arena", files=[], settings=settings, data_dir=tmp_path / "data")
+    arena.set_quorum(START)
+    builder = build_wal(1)
+    expected = bytearray(arena.memory)
+    world.walsender.sendall(wal_message(START, bytes(builder.stream)))
+    world.wait(arena=arena)
+    assert bytes(arena.memory) == expected
+    for safekeeper in world.safekeepers[:2]:
+        safekeeper.say(whole_answer(safekeeper))
+    world.wait(arena=arena)
+    arena_file.publish_quorum(expected, builder.ends[0])
+    assert bytes(arena.memory) == expected
+    arena.close()  # nobody holds it between waits
 
 
 def test_what_backpressure_holds_is_not_confirmed(world: World) -> None:
