@@ -13,7 +13,8 @@ import gc
 import importlib
 import sys
 import threading
-from typing import Final
+from types import ModuleType
+from typing import Final, cast
 
 import msgspec
 
@@ -36,6 +37,11 @@ MODULES: Final = (
     "sqlite3",
 )
 
+LEFT_OUT: Final = ("pydantic.v1",)
+"""Not to be imported by anybody. FastAPI asks of each parameter and answer whether it is a model of pydantic
+1, which is none where that cannot be imported: 2 MiB.
+"""
+
 
 class ThreadsLeftError(RefusedError):
     """A library began a thread when it was imported: a fork would lack it."""
@@ -47,6 +53,8 @@ def preload() -> None:
     `ThreadsLeftError`, ImportError for a part of Excimer that is not built.
     """
     before = set(threading.enumerate())
+    for module in LEFT_OUT:
+        sys.modules.setdefault(module, cast(ModuleType, None))  # an ImportError to whoever asks for it
     for module in MODULES:
         importlib.import_module(module)
     _prepare_services()

@@ -1,4 +1,6 @@
-"""What forks of the supervisor make lies in pages of their own, not in holes of those that they share."""
+"""What forks of the supervisor make lies in pages of their own, not in holes of those that they share; and
+they share nothing that none of them uses.
+"""
 
 import subprocess
 import sys
@@ -31,6 +33,13 @@ for sizes in (48,), (64,), (80,), (160,), (700,), (3000,):
     print(sizes, len(pages_of(new)), 3000 * sizes[0] // 4096)
 """
 
+LOADED = """
+import sys
+from excimer.supervisor.preload import preload
+preload()
+print(*(name for name, module in sys.modules.items() if module is not None and name.startswith({unused!r})))
+"""
+
 
 def run(code: str) -> str:
     """In a process of its own: what is taken is never given back."""
@@ -53,3 +62,8 @@ def test_forks_of_the_supervisor_begin_new_pages() -> None:
     for line in run(PRELOADED).splitlines():
         *_, pages, least = line.split()
         assert int(pages) <= int(least) * 1.05 + 4, line
+
+
+def test_what_no_service_uses_is_not_loaded() -> None:
+    """And the applications of all services are put together without it."""
+    assert run(LOADED.format(unused=("pydantic.v1",))).split() == []
