@@ -34,6 +34,9 @@ extern void guard_background_work(void);
 /* Init forks of unlogged indexes are in WAL (init_forks.c). */
 extern void guard_init_forks(void);
 
+/* How far a standby has replayed WAL is told to libhydrate (replay.c). */
+extern void tell_replay(void);
+
 /* Given by the compute's manager: which command brings an extension that this build lacks. */
 extern char *extension_hint;
 

@@ -32,4 +32,5 @@ void _PG_init(void)
     guard_superuser_login();
     guard_admission();
     guard_background_work();
+    tell_replay();
 }

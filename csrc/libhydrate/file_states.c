@@ -65,10 +65,21 @@ int make_file(struct arena_file *file)
     return result;
 }
 
+/* A standby replays before it is ready: CREATE DATABASE lists the directory that it copies. Start-up lists directories
+ * before it replays. */
+static bool is_replaying(void)
+{
+    struct arena_settings settings;
+    if (!replays_wal())
+        return false;
+    arena_read_settings(arena.header, &settings);
+    return settings.lsn != UINT64_MAX && replayed_lsn() != 0;
+}
+
 void complete_directory(const char *path)
 {
     struct arena_header *header = arena.header;
-    if (header == NULL || __atomic_load_n(&header->ready, __ATOMIC_ACQUIRE) == 0 ||
+    if (header == NULL || (__atomic_load_n(&header->ready, __ATOMIC_ACQUIRE) == 0 && !is_replaying()) ||
         __atomic_load_n(&header->listed, __ATOMIC_ACQUIRE) == 0 || (path = path_in_data_dir(path)) == NULL)
         return;
     size_t size = strlen(path);

@@ -11,6 +11,7 @@
  *     hydration.c      absent -> present; read_ahead.c and hints.c say what else to fetch
  *       claims.c         who fetches, who may change a block (H1)
  *       page_client.c    the page service's protocol; patience.c how long to wait
+ *   replay.c         how far a standby is
  *   arena.c, system.c, report.c   below them all
  *
  * PostgreSQL's processes have one thread each; nothing here is safe for two.
@@ -111,6 +112,14 @@ bool patience_over(struct patience *patience);
 /* Waits until fd is ready for `events` or at most `limit_ns` (on the clock). 1 ready, 0 not; -1 patience is over
  * or the manager changed the connection's settings. fd -1 only sleeps. */
 int wait_ready(int fd, short events, uint64_t limit_ns, struct patience *patience, uint32_t generation);
+
+/* --- replay.c --- */
+
+/* The end of the last record that recovery has applied; 0 before the first, and where nobody knows. */
+uint64_t replayed_lsn(void);
+
+/* Whether this process is the one that replays WAL. */
+bool replays_wal(void);
 
 /* --- page_client.c --- */
 

@@ -183,6 +183,14 @@ static void report_trouble(struct hydration *hydration, const struct run *run, c
            (double)(system_now_ns() - hydration->patience.start_ns) / 1e9);
 }
 
+/* A primary has the newest there is, a standby what it has replayed. */
+static void follow_replay(struct arena_settings *settings)
+{
+    uint64_t lsn = settings->lsn == UINT64_MAX ? 0 : replayed_lsn();
+    if (lsn > settings->lsn)
+        settings->lsn = lsn;
+}
+
 /* Repeats attempts until the first run is here. */
 static bool fetch(struct hydration *hydration, struct page_request *request, uint32_t needed)
 {
@@ -193,6 +201,7 @@ static bool fetch(struct hydration *hydration, struct page_request *request, uin
     hydration->needed_end = (uint64_t)first->block + needed;
     for (;;) {
         arena_read_settings(arena.header, &hydration->settings);
+        follow_replay(&hydration->settings); /* after the claim */
         enum page_result result = request_pages(request, settings, &hydration->patience, hydration->reason);
         if (first->done)
             return true;

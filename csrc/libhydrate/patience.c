@@ -7,6 +7,8 @@
  * are weak here, so that another program has none. PostgreSQL repeats a read that fails with EINTR without looking
  * at its flags, so giving up is EIO.
  *
+ * The process that replays WAL waits as long as it takes: an error would end the standby, and late it is anyway.
+ *
  * A flag does not end a wait at once: a healthy fetch is over in a millisecond and then PostgreSQL itself reports
  * the cancellation. And never in a critical section: there an error would be a PANIC. But PostgreSQL 18 reads relations
  * (not SLRUs) inside a critical section of its own, in which an error is only noted: that one does not count.
@@ -39,7 +41,7 @@ struct patience patience_of(const struct arena_file *file, uint64_t start_ns)
     uint64_t generation = __atomic_load_n(&arena.header->settings_generation, __ATOMIC_ACQUIRE);
     uint64_t deadline_ms = arena.header->settings[generation & 1].deadline_ms;
     return (struct patience){.start_ns = start_ns,
-                             .deadline_ns = start_ns + deadline_ms * 1000000u,
+                             .deadline_ns = replays_wal() ? UINT64_MAX : start_ns + deadline_ms * 1000000u,
                              .reads_relation = file->kind == ARENA_RELATION};
 }
 

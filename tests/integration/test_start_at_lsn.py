@@ -16,7 +16,7 @@ from excimer.base.lsn import Lsn, format_lsn
 from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, kill_left_behind
 from excimer.io.processes import give_to_user, make_owned_dir
 from excimer.pgformat.control_file import ControlFile
-from excimer.pgformat.wal_prefix import build_wal_prefix, wal_segment_file_name
+from excimer.pgformat.wal_prefix import StandbyPoint, build_wal_prefix, wal_segment_file_name
 from excimer.postgres import PostgresBuild, run_initdb
 from tests.kit.builds import ALL_VERSIONS, build_of
 from tests.kit.ports import free_port
@@ -76,7 +76,7 @@ class Cluster:
             end_lsn=Lsn(end),
             prev_lsn=Lsn(last if knows_last_record else 0),
             now_s=int(time.time()),
-            hot_standby=hot_standby,
+            standby=StandbyPoint(Lsn(end)) if hot_standby else None,
         )
         (self.data_dir / "global/pg_control").write_bytes(prefix.control_file)
         wal_dir = self.data_dir / "pg_wal"

@@ -17,6 +17,7 @@ from excimer.wire.safekeeping import (
     ProposerGreeting,
     ProposerMessage,
     ProposerMessageParser,
+    StandbysNeed,
     Term,
     TokenRenewal,
     encode_acceptor_message,
@@ -69,7 +70,7 @@ class StreamDriver(Driver):
                 reading.join()
         parser = AcceptorMessageParser()
         parser.feed(ANSWER_TO_GREETING)
-        return parser.feed(bytes(answers))
+        return [each for each in parser.feed(bytes(answers)) if not isinstance(each, StandbysNeed)]
 
     def _receive(self, ours: socket.socket) -> None:
         parser = ProposerMessageParser()

@@ -27,6 +27,8 @@ def start_order(endpoint: str, generation: int = 1, **fields: Any) -> StartOrder
         "pageserver_http_address": "127.0.0.1:2",
         "lease_holder": f"endpoint:{endpoint}",
         "safekeepers": ("127.0.0.1:3",),
+        "wal_sources": ("127.0.0.1:4",),
+        "branch_start_lsn": "0/1500000",
         "quieting_id": "",
         "extension_workers": True,
         "tokens": TOKENS,

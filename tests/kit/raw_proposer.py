@@ -6,8 +6,8 @@ from excimer.base.address import Address
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, Lsn
 from excimer.wire.safekeeping import (
+    AcceptorFrame,
     AcceptorGreeting,
-    AcceptorMessage,
     AcceptorMessageParser,
     AppendRequest,
     AppendResponse,
@@ -37,7 +37,7 @@ class RawProposer:
         self.commit_lsn = Lsn(0)
         self._socket = socket.create_connection(address, timeout=TIMEOUT_S)
         self._parser = AcceptorMessageParser()
-        self._received: list[AcceptorMessage] = []
+        self._received: list[AcceptorFrame] = []
 
     def __enter__(self) -> "RawProposer":
         return self
@@ -48,7 +48,7 @@ class RawProposer:
     def send(self, *messages: ProposerFrame) -> None:
         self._socket.sendall(b"".join(encode_proposer_message(message) for message in messages))
 
-    def receive(self) -> AcceptorMessage | None:
+    def receive(self) -> AcceptorFrame | None:
         """The next message; None when the safekeeper has closed."""
         while not self._received:
             data = self._socket.recv(1 << 16)
@@ -57,7 +57,7 @@ class RawProposer:
             self._received = self._parser.feed(data)
         return self._received.pop(0)
 
-    def greet(self, tenant_id: TenantId, timeline_id: TimelineId, token: str) -> AcceptorMessage | None:
+    def greet(self, tenant_id: TenantId, timeline_id: TimelineId, token: str) -> AcceptorFrame | None:
         identity = TimelineIdentity(
             tenant_id=tenant_id, timeline_id=timeline_id, pg_version=0, system_id=0, wal_segment_size_bytes=0
         )
@@ -82,7 +82,7 @@ class RawProposer:
         assert answer.term == self.term
         return start_lsn
 
-    def append(self, begin_lsn: Lsn, wal: bytes) -> AcceptorMessage | None:
+    def append(self, begin_lsn: Lsn, wal: bytes) -> AcceptorFrame | None:
         """Appends and returns the answer, if the safekeeper gives one."""
         self.send(AppendRequest(self.term, begin_lsn, INVALID_LSN, INVALID_LSN, wal))
         return self.receive()

@@ -47,6 +47,7 @@ HELD = (
         "the manager's memory",
     ),
     Held("compute_node:N", None, "-", "for ever", "`keys/compute_node-N.token`"),
+    Held("endpoint:NAME", Right.READ_WAL, "its timeline", RENEWED, "a replica's manager's memory"),
     Held("endpoint:NAME", None, "its timeline", "7 days, renewed with the others", "the manager's memory"),
     Held("safekeeper:N", Right.READ_WAL, "one timeline", "-", "reserved for copying: nobody has one yet"),
 )

@@ -68,6 +68,7 @@ PROPOSER_MESSAGES = st.one_of(
     st.builds(wire.TokenRenewal, TOKEN),
 )
 ACCEPTOR_MESSAGES = st.one_of(
+    st.builds(wire.StandbysNeed, st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1)),
     ACCEPTOR_GREETING,
     st.builds(
         wire.VoteResponse,
@@ -116,7 +117,7 @@ def test_proposer_messages_round_trip(
 
 @given(ACCEPTOR_GREETING, st.lists(ACCEPTOR_MESSAGES, max_size=4), st.lists(st.integers(0, 2000), max_size=6))
 def test_acceptor_messages_round_trip(
-    greeting: wire.AcceptorGreeting, messages: list[wire.AcceptorMessage], cuts: list[int]
+    greeting: wire.AcceptorGreeting, messages: list[wire.AcceptorFrame], cuts: list[int]
 ) -> None:
     data = b"".join(map(wire.encode_acceptor_message, [greeting, *messages]))
     assert feed_in_pieces(wire.AcceptorMessageParser(), data, cuts) == [greeting, *messages]
@@ -124,7 +125,7 @@ def test_acceptor_messages_round_trip(
 
 @given(ACCEPTOR_GREETING, st.lists(ACCEPTOR_MESSAGES, max_size=6))
 def test_acceptor_messages_that_come_one_by_one(
-    greeting: wire.AcceptorGreeting, messages: list[wire.AcceptorMessage]
+    greeting: wire.AcceptorGreeting, messages: list[wire.AcceptorFrame]
 ) -> None:
     parser = wire.AcceptorMessageParser()
     parser.feed(wire.encode_acceptor_message(greeting))

@@ -30,8 +30,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "branch": ("timeline", "The same as timeline."),
     "import": ("import_cluster", "Bring in an existing cluster: a data directory, or a running server."),
     "endpoint": (
-        "endpoint",
-        "Endpoints: create, start, stop, restart, list, show, url, listen, config, logs, delete.",
+        "endpoint_promotion",
+        "Endpoints: create, start, stop, restart, promote, list, show, url, listen, config, logs, delete.",
     ),
     "role": ("role", "Roles that log in: create, password, list, drop."),
     "export": ("export", "Write a branch as a data directory or tar for plain PostgreSQL."),

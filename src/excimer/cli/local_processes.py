@@ -85,6 +85,8 @@ class HealthAnswer(msgspec.Struct, frozen=True):
     awake_for: str = ""
     start: str = ""
     start_reason: str = ""
+    replayed_lsn: str = ""
+    lag_bytes: int | None = None
 
 
 class Probed(NamedTuple):
@@ -393,5 +395,7 @@ def probe_health(http_address: str, pid: int | None, limit_s: float = PROBE_TIME
             "awake_for": body.awake_for,
             "start": body.start,
             "start_reason": body.start_reason,
+            "replayed_lsn": body.replayed_lsn,
+            "lag_bytes": "" if body.lag_bytes is None else str(body.lag_bytes),
         },
     )

@@ -32,13 +32,15 @@ from excimer.compute.endpoint_directory import EndpointDirectory
 from excimer.compute.idle_watch import IdleWatch, Serving
 from excimer.compute.kept_directory import CleanEnd
 from excimer.compute.local_access import LocalAccess, write_local_access
-from excimer.compute.lsn_lease import LeasedMoment, LsnLease
+from excimer.compute.lsn_lease import LeasedMoment, LeaseRefusedError, LsnLease
 from excimer.compute.outside_work import GATE, disable_inherited_subscriptions
 from excimer.compute.page_relay import relaying_pages
 from excimer.compute.position_client import PositionClient
 from excimer.compute.postgres_process import PostgresProcess, PostgresStartError, check_port, kill_left_behind
 from excimer.compute.postgres_settings import access_arguments
 from excimer.compute.proposer import PostgresAddress, Proposer
+from excimer.compute.replica import Replica
+from excimer.compute.replica_start import NoStandbyStartError
 from excimer.compute.server_certificate import CertificatePair, follow_files, installed_files, read_pair
 from excimer.compute.server_look import look_at_server
 from excimer.compute.settings_keeper import SettingsKeeper
@@ -107,6 +109,11 @@ class Attempt:
         self._admission: Admission | None = None
         self.arena: Arena | None = None
         self.proposer: Proposer | None = None
+        self.replica: Replica | None = None
+        self._outdated: str | None = None
+        """Why a replica is started anew."""
+        self._lease: LsnLease | None = None
+        """What is given back at the end."""
         self.backpressure: Backpressure | None = None
         self._step = ""
         self._step_since = time.monotonic()
@@ -179,8 +186,9 @@ class Attempt:
         check_port(spec.port)
         bind_listen(str(Address(spec.host, spec.port)), "PostgreSQL", is_ours=False).close()
         pair = None if spec.certificate is None else await asyncio.to_thread(read_pair, spec.certificate)
-        end_lsn = spec.static_lsn
-        if end_lsn is None:
+        if spec.is_standby:
+            end_lsn = await self._begin_standby(scope, clock)
+        else:
             token = self._tokens().write_wal
             if token is None:
                 raise RefusedError("a primary needs a token that writes WAL, and was given none")
@@ -196,16 +204,13 @@ class Attempt:
             clock.step("election")
             quorum = QuorumEnd(end_lsn, election.writer)
             self.decided = await asyncio.to_thread(self._directory.decide, quorum)
-        else:
-            await asyncio.to_thread(self._directory.begin_anew)
-        if spec.static_lsn is not None and spec.pageserver_http_address:
-            self._begin(f"the pageserver to keep {format_lsn(end_lsn)}")
-            await self._hold_lsn(scope, end_lsn)
         ingested_lsn = await self._lay_directory(scope, end_lsn, pair, clock)
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
         self._begin("PostgreSQL to accept connections")
         self._is_launched = True
+        if self.replica is not None:
+            await self.replica.serve(scope)
         self._process = process = await self._start_postgres()
         await self._wait_ready(process)
         assert self.arena is not None
@@ -234,12 +239,46 @@ class Attempt:
         self._begin("")
         self._on_started()
         self._watch_use(scope, process, address)
+        if self.replica is not None:
+            scope.start("replica", self._end_outdated(self.replica, process))
         status = await process.wait_exit()
         if status == 0 and self.proposer is not None and self.backpressure is not None:
             await self._ended_cleanly(self.proposer, self.backpressure, self.arena)
         elif status != 0 and self._stopping:
             log.warning("postgres did not stop cleanly: the next start is cold", ended=describe_exit(status))
-        return Ended(time.monotonic(), f"postgres {describe_exit(status)}")
+        return Ended(time.monotonic(), self._outdated or f"postgres {describe_exit(status)}")
+
+    async def _begin_standby(self, scope: TaskScope, clock: "_StepClock") -> Lsn:
+        """Where one that only reads begins; from there on it may read. There is no directory."""
+        spec = self._spec
+        await asyncio.to_thread(self._directory.begin_anew)
+        if spec.mode == "static":
+            assert spec.static_lsn is not None
+            lsn = spec.static_lsn
+            held = partial(Lsn, lsn)
+        else:
+            self.replica = Replica(spec, lambda: self._tokens().read_wal)
+            self._begin("the branch's WAL to say where a replica can begin")
+            lsn = (await self.replica.find_start()).begin.lsn
+            held = partial(_needed_lsn, self.replica)
+            clock.step("place")
+        if spec.pageserver_http_address:
+            self._begin(f"the pageserver to keep {format_lsn(lsn)}")
+            try:
+                await self._hold_history(scope, held)
+            except LeaseRefusedError as error:
+                if self.replica is None:
+                    raise
+                raise NoStandbyStartError(
+                    f"the last place where a replica can begin is no longer kept, its primary makes another "
+                    f"within 15 s of its next change: {error}"
+                ) from error
+        return lsn
+
+    async def _end_outdated(self, replica: Replica, process: PostgresProcess) -> None:
+        self._outdated = await replica.wait_outdated()
+        log.warning("the replica begins anew", reason=self._outdated)
+        await process.stop()
 
     async def _begin_writing(
         self, scope: TaskScope, proposer: Proposer, address: PostgresAddress, ingested_lsn: Lsn
@@ -288,7 +327,7 @@ class Attempt:
             return record.ingested_lsn
         self._begin(f"the pageserver to have WAL up to {format_lsn(end_lsn)} and send a basebackup")
         fetching = None
-        if self._spec.static_lsn is None:
+        if not self._spec.is_standby:
             fetching = scope.start("saved state", self._states.fetch(end_lsn))
         backup = await self._fetch_basebackup(end_lsn)
         saved = None if fetching is None else await fetching
@@ -315,7 +354,10 @@ class Attempt:
     def _lay(self, backup: Basebackup, pair: CertificatePair | None, saved: FetchedState | None) -> None:
         settings, token = self._list(), self._tokens().read_pages
         resumption = self._states.resume(saved, backup)
-        prepared = prepare_new(self._spec, backup, settings, token=token, pair=pair, resumption=resumption)
+        replica = None if self.replica is None else self.replica.begun(backup)
+        prepared = prepare_new(
+            self._spec, backup, settings, token=token, pair=pair, resumption=resumption, replica=replica
+        )
         self.arena, self._options, self._superusers = prepared
 
     def _list(self) -> dict[str, str]:
@@ -370,7 +412,7 @@ class Attempt:
             clock=SystemClock(),
         )
 
-    async def _hold_lsn(self, scope: TaskScope, lsn: Lsn) -> None:
+    async def _hold_history(self, scope: TaskScope, lsn: Callable[[], Lsn]) -> None:
         """Until the attempt ends. Raises `LeaseRefusedError`."""
         spec = self._spec
         lease = LsnLease(
@@ -380,10 +422,13 @@ class Attempt:
                 spec.timeline_id,
                 lambda: self._tokens().read_pages,
                 lsn,
+                spec.mode == "replica",
                 spec.lease_holder,
             )
         )
         await lease.acquire()
+        if spec.mode == "replica":
+            self._lease = lease
         scope.start("lsn lease", lease.run())
 
     async def _fetch_basebackup(self, lsn: Lsn) -> Basebackup:
@@ -438,6 +483,8 @@ class Attempt:
         if self.proposer is not None:
             self.proposer.close()
             self.proposer.board = None
+        if self._lease is not None:
+            await self._lease.release()
         if self._admission is not None:
             self._admission.close()
         if self.arena is not None:
@@ -474,6 +521,10 @@ def _page_relay(spec: ComputeSpec) -> contextlib.AbstractAsyncContextManager[Non
     if not has_tls():
         return contextlib.nullcontext()
     return relaying_pages(spec.places.page_socket, parse_address(spec.pageserver_address))
+
+
+def _needed_lsn(replica: Replica) -> Lsn:
+    return replica.needed_lsn
 
 
 def _log_wait(lsn: Lsn) -> None:

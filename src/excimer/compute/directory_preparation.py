@@ -25,6 +25,7 @@ from excimer.compute.data_directory import (
 from excimer.compute.kept_directory import CONTROL_FILE_NAME, DIRECTORY_ID_NAME, new_directory_id
 from excimer.compute.outside_work import GATE, module_arguments, preloaded_libraries
 from excimer.compute.postgres_settings import fixed_arguments, render_postgres_settings
+from excimer.compute.replica_start import ReplicaStart
 from excimer.compute.server_certificate import (
     CERTIFICATE_NAME,
     KEY_NAME,
@@ -35,13 +36,15 @@ from excimer.compute.server_certificate import (
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.state_resumption import Resumption
 from excimer.compute.superuser_names import kept_superuser_names, superuser_names
+from excimer.compute.wal_relay import connection_string
 from excimer.compute.warm_start import ShutdownRecord
 from excimer.pgformat.auto_conf import AUTO_CONF_NAME, AUTO_CONF_NEW_NAME, render_auto_conf
 from excimer.pgformat.basebackup import Basebackup, origins_setting
 from excimer.pgformat.checkpoint import CheckPoint
 from excimer.pgformat.control_file import ControlFile
 from excimer.pgformat.replication_origins import ORIGINS_PATH, count_origins
-from excimer.pgformat.wal_prefix import WalPrefix, build_wal_prefix
+from excimer.pgformat.standby_start import next_xid_or, raised_limits
+from excimer.pgformat.wal_prefix import StandbyPoint, WalPrefix, build_wal_prefix
 from excimer.postgres import extension_hint
 from excimer.service.tls import has_tls
 
@@ -85,25 +88,26 @@ def prepare_new(
     token: str,
     pair: CertificatePair | None,
     resumption: Resumption | None = None,
+    replica: ReplicaStart | None = None,
 ) -> Prepared:
     """A directory that begins where `backup` does. `settings`: the endpoint's own list, `token`: reads pages.
 
-    There must be none. With a `resumption` PostgreSQL starts as after a clean shutdown. Raises
-    `PostgresSettingError`, `UnsafePathError`, OSError.
+    There must be none. With a `resumption` PostgreSQL starts as after a clean shutdown; a `replica` goes on
+    to follow its primary. Raises `PostgresSettingError`, `UnsafePathError`, OSError.
     """
     control = ControlFile.unpack(backup.control_file, backup.pg_version)
     lsn = Lsn(backup.lsn)
-    is_static = spec.static_lsn is not None
     if resumption is None:
-        carried, prefix = NOTHING_CARRIED, _recovery_prefix(backup, control, hot_standby=is_static)
+        carried, prefix = NOTHING_CARRIED, _recovery_prefix(spec, backup, control, replica)
     else:
         carried, prefix = resumption.carried, resumption.prefix
-    history = History(control, backup.origin_count, superuser_names(backup))
+    limits = control if replica is None else raised_limits(control, replica.begin.limits)
+    history = History(limits, backup.origin_count, superuser_names(backup))
     directory_id = new_directory_id()
     options, configuration = _configure(spec, history, settings)
     configuration.append((DIRECTORY_ID_NAME, directory_id.hex().encode()))
     plan = plan_data_directory(
-        backup, prefix, configuration, control.wal_segment_size, hot_standby=is_static, carried=carried
+        backup, prefix, configuration, control.wal_segment_size, hot_standby=spec.is_standby, carried=carried
     )
     write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
     if pair is not None:
@@ -121,15 +125,22 @@ def prepare_new(
     return Prepared(arena, options, history.superusers)
 
 
-def _recovery_prefix(backup: Basebackup, control: ControlFile, *, hot_standby: bool) -> WalPrefix:
+def _recovery_prefix(
+    spec: ComputeSpec, backup: Basebackup, control: ControlFile, replica: ReplicaStart | None
+) -> WalPrefix:
+    checkpoint, end_lsn = CheckPoint.unpack(backup.checkpoint), Lsn(backup.lsn)
+    previous_lsn, standby = Lsn(backup.prev_lsn), StandbyPoint(end_lsn) if spec.is_standby else None
+    if replica is not None:
+        previous_lsn = replica.begin.previous_lsn
+        standby = StandbyPoint(replica.end_lsn, next_xid_or(replica.begin.oldest_active_xid, checkpoint))
     return build_wal_prefix(
         pg_version=backup.pg_version,
         template=control,
-        checkpoint=CheckPoint.unpack(backup.checkpoint),
-        end_lsn=Lsn(backup.lsn),
-        prev_lsn=Lsn(backup.prev_lsn),
+        checkpoint=checkpoint,
+        end_lsn=end_lsn,
+        prev_lsn=previous_lsn,
         now_s=int(time.time()),
-        hot_standby=hot_standby,
+        standby=standby,
     )
 
 
@@ -171,22 +182,25 @@ def _configure(
     """Options of the postgres program, and the configuration files with their names."""
     control = history.control
     pg_version = spec.build.version
-    is_static = spec.static_lsn is not None
+    is_standby = spec.is_standby
     origins = {origins_setting(pg_version): history.origin_count}
-    options = fixed_arguments(control, settings, origins=origins, is_static=is_static)
+    options = fixed_arguments(control, settings, origins=origins, is_standby=is_standby)
     options += module_arguments(
         spec.module,
         preloaded_libraries(spec.build, settings),
         spec.outside_work,
-        is_static=is_static,
+        is_standby=is_standby,
         extension_hint=extension_hint(spec.build),
         admission_file=spec.places.run_dir / ADMISSION_NAME,
     )
+    if spec.mode == "replica":
+        options += ["-c", f"primary_conninfo={connection_string(spec.places.socket_dir)}"]
     postgresql_conf = render_postgres_settings(
         pg_version=pg_version,
         control=control,
         origins=origins,
-        is_static=is_static,
+        is_standby=is_standby,
+        is_replica=spec.mode == "replica",
     )
     is_remote = not Address(spec.host, spec.port).is_loopback
     hba = render_hba(history.superusers, trusts_local=spec.trusts_local, is_remote=is_remote)
@@ -206,6 +220,6 @@ def _page_source(spec: ComputeSpec, token: str, *, not_modified_since: Lsn) -> A
         tenant_id=spec.tenant_id,
         timeline_id=spec.timeline_id,
         token=token,
-        lsn=MAX_LSN if spec.static_lsn is None else not_modified_since,
+        lsn=not_modified_since if spec.is_standby else MAX_LSN,
         not_modified_since=not_modified_since,
     )

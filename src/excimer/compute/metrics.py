@@ -49,6 +49,19 @@ def _metrics(manager: Manager) -> Iterator[PlainMetric]:
             "Committed WAL that the pageserver has not ingested, as far as is known",
             float(attempt.backpressure.lag_bytes),
         )
+    if attempt.replica is not None and (progress := attempt.replica.progress) is not None:
+        yield PlainMetric(
+            "excimer_compute_replayed_lsn",
+            "gauge",
+            "End of the WAL that the replica has replayed",
+            float(progress.replayed_lsn),
+        )
+        yield PlainMetric(
+            "excimer_compute_replica_lag_bytes",
+            "gauge",
+            "Committed WAL that the replica has not replayed",
+            float(progress.lag_bytes),
+        )
     if attempt.arena is not None:
         statistics = attempt.arena.statistics()._asdict()
         for name, description in _COUNTERS.items():

@@ -80,7 +80,7 @@ def module_arguments(
     preloaded: list[str],
     work: OutsideWork,
     *,
-    is_static: bool,
+    is_standby: bool,
     extension_hint: str,
     admission_file: Path,
 ) -> list[str]:
@@ -88,7 +88,7 @@ def module_arguments(
 
     A static endpoint never applies subscriptions, even if somebody promotes it.
     """
-    waits = is_static or work.quieting_id is not None
+    waits = is_standby or work.quieting_id is not None
     settings = {
         PRELOAD: ", ".join(map(_quote, [*preloaded, str(module)])),
         "excimer.subscriptions_wait": "on" if waits else "off",

@@ -54,24 +54,33 @@ on soon even if nobody commits, and that dynamic shared memory lies in the data 
 killed postgres leaves its segments in /dev/shm, of which a container has only 64 MB."""
 
 
+REPLICA_DEFAULTS = {
+    "hot_standby_feedback": "on",
+    "wal_receiver_status_interval": "1s",
+    "wal_retrieve_retry_interval": "200ms",
+}
+"""What a replica needs is heard of by its primary soon, as is how far it is by whoever asks."""
+
+
 def render_postgres_settings(
     *,
     pg_version: int,
     control: ControlFile,
     origins: Mapping[str, int],
-    is_static: bool,
+    is_standby: bool,
+    is_replica: bool = False,
 ) -> str:
     """The text of postgresql.conf, upon which the endpoint's own list lies in postgresql.auto.conf.
 
     `origins` names the setting that bounds how many replication origins have progress, and how many do.
     """
-    settings = dict(DEFAULTS)
+    settings = DEFAULTS | (REPLICA_DEFAULTS if is_replica else {})
     settings["max_prepared_transactions"] = str(control.max_prepared_xacts)
     settings["track_commit_timestamp"] = "on" if control.track_commit_timestamp else "off"
     if pg_version >= 18:
         settings["io_method"] = "sync"  # a query that waits for an I/O worker's fetch cannot be cancelled
         settings["max_active_replication_origins"] = "10"  # PostgreSQL's own default
-    settings |= _at_least(settings, _history_needs(control, origins, is_static=is_static))
+    settings |= _at_least(settings, _history_needs(control, origins, is_standby=is_standby))
     return render_settings(settings)
 
 
@@ -80,16 +89,16 @@ def fixed_arguments(
     user_settings: Mapping[str, str],
     *,
     origins: Mapping[str, int],
-    is_static: bool,
+    is_standby: bool,
 ) -> list[str]:
     """Options of the postgres program that set what is fixed, above postgresql.auto.conf.
 
     So too where the endpoint's own list offers less than the history in `control` needs: a prepared
     transaction needs its slot. Raises `PostgresSettingError`.
     """
-    names = _history_needs(control, origins, is_static=True)
+    names = _history_needs(control, origins, is_standby=True)
     given = {name: user_settings[name] for name in names if name in user_settings}
-    needed = _at_least(given, _history_needs(control, origins, is_static=is_static))
+    needed = _at_least(given, _history_needs(control, origins, is_standby=is_standby))
     raised = {name: value for name, value in needed.items() if name in given and value != given[name]}
     return _arguments(FIXED | raised)
 
@@ -119,13 +128,13 @@ def _arguments(settings: Mapping[str, str]) -> list[str]:
     return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
 
 
-def _history_needs(control: ControlFile, origins: Mapping[str, int], *, is_static: bool) -> dict[str, int]:
+def _history_needs(control: ControlFile, origins: Mapping[str, int], *, is_standby: bool) -> dict[str, int]:
     """A standby must offer at least what the primary had, or PostgreSQL refuses to open it.
 
     With less room than there are replication origins it refuses to start at all.
     """
     needs = {"max_prepared_transactions": control.max_prepared_xacts, **origins}
-    if is_static:
+    if is_standby:
         needs |= {
             "max_connections": control.max_connections,
             "max_worker_processes": control.max_worker_processes,

@@ -21,18 +21,21 @@ Not here: starting postgres; when commits wait for the pageserver's sake (`backp
 import asyncio
 import os
 import random
+import time
 from collections.abc import Sequence
 from typing import NamedTuple, Never, assert_never
 
 from excimer._native.wal_scanner import WalScanner
 from excimer.base.address import Address, parse_address
 from excimer.base.chance import Chance
+from excimer.base.clock import unix_to_timestamptz
 from excimer.base.errors import ExcimerError, FencedError, RefusedError, RetryableError
 from excimer.base.ids import ID_SIZE_BYTES, TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, MAX_LSN, Lsn
 from excimer.compute.commit_relay import CommitBoard, CommitRelay, SteadyStream
 from excimer.compute.postgres_settings import PROPOSER_NAME
 from excimer.compute.safekeeper_peer import SafekeeperLacksTimelineError, SafekeeperPeer
+from excimer.compute.standby_needs import StandbysNeeds
 from excimer.consensus import proposer as core
 from excimer.consensus.quorum import majority
 from excimer.consensus.wal_window import WalWindow
@@ -41,9 +44,11 @@ from excimer.service.native_loop import NativeEventLoop
 from excimer.service.replication_client import ReplicationClient, connect_replication
 from excimer.service.tasks import Backoff, TaskScope
 from excimer.wire.pg_client import unlimited_session
+from excimer.wire.replication import HotStandbyFeedback, encode_feedback
 from excimer.wire.safekeeping import (
     AcceptorMessage,
     ProposerId,
+    StandbysNeed,
     Term,
     TermStart,
     TimelineIdentity,
@@ -145,6 +150,7 @@ class Proposer:
         self._failure: ExcimerError | None = None
         self._changed = asyncio.Event()  # elected, committed for the first time, failed, or source lost
         self._source_error: ExcimerError | None = None
+        self._needs = StandbysNeeds()
         self._frame: tuple[core.SendWal, bytes] | None = None  # the last append, as bytes
         self._announce_timer: asyncio.TimerHandle | None = None
         self.board: CommitBoard | None = None
@@ -285,12 +291,27 @@ class Proposer:
         await client.start_physical(self._window.end_lsn, self, slot=PROPOSER_SLOT)
         self._is_paused = False
         self._confirm()
+        self._tell_needs()
         log.info("streaming", start_lsn=self._window.end_lsn)
         while True:
             self._raise_failure()
             if self._source_error is not None:
                 raise self._source_error
             await self._wait_change()
+
+    # What hot standbys need, on its way to postgres
+
+    def standbys_need(self, peer: SafekeeperPeer, needs: StandbysNeed) -> None:
+        loop_time = asyncio.get_running_loop().time()
+        told = HotStandbyFeedback(needs.xmin, needs.catalog_xmin)
+        if self._needs.tell(peer.index, told, loop_time):
+            self._tell_needs()
+
+    def _tell_needs(self) -> None:
+        """As a standby of its own would; PostgreSQL keeps it in the slot until it is told otherwise."""
+        if self._client is not None:
+            payload = encode_feedback(self._needs.oldest, unix_to_timestamptz(time.time()))
+            self._client.send_feedback(payload)
 
     def _close_source(self) -> None:
         client, self._client = self._client, None
@@ -503,6 +524,8 @@ class Proposer:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
             for peer in self._peers:
                 peer.check_alive()
+            if self._needs.forget_old(asyncio.get_running_loop().time()):
+                self._tell_needs()
             if self._failure is None:
                 self._carry_out(self._core.tick())
 

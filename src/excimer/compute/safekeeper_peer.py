@@ -18,10 +18,12 @@ from excimer.service.tasks import Backoff
 from excimer.service.tls import native_client_tls
 from excimer.service.tls_protocol import TlsTransport, connect_tls
 from excimer.wire.safekeeping import (
+    AcceptorFrame,
     AcceptorMessage,
     AcceptorMessageParser,
     ErrorCode,
     ErrorResponse,
+    StandbysNeed,
 )
 
 CONNECT_TIMEOUT_S = 5.0
@@ -72,6 +74,7 @@ class PeerOwner(Protocol):
         """Raises a RefusedError when this safekeeper cannot be used."""
 
     def peer_disconnected(self, peer: "SafekeeperPeer") -> None: ...
+    def standbys_need(self, peer: "SafekeeperPeer", needs: StandbysNeed) -> None: ...
 
 
 class SafekeeperPeer:
@@ -180,8 +183,11 @@ class SafekeeperPeer:
         self._connection = connection
         self._owner.peer_connected(self)
 
-    def received(self, message: AcceptorMessage) -> None:
+    def received(self, message: AcceptorFrame) -> None:
         self.failure = None
+        if isinstance(message, StandbysNeed):
+            self._owner.standbys_need(self, message)
+            return
         if isinstance(message, ErrorResponse):
             kind = _FAILURES.get(message.code, SafekeeperFailedError)
             self.drop(kind(f"safekeeper {self.address}: {message.text}"))

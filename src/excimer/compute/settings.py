@@ -14,8 +14,9 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Where the endpoint keeps its lock and, while it runs, its data directory."""
     tenant_id: str
     timeline_id: str
-    mode: Literal["primary", "static"] = "primary"
-    """A primary writes and streams WAL; a static endpoint shows the branch at `lsn`, read-only."""
+    mode: Literal["primary", "static", "replica"] = "primary"
+    """A primary writes and streams WAL; a static endpoint shows the branch at `lsn`, and a replica its head
+    as it moves, both read-only."""
     lsn: str | None = None
     pg_version: int
     postgres_listen: str
@@ -32,11 +33,16 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """host:port of /healthz and /metrics."""
     pageserver_address: str
     pageserver_http_address: str = ""
-    """Where a static endpoint asks for a lease on its LSN; empty: it has none, and its history may go."""
+    """Where an endpoint that only reads asks for a lease on its LSN; empty: it has none, and its history may
+    go."""
     lease_holder: str = ""
     """In whose name: that of the endpoint, under which the controller gives the lease back."""
     safekeepers: list[str] = msgspec.field(default_factory=list)
-    """Proposer addresses; empty only for a static endpoint."""
+    """Proposer addresses; used by a primary."""
+    wal_sources: list[str] = msgspec.field(default_factory=list)
+    """The same safekeepers' addresses for readers of WAL; used by a replica."""
+    branch_start_lsn: str = "0/0"
+    """Where the branch's own WAL begins."""
     controller_address: str
     """Where its settings are kept and its tokens renewed. The first ones come on the standard input."""
     pageserver_lag_max_mib: int = 64

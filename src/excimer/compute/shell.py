@@ -70,6 +70,7 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         endpoint_name=settings.endpoint_name,
         tenant_id=parse_tenant_id(settings.tenant_id),
         timeline_id=parse_timeline_id(settings.timeline_id),
+        mode=settings.mode,
         static_lsn=parse_lsn(settings.lsn) if settings.lsn is not None else None,
         build=build,
         module=endpoint_module(build),
@@ -81,6 +82,8 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         pageserver_http_address=settings.pageserver_http_address,
         lease_holder=settings.lease_holder,
         safekeepers=list(settings.safekeepers),
+        wal_sources=list(settings.wal_sources),
+        branch_start_lsn=parse_lsn(settings.branch_start_lsn),
         outside_work=OutsideWork(settings.quieting_id or None, settings.extension_workers),
         places=find_places(settings.endpoint_dir),
         lag_bytes_max=settings.pageserver_lag_max_mib << 20,
@@ -182,6 +185,8 @@ class Manager:
         """What a start waits for makes it unwell; that commits wait while postgres runs is a warning."""
         self._health.facts.update(self.idle.facts())
         attempt = self._attempt
+        if attempt is not None and attempt.replica is not None:
+            self._health.facts.update(attempt.replica.facts())
         awaited = None if attempt is None or self._endpoint.state is State.WAITING else attempt.awaited
         starts = self._endpoint.state is State.STARTING
         self._health.report("start", f"waits for {awaited}" if awaited and starts else None)

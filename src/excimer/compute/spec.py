@@ -1,7 +1,7 @@
 """What an endpoint's manager starts: settings that are parsed and checked, and PostgreSQL's build found."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
@@ -10,6 +10,8 @@ from excimer.compute.places import ComputePlaces
 from excimer.compute.server_certificate import CertificateFiles
 from excimer.postgres import PostgresBuild
 
+EndpointMode = Literal["primary", "static", "replica"]
+
 
 class ComputeSpec(NamedTuple):
     """The same for all attempts of one manager."""
@@ -17,7 +19,9 @@ class ComputeSpec(NamedTuple):
     endpoint_name: str
     tenant_id: TenantId
     timeline_id: TimelineId
+    mode: EndpointMode
     static_lsn: Lsn | None
+    """What a static endpoint shows; None for others."""
     build: PostgresBuild
     host: str
     port: int
@@ -27,9 +31,19 @@ class ComputeSpec(NamedTuple):
     pageserver_http_address: str
     lease_holder: str
     safekeepers: list[str]
+    """Where a primary proposes its WAL."""
+    wal_sources: list[str]
+    """Where a replica reads it: the same safekeepers' ports for readers."""
+    branch_start_lsn: Lsn
+    """Where the branch's own WAL begins."""
     module: Path
     """The endpoint module, compiled for `build`."""
     outside_work: OutsideWork
     places: ComputePlaces
     lag_bytes_max: int
     """How far the pageserver may be behind before writers wait; 0: as far as it likes."""
+
+    @property
+    def is_standby(self) -> bool:
+        """It reads only: static endpoints and replicas."""
+        return self.mode != "primary"

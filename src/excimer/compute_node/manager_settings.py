@@ -39,6 +39,8 @@ def manager_settings(order: StartOrder, node: ComputeNodeSettings) -> ComputeSet
         pageserver_http_address=order.pageserver_http_address,
         lease_holder=order.lease_holder,
         safekeepers=list(order.safekeepers),
+        wal_sources=list(order.wal_sources),
+        branch_start_lsn=order.branch_start_lsn,
         controller_address=node.controller_address,
         postgres_settings=order.postgres_settings,
         quieting_id=order.quieting_id,

@@ -36,6 +36,7 @@ class Access:
             core.holder_of(endpoint.name),
             Resource(endpoint.tenant_id, endpoint.timeline_id),
             may_write=endpoint.mode == "primary",
+            follows=endpoint.mode == "replica",
         )
 
     async def renew(self, name: str, claims: Claims) -> EndpointTokens:

@@ -16,7 +16,7 @@ from excimer.base.address import Address, parse_address
 from excimer.base.branch_names import branch_name_fault
 from excimer.base.errors import ConflictError, RetryableError
 from excimer.base.ids import NodeId, TenantId, TimelineId
-from excimer.base.lsn import Lsn, format_lsn
+from excimer.base.lsn import INVALID_LSN, Lsn, format_lsn
 from excimer.controller.model import (
     HIDDEN_STATES,
     LOOPBACK,
@@ -419,6 +419,15 @@ def plan_endpoint(
     )
 
 
+def plan_promotion(endpoint: Endpoint) -> Endpoint:
+    """A replica as the primary that it is from its next start on. Raises `BadRequestError`."""
+    if endpoint.mode == "static":
+        raise BadRequestError(
+            f"endpoint {endpoint.name!r} shows a past moment: make a branch there, and an endpoint on that"
+        )
+    return msgspec.structs.replace(endpoint, mode="primary")
+
+
 def holder_of(endpoint_name: str) -> str:
     """Of an endpoint's tokens; also in whose name a static one leases its LSN, whichever process runs it."""
     return f"endpoint:{endpoint_name}"
@@ -434,13 +443,16 @@ def build_spec(
 ) -> ComputeSpec:
     """What a compute manager needs. All placed safekeepers, ready or not: a late one is caught up."""
     placed: set[NodeId] = {placement.safekeeper_id for placement in placements}
+    members = [row for row in safekeepers if row.id in placed]
     return ComputeSpec(
         endpoint=endpoint,
         branch_name=timeline.name,
         pageserver_address=pageserver.page_service_address,
         pageserver_http_address=pageserver.http_address,
         lease_holder=holder_of(endpoint.name),
-        safekeepers=tuple(s.proposer_address for s in safekeepers if s.id in placed),
+        safekeepers=tuple(row.proposer_address for row in members),
+        wal_sources=tuple(row.replication_address for row in members),
+        branch_start_lsn=timeline.start_lsn or INVALID_LSN,
         wal_segment_size=timeline.wal_segment_size,
         system_id=timeline.system_id,
         tokens=tokens,

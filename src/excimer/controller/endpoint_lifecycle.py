@@ -240,6 +240,8 @@ def make_order(spec: ComputeSpec, endpoint: Endpoint, limit_s: float, *, is_imme
         pageserver_http_address=spec.pageserver_http_address,
         lease_holder=spec.lease_holder,
         safekeepers=spec.safekeepers,
+        wal_sources=spec.wal_sources,
+        branch_start_lsn=format_lsn(spec.branch_start_lsn),
         quieting_id=spec.quieting_id or "",
         extension_workers=spec.extension_workers,
         tokens=spec.tokens,

@@ -26,7 +26,7 @@ until it does. `archived`: only kept. `deleting`: the name is free, remote parts
 All but `active` and `archived` are driven to their end after a crash.
 """
 
-EndpointMode = Literal["primary", "static"]
+EndpointMode = Literal["primary", "static", "replica"]
 
 EndpointState = Literal["stopped", "running", "suspended"]
 """`running`: it is to be awake; whether its process lives is known where it runs. `suspended`: nobody used
@@ -113,7 +113,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     timeline_id: TimelineId
     mode: EndpointMode
     lsn: Lsn | None
-    """The moment that a static endpoint shows; None for a primary."""
+    """The moment that a static endpoint shows; None for others, which show the head."""
     pg_version: int
     postgres_port: int
     http_port: int
@@ -190,6 +190,9 @@ class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """In whose name it leases the moment that it shows."""
     safekeepers: tuple[str, ...]
     """Proposer addresses of all the timeline's safekeepers."""
+    wal_sources: tuple[str, ...]
+    """Where readers find the timeline's WAL at the same safekeepers."""
+    branch_start_lsn: Lsn
     wal_segment_size: int
     system_id: int
     tokens: EndpointTokens

@@ -398,13 +398,22 @@ class Controller:
         await self._db(self._store.remove_endpoint, name)
         log.info("endpoint deleted", endpoint=name)
 
+    async def promote_endpoint(self, name: str) -> Endpoint:
+        """A replica becomes a primary, which a primary is already; whoever runs its compute has stopped
+        it."""
+        await self.release_endpoint(name)
+        endpoint = core.plan_promotion((await self.find_endpoint(name))[0])
+        await self._db(self._store.put_mode, endpoint)
+        log.info("endpoint promoted", endpoint=name)
+        return endpoint
+
     async def release_endpoint(self, name: str) -> int:
-        """Of a static endpoint that is stopped: what it leased is given back; how many LSNs.
+        """Of an endpoint that only read and is stopped: what it leased is given back; how many LSNs.
 
         If the pageserver does not hear of it, the lease runs out by itself.
         """
         endpoint, _ = await self.find_endpoint(name)
-        if endpoint.mode != "static":
+        if endpoint.mode == "primary":
             return 0
         tenants = {row.tenant_id: row for row in await self._db(self._store.list_tenants)}
         try:

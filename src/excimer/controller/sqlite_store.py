@@ -344,6 +344,10 @@ class SqliteStore:
                 (endpoint.listen_host, endpoint.postgres_port, *files, endpoint.name),
             )
 
+    def put_mode(self, endpoint: Endpoint) -> None:
+        with self._transaction() as connection:
+            connection.execute("UPDATE endpoint SET mode = ? WHERE name = ?", (endpoint.mode, endpoint.name))
+
     def put_suspension(self, endpoint: Endpoint) -> None:
         columns = (
             *("suspend_delay_s", "state", "last_active_at", "suspends", "suspend_reason"),

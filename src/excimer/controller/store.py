@@ -72,6 +72,9 @@ class MetadataStore(Protocol):
     def put_listen(self, endpoint: Endpoint) -> None:
         """Replaces address, port and certificate of an endpoint, and nothing else."""
 
+    def put_mode(self, endpoint: Endpoint) -> None:
+        """Replaces the mode of an endpoint, and nothing else."""
+
     def put_suspension(self, endpoint: Endpoint) -> None:
         """Replaces when an endpoint is suspended, its state, where and in which generation, and what is
         counted of it; nothing else.

@@ -35,7 +35,7 @@ def plan_delay(mode: EndpointMode, delay_s: int | None) -> int:
     Raises `BadRequestError`.
     """
     if delay_s is None:
-        return SUSPEND_DELAY_S if mode == "primary" else NEVER
+        return NEVER if mode == "static" else SUSPEND_DELAY_S
     if not 0 <= delay_s <= DELAY_S_MAX:
         raise BadRequestError(
             f"an endpoint is suspended after 1 to {DELAY_S_MAX} seconds without use, or never (0): "

@@ -155,14 +155,17 @@ class HistoryKeeper:
             steps += 1
         return steps
 
-    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn, holder: str) -> Lease:
-        """Keeps an LSN readable, rounded down to a record's end. Without a name nobody can give it back.
+    async def lease(
+        self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn, holder: str, *, onwards: bool = False
+    ) -> Lease:
+        """Keeps an LSN readable, rounded down to a record's end, or all from it `onwards`. Without a name
+        nobody can give it back.
 
         Raises `LsnTimeoutError` (it has not arrived), `LsnTooOldError`, `NotRetainedError` (about to go).
         """
         active = self._tenants.active(tenant_id, timeline_id)
         end_lsn = active.record_end(lsn)
-        valid_for_s = active.store.lease(end_lsn, holder)
+        valid_for_s = active.store.lease(end_lsn, holder, onwards=onwards)
         return Lease(end_lsn, self._clock.now() + valid_for_s, valid_for_s)
 
     async def release_leases(self, tenant_id: TenantId, timeline_id: TimelineId, holder: str) -> int:

@@ -42,6 +42,7 @@ _PAGE_HEADER_LONG = struct.Struct("<QII")
 
 _RMGR_XLOG = 0
 _INFO_CHECKPOINT_SHUTDOWN = 0x00
+_INFO_CHECKPOINT_ONLINE = 0x10
 _INFO_NOOP = 0x20
 _INFO_SWITCH = 0x40
 
@@ -60,6 +61,17 @@ class WalPrefix(NamedTuple):
     """(position, bytes); positions map to segment files, everything else stays a hole."""
     checkpoint_lsn: Lsn
     control_file: bytes
+
+
+class StandbyPoint(NamedTuple):
+    """How PostgreSQL begins that only reads."""
+
+    consistent_lsn: Lsn
+    """It opens when it has replayed so far."""
+    oldest_active_xid: int | None = None
+    """Transactions from this one on may run, and the WAL that follows says which. None: none runs, and
+    PostgreSQL opens by itself.
+    """
 
 
 class _Writer(NamedTuple):
@@ -111,23 +123,27 @@ def build_wal_prefix(
     end_lsn: Lsn,
     prev_lsn: Lsn,
     now_s: int,
-    hot_standby: bool = False,
+    standby: StandbyPoint | None = None,
 ) -> WalPrefix:
     """The prefix that ends at `end_lsn`, and its control file.
 
     `checkpoint` holds the fields a checkpoint at `end_lsn` would have; `prev_lsn` is the start of
-    the last record, or 0 when unknown. With `hot_standby` PostgreSQL opens read-only at `end_lsn`
-    and stays there (a static endpoint). Raises ValueError when `end_lsn` cannot be a record's end.
+    the last record, or 0 when unknown. With `standby` PostgreSQL opens read-only: at `end_lsn`, where it
+    stays if nothing follows (a static endpoint), or once it has followed a primary (a replica). The
+    checkpoint of a replica is an online one: after a shutdown checkpoint it would take open transactions for
+    aborted. Raises ValueError when `end_lsn` cannot be a record's end.
     """
     writer = _Writer(pg_version, template.system_id, template.wal_segment_size)
     if end_lsn % 8 or 0 < end_lsn % WAL_PAGE_SIZE_BYTES <= WAL_PAGE_HEADER_SHORT_BYTES:
         raise ValueError(f"{end_lsn:#x} cannot be the end of a WAL record")
     last_lsn = prev_lsn or _invent_last_record(writer, end_lsn)
     checkpoint_lsn = _place_checkpoint(writer, last_lsn)
-    fake = msgspec.structs.replace(checkpoint, redo=checkpoint_lsn, time=now_s, oldest_active_xid=0)
-    chunks, checkpoint_end = writer.lay(
-        checkpoint_lsn, _record(fake.pack(), prev=0, info=_INFO_CHECKPOINT_SHUTDOWN)
+    oldest_active_xid = 0 if standby is None else standby.oldest_active_xid
+    fake = msgspec.structs.replace(
+        checkpoint, redo=checkpoint_lsn, time=now_s, oldest_active_xid=oldest_active_xid or 0
     )
+    info = _INFO_CHECKPOINT_ONLINE if oldest_active_xid else _INFO_CHECKPOINT_SHUTDOWN
+    chunks, checkpoint_end = writer.lay(checkpoint_lsn, _record(fake.pack(), prev=0, info=info))
     if record_start(checkpoint_end, writer.segment_size) != last_lsn:
         raise ValueError(f"{last_lsn:#x} cannot be the start of a WAL record")
     last_chunks, last_end = writer.lay(last_lsn, _last_record(writer, last_lsn, end_lsn, checkpoint_lsn))
@@ -138,12 +154,12 @@ def build_wal_prefix(
     headers = _page_headers(writer, checkpoint_lsn, last_lsn)
     control = msgspec.structs.replace(
         template,
-        state=ClusterState.IN_ARCHIVE_RECOVERY if hot_standby else ClusterState.IN_PRODUCTION,
+        state=ClusterState.IN_PRODUCTION if standby is None else ClusterState.IN_ARCHIVE_RECOVERY,
         time=now_s,
         checkpoint_lsn=checkpoint_lsn,
         checkpoint=fake,
-        min_recovery_point=end_lsn if hot_standby else 0,
-        min_recovery_point_timeline=_TIMELINE if hot_standby else 0,
+        min_recovery_point=0 if standby is None else standby.consistent_lsn,
+        min_recovery_point_timeline=0 if standby is None else _TIMELINE,
         backup_start=0,
         backup_end=0,
         backup_end_required=False,

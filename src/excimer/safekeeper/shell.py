@@ -73,7 +73,7 @@ async def serve_safekeeper(settings: SafekeeperSettings) -> None:
         door = TimelineDoor(timelines, verifier, clock)
         proposers = ProposerPort(proposer_socket, door, metrics)
         closing.callback(proposers.close)
-        readers = ReplicationPort(reader_socket, door, clock, metrics)
+        readers = ReplicationPort(reader_socket, door, clock, metrics, tell_needs=proposers.tell_needs)
         health = Health("safekeeper")
         disk = DiskWatch(health, [settings.data_dir])
         add_disks(metrics_registry, disk)

@@ -53,6 +53,7 @@ from excimer.safekeeper.control_file import ControlRecord, read_control_file, wr
 from excimer.safekeeper.disk import Disk
 from excimer.safekeeper.metrics import SafekeeperMetrics
 from excimer.safekeeper.recovery import check_committed, find_end_of_wal, new_scanner
+from excimer.safekeeper.standby_needs import StandbyNeeds
 from excimer.safekeeper.wal_retention import WRITER_RETURN_S, Floor, ReaderPositions, WalNeeds
 from excimer.safekeeper.wal_storage import WalStorage
 from excimer.service.logs import get_logger
@@ -98,6 +99,7 @@ class SafekeeperTimeline:
         self.start_lsn = record.timeline_start_lsn
         self.commits = CommitWatch(record.commit_lsn)
         self.readers = ReaderPositions()
+        self.standbys = StandbyNeeds()
         self.wal_start_lsn = max(record.wal_start_lsn, record.timeline_start_lsn)
         """WAL below has been removed, or is about to be."""
         self._may_have_leftovers = True

@@ -31,7 +31,7 @@ from excimer.wire.pg_client import (
     QueryFailed,
     Ready,
 )
-from excimer.wire.pg_messages import TERMINATE, ProtocolViolationError
+from excimer.wire.pg_messages import TERMINATE, ProtocolViolationError, encode_copy_data
 from excimer.wire.replication import (
     POSTGRES_TIMELINE,
     ConfirmDurable,
@@ -179,6 +179,11 @@ class ReplicationClient(asyncio.Protocol):
         self._positions = (reported_lsn, reported_lsn, reported_lsn)
         if unsent and self._transport is not None:
             self._transport.write(unsent)
+
+    def send_feedback(self, payload: bytes) -> None:
+        """Passes on what a hot standby has said that it needs: CopyData as `encode_feedback` makes it."""
+        if self._is_streaming and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(encode_copy_data(payload))
 
     def pause(self) -> None:
         """Stops reading the socket; the server is held back by TCP."""

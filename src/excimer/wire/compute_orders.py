@@ -33,7 +33,7 @@ class StartOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     timeline_id: str
     branch: str
     """Its name, for messages."""
-    mode: Literal["primary", "static"]
+    mode: Literal["primary", "static", "replica"]
     lsn: str | None
     pg_version: int
     listen_host: str
@@ -47,6 +47,8 @@ class StartOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     pageserver_http_address: str
     lease_holder: str
     safekeepers: tuple[str, ...]
+    wal_sources: tuple[str, ...]
+    branch_start_lsn: str
     quieting_id: str
     extension_workers: bool
     tokens: EndpointTokens

@@ -5,6 +5,7 @@
     controller --answer of /spec--> command line --standard input--> manager --renewal--> controller ...
                                                                        | read_pages: arena, page service
                                                                        | write_wal:  proposer, in memory
+                                                                       | read_wal:   a replica's relay
 
 They live minutes. The manager shows the renewal token for new ones, of all three kinds, while it runs. That
 token has no right: it only says which endpoint it is, and the controller looks whether that still exists.
@@ -24,6 +25,8 @@ class EndpointTokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Opens the pages of the endpoint's timeline, and nothing else: it may be where SQL can read it."""
     write_wal: TokenText | None
     """Opens the timeline's WAL for writing; None for an endpoint that does not write."""
+    read_wal: TokenText | None = None
+    """Opens the timeline's WAL for reading; None for an endpoint that does not follow it."""
     renewal: TokenText
     valid_for_s: Annotated[float, msgspec.Meta(gt=0)]
     """How long the first two live from now on; seconds, because clocks of two machines differ."""

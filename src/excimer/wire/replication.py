@@ -5,7 +5,7 @@
     server -> client   'w' | start LSN 8 | server's end LSN 8 | time 8 | WAL bytes
                        'k' | server's end LSN 8 | time 8 | reply asked for 1
     client -> server   'r' | written LSN 8 | flushed LSN 8 | applied LSN 8 | time 8 | reply asked for 1
-                       'h' | hot-standby feedback, ignored
+                       'h' | time 8 | xmin 4, its epoch 4 | the same for catalogs
 
 Integers are big-endian, times are microseconds since 2000. Commands are parsed as `pg_receivewal`
 and walreceivers of PostgreSQL 14 to 18 write them. Source: manual, "Streaming Replication Protocol".
@@ -15,6 +15,7 @@ and walreceivers of PostgreSQL 14 to 18 write them. Source: manual, "Streaming R
 
 import re
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -29,6 +30,7 @@ POSTGRES_TIMELINE = 1
 _WAL_HEAD = struct.Struct(">cQQq")
 _KEEPALIVE = struct.Struct(">cQqB")
 _STATUS = struct.Struct(">cQQQqB")
+_FEEDBACK = struct.Struct(">cqIIII")
 _WHOLE_WAL_HEAD = struct.Struct(">cIcQQq")
 _WHOLE_STATUS = struct.Struct(">cIcQQQqB")
 WAL_HEAD_SIZE_BYTES = _WAL_HEAD.size
@@ -59,7 +61,39 @@ class StandbyStatus(NamedTuple):
 
 
 class HotStandbyFeedback(NamedTuple):
-    """Sent by hot standbys; carries nothing that a WAL service needs."""
+    """What a hot standby's queries still see: its primary must not remove rows that these transactions may
+    see.
+
+    Transaction ids of 64 bits, the epoch above the xid; 0: none.
+    """
+
+    xmin: int
+    catalog_xmin: int
+    """The same for catalogs, for the standby's logical slots."""
+
+
+NOTHING_NEEDED = HotStandbyFeedback(0, 0)
+
+
+def oldest_needs(needs: Iterable[HotStandbyFeedback]) -> HotStandbyFeedback:
+    """What several standbys need together."""
+    told = list(needs)
+    return HotStandbyFeedback(
+        min((each.xmin for each in told if each.xmin), default=0),
+        min((each.catalog_xmin for each in told if each.catalog_xmin), default=0),
+    )
+
+
+def encode_feedback(needs: HotStandbyFeedback, time: int) -> bytes:
+    xids = (part for xid in needs for part in (xid & 0xFFFFFFFF, xid >> 32))
+    return _FEEDBACK.pack(b"h", time, *xids)
+
+
+def _decode_feedback(payload: bytes) -> HotStandbyFeedback:
+    _, _, xmin, epoch, catalog_xmin, catalog_epoch = _FEEDBACK.unpack(payload)
+    return HotStandbyFeedback(
+        (epoch << 32 | xmin) if xmin else 0, (catalog_epoch << 32 | catalog_xmin) if catalog_xmin else 0
+    )
 
 
 def wal_data_head(start_lsn: int, server_end_lsn: int, time: int) -> bytes:
@@ -112,14 +146,14 @@ def decode_from_server(payload: bytes) -> WalData | Keepalive:
 def decode_from_client(payload: bytes) -> StandbyStatus | HotStandbyFeedback:
     """One CopyData payload of a walreceiver. Raises `ProtocolViolationError`."""
     kind = payload[:1]
-    if kind == b"h":
-        return HotStandbyFeedback()
-    if kind != b"r":
+    if kind not in (b"h", b"r"):
         raise ProtocolViolationError(f"replication message {kind!r} is not known")
     try:
+        if kind == b"h":
+            return _decode_feedback(payload)
         _, write_lsn, flush_lsn, apply_lsn, time, reply = _STATUS.unpack(payload)
     except struct.error as error:
-        raise ProtocolViolationError("a standby status update has a wrong size") from error
+        raise ProtocolViolationError(f"replication message {kind!r} has a wrong size") from error
     return StandbyStatus(Lsn(write_lsn), Lsn(flush_lsn), Lsn(apply_lsn), time, bool(reply))
 
 

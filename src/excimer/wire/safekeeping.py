@@ -25,6 +25,7 @@ types, the acceptor (the consensus half of a safekeeper) answers in lower-case o
     R / w   reads WAL back from a donor, to bring up a safekeeper that lags
     C       announces a commit LSN, no answer
     S / a   skip: drop all WAL, and go on at a later LSN, below which all is in object storage
+    f       what hot standbys that read here need of the primary's rows (transaction ids); no answer
     j       an append that leaves a gap: "send from here"
     x       an error; the safekeeper closes after it
 
@@ -221,6 +222,14 @@ class WalChunk(msgspec.Struct, frozen=True):
     wal: bytes
 
 
+class StandbysNeed(msgspec.Struct, frozen=True):
+    """Of the hot standbys that read from this safekeeper, together; said again while they say so."""
+
+    xmin: int
+    """64 bits, 0: nothing."""
+    catalog_xmin: int
+
+
 class ErrorResponse(msgspec.Struct, frozen=True):
     code: int
     """An `ErrorCode`."""
@@ -247,6 +256,8 @@ AcceptorMessage = (
     | WalChunk
     | ErrorResponse
 )
+AcceptorFrame = AcceptorMessage | StandbysNeed
+"""All that a safekeeper sends: what the proposer's consensus is told, and what it only passes on."""
 
 # version 2, token length 2, tenant 16, timeline 16, pg_version 4, segment size 4, system id 8,
 # proposer id 16; then the token
@@ -254,6 +265,8 @@ _PROPOSER_GREETING = struct.Struct("<HH16s16sIIQ16s")
 # version 2, zero 2, pg_version 4, segment size 4, system id 8, node id 8, term 8,
 # timeline start 8, flush 8, commit 8
 _ACCEPTOR_GREETING = struct.Struct("<HHIIQQQQQQ")
+# xmin 8, catalog xmin 8
+_STANDBYS_NEED = struct.Struct("<QQ")
 # term 8, proposer id 16
 _VOTE_REQUEST = struct.Struct("<Q16s")
 # term 8, granted 1, flush 8, last record end 8, WAL start 8, commit 8; then the history
@@ -456,13 +469,14 @@ _PROPOSER_DECODERS: Final[dict[int, Callable[[memoryview], ProposerFrame]]] = {
     ord("S"): lambda body: SkipWal(*_TERM_LSN.unpack(body)),
     ord("T"): _unpack_token_renewal,
 }
-_ACCEPTOR_DECODERS: Final[dict[int, Callable[[memoryview], AcceptorMessage]]] = {
+_ACCEPTOR_DECODERS: Final[dict[int, Callable[[memoryview], AcceptorFrame]]] = {
     ord("g"): _unpack_acceptor_greeting,
     ord("v"): _unpack_vote_response,
     ord("e"): lambda body: ElectedResponse(*_ELECTED_RESPONSE.unpack(body)),
     ord("a"): lambda body: AppendResponse(*_TERM_LSN_LSN.unpack(body)),
     ord("j"): lambda body: AppendRejected(*_TERM_LSN.unpack(body)),
     ord("w"): _unpack_wal_chunk,
+    ord("f"): lambda body: StandbysNeed(*_STANDBYS_NEED.unpack(body)),
     ord("x"): _unpack_error,
 }
 
@@ -490,7 +504,7 @@ def encode_proposer_message(message: ProposerFrame) -> bytes:
             return encode_frame(b"T", _token_bytes(token))
 
 
-def encode_acceptor_message(message: AcceptorMessage) -> bytes:
+def encode_acceptor_message(message: AcceptorFrame) -> bytes:
     """One frame. Raises a `RefusedError` for a message beyond the bounds above."""
     match message:
         case AppendResponse(term, flush_lsn, commit_lsn):
@@ -507,6 +521,8 @@ def encode_acceptor_message(message: AcceptorMessage) -> bytes:
             return encode_frame(b"v", _pack_vote_response(message))
         case AcceptorGreeting():
             return encode_frame(b"g", _pack_acceptor_greeting(message))
+        case StandbysNeed(xmin, catalog_xmin):
+            return encode_frame(b"f", _STANDBYS_NEED.pack(xmin, catalog_xmin))
         case ErrorResponse(code, text):
             return encode_frame(b"x", _ERROR.pack(code, 0) + text.encode()[:4096])
 
@@ -518,13 +534,13 @@ class ProposerMessageParser(FrameParser[ProposerFrame]):
         super().__init__(_PROPOSER_DECODERS, ord("G"))
 
 
-class AcceptorMessageParser(FrameParser[AcceptorMessage]):
+class AcceptorMessageParser(FrameParser[AcceptorFrame]):
     """A proposer's receiving side: bytes from a safekeeper in, messages out."""
 
     def __init__(self) -> None:
         super().__init__(_ACCEPTOR_DECODERS, ord("g"))
 
-    def feed(self, data: bytes | bytearray | memoryview) -> list[AcceptorMessage]:
+    def feed(self, data: bytes | bytearray | memoryview) -> list[AcceptorFrame]:
         """An answer to an append, which comes alone as a rule, takes a shorter way: commits wait for it."""
         if len(data) == _WHOLE_APPEND_RESPONSE.size and self.is_greeted and not self._buffer:
             length, kind, term, flush_lsn, commit_lsn = _WHOLE_APPEND_RESPONSE.unpack(data)

@@ -50,7 +50,13 @@ async def pageserver() -> AsyncIterator[tuple[FakePageserver, LsnLease]]:
     fake = FakePageserver()
     async with serving_http(fake.app(), "127.0.0.1:0", "fake pageserver") as address:
         moment = LeasedMoment(
-            str(address), TENANT, TIMELINE, lambda: "token", Lsn(0x100000010), "endpoint:past"
+            str(address),
+            TENANT,
+            TIMELINE,
+            lambda: "token",
+            lambda: Lsn(0x100000010),
+            onwards=False,
+            holder="endpoint:past",
         )
         yield fake, LsnLease(moment)
 

@@ -12,11 +12,16 @@ MODULE = Path("/var/cache/excimer/endpoint/18-1/excimer_endpoint.so")
 
 
 def arguments(
-    preloaded: list[str], *, quieting_id: str | None = None, workers: bool = True, is_static: bool = False
+    preloaded: list[str], *, quieting_id: str | None = None, workers: bool = True, is_standby: bool = False
 ) -> dict[str, str]:
     work = OutsideWork(quieting_id, workers)
     made = module_arguments(
-        MODULE, preloaded, work, is_static=is_static, extension_hint="try this", admission_file=Path("/door")
+        MODULE,
+        preloaded,
+        work,
+        is_standby=is_standby,
+        extension_hint="try this",
+        admission_file=Path("/door"),
     )
     assert set(made[::2]) == {"-c"}
     return dict(text.split("=", 1) for text in made[1::2])
@@ -48,5 +53,5 @@ def test_lists_that_postgresql_would_not_load_at_all_are_refused(text: str) -> N
 def test_only_a_quiet_branch_and_a_static_endpoint_wait() -> None:
     assert arguments([])["excimer.subscriptions_wait"] == "off"
     assert arguments([], quieting_id="ab")["excimer.subscriptions_wait"] == "on"
-    assert arguments([], is_static=True)["excimer.subscriptions_wait"] == "on"
+    assert arguments([], is_standby=True)["excimer.subscriptions_wait"] == "on"
     assert arguments([], workers=False)["excimer.extension_workers"] == "off"

@@ -18,7 +18,7 @@ from tests.kit.control_files import CONTROL
 
 def render(
     *,
-    is_static: bool = False,
+    is_standby: bool = False,
     pg_version: int = 18,
     control: ControlFile = CONTROL,
     origins: Mapping[str, int] | None = None,
@@ -27,14 +27,14 @@ def render(
         pg_version=pg_version,
         control=control,
         origins=origins or {},
-        is_static=is_static,
+        is_standby=is_standby,
     )
     return dict(re.findall(r"^(\S+) = '(.*)'$", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("is_static", [False, True])
-def test_endpoints_wait_for_the_proposer_even_a_static_one_that_was_promoted(is_static: bool) -> None:
-    options = fixed_arguments(CONTROL, {}, origins={}, is_static=is_static)
+@pytest.mark.parametrize("is_standby", [False, True])
+def test_endpoints_wait_for_the_proposer_even_a_static_one_that_was_promoted(is_standby: bool) -> None:
+    options = fixed_arguments(CONTROL, {}, origins={}, is_standby=is_standby)
     assert "synchronous_standby_names=excimer_proposer" in options
 
 
@@ -44,31 +44,31 @@ def test_the_file_has_nothing_that_a_restored_backup_must_not_have() -> None:
 
 
 def test_what_is_fixed_is_out_of_alter_systems_reach() -> None:
-    options = fixed_arguments(CONTROL, {"fsync": "on", "work_mem": "9MB"}, origins={}, is_static=False)
+    options = fixed_arguments(CONTROL, {"fsync": "on", "work_mem": "9MB"}, origins={}, is_standby=False)
     assert {f"{name}={value}" for name, value in FIXED.items()} == set(options[1::2])
     assert set(options[::2]) == {"-c"}
 
 
-@pytest.mark.parametrize("is_static", [False, True])
-def test_prepared_transactions_of_the_history_keep_their_slots(is_static: bool) -> None:
+@pytest.mark.parametrize("is_standby", [False, True])
+def test_prepared_transactions_of_the_history_keep_their_slots(is_standby: bool) -> None:
     control = msgspec.structs.replace(CONTROL, max_prepared_xacts=7)
-    assert render(is_static=is_static, control=control)["max_prepared_transactions"] == "7"
+    assert render(is_standby=is_standby, control=control)["max_prepared_transactions"] == "7"
     for given, raised in (("3", True), ("0x7", False), ("9", False)):
         options = fixed_arguments(
-            control, {"max_prepared_transactions": given}, origins={}, is_static=is_static
+            control, {"max_prepared_transactions": given}, origins={}, is_standby=is_standby
         )
         assert ("max_prepared_transactions=7" in options) == raised
 
 
 def test_a_standby_offers_what_its_primary_had_whatever_its_own_list_says() -> None:
     control = msgspec.structs.replace(CONTROL, max_connections=300)
-    assert render(is_static=True, control=control)["max_connections"] == "300"
+    assert render(is_standby=True, control=control)["max_connections"] == "300"
     assert render(control=control)["max_connections"] == "100"
     assert "max_connections=300" in fixed_arguments(
-        control, {"max_connections": "50"}, origins={}, is_static=True
+        control, {"max_connections": "50"}, origins={}, is_standby=True
     )
     assert "max_connections=300" not in fixed_arguments(
-        control, {"max_connections": "50"}, origins={}, is_static=False
+        control, {"max_connections": "50"}, origins={}, is_standby=False
     )
 
 
@@ -84,5 +84,5 @@ def test_there_is_room_for_every_replication_origin_of_the_history(pg_version: i
     assert render(pg_version=pg_version, origins={name: 12})[name] == "12"
     assert render(pg_version=pg_version, origins={name: 3})[name] == "10"
     for given, raised in (("5", True), ("40", False)):
-        options = fixed_arguments(CONTROL, {name: given}, origins={name: 12}, is_static=False)
+        options = fixed_arguments(CONTROL, {name: given}, origins={name: 12}, is_standby=False)
         assert (f"{name}=12" in options) == raised

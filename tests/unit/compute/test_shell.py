@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
+from excimer.base.lsn import Lsn
 from excimer.compute import attempt
 from excimer.compute.attempt import Attempt
 from excimer.compute.core import EXIT_REFUSED, AttemptEnd, Exit, StartFailed
@@ -52,6 +53,7 @@ def make_manager(directory: Path) -> Manager:
         endpoint_name="e",
         tenant_id=parse_tenant_id(TENANT),
         timeline_id=parse_timeline_id(TIMELINE),
+        mode="primary",
         static_lsn=None,
         build=cast(Any, SimpleNamespace(version=18)),
         module=directory,
@@ -63,6 +65,8 @@ def make_manager(directory: Path) -> Manager:
         pageserver_http_address="",
         lease_holder="",
         safekeepers=[],
+        wal_sources=[],
+        branch_start_lsn=Lsn(0),
         outside_work=OutsideWork(None, True),
         places=places,
         lag_bytes_max=0,

@@ -124,6 +124,31 @@ def test_the_cutoff_is_the_oldest_of_what_must_stay() -> None:
     assert cutoff(1000, 5000, 1000) == 0
 
 
+def test_the_cutoff_does_not_pass_what_somebody_reads_on_from() -> None:
+    retention = Retention("main", 100, attached_at_s=0.0)
+
+    def cutoff(now_s: float) -> int:
+        return plan_cutoff(
+            time_lsn=900,
+            last_record_lsn=1000,
+            gc_horizon_bytes=0,
+            disk_consistent_lsn=1000,
+            held_lsn=retention.held_onwards(now_s),
+        )
+
+    assert retention.lease_onwards(Lsn(300), 0.0, 10.0, "slow") == 10.0
+    retention.lease_onwards(Lsn(500), 0.0, 20.0, "quick")
+    assert cutoff(9.0) == 300
+    retention.lease_onwards(Lsn(400), 9.0, 10.0, "slow")
+    assert cutoff(9.0) == 400, "a lease moves with its holder"
+    assert cutoff(19.0) == 500, "one that is not renewed ends"
+    retention.raise_cutoff(Lsn(500))
+    with pytest.raises(NotRetainedError, match="0/1F4"):
+        retention.lease_onwards(Lsn(499), 19.0, 10.0, "late")
+    assert (retention.release_leases("quick"), retention.release_leases("quick")) == (1, 0)
+    assert cutoff(19.0) == 900
+
+
 @in_event_loop
 async def test_held_points_are_read_and_nothing_else_below_the_cutoff(tmp_path: Path) -> None:
     async with storage_context(tmp_path) as context:

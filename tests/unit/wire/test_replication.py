@@ -5,6 +5,7 @@ import pytest
 from excimer.base.lsn import Lsn
 from excimer.wire.pg_messages import ProtocolViolationError, encode_copy_data
 from excimer.wire.replication import (
+    NOTHING_NEEDED,
     Command,
     CreateReplicationSlot,
     EmptyCommand,
@@ -23,11 +24,13 @@ from excimer.wire.replication import (
     decode_from_server,
     decode_system_identity,
     decode_whole_wal,
+    encode_feedback,
     encode_keepalive,
     encode_status,
     encode_whole_status,
     format_options,
     format_start_replication,
+    oldest_needs,
     parse_command,
     parse_options,
     wal_data_head,
@@ -67,7 +70,13 @@ def test_other_queries_are_refused(query: str) -> None:
 def test_messages_round_trip() -> None:
     status = StandbyStatus(Lsn(3), Lsn(2), Lsn(1), -5, True)
     assert decode_from_client(encode_status(status)) == status
-    assert decode_from_client(b"h" + bytes(20)) == HotStandbyFeedback()
+    assert decode_from_client(b"h" + bytes(24)) == NOTHING_NEEDED
+    needs = HotStandbyFeedback(5 << 32 | 700, 3 << 32 | 3)
+    assert decode_from_client(encode_feedback(needs, 12)) == needs
+    assert oldest_needs([needs, NOTHING_NEEDED, HotStandbyFeedback(4 << 32 | 900, 0)]) == HotStandbyFeedback(
+        4 << 32 | 900, 3 << 32 | 3
+    )
+    assert oldest_needs([]) == NOTHING_NEEDED
     keepalive = Keepalive(Lsn(9), 7, False)
     assert decode_from_server(encode_keepalive(keepalive)) == keepalive
     assert decode_from_server(wal_data_head(4, 5, 6) + b"abc") == WalData(Lsn(4), Lsn(5), b"abc")

@@ -23,6 +23,12 @@ from excimer.cli.branch_options import (
 )
 from excimer.cli.commands import endpoint_access
 from excimer.cli.commands.endpoint_config import config, parse_assignments
+from excimer.cli.commands.endpoint_replica import (
+    ReplicaOption,
+    mode_of,
+    replica_progress,
+    shown_mode,
+)
 from excimer.cli.commands.endpoint_suspend import (
     AfterOption,
     SuspendAfterOption,
@@ -68,6 +74,7 @@ NOT_RUNNING: Final[dict[str, Any]] = {
     "restart_pending": [],
     "start": None,
     "start_reason": None,
+    **replica_progress({}),
 }
 
 for _name, _command in endpoint_access.COMMANDS.items():
@@ -95,6 +102,7 @@ def create(
             show_default=False,
         ),
     ] = None,
+    replica: ReplicaOption = False,
     pg_port: Annotated[
         int | None,
         typer.Option(metavar="PORT", help="PostgreSQL's port; default: a free one.", show_default=False),
@@ -128,7 +136,7 @@ def create(
         "name": name,
         "tenant": tenant or "",
         "branch": branch_name,
-        "mode": "static" if point else "primary",
+        "mode": mode_of(is_static=bool(point), is_replica=replica),
         "lsn": point.get("at_lsn"),
         "at_timestamp": point.get("at_timestamp"),
         "pg_version": pg_version,
@@ -275,7 +283,7 @@ def stop(
     was_running = stop_endpoint(session, installation, name, immediate=immediate)
     if destroy:
         delete_endpoint(client, name)
-    elif endpoint["mode"] == "static":
+    elif endpoint["mode"] != "primary":
         client.post("endpoints", name, "release", body=None)
     was_there = was_running or endpoint["state"] == "suspended"
     session.say(
@@ -373,6 +381,7 @@ def state_of(installation: Installation, endpoint: dict[str, Any]) -> dict[str, 
         "problems": words,
         "restart_pending": [name for name in facts.get("restart_pending", "").split(",") if name],
         **last_active_at(facts),
+        **replica_progress(facts),
         "start": facts.get("start") or None,
         "start_reason": facts.get("start_reason") or None,
     }
@@ -397,7 +406,6 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
         color = {"running": "green", "stopped": "dim", "suspended": "dim", "ended": "red"}.get(
             row["state"], "yellow"
         )
-        mode = row["mode"] + (f" @{row['lsn']}" if row["lsn"] else "")
         table.add_row(
             row["name"],
             row["tenant"],
@@ -405,7 +413,7 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
             f"[{color}]{row['state']}[/{color}]",
             shown_use(row["last_active_at"], now),
             shown_delay(row["suspend_delay_s"]),
-            mode,
+            shown_mode(row),
             str(row["pg_version"]),
             row["url"],
         )
@@ -458,7 +466,7 @@ def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
         ("url", value["url"]),
         ("tenant", value["tenant"]),
         ("branch", value["branch"]),
-        ("mode", value["mode"] + (f" at {value['lsn']}" if value["lsn"] else "")),
+        ("mode", shown_mode(value)),
         ("PostgreSQL", str(value["pg_version"])),
         ("process", str(value["pid"] or "")),
         ("started", ": ".join(filter(None, [value["start"], value["start_reason"]]))),

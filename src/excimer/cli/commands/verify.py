@@ -9,6 +9,7 @@ import typer
 from excimer.base.keys import Fork
 from excimer.base.lsn import format_lsn, parse_lsn
 from excimer.cli.branch_options import OptionalEndpointArgument
+from excimer.cli.commands.endpoint_replica import running_primary
 from excimer.cli.commands.export import access_of, renewal_of
 from excimer.cli.commands.psql import running_endpoint
 from excimer.cli.controller_client import ControllerClient
@@ -70,10 +71,15 @@ def _verify(
     from excimer.verify.local_files import LocalFiles
 
     lsn = endpoint["lsn"]
-    server = LocalVerifiedServer(
-        local_access(installation, endpoint["name"]), None if lsn is None else parse_lsn(lsn)
-    )
     client = ControllerClient(installation)
+    is_replica = endpoint["mode"] == "replica"
+    primary = running_primary(installation, client, endpoint["timeline_id"]) if is_replica else None
+    server = LocalVerifiedServer(
+        local_access(installation, endpoint["name"]),
+        None if lsn is None else parse_lsn(lsn),
+        is_replica=is_replica,
+        primary=None if primary is None else local_access(installation, primary),
+    )
     body = {"branch": endpoint["timeline_id"]} | ({} if lsn is None else {"at_lsn": lsn})
     ticket = client.post("tenants", endpoint["tenant_id"], "branch_access", body=body)
     arena = Arena.open(locate_places(installation.endpoint_dir(endpoint["name"])).arena)

@@ -21,6 +21,7 @@ class TokensAnswer(BaseModel):
 
     read_pages: str
     write_wal: str | None = Field(description="null: the endpoint does not write")
+    read_wal: str | None = Field(description="null: the endpoint does not follow the branch's WAL")
     renewal: str
     valid_for_s: float
 
@@ -29,6 +30,7 @@ class TokensAnswer(BaseModel):
         return cls(
             read_pages=tokens.read_pages,
             write_wal=tokens.write_wal,
+            read_wal=tokens.read_wal,
             renewal=tokens.renewal,
             valid_for_s=tokens.valid_for_s,
         )

@@ -195,6 +195,13 @@ def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:
         """Lets the moment go that a static endpoint showed, which has been stopped."""
         return ReleasedAnswer(released=await controller.release_endpoint(name))
 
+    @router.post("/endpoints/{name}/promote", tags=["endpoints"])
+    async def promote_endpoint(name: str) -> EndpointAnswer:
+        """Makes a replica its branch's primary from its next start on; whoever runs its compute stops it
+        first."""
+        await controller.promote_endpoint(name)
+        return EndpointAnswer.of(*await controller.find_endpoint(name))
+
     @router.get("/endpoints/{name}/spec", tags=["endpoints"])
     async def get_spec(name: str) -> SpecAnswer:
         """All that a compute manager needs, with its first tokens."""

@@ -66,7 +66,7 @@ class CreateEndpointBody(Body):
     name: str
     tenant: str = Field("", description="Name or id; empty: the default tenant.")
     branch: str = "main"
-    mode: Literal["primary", "static"] = "primary"
+    mode: Literal["primary", "static", "replica"] = "primary"
     lsn: LsnText | None = Field(None, description="The moment a static endpoint shows.")
     at_timestamp: datetime | None = Field(None, description="The same as a time.")
     pg_version: int | None = None
@@ -205,6 +205,8 @@ class SpecAnswer(BaseModel):
     pageserver_http_address: str
     lease_holder: str
     safekeepers: list[str]
+    wal_sources: list[str] = Field(description="Where readers find WAL at the same safekeepers.")
+    branch_start_lsn: str
     wal_segment_size: int
     system_id: str
     tokens: TokensAnswer
@@ -219,6 +221,8 @@ class SpecAnswer(BaseModel):
             pageserver_http_address=spec.pageserver_http_address,
             lease_holder=spec.lease_holder,
             safekeepers=list(spec.safekeepers),
+            wal_sources=list(spec.wal_sources),
+            branch_start_lsn=format_lsn(spec.branch_start_lsn),
             wal_segment_size=spec.wal_segment_size,
             system_id=str(spec.system_id),
             tokens=TokensAnswer.of(spec.tokens),

@@ -30,7 +30,9 @@ class RetentionOperations(Protocol):
     async def change_config(self, tenant_id: TenantId, changes: dict[str, Any]) -> TenantConfig: ...
     async def collect_garbage(self, tenant_id: TenantId, timeline_id: TimelineId) -> GcOutcome: ...
     async def compact(self, tenant_id: TenantId, timeline_id: TimelineId) -> int: ...
-    async def lease(self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn, holder: str) -> Lease: ...
+    async def lease(
+        self, tenant_id: TenantId, timeline_id: TimelineId, lsn: Lsn, holder: str, *, onwards: bool = False
+    ) -> Lease: ...
     async def release_leases(self, tenant_id: TenantId, timeline_id: TimelineId, holder: str) -> int: ...
 
 
@@ -78,6 +80,9 @@ class LeaseBody(BaseModel):
     lsn: str
     holder: str = Field(
         "", max_length=HOLDER_LENGTH_MAX, description="who may give it back early; empty: the token's holder"
+    )
+    onwards: bool = Field(
+        False, description="all from this LSN on, instead of the holder's former lease of that kind"
     )
 
 
@@ -131,7 +136,7 @@ def make_lease_router(
         tenant, timeline = parse_tenant_id(tenant_id), parse_timeline_id(timeline_id)
         holder = body.holder or claims.holder
         _authorize_lease(claims, Resource(tenant, timeline), holder)
-        lease = await operations.lease(tenant, timeline, parse_lsn(body.lsn), holder)
+        lease = await operations.lease(tenant, timeline, parse_lsn(body.lsn), holder, onwards=body.onwards)
         return LeaseAnswer(
             lsn=format_lsn(lease.lsn),
             valid_until=datetime.fromtimestamp(lease.valid_until, UTC),

@@ -31,14 +31,16 @@ from excimer.service.logs import get_logger
 from excimer.service.tasks import TaskScope, failure_of
 from excimer.service.tls import server_channel
 from excimer.wire.auth import Claims, Right, TokenExpiredError
+from excimer.wire.replication import HotStandbyFeedback
 from excimer.wire.safekeeping import (
-    AcceptorMessage,
+    AcceptorFrame,
     ErrorCode,
     ErrorResponse,
     ProposerFrame,
     ProposerGreeting,
     ProposerMessage,
     ProposerMessageParser,
+    StandbysNeed,
     TimelineIdentity,
     TokenRenewal,
     encode_acceptor_message,
@@ -130,6 +132,13 @@ class ProposerPort:
         for connection in connections:
             if connection.thread is not None:
                 connection.thread.join(_CLOSE_TIMEOUT_S)
+
+    def tell_needs(self, timeline: SafekeeperTimeline, needs: HotStandbyFeedback) -> None:
+        """Tells whoever writes the timeline what its standbys need. Blocks."""
+        with self._lock:
+            writers = [each for each in self._connections.values() if each.timeline is timeline]
+        for connection in writers:
+            connection.send(StandbysNeed(needs.xmin, needs.catalog_xmin))
 
     def _run(self, connection: "_Connection") -> None:
         self._metrics.proposers.inc()
@@ -231,7 +240,7 @@ class _Connection:
         buffer[: len(rest)] = rest
         return self.timeline.serve(self.id, self._channel, buffer, len(rest))
 
-    def send(self, message: AcceptorMessage) -> None:
+    def send(self, message: AcceptorFrame) -> None:
         """A failure is seen by the receiving thread, as the end of the connection."""
         if not self._channel.send_all(encode_acceptor_message(message)):
             log.debug("answer not sent", connection=self.id)

@@ -17,7 +17,7 @@ Not here: what is committed (`consensus.acceptor`), protocol framing (`wire.pg_s
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import assert_never
 
 from excimer.base.clock import Clock, unix_to_timestamptz
@@ -59,6 +59,7 @@ from excimer.wire.replication import (
     ConfirmDurable,
     CreateReplicationSlot,
     EmptyCommand,
+    HotStandbyFeedback,
     IdentifySystem,
     Keepalive,
     ReadReplicationSlot,
@@ -82,6 +83,8 @@ much as hundreds of records do, on the same cores that commits need when all run
 _RECEIVE_SIZE_BYTES = 1 << 16
 _OPTION_TENANT = "excimer.tenant_id"
 _OPTION_TIMELINE = "excimer.timeline_id"
+
+TellNeeds = Callable[[SafekeeperTimeline, HotStandbyFeedback], None]
 
 log = get_logger(__name__)
 
@@ -127,11 +130,14 @@ class ReplicationPort:
         clock: Clock,
         metrics: SafekeeperMetrics,
         limits: ConnectionLimits | None = None,
+        tell_needs: TellNeeds = lambda timeline, needs: None,
     ) -> None:
+        """`tell_needs` takes what the hot standbys need to whoever writes the timeline; it may block."""
         self._listening = listening
         self._door = door
         self._clock = clock
         self._metrics = metrics
+        self._tell_needs = tell_needs
         self._gate = ConnectionGate("replication_listen", process_limits(limits))
 
     async def serve(self) -> None:
@@ -151,7 +157,9 @@ class ReplicationPort:
             if streams is None:
                 return
             reader, writer = streams
-            session = _Session(reader, writer, admission, self._door, self._clock, self._metrics)
+            session = _Session(
+                reader, writer, admission, self._door, self._clock, self._metrics, self._tell_needs
+            )
             await session.run()
         except OSError as error:
             log.info("WAL reader lost", error=error)
@@ -175,7 +183,9 @@ class _Session:
         door: TimelineDoor,
         clock: Clock,
         metrics: SafekeeperMetrics,
+        tell_needs: TellNeeds,
     ) -> None:
+        self._tell_needs = tell_needs
         self._reader = reader
         self._writer = writer
         self._admission = admission
@@ -290,7 +300,12 @@ class _Session:
             self._protocol.begin_copy()
             async with TaskScope() as scope:
                 sending = scope.start("send WAL", self._send_wal(timeline))
-                is_connected = await self._receive_status(timeline, position)
+                try:
+                    is_connected = await self._receive_status(timeline, position)
+                finally:
+                    needs = timeline.standbys.leave(self)
+                    if needs is not None:
+                        await asyncio.shield(asyncio.to_thread(self._tell_needs, timeline, needs))
                 sending.cancel()
         self._protocol.end_copy()
         if is_connected:
@@ -353,6 +368,8 @@ class _Session:
             if isinstance(event, CopyDataReceived):
                 message = decode_from_client(event.payload)
                 if not isinstance(message, StandbyStatus):
+                    needs = timeline.standbys.tell(self, message)
+                    await asyncio.to_thread(self._tell_needs, timeline, needs)
                     continue
                 position.lsn = max(position.lsn, message.flush_lsn)
                 if self._claims is not None and confirms_durability(self._claims):

@@ -128,6 +128,7 @@ class GarbageCollector:
                 last_record_lsn=timeline.last_record_lsn,
                 gc_horizon_bytes=timeline.settings.gc_horizon_bytes,
                 disk_consistent_lsn=timeline.disk_consistent_lsn,
+                held_lsn=timeline.retention.held_onwards(_now_s()),
             )
             timeline.retention.raise_cutoff(record_end(cutoff_lsn, timeline.wal_segment_size_bytes))
             announced_lsn = timeline.retention.cutoff_lsn

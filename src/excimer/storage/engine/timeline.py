@@ -320,15 +320,18 @@ class Timeline:
             found = await at.saved_states.find(lsn)
         return found
 
-    def lease(self, lsn: Lsn, holder: str = NOBODY) -> float:
+    def lease(self, lsn: Lsn, holder: str = NOBODY, *, onwards: bool = False) -> float:
         """Keeps an LSN readable for so many seconds from now on; ask again to renew it, and
-        `release_leases` when it is not needed any more.
+        `release_leases` when it is not needed any more. `onwards`: all from there on, on this timeline; the
+        holder's former lease of that kind ends.
 
         Raises `LsnTimeoutError` (it has not arrived), `LsnTooOldError`, `NotRetainedError` (about to go).
         """
         self._check_lsn(lsn)
         now_s = self._loop.time()
         length_s = self.settings.lsn_lease_length_s
+        if onwards:
+            return self.retention.lease_onwards(lsn, now_s, length_s, holder) - now_s
         return self.home_of(lsn).retention.lease(lsn, now_s, length_s, holder) - now_s
 
     def release_leases(self, holder: str) -> int:

@@ -16,6 +16,10 @@ A lease is renewed by asking for it again, also when the cutoff has passed it me
 memory, and each manifest names those below its cutoff. After an attachment these hold for one lease length,
 and no garbage is collected meanwhile, so that everyone alive has renewed.
 
+Who follows the newest, a replica, leases all from an LSN on: as long as that lease runs, the cutoff does not
+pass its LSN, which rises whenever the replica renews it. It is not in the manifest: the cutoff that is there
+was announced while the lease ran, and no other one is before it could be renewed.
+
 Each lease has a holder, who may give it back early: an LSN is held as long as one of its holders holds it. A
 lease whose holder is not known (`NOBODY`: it was not said, or forgotten in a restart) just runs out.
 
@@ -63,6 +67,8 @@ class Retention:
         self._branch_counts: dict[Lsn, int] = {}
         self._leases: dict[Lsn, Mapping[str, float]] = {}
         """By LSN and holder, until when. What an LSN maps to is replaced, not changed: others read it."""
+        self._onwards: dict[str, tuple[Lsn, float]] = {}
+        """By holder: from which LSN on, and until when."""
         self._reading: list[tuple[Callable[[], bool], Lsn]] = []
 
     @classmethod
@@ -125,8 +131,24 @@ class Retention:
         self._leases[lsn] = {**holders, holder: until_s}
         return until_s
 
+    def lease_onwards(self, lsn: Lsn, now_s: float, length_s: float, holder: str) -> float:
+        """Grants a lease of all from `lsn` on, in place of the holder's former one; until when it holds.
+
+        Raises `NotRetainedError`.
+        """
+        if lsn < self.cutoff_lsn:
+            raise self._not_retained(lsn)
+        self._onwards[holder] = lsn, now_s + length_s
+        return now_s + length_s
+
+    def held_onwards(self, now_s: float) -> Lsn | None:
+        """From where on all is held by leases; forgets those that are over. None: by none."""
+        self._onwards = {holder: held for holder, held in self._onwards.items() if held[1] > now_s}
+        return min((lsn for lsn, _ in self._onwards.values()), default=None)
+
     def release_leases(self, holder: str) -> int:
         """Ends all leases of a holder; how many there were. Those of nobody stay."""
+        had_onwards = holder != NOBODY and self._onwards.pop(holder, None) is not None
         held = [lsn for lsn, holders in self._leases.items() if holder in holders and holder != NOBODY]
         for lsn in held:
             others = {other: until_s for other, until_s in self._leases[lsn].items() if other != holder}
@@ -134,15 +156,18 @@ class Retention:
                 self._leases[lsn] = others
             else:
                 del self._leases[lsn]
-        return len(held)
+        return len(held) + had_onwards
 
     def check_can_hold(self, lsn: Lsn, now_s: float) -> None:
         """Raises `NotRetainedError` for what is below the cutoff, unless somebody holds it already."""
         if lsn < self.cutoff_lsn and not self.is_held(lsn, now_s):
-            raise NotRetainedError(
-                f"timeline {self.timeline_id} keeps no history at LSN {format_lsn(lsn)}: "
-                f"its oldest is {format_lsn(self.cutoff_lsn)}"
-            )
+            raise self._not_retained(lsn)
+
+    def _not_retained(self, lsn: Lsn) -> NotRetainedError:
+        return NotRetainedError(
+            f"timeline {self.timeline_id} keeps no history at LSN {format_lsn(lsn)}: "
+            f"its oldest is {format_lsn(self.cutoff_lsn)}"
+        )
 
     def is_held(self, lsn: int, now_s: float) -> bool:
         """Whether a branch point or a lease keeps exactly this LSN."""
@@ -188,10 +213,17 @@ def _is_running(holders: Mapping[str, float], now_s: float) -> bool:
 
 
 def plan_cutoff(
-    *, time_lsn: int, last_record_lsn: int, gc_horizon_bytes: int, disk_consistent_lsn: int
+    *,
+    time_lsn: int,
+    last_record_lsn: int,
+    gc_horizon_bytes: int,
+    disk_consistent_lsn: int,
+    held_lsn: int | None = None,
 ) -> Lsn:
     """The LSN below which history may go: older than the window in time, and than the one in bytes.
 
     `time_lsn` is where the timeline stood when the time window begins. What is not durable yet is no history.
+    `held_lsn`: somebody reads all from there on.
     """
-    return Lsn(max(0, min(time_lsn, last_record_lsn - gc_horizon_bytes, disk_consistent_lsn)))
+    oldest_lsn = min(time_lsn, last_record_lsn - gc_horizon_bytes, disk_consistent_lsn)
+    return Lsn(max(0, oldest_lsn if held_lsn is None else min(oldest_lsn, held_lsn)))
