@@ -25,6 +25,7 @@ from bench import (
     stack_memory,
     starting,
     tls_commits,
+    waking,
     warm_reads,
 )
 from bench.model import FULL, GOALS, QUICK, Bench, Family, Result, make_result
@@ -46,6 +47,9 @@ FAMILIES = (
     Family(many_tenants.IDS, many_tenants.measure),
     Family(stack_memory.IDS, stack_memory.measure),
     Family(("endpoint_start_ms", "manifest_to_row_ms"), starting.measure),
+    Family(waking.WAKE_IDS, waking.measure),
+    Family(("wake_20k_tables_ms",), waking.measure_tables),
+    Family(("wake_storm_100_s",), waking.measure_storm),
 )
 
 

@@ -56,6 +56,13 @@ GOALS = {
         Goal("stack_idle_rss_mib", "MiB", 160.0, False, "all services of an installation, idle, shared once"),
         Goal("endpoint_start_ms", "ms", 1000.0, False, "endpoint start, command to first row"),
         Goal("manifest_to_row_ms", "ms", 200.0, False, "of that, from the basebackup to the first row"),
+        Goal("wake_warm_p50_ms", "ms", 60.0, False, "suspended, from the call to a row, directory kept"),
+        Goal("wake_warm_ratio", "ratio", 1.5, False, "of that, of `pg_ctl start` and the query"),
+        Goal("wake_cold_p50_ms", "ms", 150.0, False, "the same in a new directory"),
+        Goal("wake_cold_p99_ms", "ms", 400.0, False, "of that, the 99th of a hundred"),
+        Goal("wake_20k_tables_ms", "ms", 400.0, False, "the same with 20,000 tables"),
+        Goal("awake_endpoint_extra_rss_mib", "MiB", 12.0, False, "an idle endpoint beside its PostgreSQL"),
+        Goal("wake_storm_100_s", "s", 60.0, False, "a hundred endpoints woken at once, cold"),
     )
 }
 

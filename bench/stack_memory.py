@@ -8,6 +8,7 @@ Measured each round after `idle_s` without work: first as the installation was m
 
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from bench.excimer_stack import ENDPOINT
@@ -25,7 +26,7 @@ def measure(bench: Bench) -> Samples:
         stack.create_main()
         for _ in range(bench.effort.rounds):
             time.sleep(bench.effort.idle_s)
-            sizes = _sizes_mib(stack)
+            sizes = sizes_mib(stack)
             bench.note(", ".join(f"{name} {size:.0f}" for name, size in sizes))
             samples.append(sum(size for _, size in sizes))
             stack.text("stop")
@@ -34,19 +35,21 @@ def measure(bench: Bench) -> Samples:
     return {"stack_idle_rss_mib": samples}
 
 
-def _sizes_mib(stack: Stack) -> list[tuple[str, float]]:
-    """Names and proportional set sizes, the supervisor first."""
-    return [(name, size) for name, size in _family(stack.pid("supervisor")) if name != "postgres"]
+def sizes_mib(stack: Stack, *, with_postgres: bool = False) -> list[tuple[str, float]]:
+    """Names and proportional set sizes, the supervisor first; without processes that have just ended."""
+    sizes = _family(stack.pid("supervisor"))
+    return [(name, size) for name, size in sizes if with_postgres or name != "postgres"]
 
 
 def _family(pid: int) -> Iterator[tuple[str, float]]:
     place = Path(f"/proc/{pid}")
-    rollup = dict(
-        line.split(":", 1)
-        for line in (place / "smaps_rollup").read_text().splitlines()
-        if line.endswith("kB")
-    )
-    yield (place / "comm").read_text().strip(), int(rollup["Pss"].split()[0]) / KIB_PER_MIB
-    for task in (place / "task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield from _family(int(child))
+    try:
+        lines = (place / "smaps_rollup").read_text().splitlines()
+        name = (place / "comm").read_text().strip()
+        children = [(task / "children").read_text().split() for task in (place / "task").iterdir()]
+    except OSError:
+        return
+    rollup = dict(line.split(":", 1) for line in lines if line.endswith("kB"))
+    yield name, int(rollup["Pss"].split()[0]) / KIB_PER_MIB
+    for child in chain.from_iterable(children):
+        yield from _family(int(child))

@@ -67,6 +67,7 @@ class ComputeNode:
         """By endpoint the generation of its last stop: its start may come late."""
         self._locks: dict[str, asyncio.Lock] = {}
         self._slots = asyncio.Semaphore(starts_at_once)
+        self._known_builds: set[int] = set()
         self.starting = 0
         self.waiting = 0
         self.starts = 0
@@ -151,7 +152,7 @@ class ComputeNode:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._slots.release)
             settings = self._fresh_settings()
-            _warm_up(order.pg_version)
+            self._warm_up(order.pg_version)
             manager = ManagerProcess.launch(manager_settings(order, settings), settings.run_dir, order.tokens)
             on_failure.pop_all()
         self.starts += 1
@@ -219,6 +220,16 @@ class ComputeNode:
         else:
             leave_places(locate_places(directory))
 
+    def _warm_up(self, pg_version: int) -> None:
+        """What is known of a build is remembered, and so shared with each fork: that takes some 0.1 s, once.
+
+        Each manager looks by itself whether it has changed, and says so if there is none.
+        """
+        if pg_version not in self._known_builds:
+            with contextlib.suppress(RefusedError, OSError):
+                find_build(pg_version)
+                self._known_builds.add(pg_version)
+
     # What runs
 
     def _watch(self, manager: ManagerProcess) -> None:
@@ -244,12 +255,3 @@ def _remove(directory: Path, *, kept_too: bool) -> None:
     remove_remains(directory, kept_too=kept_too)
     if kept_too:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _warm_up(pg_version: int) -> None:
-    """What is known of a build is remembered, and so shared with each fork; once it takes some 0.1 s.
-
-    If there is none, the manager says so.
-    """
-    with contextlib.suppress(RefusedError, OSError):
-        find_build(pg_version)

@@ -15,6 +15,8 @@ Not here: how a suspend by itself is told (`suspension`), where there is room (`
 """
 
 import asyncio
+import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
@@ -24,8 +26,9 @@ from excimer.base.errors import ConflictError, ExcimerError, RefusedError, Retry
 from excimer.base.ids import NodeId
 from excimer.base.lsn import format_lsn
 from excimer.controller.compute_nodes import ComputeNodeApi, ComputeNodes
+from excimer.controller.core import find_endpoint
 from excimer.controller.model import ComputeSpec, Endpoint
-from excimer.controller.placement import plan_compute_node
+from excimer.controller.placement import NodesFullError, plan_compute_node
 from excimer.controller.store import MetadataStore
 from excimer.controller.suspension import Suspension
 from excimer.service.http_client import UnreachableError
@@ -54,6 +57,7 @@ class Awake(NamedTuple):
     """An endpoint that accepts connections."""
 
     endpoint: Endpoint
+    branch: str
     is_new: bool
     pid: int
 
@@ -70,6 +74,8 @@ class EndpointLifecycle:
         self._nodes = nodes
         self._suspension = suspension
         self._read_spec = read_spec
+        self._starting: Counter[str] = Counter()
+        """How many calls wait for the start of each endpoint."""
 
     async def start(
         self, name: str, *, limit_s: float, is_restart: bool = False, is_immediate: bool = False
@@ -79,6 +85,14 @@ class EndpointLifecycle:
         Raises `UnknownNameError`, `StillRunningError` for a second primary, `EndpointFailedError`,
         `EndpointUnreadyError`, `NoComputeNodeError`.
         """
+        self._starting[name] += 1
+        try:
+            return await self._start(name, limit_s, is_restart=is_restart, is_immediate=is_immediate)
+        finally:
+            self._starting[name] -= 1
+            self._starting += Counter()  # without those that are 0
+
+    async def _start(self, name: str, limit_s: float, *, is_restart: bool, is_immediate: bool) -> Awake:
         refused: int | None = None
         for _ in range(ATTEMPTS):
             spec = await self._read_spec(name)
@@ -89,8 +103,8 @@ class EndpointLifecycle:
                 is_restart = False  # whoever has decided otherwise has done it
                 refused = decided.after.generation
                 continue
-            if (await self._read_spec(name)).endpoint.timeline_id == decided.after.timeline_id:
-                return Awake(decided.after, started.is_new, started.pid)
+            if (await self._row(name)).timeline_id == decided.after.timeline_id:
+                return Awake(decided.after, spec.branch_name, started.is_new, started.pid)
             log.warning("the branch became another while its endpoint started", endpoint=name)
             is_restart = True
         raise EndpointUnreadyError(f"endpoint {name} is started and stopped again and again: try again")
@@ -98,8 +112,8 @@ class EndpointLifecycle:
     async def _decide(self, endpoint: Endpoint, refused: int | None, *, is_restart: bool) -> "_Decided":
         """`refused`: the generation that the node knows to be stopped, whatever the row says."""
         async with self._suspension.changing:
-            before = await self._suspension.read(endpoint.name)
             endpoints = await asyncio.to_thread(self._store.list_endpoints)
+            before = find_endpoint(endpoints, endpoint.name)
             await self._refuse_second_primary(before, endpoints)
             node_id = await self._place(before, endpoints)
             is_asleep = before.state != "running" or before.node_id != node_id
@@ -111,6 +125,9 @@ class EndpointLifecycle:
                 await asyncio.to_thread(self._store.put_suspension, after)
             return _Decided(before, after)
 
+    async def _row(self, name: str) -> Endpoint:
+        return find_endpoint(await asyncio.to_thread(self._store.list_endpoints), name)
+
     async def _place(self, endpoint: Endpoint, endpoints: list[Endpoint]) -> NodeId:
         """One that is awake stays where it is as long as its node is there."""
         is_awake = endpoint.state == "running" and endpoint.node_id is not None
@@ -118,7 +135,20 @@ class EndpointLifecycle:
             return endpoint.node_id
         nodes = await self._nodes.list_nodes()
         silent_s = {node.id: self._nodes.silent_s(node.id) for node in nodes}
-        return plan_compute_node(endpoint, endpoints, nodes, silent_s).id
+        try:
+            return plan_compute_node(endpoint, endpoints, nodes, silent_s).id
+        except NodesFullError:
+            awake = await self._awake()  # who was killed, or stopped with its installation, takes no room
+            there = [each for each in endpoints if each.name in awake]
+            return plan_compute_node(endpoint, there, nodes, silent_s).id
+
+    async def _awake(self) -> set[str]:
+        """Names of endpoints that run where their node answers, and of those that are being started."""
+        names = set(self._starting)
+        for api in await self._nodes.apis():
+            with contextlib.suppress(RetryableError):
+                names |= {each.name for each in await api.running()}
+        return names
 
     async def _refuse_second_primary(self, endpoint: Endpoint, endpoints: list[Endpoint]) -> None:
         """Two would fence each other again and again."""

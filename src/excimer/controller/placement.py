@@ -19,6 +19,10 @@ class NoComputeNodeError(RetryableError):
     """No compute node is there that could have the endpoint."""
 
 
+class NodesFullError(NoComputeNodeError):
+    """All have as many endpoints awake as they may."""
+
+
 def plan_compute_node(
     endpoint: Endpoint,
     endpoints: Sequence[Endpoint],
@@ -27,7 +31,7 @@ def plan_compute_node(
 ) -> ComputeNode:
     """`endpoints` are all there are, `silent_s` says how long each node has not been heard of.
 
-    Raises `NoComputeNodeError`.
+    Raises `NoComputeNodeError`, `NodesFullError`.
     """
     present = [node for node in nodes if silent_s[node.id] < LOST_S]
     if not present:
@@ -46,7 +50,7 @@ def plan_compute_node(
             return node
     best = max(present, key=lambda node: (room[node.id], -node.id))
     if room[best.id] <= 0:
-        raise NoComputeNodeError(
+        raise NodesFullError(
             f"all compute nodes are full, with {sum(awake.values())} endpoints awake: suspend or stop one"
         )
     return best

@@ -255,6 +255,11 @@ def test_endpoints_go_where_there_is_room_and_back_to_where_they_were(tmp_path: 
             assert (list(one.up), list(two.up)) == (["b"], ["c"])
             with pytest.raises(NoComputeNodeError, match="are full, with 2 endpoints awake"):
                 await start(world, "d")
+            two.up.clear()  # it was killed, and takes no room
+            await start(world, "d")
+            assert list(two.up) == ["d"]
+            await world.controller.lifecycle.stop("d", is_immediate=False)
+            await start(world, "c")
             await world.controller.lifecycle.stop("c", is_immediate=False, is_suspend=True)
             await world.controller.lifecycle.stop("b", is_immediate=False)
             await start(world, "c")

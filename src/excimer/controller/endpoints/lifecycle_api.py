@@ -49,7 +49,7 @@ def add_lifecycle_routes(router: APIRouter, controller: Controller) -> None:
         )
         endpoint = awake.endpoint
         return AwakeAnswer(
-            endpoint=EndpointAnswer.of(endpoint, await controller.branch_name(endpoint)),
+            endpoint=EndpointAnswer.of(endpoint, awake.branch),
             host=endpoint.listen_host,
             port=endpoint.postgres_port,
             pid=awake.pid,
