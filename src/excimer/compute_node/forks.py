@@ -24,7 +24,7 @@ from typing import Final, NamedTuple, Never
 from excimer.base.errors import RetryableError
 from excimer.service.forked_process import close_all_but, forking, leave_parent
 from excimer.service.log_files import open_log, rotate
-from excimer.service.logs import get_logger
+from excimer.service.logs import TIMER_NAME, get_logger
 from excimer.service.process_main import EXIT_CRASHED
 
 REPORT_SIZE_BYTES: Final = 64
@@ -49,10 +49,9 @@ def fork(name: str, arguments: Sequence[str], log_path: Path, work: Callable[[in
 
     `work` gets the descriptor on which it may report. Raises OSError, `ForkUnsafeError`.
     """
-    if threading.active_count() > 1:
-        raise ForkUnsafeError(
-            f"the node has threads: {', '.join(each.name for each in threading.enumerate())}"
-        )
+    threads = [each.name for each in threading.enumerate() if each.name != TIMER_NAME]
+    if len(threads) > 1:
+        raise ForkUnsafeError(f"the node has threads: {', '.join(threads)}")
     rotate(log_path)
     output = open_log(log_path)
     reading, writing = os.pipe()

@@ -40,6 +40,9 @@ from excimer.service.log_limit import LogLimit
 
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
+TIMER_NAME: Final = "log limit"
+"""Of the one thread that the log makes now and then, and that a fork may lack: see `begin_in_fork`."""
+
 OWN_PREFIX: Final = "excimer."
 """Of the names of our loggers, of either kind."""
 
@@ -111,6 +114,7 @@ class _Sink:
             return
         timer = threading.Timer(max(due - now, 0.0), self.tell_withheld)
         timer.daemon = True
+        timer.name = TIMER_NAME
         with contextlib.suppress(RuntimeError):  # no more threads: the next line tells it
             timer.start()
             self._timer = timer

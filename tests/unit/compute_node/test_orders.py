@@ -22,6 +22,7 @@ from excimer.compute_node.forks import ForkUnsafeError, ProcessWatch, fork
 from excimer.compute_node.manager_process import EndpointFailedError, EndpointSlowError
 from excimer.compute_node.settings import ComputeNodeSettings
 from excimer.compute_node.shell import ComputeNode, OvertakenError, StillRunningError
+from excimer.service.logs import TIMER_NAME, configure_logging, get_logger
 from excimer.service.process_records import find_process
 from excimer.service.settings import save_settings
 from excimer.service.tasks import TaskScope
@@ -251,5 +252,17 @@ def test_a_node_with_threads_does_not_fork(home: Home, tmp_path: Path) -> None:
             fork("probe", [], tmp_path / "probe.log", lambda _: 0)
         over.set()
         thread.join()
+
+    home.play(story)
+
+
+def test_a_node_whose_log_withholds_lines_forks_all_the_same(home: Home, tmp_path: Path) -> None:
+    """The log has a timer's thread then, and knows what to do without it."""
+
+    async def story(node: ComputeNode) -> None:
+        configure_logging("node")
+        while not any(each.name == TIMER_NAME for each in threading.enumerate()):
+            get_logger("test").info("said again and again")
+        assert (await node.start(home.order("main"))).is_new
 
     home.play(story)
