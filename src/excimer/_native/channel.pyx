@@ -186,10 +186,10 @@ cdef class TlsChannel(Channel):
         cdef size_t size
         while True:
             size = self.tls.take_some_output(data, SEND_SIZE)
-            if size == 0:
-                return True
-            if not self.send_raw(data, size):
+            if size and not self.send_raw(data, size):
                 return False
+            if size < SEND_SIZE:
+                return True
 
     cdef ssize_t fail(self) noexcept nogil:
         """What `receive` returns after a failure of TLS: 0 if the peer has ended it in order."""

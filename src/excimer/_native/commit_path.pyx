@@ -360,9 +360,10 @@ cdef class CommitPath:
             return
         while True:
             sealed_size = link.tls.take_some_output(sealed, SEALED_SIZE)
-            if sealed_size == 0:
+            if sealed_size:
+                self.send_raw(link, sealed, sealed_size)
+            if sealed_size < SEALED_SIZE:
                 return
-            self.send_raw(link, sealed, sealed_size)
 
     cdef void send_raw(self, Link link, const uint8_t* data, size_t size) noexcept nogil:
         cdef size_t done = 0 if link.is_blocked else send_some(link.fd, data, size)

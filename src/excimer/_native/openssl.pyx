@@ -369,6 +369,8 @@ cdef class TlsConnection:
             result = SSL_read(self.ssl, buffer + done, <int> min(size - done, READ_SIZE_MAX))
             if result > 0:
                 done += result
+                if not self.has_input():
+                    break  # to be told so by another call costs as much as the record did
                 continue
             if SSL_get_error(self.ssl, result) == SSL_ERROR_WANT_READ:
                 break
