@@ -37,6 +37,9 @@ extern void guard_init_forks(void);
 /* How far a standby has replayed WAL is told to libhydrate (replay.c). */
 extern void tell_replay(void);
 
+/* What the local cache does, as settings that only show (cache_statistics.c). */
+extern void define_cache_settings(void);
+
 /* Given by the compute's manager: which command brings an extension that this build lacks. */
 extern char *extension_hint;
 

@@ -25,6 +25,7 @@ void _PG_init(void)
                                NULL);
     define_background_settings();
     define_admission_settings();
+    define_cache_settings();
     EmitWarningsOnPlaceholders("excimer");
     guard_apply_commits();
     guard_init_forks();

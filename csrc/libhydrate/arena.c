@@ -28,7 +28,7 @@ const char *arena_open(const char *path)
         return fault;
     arena.fd = fd; /* never opened twice: closing any descriptor of it would drop this process's locks */
     arena.files = (struct arena_file *)((char *)start + ARENA_FILES_OFFSET);
-    arena.buckets = (const uint32_t *)((char *)start + header->buckets_offset);
+    arena.buckets = (uint32_t *)((char *)start + header->buckets_offset);
     arena.misses = (struct arena_miss *)((char *)start + header->misses_offset);
     arena.map = (uint8_t *)start + header->map_offset;
     arena.data_dir_size = strlen(header->data_dir);
@@ -50,6 +50,18 @@ const char *path_in_data_dir(const char *path)
     return path;
 }
 
+struct arena_file *find_entry(const char *path)
+{
+    uint32_t mask = arena.header->bucket_count - 1;
+    for (uint32_t bucket = arena_hash(path, strlen(path)) & mask;; bucket = (bucket + 1) & mask) {
+        uint32_t number = __atomic_load_n(&arena.buckets[bucket], __ATOMIC_ACQUIRE);
+        if (number == 0)
+            return NULL;
+        if (strcmp(arena.files[number - 1].path, path) == 0)
+            return &arena.files[number - 1];
+    }
+}
+
 struct arena_file *find_file(const char *path)
 {
     if (arena.header == NULL || path == NULL || (path = path_in_data_dir(path)) == NULL)
@@ -59,14 +71,8 @@ struct arena_file *find_file(const char *path)
         index++;
     if (index == prefixes)
         return NULL;
-    uint32_t mask = arena.header->bucket_count - 1;
-    for (uint32_t bucket = arena_hash(path, strlen(path)) & mask; arena.buckets[bucket] != 0;
-         bucket = (bucket + 1) & mask) {
-        struct arena_file *file = &arena.files[arena.buckets[bucket] - 1];
-        if (strcmp(file->path, path) == 0)
-            return file_state(file) == ARENA_GONE ? NULL : file;
-    }
-    return NULL;
+    struct arena_file *file = find_entry(path);
+    return file == NULL || file_state(file) == ARENA_GONE ? NULL : file;
 }
 
 void record_miss(const struct arena_file *file, uint32_t block, uint32_t count, uint32_t needed)

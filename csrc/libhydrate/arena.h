@@ -1,14 +1,19 @@
 /* The arena: one file, mapped by the compute manager and by every process of PostgreSQL, that says
  * which files and blocks live at the page server and which of them are here already.
  *
- *   +--------+-------+---------+--------+-----------------+
- *   | header | files | buckets | misses | presence map    |
- *   | 16 KiB | 128 B | 4 B     | 16 B   | 1 byte a block  |
- *   +--------+-------+---------+--------+-----------------+
+ *   +--------+-------+---------+--------+-----------------+----------------+
+ *   | header | files | buckets | misses | presence map    | tails          |
+ *   | 16 KiB | 160 B | 4 B     | 16 B   | 1 byte a block  | 128 KiB a file |
+ *   +--------+-------+---------+--------+-----------------+----------------+
  *
  * The manager builds it before PostgreSQL starts (excimer.compute.arena, which compiles this very
- * header) and later changes only `ready`, the settings and what of WAL is allowed. Buckets are an open-addressed hash table of
- * file numbers + 1 by path. A presence byte goes from absent to present once and never back.
+ * header) and later changes only `ready`, the settings, what of WAL is allowed, and what it evicts. Buckets are an
+ * open-addressed hash table of file numbers + 1 by path.
+ *
+ * Where the cache is bounded (`evicts`), there is room for more files and for the presence of more blocks: files that
+ * PostgreSQL makes are entered when it opens them (adoption.c), and the manager gives blocks past those of the start a
+ * presence byte, in the file's *tail*, before it may evict them (eviction.h). A block without a byte is present. All of that
+ * room is a hole in the file until it is used.
  *
  * The arena lives as long as the data directory beside it, through clean stops; neither survives the machine.
  * Not here: who may change what, and when (claims.c, hydration.c, file_states.c).
@@ -25,7 +30,7 @@
 #include <unistd.h>
 
 #define ARENA_MAGIC 0x4e45524143584501ull
-#define ARENA_VERSION 5u
+#define ARENA_VERSION 6u
 #define ARENA_BLOCK_SIZE 8192u
 #define ARENA_FILES_OFFSET 16384u
 #define ARENA_PATH_SIZE 48u
@@ -35,8 +40,21 @@
 #define ARENA_TOKEN_SIZE 4096u
 #define ARENA_STREAMS 4u
 #define ARENA_READ_AHEAD_MAX 128u
+#define ARENA_SEGMENT_BLOCKS 131072u
 
-enum arena_presence { ARENA_ABSENT = 0, ARENA_PRESENT = 1 };
+/* Bits of a presence byte. Without PRESENT the others mean nothing. PRESENT and LOCAL change only under the block's
+ * install lock (claims.c); the others are set by whoever reads or writes and cleared by the evictor. */
+enum arena_presence {
+    ARENA_ABSENT = 0,
+    ARENA_PRESENT = 1,
+    ARENA_TOUCHED = 2, /* read since the evictor came by: it has a second chance */
+    ARENA_WRITTEN = 4, /* written since the evictor began the file's epoch */
+    ARENA_AHEAD = 8,   /* fetched as read-ahead and not read yet: its first read does not count */
+    ARENA_LOCAL = 16,  /* written by PostgreSQL since it was fetched */
+};
+/* Where the install locks of blocks lie, in the order of files, ARENA_SEGMENT_BLOCKS a file. */
+#define ARENA_INSTALL_LOCKS (1ll << 44)
+#define ARENA_CHANGED (ARENA_PRESENT | ARENA_LOCAL | ARENA_WRITTEN)
 
 /* LISTED: only the arena knows the file. MADE: it is in the data directory. GONE: it was deleted or
  * replaced, and its path means nothing to the page server any more. */
@@ -44,9 +62,11 @@ enum arena_file_state { ARENA_LISTED = 0, ARENA_MADE = 1, ARENA_GONE = 2 };
 
 enum arena_key_kind { ARENA_RELATION = 0x00, ARENA_SLRU = 0x20 };
 
+enum { ARENA_MAIN_FORK = 0 };
+
 struct arena_file {
     char path[ARENA_PATH_SIZE]; /* relative to the data directory, NUL-terminated */
-    uint32_t blocks;            /* at the start LSN; blocks past these are local */
+    uint32_t blocks;            /* at the start LSN; blocks past these are local until they are evicted */
     uint32_t first_block;       /* number in the relation of this segment's block 0 */
     uint32_t space;             /* or the SLRU's number */
     uint32_t database;
@@ -58,8 +78,13 @@ struct arena_file {
     uint32_t state;
     uint32_t wake; /* futex: grows whenever a claim on the file ends */
     uint32_t waiters;
-    uint32_t unused2;
+    uint32_t evictions;              /* grows before blocks are punched out: a read that saw it grow is repeated */
     uint64_t streams[ARENA_STREAMS]; /* read-ahead: next block << 32 | window; racy on purpose */
+    uint64_t tail_offset;            /* of the presence byte of block `blocks`, within the map */
+    uint32_t tail_end;               /* blocks from here on have no presence byte; 0: there is no tail */
+    uint32_t is_kept;                /* never evicted: how its bytes came here is not in WAL, or not yet */
+    uint64_t epoch_lsn;   /* all WAL below covers what was written before the epoch; 0: none began, see eviction.h */
+    uint64_t evicted_lsn; /* pages of the file are asked for as of this LSN at least */
 };
 
 /* What the manager may change under a running PostgreSQL. */
@@ -101,6 +126,17 @@ struct arena_statistics {
     uint64_t wal_wait_ns;
     uint64_t room_waits; /* writes that found a full disk and must not fail (wal_files.c) */
     uint64_t room_wait_ns;
+    uint64_t reads;       /* blocks that PostgreSQL read, of files that the arena knows */
+    uint64_t read_misses; /* of those, blocks that were absent */
+    uint64_t evicted;     /* blocks that were punched out */
+    uint64_t reads_again; /* reads that an eviction overtook */
+    uint64_t adopted;     /* files of PostgreSQL's own that were entered */
+};
+
+/* The bound of the cache: what the manager keeps to, and what it found. For whoever looks. */
+struct arena_cache {
+    uint64_t limit_bytes; /* 0: none */
+    uint64_t used_bytes;  /* allocated on the disk for relations' files, at the last look */
 };
 
 /* How much WAL may be made: the manager allows, processes take. */
@@ -141,18 +177,70 @@ struct arena_header {
     struct arena_statistics statistics;
     struct arena_throttle throttle;
     uint8_t directory_id[ARENA_IDENTITY_SIZE]; /* of the data directory whose files it describes */
+    struct arena_cache cache;
+    uint32_t evicts;        /* the cache is bounded; fixed while PostgreSQL runs */
+    uint32_t file_capacity; /* of the table of files */
+    uint64_t tails_offset;  /* within the map */
+    uint32_t tail_capacity; /* tails of ARENA_SEGMENT_BLOCKS bytes */
+    uint32_t tail_count;
 };
 
-_Static_assert(sizeof(struct arena_file) == 128, "an entry is two cache lines");
+_Static_assert(sizeof(struct arena_file) == 160, "an entry is 160 bytes");
 _Static_assert(sizeof(struct arena_header) <= ARENA_FILES_OFFSET, "the header fits its space");
 _Static_assert(sizeof(struct arena_miss) == 16, "a miss is 16 bytes");
 _Static_assert(sizeof(struct arena_settings) % sizeof(uint64_t) == 0, "settings are whole words");
 
+static inline struct arena_file *arena_files(struct arena_header *header)
+{
+    return (struct arena_file *)((char *)header + ARENA_FILES_OFFSET);
+}
+
+static inline uint32_t arena_file_count(const struct arena_header *header)
+{
+    return __atomic_load_n(&header->file_count, __ATOMIC_ACQUIRE);
+}
+
+/* Where presence bytes end: blocks from here on are present. */
+static inline uint64_t arena_mapped_end(const struct arena_file *file)
+{
+    uint32_t tail_end = __atomic_load_n(&file->tail_end, __ATOMIC_SEQ_CST);
+    return tail_end > file->blocks ? tail_end : file->blocks;
+}
+
+/* A block's presence byte; NULL: it has none, and is present. */
+static inline uint8_t *arena_presence_byte(uint8_t *map, const struct arena_file *file, uint64_t block)
+{
+    if (block < file->blocks)
+        return map + file->map_offset + block;
+    if (block < __atomic_load_n(&file->tail_end, __ATOMIC_SEQ_CST))
+        return map + file->tail_offset + (block - file->blocks);
+    return NULL;
+}
+
+/* Nobody has followed what was written: all that is here counts as changed. While no PostgreSQL runs. */
+static inline void arena_distrust(struct arena_header *header)
+{
+    uint8_t *map = (uint8_t *)header + header->map_offset;
+    for (uint32_t index = 0; index < header->file_count; index++) {
+        struct arena_file *file = &arena_files(header)[index];
+        uint64_t end = arena_mapped_end(file);
+        for (uint64_t block = 0; block < end; block++) {
+            uint8_t *byte = arena_presence_byte(map, file, block);
+            if ((*byte & ARENA_PRESENT) != 0)
+                *byte |= ARENA_CHANGED;
+        }
+    }
+}
+
 /* For a new PostgreSQL on the directory of one that has been shut down: which files and blocks are here stays, all
  * that belongs to the processes that are gone becomes as at the beginning. */
-static inline void arena_renew(struct arena_header *header)
+static inline void arena_renew(struct arena_header *header, int evicts)
 {
-    struct arena_file *files = (struct arena_file *)((char *)header + ARENA_FILES_OFFSET);
+    struct arena_file *files = arena_files(header);
+    if (evicts && !header->evicts)
+        arena_distrust(header);
+    header->evicts = evicts != 0;
+    memset(&header->cache, 0, sizeof header->cache);
     struct arena_throttle before = header->throttle;
     header->ready = 0;
     memset(&header->statistics, 0, sizeof header->statistics);
@@ -165,6 +253,8 @@ static inline void arena_renew(struct arena_header *header)
     for (uint32_t index = 0; index < header->file_count; index++) {
         files[index].waiters = 0;
         memset(files[index].streams, 0, sizeof files[index].streams);
+        files[index].epoch_lsn = 0;
+        files[index].is_kept = 0; /* its WAL is there now: PostgreSQL was shut down, and a quorum has all */
     }
 }
 
@@ -172,6 +262,13 @@ static inline void arena_renew(struct arena_header *header)
 static inline int arena_has_room(uint64_t offset, uint64_t count, uint64_t item_size, uint64_t end)
 {
     return offset % sizeof(uint64_t) == 0 && offset <= end && count <= (end - offset) / item_size;
+}
+
+static inline int arena_tail_fault(const struct arena_file *file, uint64_t map_size)
+{
+    return file->tail_end != 0 &&
+           (file->tail_end < file->blocks || file->tail_end > ARENA_SEGMENT_BLOCKS || file->tail_offset > map_size ||
+            file->tail_end - file->blocks > map_size - file->tail_offset);
 }
 
 /* Every file lies within the map, and every bucket names a file; one at least is empty, or a search for a
@@ -185,7 +282,7 @@ static inline const char *arena_contents_fault(const struct arena_header *header
     uint32_t used = 0;
     for (uint32_t index = 0; index < header->file_count; index++)
         if (files[index].map_offset > map_size || files[index].blocks > map_size - files[index].map_offset ||
-            memchr(files[index].path, 0, sizeof files[index].path) == NULL)
+            memchr(files[index].path, 0, sizeof files[index].path) == NULL || arena_tail_fault(&files[index], map_size))
             return "one of its files is damaged";
     for (uint32_t index = 0; index < header->bucket_count; index++) {
         if (buckets[index] > header->file_count)
@@ -202,12 +299,15 @@ static inline const char *arena_fault(const struct arena_header *header, uint64_
         return "it is not an arena";
     if (header->version != ARENA_VERSION)
         return "it is of another version";
-    if (header->total_size != size || header->bucket_count <= header->file_count ||
+    if (header->total_size != size || header->file_count > header->file_capacity ||
+        header->bucket_count <= header->file_capacity ||
         (header->bucket_count & (header->bucket_count - 1)) != 0 ||
-        !arena_has_room(ARENA_FILES_OFFSET, header->file_count, sizeof(struct arena_file), header->buckets_offset) ||
+        !arena_has_room(ARENA_FILES_OFFSET, header->file_capacity, sizeof(struct arena_file), header->buckets_offset) ||
         !arena_has_room(header->buckets_offset, header->bucket_count, sizeof(uint32_t), header->misses_offset) ||
         !arena_has_room(header->misses_offset, header->miss_capacity, sizeof(struct arena_miss), header->map_offset) ||
-        header->map_offset > size || memchr(header->data_dir, 0, sizeof header->data_dir) == NULL)
+        header->map_offset > size || header->tails_offset > size - header->map_offset ||
+        header->tail_capacity > (size - header->map_offset - header->tails_offset) / ARENA_SEGMENT_BLOCKS ||
+        header->tail_count > header->tail_capacity || memchr(header->data_dir, 0, sizeof header->data_dir) == NULL)
         return "its sizes disagree";
     return arena_contents_fault(header);
 }

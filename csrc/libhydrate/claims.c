@@ -1,10 +1,11 @@
 /* Claims and locks are POSIX record locks on ranges of the arena file: the kernel drops them when their
  * owner dies, so no block can stay in "loading" (H1).
  *
- * A block has two lockable bytes. Its *claim* lies past the end of the file; who holds it is fetching the block,
- * so that a hundred readers of one block ask once. Nothing but a second fetch depends on it. Its *install lock* is
- * its presence byte; who holds it may change the block in the local file. It is never held over the network, so
- * that no write and no truncation ever waits for a page server.
+ * A block has two lockable bytes, both past the end of the file. Who holds its *claim* is fetching the block,
+ * so that a hundred readers of one block ask once. Nothing but a second fetch depends on it. Who holds its *install
+ * lock* may change the block in the local file, or take it out. It is never held over the network, so
+ * that no write and no truncation ever waits for a page server. Where the cache is not bounded, writes of present
+ * blocks do without: then nobody takes a block out.
  *
  * A process waits for an install lock only while it holds no other, so there is no deadlock.
  */
@@ -15,6 +16,7 @@
 #include <fcntl.h>
 
 #define CLAIMS_OFFSET (1ll << 48)
+#define ADOPTION_OFFSET 0 /* a byte of the header */
 
 static int record_lock(int command, short type, off_t offset, uint64_t size)
 {
@@ -28,7 +30,7 @@ static int record_lock(int command, short type, off_t offset, uint64_t size)
 
 static off_t block_offset(const struct arena_file *file, uint64_t block)
 {
-    return (off_t)(arena.header->map_offset + file->map_offset + block);
+    return (off_t)((uint64_t)(file - arena.files) * ARENA_SEGMENT_BLOCKS + block);
 }
 
 bool try_claim(const struct arena_file *file, uint64_t block, uint64_t count)
@@ -46,13 +48,13 @@ void release_claim(struct arena_file *file, uint64_t block, uint64_t count)
 
 int lock_install(const struct arena_file *file, uint64_t block, uint64_t count)
 {
-    return record_lock(F_SETLKW, F_WRLCK, block_offset(file, block), count);
+    return record_lock(F_SETLKW, F_WRLCK, ARENA_INSTALL_LOCKS + block_offset(file, block), count);
 }
 
 void unlock_install(const struct arena_file *file, uint64_t block, uint64_t count)
 {
     int error = errno;
-    record_lock(F_SETLK, F_UNLCK, block_offset(file, block), count);
+    record_lock(F_SETLK, F_UNLCK, ARENA_INSTALL_LOCKS + block_offset(file, block), count);
     errno = error;
 }
 
@@ -70,5 +72,17 @@ void unlock_state(const struct arena_file *file)
 {
     int error = errno;
     record_lock(F_SETLK, F_UNLCK, state_offset(file), 1);
+    errno = error;
+}
+
+int lock_adoption(void)
+{
+    return record_lock(F_SETLKW, F_WRLCK, ADOPTION_OFFSET, 1);
+}
+
+void unlock_adoption(void)
+{
+    int error = errno;
+    record_lock(F_SETLK, F_UNLCK, ADOPTION_OFFSET, 1);
     errno = error;
 }

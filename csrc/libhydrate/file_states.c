@@ -87,7 +87,8 @@ void complete_directory(const char *path)
         size--;
     if (size == 0)
         return;
-    for (uint32_t index = 0; index < header->file_count; index++) {
+    uint32_t count = arena_file_count(header);
+    for (uint32_t index = 0; index < count; index++) {
         struct arena_file *file = &arena.files[index];
         if (file_state(file) == ARENA_LISTED && strncmp(file->path, path, size) == 0 && file->path[size] == '/' &&
             strchr(file->path + size + 1, '/') == NULL && make_file(file) < 0)
@@ -134,20 +135,27 @@ int remove_file(const char *path)
     return result;
 }
 
-/* Makes every block of a file present, so that it no longer needs its name. */
+/* Makes every block of a file present, and so it stays: it no longer needs its name. */
 static int hydrate_whole(struct arena_file *file)
 {
     char path[FULL_PATH_SIZE];
+    uint64_t end = arena_mapped_end(file);
     if (make_file(file) < 0)
         return -1;
-    if (first_absent(file, 0, file->blocks) == file->blocks)
+    if (is_evictable(file)) {
+        keep_file(file);
+        if (lock_install(file, 0, ARENA_SEGMENT_BLOCKS) < 0) /* until who is at it has seen that */
+            return -1;
+        unlock_install(file, 0, ARENA_SEGMENT_BLOCKS);
+    }
+    if (first_absent(file, 0, end) == end)
         return 0;
     full_path(file, path);
     int fd = system_openat(AT_FDCWD, path, O_RDWR | O_CLOEXEC, 0);
     if (fd < 0)
         return -1;
     track_descriptor(fd, file, O_RDWR);
-    int result = hydrate_bytes(fd, 0, (size_t)file->blocks * BLOCK_SIZE);
+    int result = hydrate_bytes(fd, 0, (size_t)end * BLOCK_SIZE);
     int error = errno;
     forget_descriptor(fd);
     system_close(fd);

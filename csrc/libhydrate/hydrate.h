@@ -3,15 +3,18 @@
  *   interposed_*.c   libc's names: what PostgreSQL calls
  *     file_table.c     which descriptor is which arena file
  *     file_states.c    files made on first use; deletion, renaming
- *     local_changes.c  writes, truncation, allocation beside hydration
+ *     adoption.c       files that PostgreSQL makes, where the cache is bounded
+ *     local_changes.c  writes, truncation, allocation beside hydration and eviction
  *     kept_settings.c  ALTER SYSTEM asks the manager
  *     throttle.c       who makes much WAL waits; wal_files.c writes to pg_wal, and waits for room
  *     wal_leaving.c    what walsenders and base backups may take away
  *     reasons.c        an error number with a sentence
+ *     reads.c          which blocks are read, and how many of them were here
  *     hydration.c      absent -> present; read_ahead.c and hints.c say what else to fetch
  *       claims.c         who fetches, who may change a block (H1)
  *       page_client.c    the page service's protocol; patience.c how long to wait
  *   replay.c         how far a standby is
+ *   eviction.h       the other way: present -> absent; the manager's part
  *   arena.c, system.c, report.c   below them all
  *
  * PostgreSQL's processes have one thread each; nothing here is safe for two.
@@ -34,7 +37,7 @@
 struct arena {
     struct arena_header *header; /* NULL: the library does nothing in this process */
     struct arena_file *files;
-    const uint32_t *buckets;
+    uint32_t *buckets;
     struct arena_miss *misses;
     uint8_t *map;
     size_t data_dir_size;
@@ -54,6 +57,9 @@ const char *path_in_data_dir(const char *path);
 /* The live arena file of a path, or NULL. */
 struct arena_file *find_file(const char *path);
 
+/* The entry of a path relative to the data directory, whatever has become of the file; or NULL. */
+struct arena_file *find_entry(const char *path);
+
 void record_miss(const struct arena_file *file, uint32_t block, uint32_t count, uint32_t needed);
 
 static inline uint32_t file_state(const struct arena_file *file)
@@ -61,15 +67,42 @@ static inline uint32_t file_state(const struct arena_file *file)
     return __atomic_load_n(&file->state, __ATOMIC_ACQUIRE);
 }
 
-static inline bool is_present(const struct arena_file *file, uint64_t block)
+static inline uint8_t *presence_of(const struct arena_file *file, uint64_t block)
 {
-    return __atomic_load_n(&arena.map[file->map_offset + block], __ATOMIC_ACQUIRE) != ARENA_ABSENT;
+    return arena_presence_byte(arena.map, file, block);
 }
 
-/* Only under an install lock, and after the block's bytes are in the file. */
-static inline void set_present(const struct arena_file *file, uint64_t block)
+static inline bool is_present(const struct arena_file *file, uint64_t block)
 {
-    __atomic_store_n(&arena.map[file->map_offset + block], ARENA_PRESENT, __ATOMIC_RELEASE);
+    const uint8_t *byte = presence_of(file, block);
+    return byte == NULL || (__atomic_load_n(byte, __ATOMIC_ACQUIRE) & ARENA_PRESENT) != 0;
+}
+
+/* Only under an install lock, and after the block's bytes are in the file: what the page server has. */
+static inline void set_fetched(const struct arena_file *file, uint64_t block, bool is_ahead)
+{
+    uint8_t *byte = presence_of(file, block);
+    if (byte != NULL)
+        __atomic_store_n(byte, ARENA_PRESENT | (is_ahead ? ARENA_AHEAD : 0), __ATOMIC_RELEASE);
+}
+
+/* The same: what PostgreSQL wrote. */
+static inline void set_changed(const struct arena_file *file, uint64_t block)
+{
+    uint8_t *byte = presence_of(file, block);
+    if (byte != NULL)
+        __atomic_fetch_or(byte, ARENA_CHANGED, __ATOMIC_SEQ_CST);
+}
+
+/* Whether blocks of the file may be taken out: then changes take install locks, and reads look twice. */
+static inline bool is_evictable(const struct arena_file *file)
+{
+    return arena.header->evicts != 0 && file->kind == ARENA_RELATION && file->fork == ARENA_MAIN_FORK;
+}
+
+static inline uint32_t evictions_of(const struct arena_file *file)
+{
+    return __atomic_load_n(&file->evictions, __ATOMIC_SEQ_CST);
 }
 
 /* First absent block of [block, end), or end. */
@@ -90,6 +123,16 @@ int lock_install(const struct arena_file *file, uint64_t block, uint64_t count);
 void unlock_install(const struct arena_file *file, uint64_t block, uint64_t count);
 int lock_state(const struct arena_file *file);
 void unlock_state(const struct arena_file *file);
+int lock_adoption(void);
+void unlock_adoption(void);
+
+/* --- adoption.c --- */
+
+/* Enters a file that PostgreSQL has opened and the arena does not know, where the cache is bounded; the entry, or NULL. */
+struct arena_file *adopt_file(const char *path);
+
+/* From now on no block of the file is taken out. */
+void keep_file(struct arena_file *file);
 
 /* --- patience.c --- */
 
@@ -170,6 +213,13 @@ int hydrate(int fd, uint64_t block, uint64_t end);
 /* The same for the bytes [offset, offset + size). The warm path of every read: looks at the presence bytes only. */
 static inline int hydrate_bytes(int fd, off_t offset, size_t size);
 
+/* --- reads.c --- */
+
+/* hydrate_bytes() for bytes that are read now: leaves the marks of a read. Where blocks may be taken out, what was read holds
+ * only if file_evictions() is afterwards what it was before. */
+int hydrate_for_read(int fd, off_t offset, size_t size);
+static inline uint32_t file_evictions(int fd);
+
 /* --- file_table.c --- */
 
 struct open_file {
@@ -201,8 +251,9 @@ static inline struct block_range blocks_of(const struct arena_file *file, off_t 
         return range;
     range.block = (uint64_t)offset / BLOCK_SIZE;
     range.end = ((uint64_t)offset + size + BLOCK_SIZE - 1) / BLOCK_SIZE;
-    if (range.end > file->blocks)
-        range.end = file->blocks;
+    uint64_t mapped_end = arena_mapped_end(file);
+    if (range.end > mapped_end)
+        range.end = mapped_end;
     if (range.block > range.end)
         range.block = range.end;
     return range;
@@ -216,6 +267,12 @@ static inline int hydrate_bytes(int fd, off_t offset, size_t size)
     struct block_range range = blocks_of(open_file->file, offset, size);
     uint64_t block = first_absent(open_file->file, range.block, range.end);
     return block == range.end ? 0 : hydrate(fd, block, range.end);
+}
+
+static inline uint32_t file_evictions(int fd)
+{
+    const struct open_file *open_file = open_file_of(fd);
+    return open_file == NULL ? 0 : evictions_of(open_file->file);
 }
 
 void track_descriptor(int fd, struct arena_file *file, int flags);
@@ -255,6 +312,9 @@ struct write_guard {
 
 /* Before a write of [offset, offset + size): 0, or -1 and errno. */
 int begin_write(int fd, off_t offset, size_t size, struct write_guard *guard);
+
+/* Before a write that is none of a relation's pages: a file is being copied. */
+void begin_copy(int fd);
 void end_write(const struct write_guard *guard, ssize_t written);
 
 int truncate_open_file(int fd, off_t size);

@@ -19,6 +19,7 @@
 #define BACKOFF_NS_MAX 500000000ull
 #define REPORT_AFTER_NS 1000000000ull
 #define CLAIM_WAIT_MS 50
+#define QUORUM_WAIT_NS 5000000ull
 
 struct hydration {
     int fd;
@@ -28,6 +29,8 @@ struct hydration {
     struct arena_settings settings; /* of the attempt under way */
     uint64_t needed_block;          /* the read waits for [needed_block, needed_end) */
     uint64_t needed_end;
+    uint64_t own_lsn;     /* later changes are another's */
+    uint64_t evicted_lsn; /* the file's, before the attempt under way */
     int store_error;
     bool reported;
     char reason[REASON_SIZE];
@@ -63,7 +66,10 @@ static bool write_fully(int fd, const char *bytes, size_t size, off_t offset)
 
 /* A primary is the only writer, and a block that it has never had cannot have changed since it started. One that has
  * is another primary's work: this one has been superseded and has not heard of it. Told by the blocks that a read
- * waits for only: what comes along may be in shared buffers, changed by ourselves. */
+ * waits for only: what comes along may be in shared buffers, changed by ourselves.
+ *
+ * A block that was taken out may be there, too, for readers that pass by shared buffers (a base backup); but what we have
+ * changed in it has come to the page server through the quorum. */
 static bool is_anothers_work(const struct hydration *hydration, uint64_t block, const char *page)
 {
     uint32_t lsn[2]; /* pd_lsn: the upper half first */
@@ -71,7 +77,26 @@ static bool is_anothers_work(const struct hydration *hydration, uint64_t block, 
         hydration->file->kind != ARENA_RELATION || block < hydration->needed_block || block >= hydration->needed_end)
         return false;
     memcpy(lsn, page, sizeof lsn);
-    return ((uint64_t)lsn[0] << 32 | lsn[1]) > hydration->settings.not_modified_since;
+    return ((uint64_t)lsn[0] << 32 | lsn[1]) > hydration->own_lsn;
+}
+
+/* Up to where changes may be our own. A page server may have what the manager has not told us of yet: waits for it
+ * a little, as long as the read has patience. */
+static void learn_own_lsn(struct hydration *hydration, const struct run *run, const char *pages)
+{
+    const struct arena_throttle *throttle = &arena.header->throttle;
+    hydration->own_lsn = hydration->settings.not_modified_since;
+    if (__atomic_load_n(&hydration->file->evicted_lsn, __ATOMIC_SEQ_CST) == 0)
+        return;
+    for (uint32_t index = 0; index < run->count; index++)
+        while (is_anothers_work(hydration, run->block + index, pages + (size_t)index * BLOCK_SIZE)) {
+            uint64_t quorum_lsn = __atomic_load_n(&throttle->quorum_lsn, __ATOMIC_ACQUIRE);
+            if (quorum_lsn > hydration->own_lsn)
+                hydration->own_lsn = quorum_lsn;
+            else if (wait_ready(-1, 0, system_now_ns() + QUORUM_WAIT_NS, &hydration->patience,
+                                hydration->settings.connection_generation) < 0 && hydration->patience.ended != NULL)
+                return;
+        }
 }
 
 /* Writes the still absent blocks of a fetched run, under its install lock. */
@@ -96,7 +121,7 @@ static bool write_absent(struct hydration *hydration, const struct run *run, uin
             return false;
         installed += stop - block;
         for (; block < stop; block++)
-            set_present(file, block);
+            set_fetched(file, block, block < hydration->needed_block || block >= hydration->needed_end);
     }
     COUNT(blocks, installed);
     COUNT(kept, run->count - installed);
@@ -123,10 +148,14 @@ static bool install(void *context, const struct run *run, const char *pages)
     struct stat status;
     COUNT(fetches, 1);
     COUNT(bytes, (uint64_t)run->count * BLOCK_SIZE);
+    learn_own_lsn(hydration, run, pages);
     if (lock_install(hydration->file, run->block, run->count) < 0)
         return store_failed(hydration);
     bool stored = true;
-    if (is_same_file(hydration->fd, &status)) {
+    /* Present, written, evicted: all that since the question, so the answer may be older. It is asked for again. */
+    if (__atomic_load_n(&hydration->file->evicted_lsn, __ATOMIC_SEQ_CST) != hydration->evicted_lsn)
+        COUNT(kept, run->count);
+    else if (is_same_file(hydration->fd, &status)) {
         uint64_t end = (uint64_t)run->block + run->count, file_blocks = (uint64_t)status.st_size / BLOCK_SIZE;
         stored = write_absent(hydration, run, end < file_blocks ? end : file_blocks, pages);
     }
@@ -202,6 +231,7 @@ static bool fetch(struct hydration *hydration, struct page_request *request, uin
     for (;;) {
         arena_read_settings(arena.header, &hydration->settings);
         follow_replay(&hydration->settings); /* after the claim */
+        hydration->evicted_lsn = __atomic_load_n(&hydration->file->evicted_lsn, __ATOMIC_SEQ_CST);
         enum page_result result = request_pages(request, settings, &hydration->patience, hydration->reason);
         if (first->done)
             return true;
@@ -313,7 +343,8 @@ int hydrate(int fd, uint64_t block, uint64_t end)
             break;
         }
         uint64_t file_blocks = (uint64_t)status.st_size / BLOCK_SIZE;
-        uint64_t limit = file_blocks < hydration.file->blocks ? file_blocks : hydration.file->blocks;
+        uint64_t mapped_end = arena_mapped_end(hydration.file);
+        uint64_t limit = file_blocks < mapped_end ? file_blocks : mapped_end;
         if (block >= limit)
             break; /* past the end of the file, the read itself says so */
         ok = hydrate_run(&hydration, block, end < limit ? end : limit, limit);

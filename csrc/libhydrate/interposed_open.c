@@ -30,6 +30,9 @@ static int hydrated_openat_path(int directory, const char *path, int flags, mode
     if (fd >= 0) {
         forget_descriptor(fd);
         forget_wal_descriptor(fd);
+        struct arena_file *adopted = is_plain && !is_wal ? adopt_file(path) : NULL;
+        if (adopted != NULL)
+            track_descriptor(fd, adopted, flags);
         if (is_wal) {
             room_found(&wait, "WAL");
             track_wal_descriptor(fd, path, flags);

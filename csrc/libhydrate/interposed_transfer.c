@@ -17,37 +17,67 @@ static size_t total_size(const struct iovec *vector, int count)
     return size;
 }
 
-/* The same for calls that use the descriptor's own position. */
-static int hydrate_next_bytes(int fd, size_t size)
-{
-    return open_file_of(fd) == NULL ? 0 : hydrate_bytes(fd, system_lseek(fd, 0, SEEK_CUR), size);
-}
-
 static int begin_next_write(int fd, size_t size, struct write_guard *guard)
 {
     guard->file = NULL;
+    begin_copy(fd);
     return open_file_of(fd) == NULL ? 0 : begin_write(fd, system_lseek(fd, 0, SEEK_CUR), size, guard);
+}
+
+/* Whether what was just read of a descriptor holds: no block was taken out meanwhile. */
+static bool holds(int fd, uint32_t evictions)
+{
+    if (file_evictions(fd) == evictions)
+        return true;
+    COUNT(reads_again, 1);
+    return false;
 }
 
 static ssize_t hydrated_read_at(int fd, void *buffer, size_t size, off_t offset)
 {
     throttle_bulk();
-    if (check_wal_read(fd, offset, size) < 0 || hydrate_bytes(fd, offset, size) < 0)
+    if (check_wal_read(fd, offset, size) < 0)
         return -1;
-    return system_pread(fd, buffer, size, offset);
-}
-
-static ssize_t hydrated_read_next(int fd, void *buffer, size_t size)
-{
-    return hydrate_next_bytes(fd, size) < 0 ? -1 : system_read(fd, buffer, size);
+    for (;;) {
+        uint32_t evictions = file_evictions(fd);
+        if (hydrate_for_read(fd, offset, size) < 0)
+            return -1;
+        ssize_t got = system_pread(fd, buffer, size, offset);
+        if (holds(fd, evictions))
+            return got;
+    }
 }
 
 static ssize_t hydrated_read_vector(int fd, const struct iovec *vector, int count, off_t offset)
 {
     throttle_bulk();
-    if (open_file_of(fd) != NULL && hydrate_bytes(fd, offset, total_size(vector, count)) < 0)
+    for (;;) {
+        uint32_t evictions = file_evictions(fd);
+        if (open_file_of(fd) != NULL && hydrate_for_read(fd, offset, total_size(vector, count)) < 0)
+            return -1;
+        ssize_t got = system_preadv(fd, vector, count, offset);
+        if (holds(fd, evictions))
+            return got;
+    }
+}
+
+/* The same for calls that use the descriptor's own position, and move it. */
+static ssize_t hydrated_read_next_vector(int fd, const struct iovec *vector, int count)
+{
+    if (open_file_of(fd) == NULL)
+        return system_readv(fd, vector, count);
+    off_t offset = system_lseek(fd, 0, SEEK_CUR);
+    if (offset < 0)
         return -1;
-    return system_preadv(fd, vector, count, offset);
+    ssize_t got = hydrated_read_vector(fd, vector, count, offset);
+    return got > 0 && system_lseek(fd, offset + got, SEEK_SET) < 0 ? -1 : got;
+}
+
+static ssize_t hydrated_read_next(int fd, void *buffer, size_t size)
+{
+    if (open_file_of(fd) == NULL)
+        return system_read(fd, buffer, size);
+    return hydrated_read_next_vector(fd, &(struct iovec){buffer, size}, 1);
 }
 
 INTERPOSE(ssize_t, read, int fd, void *buffer, size_t size)
@@ -64,9 +94,7 @@ INTERPOSE(ssize_t, __read_chk, int fd, void *buffer, size_t size, size_t buffer_
 
 INTERPOSE(ssize_t, readv, int fd, const struct iovec *vector, int count)
 {
-    if (open_file_of(fd) != NULL && hydrate_next_bytes(fd, total_size(vector, count)) < 0)
-        return -1;
-    return system_readv(fd, vector, count);
+    return hydrated_read_next_vector(fd, vector, count);
 }
 
 INTERPOSE(ssize_t, pread, int fd, void *buffer, size_t size, off_t offset)
@@ -165,6 +193,15 @@ INTERPOSE(ssize_t, pwritev64, int fd, const struct iovec *vector, int count, off
     return guarded_write_vector(fd, vector, count, offset);
 }
 
+/* Where a copy has come to, at the place its caller gave or the descriptor's own. */
+static int moved(int fd, off_t *given, off_t at)
+{
+    if (given == NULL)
+        return system_lseek(fd, at, SEEK_SET) < 0 ? -1 : 0;
+    *given = at;
+    return 0;
+}
+
 /* PostgreSQL 18's CREATE DATABASE. Copies a part at a time, which callers must expect anyway. */
 INTERPOSE(ssize_t, copy_file_range, int in, off_t *in_offset, int out, off_t *out_offset, size_t size, unsigned flags)
 {
@@ -173,9 +210,19 @@ INTERPOSE(ssize_t, copy_file_range, int in, off_t *in_offset, int out, off_t *ou
         size = size < COPY_SIZE_MAX ? size : COPY_SIZE_MAX;
     off_t in_start = in_offset != NULL ? *in_offset : system_lseek(in, 0, SEEK_CUR);
     off_t out_start = out_offset != NULL ? *out_offset : system_lseek(out, 0, SEEK_CUR);
-    if (hydrate_bytes(in, in_start, size) < 0 || begin_write(out, out_start, size, &guard) < 0)
-        return -1;
-    ssize_t copied = system_copy_file_range(in, in_offset, out, out_offset, size, flags);
-    end_write(&guard, copied);
-    return copied;
+    begin_copy(out);
+    for (;;) {
+        uint32_t evictions = file_evictions(in);
+        if (hydrate_for_read(in, in_start, size) < 0 || begin_write(out, out_start, size, &guard) < 0)
+            return -1;
+        off_t from = in_start, to = out_start;
+        bool both_at = in_start >= 0 && out_start >= 0;
+        ssize_t copied = system_copy_file_range(in, both_at ? &from : in_offset, out, both_at ? &to : out_offset, size, flags);
+        end_write(&guard, copied);
+        if (!holds(in, evictions))
+            continue;
+        if (both_at && copied > 0)
+            copied = moved(in, in_offset, from) < 0 || moved(out, out_offset, to) < 0 ? -1 : copied;
+        return copied;
+    }
 }

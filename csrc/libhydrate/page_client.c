@@ -303,6 +303,7 @@ static bool send_requests(struct attempt *attempt, const struct page_request *re
 {
     struct get_pages frames[RUNS_MAX];
     const struct arena_file *file = request->file;
+    uint64_t evicted_lsn = __atomic_load_n(&file->evicted_lsn, __ATOMIC_SEQ_CST);
     uint32_t count = 0;
     for (uint32_t index = 0; index < request->run_count; index++) {
         const struct run *run = &request->runs[index];
@@ -312,7 +313,9 @@ static bool send_requests(struct attempt *attempt, const struct page_request *re
             .head = {sizeof(struct get_pages) - 4, 'G'},
             .id = first_id + index,
             .lsn = attempt->settings->lsn,
-            .not_modified_since = attempt->settings->not_modified_since,
+            .not_modified_since = attempt->settings->not_modified_since > evicted_lsn
+                                      ? attempt->settings->not_modified_since
+                                      : evicted_lsn,
             .kind = file->kind,
             .fork = file->fork,
             .space = file->space,

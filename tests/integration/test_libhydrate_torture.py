@@ -7,6 +7,7 @@ are present. EXCIMER_TORTURE_ROUNDS makes it longer.
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -43,17 +44,37 @@ def pages_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pages
 
 
-def run_round(root: Path, pages: Path, mutation: Mutation | None) -> "subprocess.CompletedProcess[str]":
+NO_SECOND_LOOK_AFTER_READS = Mutation(
+    "interposed_transfer.c",
+    "if (file_evictions(fd) == evictions)\n        return true;",
+    "if (file_evictions(fd) == evictions || evictions != 0)\n        return true;",
+)
+NO_LOCK_FOR_WRITES_OF_PRESENT_BLOCKS = Mutation(
+    "local_changes.c",
+    "    if (is_evictable(file) && offset >= 0 && size > 0)",
+    "    if (is_evictable(file) && offset < 0)",
+)
+
+
+def run_round(
+    root: Path, pages: Path, mutation: Mutation | None, *, evicts: bool = False
+) -> "subprocess.CompletedProcess[str]":
     data_dir, arena_path = root / "data", root / "arena"
     data_dir.mkdir(parents=True)
+    if evicts:  # what is written is written there, too
+        pages = Path(shutil.copytree(pages, root / "pages"))
     seed = random.SystemRandom().randrange(1 << 30)
     with FakePageServer(pages) as server:
         server.behaviour.delay_s = 0.005
         files = [ArenaFile(f"base/5/{1000 + file}", BLOCKS) for file in range(FILES)]
         settings = ArenaSettings(server.address, TENANT, TIMELINE, "token", read_ahead_blocks=8)
-        arena = build_arena(arena_path, files=files, settings=settings, data_dir=data_dir)
+        arena = build_arena(arena_path, files=files, settings=settings, data_dir=data_dir, evicts=evicts)
         result = subprocess.run(
-            [program("torture", mutation), *map(str, (PROCESSES, ROUND_S, KILL_EVERY_MS, seed))],
+            [
+                program("torture", mutation),
+                *map(str, (PROCESSES, ROUND_S, KILL_EVERY_MS, seed)),
+                *([str(pages)] if evicts else []),
+            ],
             cwd=data_dir,
             env=os.environ
             | {"EXCIMER_ARENA": str(arena_path), "EXCIMER_FORCE": "1", "ASAN_OPTIONS": "detect_leaks=0"},
@@ -77,4 +98,24 @@ def test_no_block_is_ever_wrong(tmp_path: Path, pages_dir: Path) -> None:
 @pytest.mark.parametrize("mutation", [NO_SECOND_LOOK], ids=["no second look"])
 def test_the_torture_finds_a_broken_library(tmp_path: Path, pages_dir: Path, mutation: Mutation) -> None:
     results = (run_round(tmp_path / str(number), pages_dir, mutation) for number in range(30))
+    assert any(result.returncode == 1 for result in results)
+
+
+def test_no_block_is_ever_wrong_while_others_are_evicted(tmp_path: Path, pages_dir: Path) -> None:
+    evicted = 0
+    for number in range(ROUNDS):
+        result = run_round(tmp_path / str(number), pages_dir, None, evicts=True)
+        assert result.returncode == 0, result.stderr
+        assert "Sanitizer" not in result.stderr
+        evicted += int(re.findall(r"evicted (\d+)", result.stdout)[0])
+    assert evicted > 0
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [NO_SECOND_LOOK_AFTER_READS, NO_LOCK_FOR_WRITES_OF_PRESENT_BLOCKS],
+    ids=["no second look after reads", "no lock for writes"],
+)
+def test_the_torture_finds_what_eviction_breaks(tmp_path: Path, pages_dir: Path, mutation: Mutation) -> None:
+    results = (run_round(tmp_path / str(number), pages_dir, mutation, evicts=True) for number in range(30))
     assert any(result.returncode == 1 for result in results)

@@ -81,7 +81,8 @@ def program(name: str, mutation: Mutation | None = None) -> Path:
     for source, text in sources.items():
         (directory / source).write_text(text)
     command = ["cc", "-std=gnu11", "-g", *flags, "-Wall", "-Wextra", "-DHYDRATE_PREFIXED", f"-I{SOURCES}"]
-    command += [*sources, str(SOURCES / "tests" / f"{name}.c"), "-Wl,--wrap=system_pwrite", "-o", name]
+    wrapped = ["-Wl,--wrap=system_pwrite"] + ["-Wl,--wrap=system_pread"] * (name == "torture")
+    command += [*sources, str(SOURCES / "tests" / f"{name}.c"), *wrapped, "-o", name]
     subprocess.run(command, cwd=directory, check=True)
     return directory / name
 
@@ -96,6 +97,7 @@ class LazyDirectory:
         deadline_s: float = WAIT_S,
         read_ahead_blocks: int = 1,
         wal_start_lsn: Lsn = INVALID_LSN,
+        evicts: bool = False,
     ) -> None:
         self.pages_dir = root / "pages"
         self.data_dir = root / "data"
@@ -117,6 +119,7 @@ class LazyDirectory:
             ),
             data_dir=self.data_dir,
             wal_start_lsn=wal_start_lsn,
+            evicts=evicts,
         )
         self._drivers: list[Driver] = []
 

@@ -74,6 +74,7 @@ SAVED_STATE = "/v1/tenant/{tenant_id}/timeline/{timeline_id}/saved_state/{lsn}"
 IN_OWN_NAME = ", in the name of the token's holder"
 IN_ANY_NAME = ", in any name"
 SETTINGS = "GET, PATCH /v1/endpoints/{name}/settings"
+CACHE_SIZE = "GET, PATCH /v1/endpoints/{name}/cache_size"
 SUSPENSION = "GET, PATCH /v1/endpoints/{name}/suspension"
 RENEWAL = "POST /v1/endpoints/{name}/tokens"
 REGISTRATION = "PUT /v1/compute_nodes/{node_id}"
@@ -95,6 +96,7 @@ DOORS = (
     Door("safekeeper", f"{OTHER_ROUTES} of a timeline", Right.MANAGE, "timeline"),
     Door("safekeeper", f"{OTHER_ROUTES} of a tenant", Right.MANAGE, "tenant"),
     Door("controller", SETTINGS, Right.MANAGE, "everything", "endpoint:NAME"),
+    Door("controller", CACHE_SIZE, Right.MANAGE, "everything", "endpoint:NAME"),
     Door("controller", SUSPENSION, Right.MANAGE, "everything", "endpoint:NAME"),
     Door("controller", RENEWAL, None, "timeline", "endpoint:NAME"),
     Door("controller", WAL_ACCESS, None, "timeline", "pageserver:N that has the tenant"),

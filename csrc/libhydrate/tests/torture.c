@@ -1,14 +1,23 @@
 /* Several processes read, write, cut and lengthen the same lazy files while one after the other is killed.
  *
- *   torture PROCESSES SECONDS KILL_EVERY_MS SEED        (in the data directory; exit status 1: something was wrong)
+ *   torture PROCESSES SECONDS KILL_EVERY_MS SEED [PAGES]   (in the data directory; exit status 1: something was wrong)
  *
  * A shared model holds each block's expected generation, 0 being the page server's content. Record locks
  * on another file stand in for PostgreSQL's buffer and relation locks: exclusive for changes, shared for reads. A
  * writer that is killed in the middle leaves "unknown". Unlocked reads play the prefetcher: their results mean nothing,
  * but they hydrate, at the worst moments.
+ *
+ * With PAGES, where the page server has its files, one of the processes evicts, and is killed in turn. Even generations are
+ * written there first, as WAL that is ingested at once. Odd ones never are, and their LSN says so: they must stay.
  */
 #define _GNU_SOURCE
 #include "calls.h"
+
+#include "../hydrate.h"
+
+static void lose_the_processor(void);
+#define EVICTION_STEP(name) lose_the_processor()
+#include "../eviction.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -21,6 +30,7 @@
 #include <unistd.h>
 
 #define BLOCK 8192
+#define LSN_MAX (1ull << 62)
 #define FILES 3
 #define BLOCKS 600
 #define GROWTH 60
@@ -34,8 +44,11 @@ struct model {
     volatile uint32_t expected[FILES][BLOCKS + GROWTH];
     volatile uint32_t size[FILES];
     volatile uint32_t hot[FILES]; /* where somebody has just prefetched: the place to write to */
-    uint32_t generation, wrong, reads, writes, truncations, extensions;
+    uint32_t generation, wrong, reads, writes, truncations, extensions, evicted;
 };
+
+static const char *pages_dir;
+static int ingested[FILES];
 
 volatile sig_atomic_t QueryCancelPending, ProcDiePending;
 volatile uint32_t CritSectionCount;
@@ -44,11 +57,27 @@ ssize_t __real_system_pwrite(int fd, const void *bytes, size_t size, off_t offse
 ssize_t __wrap_system_pwrite(int fd, const void *bytes, size_t size, off_t offset);
 
 /* Now and then a process loses the processor just before it installs or writes. */
-ssize_t __wrap_system_pwrite(int fd, const void *bytes, size_t size, off_t offset)
+static void lose_the_processor(void)
 {
     if (random() % 8 == 0)
         usleep((useconds_t)(random() % 2000));
+}
+
+ssize_t __wrap_system_pwrite(int fd, const void *bytes, size_t size, off_t offset)
+{
+    lose_the_processor();
     return __real_system_pwrite(fd, bytes, size, offset);
+}
+
+ssize_t __real_system_pread(int fd, void *bytes, size_t size, off_t offset);
+ssize_t __wrap_system_pread(int fd, void *bytes, size_t size, off_t offset);
+
+/* Or between its look at the map and its read. */
+ssize_t __wrap_system_pread(int fd, void *bytes, size_t size, off_t offset)
+{
+    if (pages_dir != NULL)
+        lose_the_processor();
+    return __real_system_pread(fd, bytes, size, offset);
 }
 
 static struct model *model;
@@ -65,7 +94,7 @@ static const char *path_of(int file)
 
 static uint64_t tag_of(int file, int block, uint32_t generation)
 {
-    return (uint64_t)generation << 40 | (uint64_t)(file + 1) << 32 | (uint64_t)block;
+    return (uint64_t)generation << 40 | (uint64_t)(file + 1) << 32 | (uint64_t)(generation & 1) << 31 | (uint64_t)block;
 }
 
 static void lock(int file, int block, int count, int type)
@@ -129,6 +158,8 @@ static void write_page(int file, int block)
     for (int index = 0; index < BLOCK / 8; index++)
         pages[0][index] = tag_of(file, block, generation);
     model->expected[file][block] = UNKNOWN;
+    if (pages_dir != NULL && generation % 2 == 0 && pwrite(ingested[file], pages, BLOCK, (off_t)block * BLOCK) != BLOCK)
+        wrong("short write of the page server's", file, block);
     if (preloaded_pwrite(files[file], pages, BLOCK, (off_t)block * BLOCK) != BLOCK)
         wrong("short write", file, block);
     model->expected[file][block] = generation;
@@ -175,6 +206,31 @@ static void reopen(int file)
     files[file] = preloaded_open(path_of(file), O_RDWR | O_CLOEXEC);
 }
 
+static void evict(void)
+{
+    static struct eviction eviction;
+    eviction.header = arena.header;
+    eviction.begins_epochs = 1;
+    eviction.arena_fd = open(getenv("EXCIMER_ARENA"), O_RDWR | O_CLOEXEC);
+    eviction.data_dir_fd = open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    for (;;) {
+        eviction.ingested_lsn = LSN_MAX;
+        eviction_sweep(&eviction, (uint64_t)(1 + random() % 60));
+        eviction_settle(&eviction, LSN_MAX, 1);
+        __atomic_fetch_add(&model->evicted, (uint32_t)eviction.evicted, __ATOMIC_RELAXED);
+        usleep((useconds_t)(random() % 5000));
+    }
+}
+
+static void open_ingested(void)
+{
+    char path[1024];
+    for (int file = 0; file < FILES; file++) {
+        snprintf(path, sizeof path, "%s/%s", pages_dir, path_of(file));
+        ingested[file] = open(path, O_RDWR | O_CLOEXEC);
+    }
+}
+
 static void work(unsigned seed)
 {
     srandom(seed);
@@ -198,12 +254,18 @@ static void work(unsigned seed)
     }
 }
 
-static pid_t start(unsigned seed)
+/* The first of them evicts, if anybody does. */
+static pid_t start(int index, unsigned seed)
 {
     pid_t pid = fork();
-    if (pid == 0)
-        work(seed);
-    return pid;
+    if (pid != 0)
+        return pid;
+    if (index == 0 && pages_dir != NULL) {
+        srandom(seed);
+        evict();
+    }
+    work(seed);
+    return 0;
 }
 
 /* Not while it changes a size: the model's size and the file's would part, which real relation locks prevent by a
@@ -220,8 +282,11 @@ static void kill_one(pid_t pid)
 
 int main(int count, char **arguments)
 {
-    if (count != 5)
+    if (count != 5 && count != 6)
         return 2;
+    pages_dir = count == 6 ? arguments[5] : NULL;
+    if (pages_dir != NULL)
+        open_ingested();
     int processes = atoi(arguments[1]), kills = 0;
     time_t end = time(NULL) + atoi(arguments[2]);
     useconds_t pause = (useconds_t)atoi(arguments[3]) * 1000;
@@ -233,16 +298,16 @@ int main(int count, char **arguments)
         model->size[file] = BLOCKS;
     srandom(seed);
     for (int index = 0; index < processes; index++)
-        workers[index] = start(seed + (unsigned)index);
+        workers[index] = start(index, seed + (unsigned)index);
     while (time(NULL) < end && model->wrong == 0) {
         int index = (int)(random() % processes);
         usleep(pause);
         kill_one(workers[index]);
-        workers[index] = start(seed + 100 + (unsigned)++kills);
+        workers[index] = start(index, seed + 100 + (unsigned)++kills);
     }
     for (int index = 0; index < processes; index++)
         kill_one(workers[index]);
-    printf("wrong %u reads %u writes %u truncations %u extensions %u kills %d\n", model->wrong, model->reads,
-           model->writes, model->truncations, model->extensions, kills);
+    printf("wrong %u reads %u writes %u truncations %u extensions %u kills %d evicted %u\n", model->wrong, model->reads,
+           model->writes, model->truncations, model->extensions, kills, model->evicted);
     return model->wrong != 0;
 }

@@ -16,6 +16,7 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
     uint32_t ARENA_IDENTITY_SIZE
     uint32_t ARENA_ADDRESS_SIZE
     uint32_t ARENA_TOKEN_SIZE
+    uint32_t ARENA_SEGMENT_BLOCKS
     int ARENA_ABSENT
     int ARENA_PRESENT
     int ARENA_LISTED
@@ -34,6 +35,7 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
         uint8_t fork
         uint64_t map_offset
         uint32_t state
+        uint32_t tail_end
 
     struct arena_settings:
         uint64_t lsn
@@ -72,6 +74,15 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
         uint64_t wal_wait_ns
         uint64_t room_waits
         uint64_t room_wait_ns
+        uint64_t reads
+        uint64_t read_misses
+        uint64_t evicted
+        uint64_t reads_again
+        uint64_t adopted
+
+    struct arena_cache:
+        uint64_t limit_bytes
+        uint64_t used_bytes
 
     struct arena_throttle:
         uint64_t allowed
@@ -102,13 +113,20 @@ cdef extern from "../../../csrc/libhydrate/arena.h" nogil:
         arena_statistics statistics
         arena_throttle throttle
         uint8_t directory_id[16]
+        arena_cache cache
+        uint32_t evicts
+        uint32_t file_capacity
+        uint64_t tails_offset
+        uint32_t tail_capacity
 
     const char *arena_fault(const arena_header *header, uint64_t size)
     uint32_t arena_hash(const char *path, size_t size)
     void arena_read_settings(const arena_header *header, arena_settings *settings)
     void arena_publish_settings(arena_header *header, const arena_settings *settings)
     void arena_publish_ready(arena_header *header)
-    void arena_renew(arena_header *header)
+    void arena_renew(arena_header *header, int evicts)
+    uint64_t arena_mapped_end(const arena_file *file)
+    uint8_t *arena_presence_byte(uint8_t *map, const arena_file *file, uint64_t block)
     void arena_publish_throttle(arena_header *header, uint64_t allowed, uint64_t wal_limit_lsn)
     void arena_publish_quorum(arena_header *header, uint64_t quorum_lsn)
     uint64_t arena_taken(const arena_header *header)
@@ -231,11 +249,18 @@ cdef uint8_t *map_of(arena_header *header) noexcept nogil:
     return <uint8_t *>header + header.map_offset
 
 
-def arena_size(uint64_t file_count, uint64_t block_count, uint64_t miss_capacity) -> int:
-    cdef uint64_t size = ARENA_FILES_OFFSET + file_count * sizeof(arena_file)
-    size += bucket_count_for(file_count) * sizeof(uint32_t)
+cdef uint64_t tails_offset_for(uint64_t block_count) noexcept nogil:
+    return (block_count + PAGE - 1) // PAGE * PAGE
+
+
+def arena_size(
+    uint64_t file_capacity, uint64_t block_count, uint64_t miss_capacity, uint64_t tail_capacity
+) -> int:
+    cdef uint64_t size = ARENA_FILES_OFFSET + file_capacity * sizeof(arena_file)
+    size += bucket_count_for(file_capacity) * sizeof(uint32_t)
     size = (size + 63) // 64 * 64 + miss_capacity * sizeof(arena_miss)
-    return (size + PAGE - 1) // PAGE * PAGE + block_count
+    size = (size + PAGE - 1) // PAGE * PAGE + tails_offset_for(block_count)
+    return size + tail_capacity * ARENA_SEGMENT_BLOCKS
 
 
 cdef bint insert(arena_header *header, uint32_t index, const char *path, size_t size) noexcept nogil:
@@ -254,7 +279,7 @@ cdef bint insert(arena_header *header, uint32_t index, const char *path, size_t 
 
 def build(
     unsigned char[::1] arena, list files, uint32_t miss_capacity, bytes data_dir, uint64_t wal_segment_size,
-    uint64_t wal_start_lsn, bytes directory_id
+    uint64_t wal_start_lsn, bytes directory_id, uint32_t file_capacity, uint32_t tail_capacity, bint evicts
 ) -> None:
     """Fills a zeroed buffer of `arena_size` bytes, all blocks absent, no limits. `files`: (path, blocks, …).
 
@@ -273,9 +298,13 @@ def build(
     header.version = ARENA_VERSION
     header.file_count = <uint32_t>len(files)
     header.listed = header.file_count
-    header.bucket_count = bucket_count_for(header.file_count)
+    if file_capacity < header.file_count:
+        raise ValueError("there must be room for the files")
+    header.file_capacity = file_capacity
+    header.bucket_count = bucket_count_for(file_capacity)
     header.miss_capacity = miss_capacity
-    header.buckets_offset = ARENA_FILES_OFFSET + header.file_count * sizeof(arena_file)
+    header.evicts = evicts
+    header.buckets_offset = ARENA_FILES_OFFSET + header.file_capacity * sizeof(arena_file)
     header.misses_offset = (header.buckets_offset + header.bucket_count * sizeof(uint32_t) + 63) // 64 * 64
     header.map_offset = (
         header.misses_offset + miss_capacity * sizeof(arena_miss) + PAGE - 1
@@ -304,7 +333,9 @@ def build(
         if not insert(header, index, file.path, <size_t>size):
             raise ValueError(f"{item[0]!r} is listed twice")
         index += 1
-    if header.map_offset + map_offset > header.total_size:
+    header.tails_offset = tails_offset_for(map_offset)
+    header.tail_capacity = tail_capacity
+    if header.map_offset + header.tails_offset + tail_capacity * ARENA_SEGMENT_BLOCKS > header.total_size:
         raise ValueError("the buffer is too short")
     header.magic = ARENA_MAGIC
 
@@ -369,10 +400,33 @@ def mark_present(unsigned char[::1] arena, uint32_t index, uint32_t block, uint3
 
 
 def presence(unsigned char[::1] arena, uint32_t index) -> bytes:
-    """One byte a block, 0 for absent."""
+    """One byte a block, 0 for absent, else 1; blocks past these are present."""
     cdef arena_header *header = header_of(arena)
     cdef arena_file *file = file_at(header, index)
-    return <bytes>(<char *>map_of(header) + file.map_offset)[:file.blocks]
+    cdef uint64_t end = arena_mapped_end(file), block
+    cdef bytearray found = bytearray(end)
+    cdef unsigned char[::1] target = found
+    for block in range(end):
+        target[block] = arena_presence_byte(map_of(header), file, block)[0] & ARENA_PRESENT
+    return bytes(found)
+
+
+def set_cache(unsigned char[::1] arena, uint64_t limit_bytes, uint64_t used_bytes) -> None:
+    """What readers see of the cache's bound and use."""
+    cdef arena_header *header = header_of(arena)
+    header.cache.limit_bytes = limit_bytes
+    header.cache.used_bytes = used_bytes
+
+
+def cache(unsigned char[::1] arena) -> tuple[int, int]:
+    """Bound and use in bytes, as `set_cache` had them last."""
+    cdef arena_header *header = header_of(arena)
+    return header.cache.limit_bytes, header.cache.used_bytes
+
+
+def evicts(unsigned char[::1] arena) -> bool:
+    """Whether blocks may be evicted while this PostgreSQL runs."""
+    return header_of(arena).evicts != 0
 
 
 def publish_ready(unsigned char[::1] arena) -> None:
@@ -445,9 +499,9 @@ def read_settings(unsigned char[::1] arena) -> tuple[int, int, int, int, int, by
     )
 
 
-def renew(unsigned char[::1] arena) -> None:
+def renew(unsigned char[::1] arena, bint evicts) -> None:
     """Keeps which files and blocks are here; the rest becomes as at the beginning. While none runs."""
-    arena_renew(header_of(arena))
+    arena_renew(header_of(arena), evicts)
 
 
 def data_dir(unsigned char[::1] arena) -> bytes:

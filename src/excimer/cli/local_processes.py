@@ -81,6 +81,7 @@ class HealthAnswer(msgspec.Struct, frozen=True):
     settings: str = ""
     restart_pending: str = ""
     suspend_delay_s: int | None = None
+    cache_size_mib: int | None = None
     last_active_at: int | None = None
     awake_for: str = ""
     start: str = ""
@@ -391,6 +392,7 @@ def probe_health(http_address: str, pid: int | None, limit_s: float = PROBE_TIME
             "settings": body.settings,
             "restart_pending": body.restart_pending,
             "suspend_delay_s": "" if body.suspend_delay_s is None else str(body.suspend_delay_s),
+            "cache_size_mib": "" if body.cache_size_mib is None else str(body.cache_size_mib),
             "last_active_at": "" if body.last_active_at is None else str(body.last_active_at),
             "awake_for": body.awake_for,
             "start": body.start,

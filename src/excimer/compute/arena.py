@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from excimer._native import arena_file
+from excimer._native.cache_eviction import Evictor
 from excimer.base.errors import CorruptionError, RefusedError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.keys import BLOCK_SIZE_BYTES
@@ -30,6 +31,10 @@ DEADLINE_S_DEFAULT = 60.0
 """How long a read waits for the page server: longer than its restart takes."""
 READ_AHEAD_BLOCKS_DEFAULT = 128
 MISSES_KEPT = 8192
+FILES_ADOPTED_MAX = 65536
+"""Files made by PostgreSQL of which blocks can be evicted; further ones stay whole."""
+TAILS_MAX = 4096
+"""Files of which blocks can be evicted that they did not have at the start."""
 WAL_SEGMENT_SIZE_DEFAULT = 16 << 20
 NO_DIRECTORY_ID = bytes(16)
 UNLIMITED = (1 << 64) - 1
@@ -90,6 +95,15 @@ class ArenaStatistics(NamedTuple):
     room_waits: int
     """Writes that found a full disk, and may not fail."""
     room_wait_ns: int
+    reads: int
+    """Blocks that PostgreSQL read from files which the arena knows."""
+    read_misses: int
+    """Of those, blocks that were not here."""
+    evicted: int
+    reads_again: int
+    """Reads that an eviction overtook."""
+    adopted: int
+    """Files that PostgreSQL made and that blocks may be evicted of."""
 
 
 class Miss(NamedTuple):
@@ -165,9 +179,26 @@ class Arena:
         """Of the data directory that it belongs to."""
         return arena_file.directory_id(self._memory)
 
-    def renew(self) -> None:
+    def renew(self, *, evicts: bool = False) -> None:
         """For a new PostgreSQL on a directory that was kept: what is here stays, statistics begin anew."""
-        arena_file.renew(self._memory)
+        arena_file.renew(self._memory, evicts)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether blocks may be evicted while this PostgreSQL runs."""
+        return arena_file.evicts(self._memory)
+
+    def make_evictor(self, path: Path, *, clean_only: bool) -> Evictor:
+        """Of this arena, whose file is `path`; to be closed first. Raises ValueError unless it `evicts`."""
+        return Evictor(self._memory, str(path), str(self.data_dir), clean_only)
+
+    def set_cache(self, limit_bytes: int, used_bytes: int) -> None:
+        """For whoever looks: the bound of the cache, and what it takes."""
+        arena_file.set_cache(self._memory, limit_bytes, used_bytes)
+
+    def cache(self) -> tuple[int, int]:
+        """Bound and use in bytes, as they were set last."""
+        return arena_file.cache(self._memory)
 
     def set_ready(self) -> None:
         """PostgreSQL has started: from now on listings of directories are complete."""
@@ -320,8 +351,11 @@ def build_arena(
     wal_segment_size: int = WAL_SEGMENT_SIZE_DEFAULT,
     wal_start_lsn: Lsn = INVALID_LSN,
     directory_id: bytes = NO_DIRECTORY_ID,
+    evicts: bool = False,
 ) -> Arena:
     """Makes the arena of a new data directory, with every block absent, and the files that must be there.
+
+    With `evicts` there is room for what PostgreSQL makes, too, and blocks may be evicted while it runs.
 
     What pg_wal has below `wal_start_lsn` is no WAL of the branch, and is sent to nobody.
     `data_dir` must exist and be absolute; directories of listed files are made in it. All that is made
@@ -330,7 +364,9 @@ def build_arena(
     """
     listed = list(files)
     blocks = sum(file[1] for file in listed)
-    size = arena_file.arena_size(len(listed), blocks, MISSES_KEPT)
+    file_capacity = len(listed) + (FILES_ADOPTED_MAX if evicts else 0)
+    tails = TAILS_MAX if evicts else 0
+    size = arena_file.arena_size(file_capacity, blocks, MISSES_KEPT, tails)
     path.unlink(missing_ok=True)  # never truncated: an older PostgreSQL may still have it mapped
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
     try:
@@ -341,7 +377,16 @@ def build_arena(
         os.close(descriptor)
     try:
         arena_file.build(
-            memory, listed, MISSES_KEPT, os.fsencode(data_dir), wal_segment_size, wal_start_lsn, directory_id
+            memory,
+            listed,
+            MISSES_KEPT,
+            os.fsencode(data_dir),
+            wal_segment_size,
+            wal_start_lsn,
+            directory_id,
+            file_capacity,
+            tails,
+            evicts,
         )
     except ValueError as error:
         raise BadArenaFileError(str(error)) from error

@@ -25,6 +25,7 @@ from excimer.compute.admission import Admission, Door
 from excimer.compute.arena import Arena, preload_environment
 from excimer.compute.backpressure import Backpressure
 from excimer.compute.basebackup_client import fetch_basebackup
+from excimer.compute.cache_keeper import CacheKeeper
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
 from excimer.compute.data_directory import write_private
 from excimer.compute.directory_preparation import prepare_kept, prepare_new
@@ -51,6 +52,7 @@ from excimer.compute.start_session import leave_start_lsn
 from excimer.compute.state_keeper import FetchedState, StateKeeper
 from excimer.compute.stop_progress import AroundStop, StopBeat
 from excimer.compute.superuser_names import find_superuser
+from excimer.compute.wal_horizon import ask_horizon
 from excimer.compute.warm_start import Cold, QuorumEnd, Warm, told
 from excimer.io.processes import describe_exit
 from excimer.pgformat.basebackup import Basebackup
@@ -228,20 +230,16 @@ class Attempt:
         if spec.certificate is not None and pair is not None:
             following = follow_files(spec.certificate, pair, spec.places.run_dir, process.reload)
             scope.start("certificate", following)
-        access = LocalAccess(
-            socket_dir=socket_dir,
-            port=spec.port,
-            superuser=superuser,
-            pg_version=spec.build.version,
-            has_tls=spec.certificate is not None,
-        )
-        write_local_access(spec.places.local_access, access)
+        self._tell_access(address)
         self._begin("")
         self._on_started()
         self._watch_use(scope, process, address)
         if self.replica is not None:
             scope.start("replica", self._end_outdated(self.replica, process))
+        keeping = self._keep_cache(scope, self.arena, address)
         status = await process.wait_exit()
+        if keeping is not None:
+            keeping.cancel()
         if status == 0 and self.proposer is not None and self.backpressure is not None:
             await self._ended_cleanly(self.proposer, self.backpressure, self.arena)
         elif status != 0 and self._stopping:
@@ -292,6 +290,17 @@ class Attempt:
             await leave_start_lsn(address)
         await self._open_gate(address)
 
+    def _tell_access(self, address: PostgresAddress) -> None:
+        """To commands on this machine."""
+        access = LocalAccess(
+            socket_dir=address.socket_dir,
+            port=address.port,
+            superuser=address.user,
+            pg_version=address.pg_version,
+            has_tls=self._spec.certificate is not None,
+        )
+        write_local_access(self._spec.places.local_access, access)
+
     async def _ended_cleanly(self, proposer: Proposer, backpressure: Backpressure, arena: Arena) -> None:
         """What a quorum has now decides whether the directory stays, and is the state that is saved."""
         end = CleanEnd(proposer.commit_lsn, proposer.last_writer, backpressure.ingested_lsn, False)
@@ -312,6 +321,23 @@ class Attempt:
     def _held_wal(self, proposer: Proposer) -> list[HeldWal]:
         spec = self._spec
         return held_wal(spec.places.data_dir, spec.build.version, proposer.received_lsn)
+
+    def _keep_cache(
+        self, scope: TaskScope, arena: Arena, address: PostgresAddress
+    ) -> asyncio.Task[None] | None:
+        """Within its bound; None if this postgres began without one."""
+        if not arena.evicts:
+            return None
+        backpressure = self.backpressure
+        keeper = CacheKeeper(
+            self._spec.cache,
+            arena,
+            self._spec.places.arena,
+            ingested_lsn=None if backpressure is None else lambda: backpressure.ingested_lsn,
+            ask=None if backpressure is None else partial(ask_horizon, address),
+            clock=SystemClock(),
+        )
+        return scope.supervise("cache", keeper.run)
 
     async def _lay_directory(
         self, scope: TaskScope, end_lsn: Lsn, pair: CertificatePair | None, clock: "_StepClock"

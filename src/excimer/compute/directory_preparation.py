@@ -120,6 +120,7 @@ def prepare_new(
         wal_segment_size=control.wal_segment_size,
         wal_start_lsn=lsn if resumption is None else resumption.wal_lsn,
         directory_id=directory_id,
+        evicts=spec.cache.is_bounded and replica is None,
     )
     arena.place_pages(plan.inline_runs)
     return Prepared(arena, options, history.superusers)
@@ -171,7 +172,7 @@ def prepare_kept(
     else:
         install_pair(pair, spec.places.run_dir)
     arena = Arena.open(spec.places.arena)
-    arena.renew()
+    arena.renew(evicts=spec.cache.is_bounded)
     arena.change(_page_source(spec, token, not_modified_since=arena.settings.not_modified_since))
     return Prepared(arena, options, history.superusers)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from excimer.compute.arena import Arena
 from excimer.compute.idle_watch import IdleWatch
 from excimer.compute.shell import Manager
 from excimer.service.plain_metrics import PlainMetric, render_plain
@@ -14,6 +15,12 @@ _COUNTERS = {
     "errors": "Reads that failed because their blocks could not be fetched",
     "cancelled": "Of those, reads given up because the query was cancelled",
     "files_made": "Files made when PostgreSQL first opened them",
+}
+_CACHE_COUNTERS = {
+    "reads": "Blocks that postgres read from relations' files",
+    "read_misses": "Of those, blocks that had to be fetched from the pageserver",
+    "evicted": "Blocks evicted to keep the cache within its bound",
+    "reads_again": "Reads that were repeated because of an eviction",
 }
 _WAITS = {
     "bulk": "Time that processes which make much WAL waited for the pageserver to ingest",
@@ -67,6 +74,7 @@ def _metrics(manager: Manager) -> Iterator[PlainMetric]:
         for name, description in _COUNTERS.items():
             full_name = f"excimer_hydration_{name}_total"
             yield PlainMetric(full_name, "counter", description, float(statistics[name]))
+        yield from _cache_metrics(attempt.arena)
         yield PlainMetric(
             "excimer_hydration_wait_seconds_total",
             "counter",
@@ -82,6 +90,26 @@ def _metrics(manager: Manager) -> Iterator[PlainMetric]:
             "Processes of postgres that wait now for space on the disk",
             float(attempt.arena.waiting_for_room()),
         )
+
+
+def _cache_metrics(arena: Arena) -> Iterator[PlainMetric]:
+    statistics = arena.statistics()._asdict()
+    for name, description in _CACHE_COUNTERS.items():
+        full_name = f"excimer_cache_{name}_total"
+        yield PlainMetric(full_name, "counter", description, float(statistics[name]))
+    bound, used = arena.cache()
+    yield PlainMetric(
+        "excimer_cache_size_bytes",
+        "gauge",
+        "Bound of what relations' files take on the local disk; 0: none is kept to",
+        float(bound),
+    )
+    yield PlainMetric(
+        "excimer_cache_used_bytes",
+        "gauge",
+        "What relations' files took on the local disk when the bounded cache was last looked at",
+        float(used),
+    )
 
 
 def _idle_metrics(idle: IdleWatch) -> Iterator[PlainMetric]:

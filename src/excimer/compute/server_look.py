@@ -27,6 +27,9 @@ LOOK_LIMIT_S: Final = 5.0
 _OLD_EVENT_TRIGGERS: Final = 16
 """Up to here there are no triggers at login, and no setting that switches event triggers off."""
 
+HORIZON_NAME: Final = f"{OWN_NAMES}cache"
+"""Of the moments in which the bounded cache asks (`wal_horizon`): nobody's use."""
+
 _PROCESS: Final = b"process"
 _QUESTION: Final = f"""
 SELECT 'process', pid, backend_type,
@@ -34,7 +37,9 @@ SELECT 'process', pid, backend_type,
        backend_type = 'walsender' AND (
            EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = '{PROPOSER_SLOT}' AND active_pid = pid)
            OR application_name = '{PROPOSER_NAME}' AND usesysid = 10 AND client_addr IS NULL)
-FROM pg_stat_activity WHERE pid <> pg_backend_pid()
+FROM pg_stat_activity
+WHERE pid <> pg_backend_pid()
+AND NOT (application_name = '{HORIZON_NAME}' AND usesysid = 10 AND client_addr IS NULL)
 UNION ALL
 SELECT 'subscription', oid::int8, subname, NULL, NULL FROM pg_subscription
 WHERE subenabled AND NOT pg_is_in_recovery()
@@ -55,14 +60,15 @@ async def look_at_server(address: PostgresAddress) -> ServerLook:
 
 
 async def _ask(address: PostgresAddress) -> list[list[bytes | None]]:
-    client = await _connect(address)
+    client = await connect_briefly(address, f"{OWN_NAMES}idle")
     try:
         return await client.query(_QUESTION)
     finally:
         client.close()
 
 
-async def _connect(address: PostgresAddress) -> ReplicationClient:
+async def connect_briefly(address: PostgresAddress, application_name: str) -> ReplicationClient:
+    """A session for one question, to be closed at once. Raises PostgresError, `ReplicationLostError`."""
     session = {"search_path": "pg_catalog", "log_statement": "none", "pg_stat_statements.track": "none"}
     session |= {"log_min_duration_statement": "-1", "max_parallel_workers_per_gather": "0", "jit": "off"}
     if address.pg_version > _OLD_EVENT_TRIGGERS:
@@ -72,7 +78,7 @@ async def _connect(address: PostgresAddress) -> ReplicationClient:
             return await connect_replication(
                 Address(address.socket_dir, address.port),
                 user=address.user,
-                application_name=f"{OWN_NAMES}idle",
+                application_name=application_name,
                 parameters={
                     **unlimited_session(address.pg_version),
                     **session,

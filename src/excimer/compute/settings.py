@@ -61,6 +61,8 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Under this id subscriptions that the branch inherited are disabled, once; empty: they go on."""
     extension_workers: bool = True
     """Whether background workers that extensions register are started."""
+    cache_size_mib: int = 0
+    """What relations' files may take on the disk, at the start of the manager; 0: no bound."""
     suspend_delay_s: int = 0
     """How long nobody must have used it before it is suspended, at the start of the manager; 0: never."""
     generation: int = 0

@@ -12,6 +12,7 @@ from excimer.base.address import parse_address
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import parse_lsn
 from excimer.compute.attempt import Attempt
+from excimer.compute.cache_bound import CacheBound, CacheSizeDoor
 from excimer.compute.core import (
     EXIT_CLEAN,
     EXIT_SUSPENDED,
@@ -86,6 +87,7 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         branch_start_lsn=parse_lsn(settings.branch_start_lsn),
         outside_work=OutsideWork(settings.quieting_id or None, settings.extension_workers),
         places=find_places(settings.endpoint_dir),
+        cache=CacheBound(settings.cache_size_mib << 20),
         lag_bytes_max=settings.pageserver_lag_max_mib << 20,
     )
 
@@ -154,6 +156,9 @@ class Manager:
             SystemClock(),
             suspend=lambda reason: self._events.put_nowait(SuspendRequested(reason)),
         )
+        self._cache_door = CacheSizeDoor(
+            settings.controller_address, settings.endpoint_name, lambda: self._renewal.current.renewal
+        )
         self._endpoint = Endpoint()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._attempt: Attempt | None = None
@@ -171,6 +176,11 @@ class Manager:
         """The attempt under way, for metrics."""
         return self._attempt
 
+    def _cache_size_bytes(self) -> int:
+        """What is kept to now: one that began without a bound has none until its next start."""
+        arena = None if self._attempt is None else self._attempt.arena
+        return self._spec.cache.size_bytes if arena is None or arena.evicts else 0
+
     def _waiting_for_room(self) -> str | None:
         """Postgres is another user, who may be refused room that we would get."""
         arena = None if self._attempt is None else self._attempt.arena
@@ -184,6 +194,7 @@ class Manager:
     def _report_awaited(self) -> None:
         """What a start waits for makes it unwell; that commits wait while postgres runs is a warning."""
         self._health.facts.update(self.idle.facts())
+        self._health.facts["cache_size_mib"] = self._cache_size_bytes() >> 20
         attempt = self._attempt
         if attempt is not None and attempt.replica is not None:
             self._health.facts.update(attempt.replica.facts())
@@ -217,6 +228,7 @@ class Manager:
     def _take_over_changes(self, scope: TaskScope) -> None:
         scope.start("settings", self._keeper.refresh())
         scope.start("suspend delay", self.idle.refresh())
+        scope.start("cache size", self._spec.cache.refresh(self._cache_door))
 
     async def _drive(self, scope: TaskScope, effects: list[Effect]) -> Exit:
         while True:

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn
+from excimer.compute.cache_bound import CacheBound
 from excimer.compute.outside_work import OutsideWork
 from excimer.compute.places import ComputePlaces
 from excimer.compute.server_certificate import CertificateFiles
@@ -40,6 +41,7 @@ class ComputeSpec(NamedTuple):
     """The endpoint module, compiled for `build`."""
     outside_work: OutsideWork
     places: ComputePlaces
+    cache: CacheBound
     lag_bytes_max: int
     """How far the pageserver may be behind before writers wait; 0: as far as it likes."""
 

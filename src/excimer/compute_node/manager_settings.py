@@ -46,6 +46,7 @@ def manager_settings(order: StartOrder, node: ComputeNodeSettings) -> ComputeSet
         quieting_id=order.quieting_id,
         extension_workers=order.extension_workers,
         suspend_delay_s=order.suspend_delay_s,
+        cache_size_mib=order.cache_size_mib,
         generation=order.generation,
         **msgspec.structs.asdict(node.endpoint_defaults),
     )

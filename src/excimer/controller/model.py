@@ -35,6 +35,7 @@ it, and whoever wants it again starts it. `stopped`: somebody has stopped it, or
 
 SUSPEND_DELAY_S: Final = 300
 NEVER: Final = 0
+UNBOUNDED: Final = 0
 
 MAIN_BRANCH: Final = "main"
 LOOPBACK: Final = "127.0.0.1"
@@ -137,6 +138,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Grows with each decision that it be awake."""
     node_id: NodeId | None = None
     """The compute node on which it is, or was last, awake."""
+    cache_size_mib: int = UNBOUNDED
+    """What its relations' files may take on its local disk before cold blocks are evicted."""
 
 
 class RolePassword(msgspec.Struct, frozen=True, kw_only=True):

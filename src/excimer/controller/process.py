@@ -11,6 +11,7 @@ from excimer.base.errors import RefusedError
 from excimer.controller.access import Access
 from excimer.controller.endpoints.access_api import make_access_router
 from excimer.controller.endpoints.api import make_router
+from excimer.controller.endpoints.cache_size_api import make_cache_size_router
 from excimer.controller.endpoints.compute_node_api import make_registration_router
 from excimer.controller.endpoints.settings_api import make_settings_router, owner_or_user
 from excimer.controller.endpoints.suspension_api import make_suspension_router
@@ -90,6 +91,7 @@ def make_app(
     )
     app.include_router(make_settings_router(controller, verifier, clock))
     app.include_router(make_suspension_router(suspension, owner_or_user(verifier, clock)))
+    app.include_router(make_cache_size_router(controller, owner_or_user(verifier, clock)))
     app.include_router(make_access_router(access, bearer_auth(verifier, clock)))
     app.include_router(make_registration_router(controller, bearer_auth(verifier, clock)))
     return app

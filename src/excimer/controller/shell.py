@@ -24,6 +24,7 @@ from excimer.base.lsn import Lsn
 from excimer.controller import core
 from excimer.controller.access import Access
 from excimer.controller.branch_points import BranchPoints, require_quorum
+from excimer.controller.cache_size import CacheSizes, check_cache_size
 from excimer.controller.compute_nodes import ComputeNodes
 from excimer.controller.endpoint_lifecycle import EndpointLifecycle
 from excimer.controller.endpoint_settings import BuildCheck, EndpointSettings, SettingsCheck
@@ -32,6 +33,7 @@ from excimer.controller.imports import Imports
 from excimer.controller.model import (
     HIDDEN_STATES,
     MAIN_BRANCH,
+    UNBOUNDED,
     ComputeSpec,
     Endpoint,
     EndpointMode,
@@ -94,6 +96,7 @@ class Controller:
         self.suspension = Suspension(store, self.find_endpoint)
         self.compute_nodes = ComputeNodes(store, tokens, clock)
         self.lifecycle = EndpointLifecycle(store, self.compute_nodes, self.suspension, self.read_spec)
+        self.cache_sizes = CacheSizes(store, self.find_endpoint)
         self.imports = Imports(
             store=store,
             clock=clock,
@@ -339,9 +342,11 @@ class Controller:
         postgres_settings: dict[str, str],
         listen: core.Listen = core.LOOPBACK_ONLY,
         suspend_delay_s: int | None = None,
+        cache_size_mib: int = UNBOUNDED,
     ) -> Endpoint:
         """`at`: the LSN or the time (RFC 3339) that a static endpoint shows; None for a primary."""
         delay_s = plan_delay(mode, suspend_delay_s)
+        check_cache_size(cache_size_mib)
         tenant = await self.find_tenant(tenant_reference)
         timeline = await self.find_branch(tenant.tenant_id, branch)
         core.check_in_service(timeline)
@@ -364,7 +369,9 @@ class Controller:
                 has_default_certificate=has_tls(),
                 now=self._clock.now(),
             )
-            endpoint = msgspec.structs.replace(endpoint, suspend_delay_s=delay_s)
+            endpoint = msgspec.structs.replace(
+                endpoint, suspend_delay_s=delay_s, cache_size_mib=cache_size_mib
+            )
             await self._db(self._store.add_endpoint, endpoint)
         log.info("endpoint created", endpoint=name, timeline_id=timeline.timeline_id)
         return endpoint

@@ -104,6 +104,7 @@ MIGRATIONS: Final = (
     ALTER TABLE endpoint ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE endpoint ADD COLUMN node_id INTEGER
     """,
+    "ALTER TABLE endpoint ADD COLUMN cache_size_mib INTEGER NOT NULL DEFAULT 0",
 )
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -359,6 +360,10 @@ class SqliteStore:
                 f"UPDATE endpoint SET {', '.join(f'{column} = ?' for column in columns)} WHERE name = ?",
                 (*values, endpoint.name),
             )
+
+    def put_cache_size(self, name: str, size_mib: int) -> None:
+        with self._transaction() as connection:
+            connection.execute("UPDATE endpoint SET cache_size_mib = ? WHERE name = ?", (size_mib, name))
 
     def list_role_passwords(self, tenant_id: TenantId) -> list[RolePassword]:
         return self._select(RolePassword, "WHERE tenant_id = ?", (tenant_id,))

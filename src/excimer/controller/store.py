@@ -75,6 +75,9 @@ class MetadataStore(Protocol):
     def put_mode(self, endpoint: Endpoint) -> None:
         """Replaces the mode of an endpoint, and nothing else."""
 
+    def put_cache_size(self, name: str, size_mib: int) -> None:
+        """Nothing happens if there is no such endpoint."""
+
     def put_suspension(self, endpoint: Endpoint) -> None:
         """Replaces when an endpoint is suspended, its state, where and in which generation, and what is
         counted of it; nothing else.

@@ -43,6 +43,7 @@ class StartOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     tls_key_path: str | None
     postgres_settings: dict[str, str]
     suspend_delay_s: int
+    cache_size_mib: int = 0
     pageserver_address: str
     pageserver_http_address: str
     lease_holder: str

@@ -247,7 +247,7 @@ def test_an_offset_or_count_that_leads_out_of_the_arena_is_refused(
         (FILES_OFFSET + 72, struct.pack("<Q", 1 << 40), "files is damaged"),  # where they are in the map
         (FILES_OFFSET + 72, struct.pack("<Q", (1 << 64) - 1), "files is damaged"),
         (FILES_OFFSET, b"x" * 48, "files is damaged"),  # a path without an end
-        (FILES_OFFSET + 2 * 128, struct.pack("<I", 3), "table of paths is damaged"),
+        (FILES_OFFSET + 2 * 160, struct.pack("<I", 3), "table of paths is damaged"),
     ],
 )
 def test_a_file_or_path_that_leads_out_of_the_arena_is_refused(
@@ -262,7 +262,7 @@ def test_a_table_without_an_empty_bucket_is_refused(tmp_path: Path) -> None:
     build(tmp_path, ArenaFile("base/5/1", 100)).close()
     content = bytearray((tmp_path / "arena").read_bytes())
     (buckets,) = struct.unpack_from("<I", content, 16)
-    content[FILES_OFFSET + 128 : FILES_OFFSET + 128 + 4 * buckets] = struct.pack("<I", 1) * buckets
+    content[FILES_OFFSET + 160 : FILES_OFFSET + 160 + 4 * buckets] = struct.pack("<I", 1) * buckets
     (tmp_path / "arena").write_bytes(content)
     with pytest.raises(BadArenaError, match="full"):
         Arena.open(tmp_path / "arena")

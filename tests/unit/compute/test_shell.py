@@ -12,6 +12,7 @@ from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import Lsn
 from excimer.compute import attempt
 from excimer.compute.attempt import Attempt
+from excimer.compute.cache_bound import CacheBound
 from excimer.compute.core import EXIT_REFUSED, AttemptEnd, Exit, StartFailed
 from excimer.compute.endpoint_directory import EndpointDirectory
 from excimer.compute.outside_work import OutsideWork
@@ -69,6 +70,7 @@ def make_manager(directory: Path) -> Manager:
         branch_start_lsn=Lsn(0),
         outside_work=OutsideWork(None, True),
         places=places,
+        cache=CacheBound(0),
         lag_bytes_max=0,
     )
     return Manager(spec, settings, TOKENS, Health("compute"))

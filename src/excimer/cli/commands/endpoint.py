@@ -22,6 +22,7 @@ from excimer.cli.branch_options import (
     branch_point,
 )
 from excimer.cli.commands import endpoint_access
+from excimer.cli.commands.endpoint_cache import CacheSizeOption, cache, parse_size, shown_size
 from excimer.cli.commands.endpoint_config import config, parse_assignments
 from excimer.cli.commands.endpoint_replica import (
     ReplicaOption,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 app.command()(config)
+app.command()(cache)
 
 PORT_ATTEMPTS: Final = 5
 STOP_ANSWER_LIMIT_S: Final = 3600.0
@@ -121,6 +123,7 @@ def create(
     tls_cert: endpoint_access.CertificateOption = None,
     tls_key: endpoint_access.KeyOption = None,
     suspend_after: SuspendAfterOption = None,
+    cache_size: CacheSizeOption = None,
 ) -> None:
     """Make an endpoint on a branch. It does not run yet."""
     session = session_of(context)
@@ -142,6 +145,7 @@ def create(
         "pg_version": pg_version,
         "postgres_settings": parse_assignments(settings or [], "--set"),
         "suspend_delay_s": None if suspend_after is None else parse_delay(suspend_after),
+        "cache_size_mib": 0 if cache_size is None else parse_size(cache_size),
     }
     pg_port = access.pop("postgres_port", pg_port)
     client = ControllerClient(installation := load_installation(session.directory))
@@ -401,7 +405,9 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
         console.print("no endpoints yet: excimer endpoint create NAME")
         return
     now = time.time()
-    table = plain_table("endpoint", "tenant", "branch", "state", "used", "suspends", "mode", "pg", "url")
+    table = plain_table(
+        "endpoint", "tenant", "branch", "state", "used", "suspends", "cache", "mode", "pg", "url"
+    )
     for row in rows:
         color = {"running": "green", "stopped": "dim", "suspended": "dim", "ended": "red"}.get(
             row["state"], "yellow"
@@ -413,6 +419,7 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
             f"[{color}]{row['state']}[/{color}]",
             shown_use(row["last_active_at"], now),
             shown_delay(row["suspend_delay_s"]),
+            shown_size(row["cache_size_mib"]),
             shown_mode(row),
             str(row["pg_version"]),
             row["url"],
@@ -473,6 +480,7 @@ def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
         ("made", value["created_at"][:19].replace("T", " ") + " UTC"),
         ("last used", shown_use(value["last_active_at"], time.time())),
         ("suspends", _suspends(value)),
+        ("cache size", shown_size(value["cache_size_mib"])),
         ("log", value["postgres_log"]),
         *(
             (

@@ -177,6 +177,7 @@ def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:
             postgres_settings=body.postgres_settings,
             listen=core.Listen(body.listen_host, body.tls_certificate_path, body.tls_key_path),
             suspend_delay_s=body.suspend_delay_s,
+            cache_size_mib=body.cache_size_mib,
         )
         return EndpointAnswer.of(*await controller.find_endpoint(endpoint.name))
 

@@ -79,6 +79,7 @@ class CreateEndpointBody(Body):
     suspend_delay_s: int | None = Field(
         None, description="Suspended when nobody used it for so long; 0: never. Default: 300, static ones 0."
     )
+    cache_size_mib: int = Field(0, description="What its cache may take on the local disk; 0: no bound.")
 
 
 class ImportAnswer(BaseModel):
@@ -167,6 +168,7 @@ class EndpointAnswer(BaseModel):
     suspend_reason: str
     generation: int
     node_id: int | None
+    cache_size_mib: int
 
     @classmethod
     def of(cls, endpoint: Endpoint, branch: str) -> "EndpointAnswer":
@@ -192,6 +194,7 @@ class EndpointAnswer(BaseModel):
             suspend_reason=endpoint.suspend_reason,
             generation=endpoint.generation,
             node_id=endpoint.node_id,
+            cache_size_mib=endpoint.cache_size_mib,
         )
 
 
