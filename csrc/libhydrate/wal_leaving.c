@@ -30,6 +30,7 @@
 extern bool am_walsender __attribute__((weak));
 extern bool am_db_walsender __attribute__((weak)); /* one that may decode, too: that reads single pages */
 extern void *MyReplicationSlot __attribute__((weak)); /* of the process that decodes, or sends WAL for a slot */
+extern uint64_t GetFlushRecPtr(void *timeline) __attribute__((weak)); /* 14 has no argument, and ignores it */
 extern volatile sig_atomic_t QueryCancelPending __attribute__((weak));
 extern volatile sig_atomic_t ProcDiePending __attribute__((weak));
 
@@ -90,6 +91,13 @@ static bool reads_for_logical_slot(void)
            (&am_walsender == NULL || !am_walsender || (&am_db_walsender != NULL && am_db_walsender));
 }
 
+/* What of WAL up to `end_lsn` is decoded now. Up to 16 whole pages are read, and written, whatever of them is WAL. */
+static uint64_t flushed_up_to(uint64_t end_lsn)
+{
+    uint64_t flushed_lsn = GetFlushRecPtr == NULL ? UINT64_MAX : GetFlushRecPtr(NULL);
+    return end_lsn < flushed_lsn ? end_lsn : flushed_lsn;
+}
+
 int check_wal_read(int fd, off_t offset, size_t size)
 {
     if (fd != reader_fd || fd == NOT_OPEN || arena.header == NULL)
@@ -103,8 +111,9 @@ int check_wal_read(int fd, off_t offset, size_t size)
     }
     if (!reads_for_logical_slot())
         return 0;
-    uint64_t written_lsn = __atomic_load_n(&arena.header->throttle.written_lsn, __ATOMIC_RELAXED);
-    return wait_for_quorum(lsn + size < written_lsn ? lsn + size : written_lsn, "logical decoding");
+    if (__atomic_load_n(&arena.header->throttle.quorum_lsn, __ATOMIC_ACQUIRE) >= lsn + size)
+        return 0;
+    return wait_for_quorum(flushed_up_to(lsn + size), "logical decoding");
 }
 
 static bool is_backup_history(const char *path)

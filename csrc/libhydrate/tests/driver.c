@@ -25,6 +25,12 @@ volatile sig_atomic_t QueryCancelPending, ProcDiePending, InterruptPending;
 volatile uint32_t CritSectionCount, InterruptHoldoffCount;
 _Bool am_walsender, am_db_walsender;
 void *MyReplicationSlot;
+static uint64_t flush_lsn = UINT64_MAX;
+uint64_t GetFlushRecPtr(void *timeline);
+uint64_t GetFlushRecPtr(void *timeline)
+{
+    return timeline == NULL ? flush_lsn : 0;
+}
 struct {
     int64_t records, images;
     uint64_t bytes;
@@ -240,6 +246,9 @@ static void on_path(const char *name, const char *first, const char *second)
     else if (strcmp(name, "walsender") == 0) {
         am_walsender = atoi(first) != 0;
         am_db_walsender = atoi(second) != 0;
+        answer(0);
+    } else if (strcmp(name, "flushed") == 0) {
+        flush_lsn = strtoull(first, NULL, 10);
         answer(0);
     } else if (strcmp(name, "slot") == 0) {
         MyReplicationSlot = atoi(first) != 0 ? &MyReplicationSlot : NULL;
