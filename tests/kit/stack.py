@@ -171,8 +171,10 @@ class Stack:
         """
         with contextlib.suppress(OSError):  # there is no supervisor
             ask(self.directory / "run", ForgetPart(part=part), COMMAND_TIMEOUT_S)
+        pid = self.pid(part)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid(part), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+        self.wait_until(lambda: has_ended(pid), f"the end of {part}")
 
     def evict(self, name: str) -> None:
         """What another machine would have of a stopped endpoint."""
@@ -225,6 +227,15 @@ class Stack:
     def log_tails(self) -> str:
         logs = sorted((self.directory / "logs").glob("*.log"))
         return "\n".join(f"--- {log.name}\n" + "\n".join(log.read_text().splitlines()[-8:]) for log in logs)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether all of a process is over, so that its ports are free; its remains may not be collected yet."""
+    try:
+        is_over = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+        return is_over and len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1
+    except OSError:
+        return True
 
 
 @contextlib.contextmanager

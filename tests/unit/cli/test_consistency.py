@@ -35,6 +35,7 @@ METAVARS = {
     "--listen": "ADDR[:PORT]",
     "--suspend-after": "DELAY",
     "--after": "DELAY",
+    "--cache-size": "SIZE",
     "--broker-url": "URL",
     "--object-store": "URL",
     "--object-store-option": "KEY=VALUE",
@@ -51,7 +52,7 @@ SHORT |= {"--lines": "-n", "--seconds": "-s", "--out": "-o"}
 
 UPPERCASE_ARGUMENTS = {"TENANT", "BRANCH", "ENDPOINT", "ROLE", "PART", "VERSION", "LSN", "TIME", "OUT"}
 UPPERCASE_ARGUMENTS |= {"DIR|URL", "[ADDR[:PORT]]", "[FORK] BLOCK", "[VERSION] PROGRAM", "RELATION"}
-UPPERCASE_ARGUMENTS |= {"[list | set NAME=VALUE... | unset NAME...]", "ARGUMENTS", "PG_CONFIG"}
+UPPERCASE_ARGUMENTS |= {"[list | set NAME=VALUE... | unset NAME...]", "ARGUMENTS", "PG_CONFIG", "SIZE"}
 
 
 def commands(of: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -127,14 +128,18 @@ def test_a_command_without_a_name_means_the_only_endpoint() -> None:
         choose_endpoint(FakeController(), None)
 
 
-def test_every_command_on_an_endpoint_may_do_without_its_name_but_those_that_make_or_delete() -> None:
+def test_every_command_on_an_endpoint_may_do_without_its_name_but_some_that_change_what_is_there() -> None:
     named = {
         path: each.required
         for path, command in ALL.items()
         for each in command.params
         if each.metavar == "ENDPOINT"
     }
-    assert {path for path, required in named.items() if required} == {"endpoint create", "endpoint delete"}
+    assert {path for path, required in named.items() if required} == {
+        "endpoint create",
+        "endpoint delete",
+        "endpoint promote",
+    }
     assert {"psql", "role list", "endpoint url", "endpoint start", "endpoint config"} <= set(named)
 
 

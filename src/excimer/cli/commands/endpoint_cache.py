@@ -63,7 +63,7 @@ def cache(
     context: typer.Context,
     name: OptionalEndpointArgument = None,
     size: Annotated[
-        str | None, typer.Argument(metavar="[SIZE]", help=f"{SIZE_HELP}.", show_default=False)
+        str | None, typer.Argument(metavar="SIZE", help=f"{SIZE_HELP}.", show_default=False)
     ] = None,
 ) -> None:
     """Show or change how much of the local disk an endpoint's tables and indexes may take.
