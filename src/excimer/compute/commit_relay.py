@@ -87,15 +87,12 @@ class CommitRelay:
         self._loop = asyncio.get_running_loop()
         self._stream: SteadyStream | None = None
         self._path: CommitPath | None = None
-        self.wait_count = 0
-        """Waits in which the native way was open."""
 
     def wait(self, epoll_fd: int, timeout_ms: int) -> list[tuple[int, int]] | None:
         stream = self._owner.steady_stream()
         if stream is None or not self._open(stream):
             return None
         assert self._path is not None
-        self.wait_count += 1
         events = self._path.wait(epoll_fd, timeout_ms)
         self._hand_back(stream, self._path)
         return events
