@@ -1,7 +1,7 @@
 """What a superuser can say in SQL does not make a compute acknowledge what the quorum does not have (D1)."""
 
 import contextlib
-import os
+import secrets
 import shutil
 import threading
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def test_unlogged_tables_are_empty_after_an_unclean_stop_and_usable(stack: Stack
 
 def test_user_tablespaces_are_refused_before_anything_is_written(stack: Stack) -> None:
     """Their relations would not come back at the next start."""
-    location = Path("/tmp") / f"excimer-tablespace-{os.getpid()}"
+    location = Path("/tmp") / f"excimer-tablespace-{secrets.token_hex(8)}"
     make_owned_dir(location)
     try:
         with pytest.raises(psycopg.errors.FeatureNotSupported, match="tablespaces are not supported"):

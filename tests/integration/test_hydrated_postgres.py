@@ -5,6 +5,7 @@ The truth is a stopped plain cluster, whose files a fake page server serves.
 
 import asyncio
 import contextlib
+import secrets
 import shutil
 import signal
 import subprocess
@@ -125,7 +126,7 @@ def append(path: Path, text: str) -> None:
 
 @pytest.fixture(scope="module", params=ALL_VERSIONS, ids=lambda version: f"pg{version}")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    root = make_owned_dir(Path("/tmp") / f"excimer-hydrated-{free_port()}")
+    root = make_owned_dir(Path("/tmp") / f"excimer-hydrated-{secrets.token_hex(8)}")
     cluster = Cluster(build_of(request.param), root)
     cluster.make_truth()
     yield cluster

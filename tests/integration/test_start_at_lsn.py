@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import time
@@ -32,7 +33,7 @@ class Cluster:
         self.data_dir = root / "data"
         self.log = root / "log"
         self.port = free_port()
-        self.socket_dir = Path("/tmp") / f"excimer-test-{self.port}"
+        self.socket_dir = Path("/tmp") / f"excimer-test-{secrets.token_hex(8)}"
 
     def configure(self, extra: str = "") -> None:
         make_owned_dir(self.socket_dir)
@@ -97,7 +98,7 @@ class Cluster:
 
 @pytest.fixture(params=ALL_VERSIONS, ids=lambda version: f"pg{version}")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    root = make_owned_dir(Path("/tmp") / f"excimer-start-{os.getpid()}-{request.param}")
+    root = make_owned_dir(Path("/tmp") / f"excimer-start-{secrets.token_hex(8)}")
     cluster = Cluster(build_of(request.param), root)
     run_initdb(cluster.build, cluster.data_dir)
     cluster.configure()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 from collections.abc import AsyncIterator
@@ -25,7 +26,9 @@ class PlainPostgres:
     def __init__(self, build: PostgresBuild) -> None:
         self.build = build
         self.port = free_port()
-        self.root = Path("/tmp") / f"excimer-plain-{self.port}"
+        self.root = (
+            Path("/tmp") / f"excimer-plain-{secrets.token_hex(8)}"
+        )  # short: a socket's path has a limit
         self.data_dir = self.root / "data"
         self.process: PostgresProcess | None = None
 
