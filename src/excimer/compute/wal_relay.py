@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from excimer.base.clock import unix_to_timestamptz
+from excimer.base.clock import UnixTime
 from excimer.base.errors import ExcimerError, RefusedError, RetryableError
 from excimer.base.lsn import INVALID_LSN, WAL_PAGE_SIZE_BYTES, Lsn, format_lsn
 from excimer.compute.wal_source import Source, WalRemovedError, WalSource, open_stream
@@ -33,6 +33,7 @@ from excimer.io.processes import give_to_user
 from excimer.pgformat.wal_prefix import wal_segment_file_name
 from excimer.service.logs import get_logger
 from excimer.service.replication_client import WalStream
+from excimer.service.replication_server import ReplicationServerStream
 from excimer.service.tasks import Backoff, TaskScope
 from excimer.wire import pg_messages as pg
 from excimer.wire.pg_client import PostgresError
@@ -40,23 +41,17 @@ from excimer.wire.pg_server import (
     CopyDataReceived,
     CopyDoneReceived,
     QueryReceived,
-    ServerConnection,
-    ServerEvent,
     StartupReceived,
-    Terminated,
 )
 from excimer.wire.replication import (
-    POSTGRES_TIMELINE,
     EmptyCommand,
     IdentifySystem,
-    Keepalive,
     StandbyStatus,
     StartReplication,
     SystemIdentity,
     decode_from_client,
-    encode_keepalive,
+    encode_system_identity,
     parse_command,
-    wal_data_head,
 )
 
 PORT: Final = 1
@@ -66,7 +61,6 @@ MESSAGE_SIZE_BYTES_MAX: Final = 128 << 10
 KEEPALIVE_INTERVAL_S: Final = 1.0
 QUIET_S: Final = 10.0
 """After so long without WAL the others are asked whether they have more."""
-_RECEIVE_SIZE_BYTES: Final = 1 << 16
 _BACKOFF: Final = Backoff(first_s=0.05, most_s=2.0)
 
 log = get_logger(__name__)
@@ -165,9 +159,8 @@ class _Session:
     ) -> None:
         self._relay = relay
         self._source = source
-        self._reader = reader
+        self._stream = ReplicationServerStream(reader, writer)
         self._writer = writer
-        self._protocol = ServerConnection()
         self._upstream: Source | None = None
         self._sent_lsn = INVALID_LSN
 
@@ -176,77 +169,53 @@ class _Session:
             await self._serve()
         except ExcimerError as error:
             log.info("a walreceiver is turned away", error=error)
-            self._writer.write(pg.encode_error(str(error), "58P01", severity="FATAL"))
+            self._stream.write(pg.encode_error(str(error), "58P01", severity="FATAL"))
         except OSError as error:
             log.info("the walreceiver is gone", error=error)
         finally:
             self._writer.close()
 
     async def _serve(self) -> None:
-        if not isinstance(await self._next_event(), StartupReceived):
+        if not isinstance(await self._stream.next_event(), StartupReceived):
             return
-        self._protocol.authenticated()
+        self._stream.authenticated()
         async with self._source.connected() as sources:
             identity = sources[0].identity
-        self._writer.write(
+        self._stream.write(
             pg.AUTHENTICATION_OK + pg.encode_parameter_status("client_encoding", "UTF8") + pg.READY_FOR_QUERY
         )
-        while (event := await self._next_event()) is not None:
+        while (event := await self._stream.next_event()) is not None:
             if isinstance(event, QueryReceived):
                 try:
                     await self._answer(event.query, identity)
                 except RefusedError as error:
-                    self._writer.write(pg.encode_error(str(error), "0A000") + pg.READY_FOR_QUERY)
-            await self._writer.drain()
-
-    async def _next_event(self) -> ServerEvent | None:
-        """None when the client has closed. Raises `ProtocolViolationError`, OSError."""
-        while True:
-            event = self._protocol.next_event()
-            self._writer.write(self._protocol.take_output())
-            if event is not None:
-                return None if isinstance(event, Terminated) else event
-            data = await self._reader.read(_RECEIVE_SIZE_BYTES)
-            if not data:
-                return None
-            self._protocol.feed(data)
+                    self._stream.write(pg.encode_error(str(error), "0A000") + pg.READY_FOR_QUERY)
+            await self._stream.drain()
 
     async def _answer(self, query: str, identity: SystemIdentity) -> None:
         match parse_command(query):
             case IdentifySystem():
-                columns = [pg.Column("systemid"), pg.Column("timeline", pg.INT8_OID, 8)]
-                columns += [pg.Column("xlogpos"), pg.Column("dbname")]
-                row = [
-                    str(identity.system_id).encode(),
-                    str(POSTGRES_TIMELINE).encode(),
-                    format_lsn(identity.flush_lsn).encode(),
-                    None,
-                ]
-                self._writer.write(pg.encode_result(columns, [row], "IDENTIFY_SYSTEM"))
+                self._stream.write(encode_system_identity(identity))
             case EmptyCommand():
-                self._writer.write(pg.EMPTY_QUERY_RESPONSE + pg.READY_FOR_QUERY)
+                self._stream.write(pg.EMPTY_QUERY_RESPONSE + pg.READY_FOR_QUERY)
             case StartReplication(start_lsn):
-                await self._stream(start_lsn)
+                await self._send_from(start_lsn)
             case _:
                 raise RefusedError(f"a replica's manager does not answer {query[:40]!r}")
 
-    async def _stream(self, start_lsn: Lsn) -> None:
+    async def _send_from(self, start_lsn: Lsn) -> None:
         """CopyBoth until the walreceiver ends it."""
-        self._writer.write(pg.COPY_BOTH_RESPONSE)
-        self._protocol.begin_copy()
+        self._stream.begin_copy()
         async with TaskScope() as scope:
             sending = scope.start("relay WAL", self._send_wal(start_lsn))
             is_connected = await self._receive()
             sending.cancel()
-        self._protocol.end_copy()
-        if is_connected:
-            done = pg.encode_command_complete("START_STREAMING") + pg.READY_FOR_QUERY
-            self._writer.write(pg.COPY_DONE + done)
+        self._stream.end_copy(is_connected)
 
     async def _receive(self) -> bool:
         """Reads the walreceiver's side; False when the connection ended with it."""
         while True:
-            event = await self._next_event()
+            event = await self._stream.next_event()
             if event is None:
                 return False
             if isinstance(event, CopyDoneReceived):
@@ -326,10 +295,9 @@ class _Session:
                 await self._send(part)
 
     async def _send(self, wal: bytes) -> None:
-        head = wal_data_head(self._sent_lsn, self._relay.commit_lsn, unix_to_timestamptz(time.time()))
-        self._writer.writelines((pg.copy_data_head(len(head) + len(wal)), head, wal))
+        self._stream.send_wal(self._sent_lsn, wal, self._relay.commit_lsn, UnixTime(time.time()))
         self._sent_lsn = Lsn(self._sent_lsn + len(wal))
-        await self._writer.drain()
+        await self._stream.drain()
 
     async def _is_outdone(self) -> bool:
         """Whether a safekeeper has more than has come."""
@@ -340,5 +308,4 @@ class _Session:
             return False
 
     def _send_keepalive(self) -> None:
-        message = Keepalive(self._relay.commit_lsn, unix_to_timestamptz(time.time()), False)
-        self._writer.write(pg.encode_copy_data(encode_keepalive(message)))
+        self._stream.send_keepalive(self._relay.commit_lsn, UnixTime(time.time()))

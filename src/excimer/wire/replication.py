@@ -22,6 +22,7 @@ import msgspec
 
 from excimer.base.errors import RefusedError
 from excimer.base.lsn import Lsn, format_lsn, parse_lsn
+from excimer.wire import pg_messages as pg
 from excimer.wire.pg_messages import ProtocolViolationError
 
 POSTGRES_TIMELINE = 1
@@ -291,3 +292,20 @@ def decode_system_identity(row: list[bytes | None]) -> SystemIdentity:
         return SystemIdentity(int(system_id), int(timeline), parse_lsn(lsn))
     except ValueError as error:
         raise ProtocolViolationError(f"{row!r} is not an answer to IDENTIFY_SYSTEM") from error
+
+
+def encode_system_identity(identity: SystemIdentity) -> bytes:
+    """The whole answer to IDENTIFY_SYSTEM, of a server that no database was named to."""
+    columns = [
+        pg.Column("systemid"),
+        pg.Column("timeline", pg.INT8_OID, 8),
+        pg.Column("xlogpos"),
+        pg.Column("dbname"),
+    ]
+    row = [
+        str(identity.system_id).encode(),
+        str(identity.postgres_timeline).encode(),
+        format_lsn(identity.flush_lsn).encode(),
+        None,
+    ]
+    return pg.encode_result(columns, [row], "IDENTIFY_SYSTEM")

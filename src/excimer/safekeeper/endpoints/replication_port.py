@@ -20,7 +20,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import assert_never
 
-from excimer.base.clock import Clock, unix_to_timestamptz
+from excimer.base.clock import Clock
 from excimer.base.errors import (
     CorruptionError,
     ExcimerError,
@@ -41,6 +41,7 @@ from excimer.service.accept import accept_connections
 from excimer.service.connections import Admission, ConnectionGate, ConnectionLimits, process_limits
 from excimer.service.logs import get_logger
 from excimer.service.postgres_tls import open_postgres_streams
+from excimer.service.replication_server import ReplicationServerStream
 from excimer.service.tasks import TaskScope
 from excimer.wire import pg_messages as pg
 from excimer.wire.auth import AuthError, Claims, Right, RightMissingError, TokenExpiredError
@@ -49,10 +50,7 @@ from excimer.wire.pg_server import (
     CopyDoneReceived,
     PasswordReceived,
     QueryReceived,
-    ServerConnection,
-    ServerEvent,
     StartupReceived,
-    Terminated,
 )
 from excimer.wire.replication import (
     POSTGRES_TIMELINE,
@@ -61,17 +59,16 @@ from excimer.wire.replication import (
     EmptyCommand,
     HotStandbyFeedback,
     IdentifySystem,
-    Keepalive,
     ReadReplicationSlot,
     Show,
     StandbyStatus,
     StartReplication,
+    SystemIdentity,
     TimelineHistory,
     decode_from_client,
-    encode_keepalive,
+    encode_system_identity,
     parse_command,
     parse_options,
-    wal_data_head,
 )
 
 KEEPALIVE_INTERVAL_S = 1.0
@@ -80,7 +77,6 @@ CHUNK_SIZE_BYTES = 128 << 10
 GATHER_S = 0.02
 """A reader that has everything gets more after this time at the earliest. Each message costs the reader as
 much as hundreds of records do, on the same cores that commits need when all runs on one machine."""
-_RECEIVE_SIZE_BYTES = 1 << 16
 _OPTION_TENANT = "excimer.tenant_id"
 _OPTION_TIMELINE = "excimer.timeline_id"
 
@@ -186,13 +182,11 @@ class _Session:
         tell_needs: TellNeeds,
     ) -> None:
         self._tell_needs = tell_needs
-        self._reader = reader
-        self._writer = writer
+        self._stream = ReplicationServerStream(reader, writer)
         self._admission = admission
         self._door = door
         self._clock = clock
         self._metrics = metrics
-        self._protocol = ServerConnection()
         self._sent_lsn = Lsn(0)
         self._claims: Claims | None = None
 
@@ -206,32 +200,20 @@ class _Session:
             # A pageserver may hear of a timeline before this safekeeper does: it comes again.
             is_early = isinstance(error, TimelineNotFoundError)
             (log.info if is_early else log.warning)("WAL reader refused", error=error)
-            self._writer.write(pg.encode_error(str(error), sqlstate_of(error), severity="FATAL"))
+            self._stream.write(pg.encode_error(str(error), sqlstate_of(error), severity="FATAL"))
             with contextlib.suppress(OSError):
-                await self._writer.drain()
-
-    async def _next_event(self) -> ServerEvent | None:
-        """None when the client has closed. Raises `ProtocolViolationError`, OSError."""
-        while True:
-            event = self._protocol.next_event()
-            self._writer.write(self._protocol.take_output())
-            if event is not None:
-                return None if isinstance(event, Terminated) else event
-            data = await self._reader.read(_RECEIVE_SIZE_BYTES)
-            if not data:
-                return None
-            self._protocol.feed(data)
+                await self._stream.drain()
 
     async def _login(self) -> SafekeeperTimeline | None:
-        startup = await self._next_event()
+        startup = await self._stream.next_event()
         if not isinstance(startup, StartupReceived):
             return None
-        self._writer.write(pg.AUTHENTICATION_CLEARTEXT)
-        answer = await self._next_event()
+        self._stream.write(pg.AUTHENTICATION_CLEARTEXT)
+        answer = await self._stream.next_event()
         if not isinstance(answer, PasswordReceived):
             return None
         timeline = self._authenticate(startup.parameters, answer.password)
-        self._protocol.authenticated()
+        self._stream.authenticated()
         version = f"{timeline.identity.pg_version}.0"
         for name, value in (
             ("server_version", version),
@@ -240,8 +222,8 @@ class _Session:
             ("integer_datetimes", "on"),
             ("standard_conforming_strings", "on"),
         ):
-            self._writer.write(pg.encode_parameter_status(name, value))
-        self._writer.write(pg.READY_FOR_QUERY)
+            self._stream.write(pg.encode_parameter_status(name, value))
+        self._stream.write(pg.READY_FOR_QUERY)
         return timeline
 
     def _authenticate(self, parameters: dict[str, str], password: str) -> SafekeeperTimeline:
@@ -256,7 +238,7 @@ class _Session:
         timeline_id = parse_timeline_id(options[_OPTION_TIMELINE])
         timeline, self._claims = self._door.enter(password, Right.READ_WAL, tenant_id, timeline_id)
         self._admission.authenticated()
-        self._writer.write(pg.AUTHENTICATION_OK)
+        self._stream.write(pg.AUTHENTICATION_OK)
         return timeline
 
     async def _serve_until_expiry(self, timeline: SafekeeperTimeline) -> None:
@@ -273,8 +255,8 @@ class _Session:
 
     async def _serve_queries(self, timeline: SafekeeperTimeline) -> None:
         while True:
-            await self._writer.drain()
-            event = await self._next_event()
+            await self._stream.drain()
+            event = await self._stream.next_event()
             if event is None:
                 return
             if not isinstance(event, QueryReceived):
@@ -282,22 +264,21 @@ class _Session:
             try:
                 command = parse_command(event.query)
                 if isinstance(command, StartReplication):
-                    await self._stream(timeline, command)
+                    await self._send_from(timeline, command)
                 elif isinstance(command, ConfirmDurable):
                     self._confirm(timeline, command.lsn)
-                    self._writer.write(pg.encode_command_complete("CONFIRM_DURABLE") + pg.READY_FOR_QUERY)
+                    self._stream.write(pg.encode_command_complete("CONFIRM_DURABLE") + pg.READY_FOR_QUERY)
                 else:
-                    self._writer.write(_answer(timeline, command))
+                    self._stream.write(_answer(timeline, command))
             except RefusedError as error:
-                self._writer.write(pg.encode_error(str(error), sqlstate_of(error)) + pg.READY_FOR_QUERY)
+                self._stream.write(pg.encode_error(str(error), sqlstate_of(error)) + pg.READY_FOR_QUERY)
 
-    async def _stream(self, timeline: SafekeeperTimeline, command: StartReplication) -> None:
+    async def _send_from(self, timeline: SafekeeperTimeline, command: StartReplication) -> None:
         """CopyBoth until the client ends it. Raises errors before it begins, and fatal ones."""
         _check_start(timeline, command)
         self._sent_lsn = command.start_lsn
         with self._keeping_place(timeline, command.start_lsn) as position:
-            self._writer.write(pg.COPY_BOTH_RESPONSE)
-            self._protocol.begin_copy()
+            self._stream.begin_copy()
             async with TaskScope() as scope:
                 sending = scope.start("send WAL", self._send_wal(timeline))
                 try:
@@ -307,10 +288,7 @@ class _Session:
                     if needs is not None:
                         await asyncio.shield(asyncio.to_thread(self._tell_needs, timeline, needs))
                 sending.cancel()
-        self._protocol.end_copy()
-        if is_connected:
-            done = pg.encode_command_complete("START_STREAMING") + pg.READY_FOR_QUERY
-            self._writer.write(pg.COPY_DONE + done)
+        self._stream.end_copy(is_connected)
 
     @contextlib.contextmanager
     def _keeping_place(self, timeline: SafekeeperTimeline, start_lsn: Lsn) -> Iterator[ReaderPosition]:
@@ -337,30 +315,28 @@ class _Session:
                 await asyncio.sleep(GATHER_S)
                 if not await timeline.commits.wait_beyond(self._sent_lsn, KEEPALIVE_INTERVAL_S):
                     self._send_keepalive(timeline)
-                    await self._writer.drain()
+                    await self._stream.drain()
                 continue
             end_lsn = Lsn(min(commit_lsn, _page_start(self._sent_lsn + CHUNK_SIZE_BYTES)))
             if commit_lsn - self._sent_lsn > segment_size_bytes:  # old WAL may not be in memory
                 wal = await asyncio.to_thread(timeline.read_wal, self._sent_lsn, end_lsn)
             else:
                 wal = timeline.read_wal(self._sent_lsn, end_lsn)
-            head = wal_data_head(self._sent_lsn, commit_lsn, unix_to_timestamptz(self._clock.now()))
-            self._writer.writelines((pg.copy_data_head(len(head) + len(wal)), head, wal))
+            self._stream.send_wal(self._sent_lsn, wal, commit_lsn, self._clock.now())
             self._sent_lsn = end_lsn
             self._metrics.sent_bytes.inc(len(wal))
-            await self._writer.drain()
+            await self._stream.drain()
             if end_lsn == commit_lsn:
                 await asyncio.sleep(GATHER_S)
 
     def _send_keepalive(self, timeline: SafekeeperTimeline) -> None:
         timeline.check_open()
-        message = Keepalive(timeline.commit_lsn, unix_to_timestamptz(self._clock.now()), False)
-        self._writer.write(pg.encode_copy_data(encode_keepalive(message)))
+        self._stream.send_keepalive(timeline.commit_lsn, self._clock.now())
 
     async def _receive_status(self, timeline: SafekeeperTimeline, position: ReaderPosition) -> bool:
         """Reads the client's side of the copy; False when the connection ended with it."""
         while True:
-            event = await self._next_event()
+            event = await self._stream.next_event()
             if event is None:
                 return False
             if isinstance(event, CopyDoneReceived):
@@ -421,7 +397,8 @@ def _answer(
     """The whole answer to a command that is not START_REPLICATION. Raises RefusedError."""
     match command:
         case IdentifySystem():
-            return _identify_system(timeline)
+            identity = SystemIdentity(timeline.identity.system_id, POSTGRES_TIMELINE, timeline.commit_lsn)
+            return encode_system_identity(identity)
         case Show(name):
             row: list[bytes | None] = [_setting(timeline, name).encode()]
             return pg.encode_result([pg.Column(name)], [row], "SHOW")
@@ -440,22 +417,6 @@ def _answer(
             return pg.EMPTY_QUERY_RESPONSE + pg.READY_FOR_QUERY
         case _:
             assert_never(command)
-
-
-def _identify_system(timeline: SafekeeperTimeline) -> bytes:
-    columns = [
-        pg.Column("systemid"),
-        pg.Column("timeline", pg.INT8_OID, 8),
-        pg.Column("xlogpos"),
-        pg.Column("dbname"),
-    ]
-    row = [
-        str(timeline.identity.system_id).encode(),
-        str(POSTGRES_TIMELINE).encode(),
-        format_lsn(timeline.commit_lsn).encode(),
-        None,
-    ]
-    return pg.encode_result(columns, [row], "IDENTIFY_SYSTEM")
 
 
 def _setting(timeline: SafekeeperTimeline, name: str) -> str:
