@@ -7,20 +7,14 @@ Not here: keeping to it (`cache_keeper`).
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from excimer.base.errors import ExcimerError, RetryableError
-from excimer.service.http_client import HttpClient, path_of
-from excimer.service.logs import get_logger
+from excimer.compute.endpoint_record import EndpointRecord, read_when_heard
 
 CALL_LIMIT_S: Final = 3.0
-RETRY_S: Final = 5.0
 MIB: Final = 1 << 20
-
-log = get_logger(__name__)
 
 
 class CacheSizeAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,25 +23,9 @@ class CacheSizeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     cache_size_mib: int
 
 
-class CacheSizeDoor:
-    """The controller's route about it."""
-
-    def __init__(self, address: str, name: str, read_token: Callable[[], str]) -> None:
-        self._address = address
-        self._path = path_of("v1", "endpoints", name, "cache_size")
-        self._read_token = read_token
-
-    async def read(self) -> int:
-        """Bytes. Raises ExcimerError."""
-        client = HttpClient("the controller", self._address, self._read_token(), CALL_LIMIT_S)
-        return _understood(await client.get(self._path)).cache_size_mib * MIB
-
-
-def _understood(answer: Any) -> CacheSizeAnswer:
-    try:
-        return msgspec.convert(answer, CacheSizeAnswer)
-    except msgspec.ValidationError as error:
-        raise RetryableError(f"the controller's answer is not understood: {error}") from error
+async def read_cache_size(record: EndpointRecord) -> int:
+    """Bytes. Raises ExcimerError."""
+    return (await record.read("cache_size", CacheSizeAnswer, CALL_LIMIT_S)).cache_size_mib * MIB
 
 
 class CacheBound:
@@ -74,16 +52,8 @@ class CacheBound:
         except TimeoutError:
             return
 
-    async def refresh(self, door: CacheSizeDoor) -> None:
+    async def refresh(self, record: EndpointRecord) -> None:
         """Takes over what the controller has now, trying again until it is heard of."""
-        while True:
-            try:
-                self.set(await door.read())
-            except RetryableError as error:
-                log.warning("the cache size cannot be read from the controller", reason=str(error))
-                await asyncio.sleep(RETRY_S)
-            except ExcimerError as error:
-                log.error("the cache size cannot be read from the controller", reason=str(error))
-                return
-            else:
-                return
+        size_bytes = await read_when_heard("the cache size", lambda: read_cache_size(record))
+        if size_bytes is not None:
+            self.set(size_bytes)

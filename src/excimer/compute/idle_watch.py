@@ -15,22 +15,23 @@ Not here: the decision (`idle_policy`), stopping (`core`, `attempt`).
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 from excimer.base.clock import Clock, UnixTime
-from excimer.base.errors import ExcimerError, RetryableError
+from excimer.base.errors import ExcimerError
 from excimer.compute.activity_sampler import ActivitySampler, ServerQuestion, child_pids
 from excimer.compute.admission import Admission, Door
+from excimer.compute.endpoint_record import EndpointRecord, read_when_heard
 from excimer.compute.idle_policy import IdlePolicy, Stay
-from excimer.service.http_client import HttpClient, path_of
 from excimer.service.logs import get_logger
 
 CALL_LIMIT_S: Final = 3.0
 """Clients wait at the shut door meanwhile only to be refused; less than the time that a start waits for."""
 RETRY_S: Final = 5.0
 IDLE: Final = "idle"
+_PART: Final = "suspension"
 
 Told: TypeAlias = Literal["running", "suspended"]
 
@@ -46,29 +47,17 @@ class SuspendAnswer(msgspec.Struct, frozen=True, kw_only=True):
 class SuspensionDoor:
     """The controller's route about when an endpoint is suspended, and whether it is."""
 
-    def __init__(self, address: str, name: str, read_token: Callable[[], str]) -> None:
-        self._address = address
-        self._path = path_of("v1", "endpoints", name, "suspension")
-        self._read_token = read_token
+    def __init__(self, record: EndpointRecord) -> None:
+        self._record = record
 
     async def read_delay(self) -> int:
         """Raises ExcimerError."""
-        return _understood(await self._client().get(self._path)).suspend_delay_s
+        return (await self._record.read(_PART, SuspendAnswer, CALL_LIMIT_S)).suspend_delay_s
 
     async def tell(self, state: Told, last_active_at: UnixTime, reason: str) -> None:
         """Durable when it returns. Raises ExcimerError."""
         body = {"state": state, "last_active_at": last_active_at, "reason": reason}
-        await self._client().call("PATCH", self._path, body)
-
-    def _client(self) -> HttpClient:
-        return HttpClient("the controller", self._address, self._read_token(), CALL_LIMIT_S)
-
-
-def _understood(answer: Any) -> SuspendAnswer:
-    try:
-        return msgspec.convert(answer, SuspendAnswer)
-    except msgspec.ValidationError as error:
-        raise RetryableError(f"the controller's answer is not understood: {error}") from error
+        await self._record.change(_PART, body, SuspendAnswer, CALL_LIMIT_S)
 
 
 class Serving(NamedTuple):
@@ -140,20 +129,13 @@ class IdleWatch:
 
     async def refresh(self) -> None:
         """Takes over the delay that the controller has now, trying again until it is heard of."""
-        while True:
-            try:
-                self._delay_s = await self._door.read_delay()
-            except RetryableError as error:
-                log.warning("the suspend delay cannot be read from the controller", reason=str(error))
-                await asyncio.sleep(RETRY_S)
-                continue
-            except ExcimerError as error:
-                log.error("the suspend delay cannot be read from the controller", reason=str(error))
-                return
-            if self._policy is not None:
-                self._policy.delay_s = self._delay_s
-            self._changed.set()
+        delay_s = await read_when_heard("the suspend delay", self._door.read_delay)
+        if delay_s is None:
             return
+        self._delay_s = delay_s
+        if self._policy is not None:
+            self._policy.delay_s = delay_s
+        self._changed.set()
 
     async def run(self, serving: Serving) -> None:
         """Until PostgreSQL is to be suspended, or until cancelled because it ends otherwise."""

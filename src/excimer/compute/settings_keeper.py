@@ -24,12 +24,14 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
-from excimer.base.errors import ExcimerError, RefusedError, RetryableError
+from excimer.base.errors import ExcimerError, RefusedError
+from excimer.compute.endpoint_record import EndpointRecord, read_when_heard
 from excimer.io.processes import give_to_user
 from excimer.pgformat.auto_conf import (
     AUTO_CONF_NAME,
@@ -38,7 +40,6 @@ from excimer.pgformat.auto_conf import (
     parse_auto_conf,
     render_auto_conf,
 )
-from excimer.service.http_client import HttpClient, path_of
 from excimer.service.logs import get_logger
 
 CALL_LIMIT_S: Final = 8.0
@@ -48,9 +49,9 @@ REQUEST_LIMIT_S: Final = 2.0
 RECENT_S: Final = 30.0
 """How long ago a backend may have read the file that it is about to replace."""
 
-REFRESH_RETRY_S: Final = 5.0
 ANSWER_SIZE_MAX: Final = 500
 ALL: Final = "*"
+_PART: Final = "settings"
 
 log = get_logger(__name__)
 
@@ -73,26 +74,15 @@ class SettingsDoor(Protocol):
 class ControllerDoor:
     """The settings route of one endpoint."""
 
-    def __init__(self, address: str, name: str, read_token: Callable[[], str]) -> None:
-        self._address = address
-        self._path = path_of("v1", "endpoints", name, "settings")
-        self._read_token = read_token
+    def __init__(self, record: EndpointRecord) -> None:
+        self._record = record
 
     async def read(self) -> KeptSettings:
-        return self._parse(await self._client().get(self._path))
+        return await self._record.read(_PART, KeptSettings, CALL_LIMIT_S)
 
     async def change(self, to_set: Mapping[str, str], to_unset: list[str]) -> KeptSettings:
         body = {"set": to_set, "unset": to_unset}
-        return self._parse(await self._client().call("PATCH", self._path, body))
-
-    def _client(self) -> HttpClient:
-        return HttpClient("the controller", self._address, self._read_token(), CALL_LIMIT_S)
-
-    def _parse(self, answer: Any) -> KeptSettings:
-        try:
-            return msgspec.convert(answer, KeptSettings)
-        except msgspec.ValidationError as error:
-            raise RetryableError(f"the controller's answer is not understood: {error}") from error
+        return await self._record.change(_PART, body, KeptSettings, CALL_LIMIT_S)
 
 
 class _Version(NamedTuple):
@@ -165,19 +155,14 @@ class SettingsKeeper:
 
     async def refresh(self) -> None:
         """Takes the controller's list over, trying again until it is heard of."""
-        while self._door is not None:
-            try:
-                async with self._changing:
-                    await self._adopt(await self._door.read())
-                    self._put_in_force()
-                    self._report(self.facts())
-                return
-            except RetryableError as error:
-                log.warning("the settings cannot be read from the controller", reason=str(error))
-                await asyncio.sleep(REFRESH_RETRY_S)
-            except ExcimerError as error:
-                log.error("the settings cannot be read from the controller", reason=str(error))
-                return
+        if self._door is not None:
+            await read_when_heard("the settings", partial(self._take_over, self._door))
+
+    async def _take_over(self, door: SettingsDoor) -> None:
+        async with self._changing:
+            await self._adopt(await door.read())
+            self._put_in_force()
+            self._report(self.facts())
 
     async def _adopt(self, kept: KeptSettings) -> None:
         if kept.settings != self.settings:

@@ -12,7 +12,7 @@ from excimer.base.address import parse_address
 from excimer.base.ids import parse_tenant_id, parse_timeline_id
 from excimer.base.lsn import parse_lsn
 from excimer.compute.attempt import Attempt
-from excimer.compute.cache_bound import CacheBound, CacheSizeDoor
+from excimer.compute.cache_bound import CacheBound
 from excimer.compute.core import (
     EXIT_CLEAN,
     EXIT_SUSPENDED,
@@ -32,6 +32,7 @@ from excimer.compute.core import (
     SuspendRequested,
     Wait,
 )
+from excimer.compute.endpoint_record import EndpointRecord
 from excimer.compute.idle_watch import IdleWatch, SuspensionDoor
 from excimer.compute.kept_space import keep_watching
 from excimer.compute.outside_work import OutsideWork
@@ -93,12 +94,11 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
 
 
 def make_keeper(
-    settings: ComputeSettings, spec: ComputeSpec, health: Health, read_token: Callable[[], str]
+    settings: ComputeSettings, spec: ComputeSpec, health: Health, record: EndpointRecord
 ) -> SettingsKeeper:
     """Keeps the endpoint's list at the controller, and shows it in `health`."""
-    door = ControllerDoor(settings.controller_address, settings.endpoint_name, read_token)
     return SettingsKeeper(
-        door,
+        ControllerDoor(record),
         spec.places.data_dir,
         settings.postgres_settings,
         at_start_only=lambda names: at_start_only(spec.build, names),
@@ -146,18 +146,16 @@ class Manager:
             health=health,
             on_renewed=self._renewed,
         )
-        self._keeper = make_keeper(settings, spec, health, lambda: self._renewal.current.renewal)
+        self._record = EndpointRecord(
+            settings.controller_address, settings.endpoint_name, lambda: self._renewal.current.renewal
+        )
+        self._keeper = make_keeper(settings, spec, health, self._record)
         self._states = make_states(settings, spec, lambda: self._renewal.current)
         self.idle = IdleWatch(
-            SuspensionDoor(
-                settings.controller_address, settings.endpoint_name, lambda: self._renewal.current.renewal
-            ),
+            SuspensionDoor(self._record),
             settings.suspend_delay_s,
             SystemClock(),
             suspend=lambda reason: self._events.put_nowait(SuspendRequested(reason)),
-        )
-        self._cache_door = CacheSizeDoor(
-            settings.controller_address, settings.endpoint_name, lambda: self._renewal.current.renewal
         )
         self._endpoint = Endpoint()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -228,7 +226,7 @@ class Manager:
     def _take_over_changes(self, scope: TaskScope) -> None:
         scope.start("settings", self._keeper.refresh())
         scope.start("suspend delay", self.idle.refresh())
-        scope.start("cache size", self._spec.cache.refresh(self._cache_door))
+        scope.start("cache size", self._spec.cache.refresh(self._record))
 
     async def _drive(self, scope: TaskScope, effects: list[Effect]) -> Exit:
         while True:

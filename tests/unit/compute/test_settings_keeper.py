@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from excimer.base.errors import RefusedError, RetryableError
-from excimer.compute import settings_keeper
+from excimer.compute import endpoint_record, settings_keeper
 from excimer.compute.settings_keeper import KeptSettings, SettingsKeeper, digest_of
 from excimer.pgformat.auto_conf import parse_auto_conf, render_auto_conf
 
@@ -199,7 +199,7 @@ def test_a_change_while_postgres_starts_is_not_forgotten(
 def test_a_refresh_waits_for_a_controller_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings_keeper, "REFRESH_RETRY_S", 0.01)
+    monkeypatch.setattr(endpoint_record, "RETRY_S", 0.01)
 
     async def story(compute: Compute) -> None:
         compute.controller.error = RetryableError("away")
