@@ -11,15 +11,13 @@ login (`admission`).
 import asyncio
 from typing import Final
 
-from excimer.base.address import Address
 from excimer.base.errors import RetryableError
 from excimer.compute.activity_sampler import ServerLook, ServerProcess
 from excimer.compute.admission import OWN_NAMES
+from excimer.compute.manager_session import connect_as_manager
 from excimer.compute.postgres_settings import PROPOSER_NAME
 from excimer.compute.proposer import PROPOSER_SLOT, PostgresAddress
-from excimer.compute.start_session import DATABASES, is_no_database
-from excimer.service.replication_client import ReplicationClient, connect_replication
-from excimer.wire.pg_client import PostgresError, unlimited_session
+from excimer.service.replication_client import ReplicationClient
 
 LOOK_LIMIT_S: Final = 5.0
 """Clients may be held meanwhile: less than they wait (`csrc/endpoint/admission.c`)."""
@@ -73,23 +71,7 @@ async def connect_briefly(address: PostgresAddress, application_name: str) -> Re
     session |= {"log_min_duration_statement": "-1", "max_parallel_workers_per_gather": "0", "jit": "off"}
     if address.pg_version > _OLD_EVENT_TRIGGERS:
         session["event_triggers"] = "off"
-    for database in DATABASES:
-        try:
-            return await connect_replication(
-                Address(address.socket_dir, address.port),
-                user=address.user,
-                application_name=application_name,
-                parameters={
-                    **unlimited_session(address.pg_version),
-                    **session,
-                    "replication": "false",
-                    "database": database,
-                },
-            )
-        except PostgresError as error:
-            if not is_no_database(error) or database == DATABASES[-1]:
-                raise
-    raise AssertionError("the loop above returns or raises")
+    return await connect_as_manager(address, application_name, {**session, "replication": "false"})
 
 
 def _understood(rows: list[list[bytes | None]]) -> ServerLook:
