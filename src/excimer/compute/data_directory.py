@@ -129,10 +129,9 @@ def plan_data_directory(
     inline_runs += [
         InlineRun(fork.path, run.block, run.data) for fork in carried.partial for run in fork.runs
     ]
-    folders = {str(Path(path).parent) for path, _ in files} | {
-        str(Path(file.path).parent) for file in lazy_files
-    }
-    directories = list(FIXED_DIRECTORIES) + sorted(folders - set(FIXED_DIRECTORIES) - {"."})
+    named = (*(path for path, _ in files), *(file.path for file in lazy_files))
+    folders = {path.rpartition("/")[0] for path in named}
+    directories = list(FIXED_DIRECTORIES) + sorted(folders - set(FIXED_DIRECTORIES) - {""})
     wal = [
         (wal_segment_file_name(lsn, wal_segment_size), lsn % wal_segment_size, data)
         for lsn, data in prefix.chunks
@@ -190,9 +189,12 @@ def lazy_path(key: bytes) -> tuple[str, int]:
 def _lazy_files(backup: Basebackup) -> list[LazyFile]:
     files = []
     for spc, db, rel, fork, blocks in unpack_relation_forks(backup.relation_forks):
-        for start in range(0, max(blocks, 1), SEGMENT_BLOCKS):
-            path = relation_path(Relation(spc, db, rel), fork, start // SEGMENT_BLOCKS)
-            files.append(LazyFile(path, min(blocks - start, SEGMENT_BLOCKS)))
+        relation = Relation(spc, db, rel)
+        for segment in range(blocks // SEGMENT_BLOCKS):
+            files.append(LazyFile(relation_path(relation, fork, segment), SEGMENT_BLOCKS))
+        segment, left = divmod(blocks, SEGMENT_BLOCKS)
+        if left or not blocks:
+            files.append(LazyFile(relation_path(relation, fork, segment), left))
     for slru, segment, blocks in unpack_slru_segments(backup.slru_segments):
         files.append(LazyFile(_slru_path(slru, segment), blocks))
     return files

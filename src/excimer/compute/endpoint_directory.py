@@ -4,6 +4,7 @@ Not here: the decision to use it (`warm_start`), what is read and written for it
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from excimer.compute.kept_directory import (
     CleanEnd,
@@ -21,10 +22,26 @@ from excimer.compute.kept_directory import (
     write_record,
 )
 from excimer.compute.spec import ComputeSpec
-from excimer.compute.warm_start import NOT_CLEAN, Cold, QuorumEnd, ShutdownRecord, Warm, decide_start
+from excimer.compute.warm_start import (
+    NOT_CLEAN,
+    Cold,
+    FoundDirectory,
+    Owner,
+    QuorumEnd,
+    ShutdownRecord,
+    Warm,
+    decide_start,
+)
 from excimer.service.logs import get_logger
 
 log = get_logger(__name__)
+
+
+class _Seen(NamedTuple):
+    record: ShutdownRecord | None
+    found: FoundDirectory | None
+    owner: Owner
+    boot_id: str | None
 
 
 class EndpointDirectory:
@@ -38,16 +55,21 @@ class EndpointDirectory:
         self._reason: str | None = None
         """Why this start is a cold one."""
         self._record: ShutdownRecord | None = None
+        self._seen: _Seen | None = None
+
+    def look(self) -> None:
+        """What is there, and who we are: all that can be known before the election has been won."""
+        record = read_record(self._places.shutdown_record)
+        self._seen = _Seen(record, look(self._places), owner_of(self._spec), read_boot_id())
 
     def decide(self, quorum: QuorumEnd) -> Warm | Cold:
-        """Warm: the directory is there, and its record no more. Cold: there is neither. Raises OSError."""
+        """By what `look` has seen. Warm: the directory is there, and its record no more. Cold: there is
+        neither. Raises OSError.
+        """
+        assert self._seen is not None
+        record, found, owner, boot_id = self._seen
         decided = decide_start(
-            read_record(self._places.shutdown_record),
-            look(self._places),
-            quorum,
-            owner=owner_of(self._spec),
-            boot_id=read_boot_id(),
-            not_kept=take_reason(self._places),
+            record, found, quorum, owner=owner, boot_id=boot_id, not_kept=take_reason(self._places)
         )
         self._is_taken = True
         match decided:

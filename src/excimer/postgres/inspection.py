@@ -52,6 +52,15 @@ def inspect_build(pg_config: Path, origin: str) -> PostgresBuild:
 
 def read_version(pg_config: Path) -> int:
     """Major version by `pg_config --version`. Raises `BuildUnusableError`."""
+    try:
+        changed_ns = pg_config.stat().st_mtime_ns
+    except OSError as error:
+        raise BuildUnusableError(f"{pg_config} cannot be used: {error.strerror}") from error
+    return _read_version(pg_config, changed_ns)
+
+
+@functools.cache
+def _read_version(pg_config: Path, _changed_ns: int) -> int:
     answer = _ask(pg_config, "--version")
     match = _VERSION.match(answer)
     if match is None:

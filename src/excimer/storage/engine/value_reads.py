@@ -106,7 +106,7 @@ def scan_values(source: ValueSource, start: bytes, end: bytes, lsn: int) -> list
     live = [
         (key, payload)
         for key, (value_lsn, kind, payload) in found.items()
-        if _check_kind(key, value_lsn, kind) is not ValueKind.TOMBSTONE
+        if kind == ValueKind.IMAGE or _check_kind(key, value_lsn, kind) is not ValueKind.TOMBSTONE
     ]
     live.sort()
     return live

@@ -73,8 +73,11 @@ def unpack_relation_size(value: bytes) -> RelationSize:
 
 
 def size_blocks(value: bytes) -> int:
-    """Raises `MalformedSizeError`."""
-    return unpack_relation_size(value).blocks
+    """Raises `MalformedSizeError`. A basebackup asks for the size of each fork there is."""
+    if len(value) not in (_SIZE.size, _BLOCKS.size):
+        raise MalformedSizeError(f"a size of {len(value)} bytes")
+    blocks: int = _BLOCKS.unpack_from(value)[0]
+    return blocks
 
 
 def truncation_notes(size_key: bytes, blocks: int, lsn: int) -> list[tuple[bytes, bytes]]:
