@@ -79,7 +79,7 @@ class Cluster:
     @contextlib.asynccontextmanager
     async def running(self, data_dir: Path, extra: dict[str, str] | None = None) -> AsyncIterator[None]:
         environment = self.build.whole_environment(extra)
-        process = await PostgresProcess.start(self.build.postgres, data_dir, environment, self.log)
+        process = PostgresProcess.start(self.build.postgres, data_dir, environment, self.log)
         try:
             await process.wait_ready()
             yield

@@ -46,7 +46,7 @@ class Cluster:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[PostgresProcess]:
         environment = self.build.whole_environment()
-        process = await PostgresProcess.start(self.build.postgres, self.data_dir, environment, self.log)
+        process = PostgresProcess.start(self.build.postgres, self.data_dir, environment, self.log)
         try:
             await process.wait_ready()
             yield process
@@ -164,7 +164,7 @@ def shared_memory_segments(data_dir: Path) -> set[str]:
 def test_leftovers_are_killed_and_a_failed_start_is_an_error(cluster: Cluster) -> None:
     async def scenario() -> None:
         async with cluster.running() as process:
-            second = await PostgresProcess.start(
+            second = PostgresProcess.start(
                 cluster.build.postgres, cluster.data_dir, cluster.build.whole_environment(), cluster.log
             )
             with pytest.raises(PostgresStartError, match="code 1 at start: lock file"):

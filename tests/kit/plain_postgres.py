@@ -62,9 +62,7 @@ class PlainPostgres:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["PlainPostgres"]:
         environment = self.build.whole_environment()
-        process = await PostgresProcess.start(
-            self.build.postgres, self.data_dir, environment, self.root / "log"
-        )
+        process = PostgresProcess.start(self.build.postgres, self.data_dir, environment, self.root / "log")
         self.process = process
         try:
             await process.wait_ready()

@@ -218,7 +218,7 @@ class Attempt:
         self._is_launched = True
         if self.replica is not None:
             await self.replica.serve(scope)
-        self._process = process = await self._start_postgres()
+        self._process = process = self._start_postgres()
         await self._wait_ready(process)
         assert self.arena is not None
         self.arena.set_ready()
@@ -479,7 +479,7 @@ class Attempt:
         finally:
             notice.cancel()
 
-    async def _start_postgres(self) -> PostgresProcess:
+    def _start_postgres(self) -> PostgresProcess:
         spec = self._spec
         if self.proposer is not None and self.arena is not None:  # what leaves it is bound by this
             self.arena.set_quorum(self.proposer.commit_lsn)
@@ -488,7 +488,7 @@ class Attempt:
         environment = spec.build.whole_environment(
             preload_environment(spec.places.arena) | {"LC_ALL": "C.UTF-8"}
         )
-        return await PostgresProcess.start(
+        return PostgresProcess.start(
             spec.build.postgres,
             spec.places.data_dir,
             environment,

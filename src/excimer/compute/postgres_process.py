@@ -24,7 +24,8 @@ from excimer.compute.stop_progress import (
     StopSigns,
     checkpointer_work,
 )
-from excimer.io.processes import describe_exit, spawn_async
+from excimer.io.processes import describe_exit
+from excimer.io.started_program import StartedProgram, start_program
 from excimer.pgformat.auto_conf import AUTO_CONF_NAME
 from excimer.service.log_files import open_log
 from excimer.service.logs import get_logger
@@ -75,9 +76,7 @@ def check_port(port: int) -> None:
 class PostgresProcess:
     """A postmaster that dies with its manager."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, data_dir: Path, log_path: Path, log_start_bytes: int
-    ) -> None:
+    def __init__(self, process: StartedProgram, data_dir: Path, log_path: Path, log_start_bytes: int) -> None:
         self._process = process
         self._data_dir = data_dir
         self._log_path = log_path
@@ -93,7 +92,7 @@ class PostgresProcess:
         return self._process.returncode
 
     @classmethod
-    async def start(
+    def start(
         cls,
         postgres: Path,
         data_dir: Path,
@@ -104,13 +103,12 @@ class PostgresProcess:
         """Launches postgres as the unprivileged user; `wait_ready` says when it serves."""
         with os.fdopen(open_log(log_path), "ab") as file:
             log_start_bytes = file.tell()
-            process = await spawn_async(
+            process = start_program(
                 [postgres, "-D", data_dir, *options],
                 environment=environment,
                 directory=data_dir,
-                stdout=file,
-                stderr=file,
-                parent_death_signal=signal.SIGQUIT,
+                output=file.fileno(),
+                death_signal=signal.SIGQUIT,
             )
         return cls(process, data_dir, log_path, log_start_bytes)
 

@@ -23,12 +23,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from excimer.base.errors import RefusedError
-
-if TYPE_CHECKING:
-    import asyncio.subprocess
 
 USER_VARIABLE = "EXCIMER_USER"
 OWN_USER = "excimer"
@@ -187,38 +184,6 @@ def spawn(
         pass_fds=pass_fds,
         start_new_session=new_session,
         process_group=None if new_session else 0,
-        **drop_arguments(),
-    )
-
-
-async def spawn_async(
-    arguments: Sequence[str | Path],
-    *,
-    environment: Mapping[str, str] | None = None,
-    directory: Path | None = None,
-    stdin: Stream = subprocess.DEVNULL,
-    stdout: Stream = subprocess.DEVNULL,
-    stderr: Stream = subprocess.DEVNULL,
-    pass_fds: Sequence[int] = (),
-    new_session: bool = True,
-    parent_death_signal: int | None = None,
-) -> "asyncio.subprocess.Process":
-    """`spawn` for the event loop.
-
-    The kernel sends `parent_death_signal` to the program when we die, however that happens.
-    """
-    import asyncio  # the command line, which needs none of it, would wait for the import
-
-    return await asyncio.create_subprocess_exec(
-        *[os.fspath(argument) for argument in arguments],
-        env=dict(program_environment() if environment is None else environment),
-        cwd=directory or "/",
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        pass_fds=pass_fds,
-        start_new_session=new_session,
-        preexec_fn=None if parent_death_signal is None else lambda: die_with_parent(parent_death_signal),
         **drop_arguments(),
     )
 

@@ -1,6 +1,5 @@
 """Programs run as somebody harmless, and the cache makes each thing once."""
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -29,7 +28,6 @@ from excimer.io.processes import (
     program_environment,
     run,
     spawn,
-    spawn_async,
     unprivileged_user,
 )
 from tests.kit.directories import reachable_directory
@@ -57,15 +55,6 @@ def test_programs_do_not_run_as_root() -> None:
     process = spawn([SHELL, "-c", "id -u"], stdout=subprocess.PIPE)
     output, _ = process.communicate()
     assert int(output) == expected_uid()
-
-
-def test_programs_do_not_run_as_root_under_asyncio() -> None:
-    async def scenario() -> bytes:
-        process = await spawn_async([SHELL, "-c", "id -u"], stdout=asyncio.subprocess.PIPE)
-        output, _ = await process.communicate()
-        return output
-
-    assert int(asyncio.run(scenario())) == expected_uid()
 
 
 @pytest.mark.parametrize("new_session", [True, False])
