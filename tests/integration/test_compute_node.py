@@ -17,6 +17,7 @@ import pytest
 
 from excimer.base.ids import NodeId
 from excimer.cli.installation import free_ports, load_installation
+from excimer.compute_node.cgroups import look_at_machine, prepare_cgroups
 from excimer.compute_node.settings import ComputeNodeSettings
 from excimer.service.process_records import start_ticks
 from excimer.service.settings import save_settings
@@ -209,3 +210,53 @@ def test_endpoints_are_placed_by_room_and_woken_at_once_where_they_were(
         for name in BRANCHES:
             suspend(controller, name)
     assert nodes(controller)[0]["awake"] == 1
+
+
+def test_an_endpoint_has_a_group_and_limits_over_its_whole_life(stack: Stack, controller: Controller) -> None:
+    groups = prepare_cgroups(
+        load_installation(stack.directory).directory / "endpoints", None, look_at_machine()
+    )
+    if groups.directory is None:
+        pytest.skip(f"no groups can be made here: {groups.lacks['cpu']}")
+    group = groups.directory / "endpoint-main"
+    suspend(controller)
+    assert not group.exists()
+    said = stack.text("endpoint", "limits", "main", "--cpu", "0.5..2", "--memory", "512MB..1GB")
+    assert said.startswith("endpoint main has cpu 0.5..2, memory 512MB..1GB")
+    controller.post("/endpoints/main/start").raise_for_status()
+    assert stack.query("show shared_buffers") == [("128MB",)]
+    with stack.connect() as session:
+        [(backend,)] = session.execute("select pg_backend_pid()").fetchall()
+        inside = set(map(int, (group / "cgroup.procs").read_text().split()))
+        assert {stack.pid("endpoint-main"), backend} <= inside, "the manager, and what it starts"
+    shown = json.loads(stack.run("--json", "endpoint", "limits", "main").stdout)
+    for name, now, high in (("cpu", "cpu_milli", 2000), ("memory", "memory_mib", 1024)):
+        assert shown[now] == (0 if name in groups.lacks else high)
+    [node] = [row for row in status(stack) if row["part"] == "compute-node"]
+    told = " ".join(node["warnings"])
+    assert all(reason in told for reason in groups.lacks.values())
+    [row] = [row for row in status(stack) if row["part"] == "endpoint-main"]
+    assert (row["limits"]["cpu_min_milli"], row["limits"]["memory_max_mib"]) == (500, 1024)
+    assert groups.described() in stack.run("doctor").stdout
+    postmaster = int(group_children(group, stack.pid("endpoint-main")))
+    os.kill(postmaster, signal.SIGKILL)
+    stack.wait_until(lambda: answers(stack), "PostgreSQL to be started again")
+    again = int(group_children(group, stack.pid("endpoint-main")))
+    assert again != postmaster, "and it is in the group, too"
+    stack.text("endpoint", "limits", "main", "--cpu", "unlimited", "--memory", "unlimited")
+    suspend(controller)
+    assert not group.exists(), "a suspended endpoint leaves nothing"
+
+
+def group_children(group: Path, manager: int) -> str:
+    """The manager's one child that is in the group: the postmaster."""
+    inside = set((group / "cgroup.procs").read_text().split())
+    children = Path(f"/proc/{manager}/task/{manager}/children").read_text().split()
+    [found] = inside & set(children)
+    return found
+
+
+def answers(stack: Stack) -> bool:
+    with contextlib.suppress(psycopg.OperationalError):
+        return stack.query("select 1") == [(1,)]
+    return False

@@ -1,14 +1,18 @@
 """A manager that a compute node forks in place of the real one: no PostgreSQL, a moment until it is ready.
 
-Its endpoint's settings say how it fares: ``ready_after_s``, ``exit_code`` in place of becoming ready.
+Its endpoint's settings say how it fares: ``ready_after_s``, ``exit_code`` in place of becoming ready,
+``child``: a process that it starts, which dies with it (``sleeper``) or does not (``stray``).
 """
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from excimer.compute.settings import ComputeSettings
+from excimer.io.processes import die_with_parent
 from excimer.service.health import Health
 from excimer.service.instance_lock import InstanceLock
 from excimer.service.light_http import serving_light_http
@@ -33,6 +37,9 @@ async def _serve(settings: ComputeSettings, report_ready: Callable[[bool], None]
     wanted = settings.postgres_settings
     with InstanceLock(settings.endpoint_dir, "small manager", passable=True):
         async with serving_light_http(settings.http_listen, health, lambda: b""):
+            if "child" in wanted:
+                dies = partial(die_with_parent, signal.SIGKILL) if wanted["child"] == "sleeper" else None
+                await asyncio.create_subprocess_exec("sleep", "100", preexec_fn=dies, start_new_session=True)
             await asyncio.sleep(float(wanted.get("ready_after_s", "0.05")))
             if "exit_code" in wanted:
                 get_logger(__name__).error(FAILED)

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import SystemRandom
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -79,6 +79,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """None: an older Excimer has made this; the next start chooses one."""
     compute_node_capacity: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """How many endpoints may be awake on this machine; None: as many as its memory holds."""
+    cgroup_parent: str | None = None
+    """The group of cgroup v2 below which endpoints have theirs; None: it is found."""
+    unenforced_limits: Literal["tell", "refuse"] | None = None
+    """What happens to an endpoint with limits that this machine cannot keep to; None: it is told."""
     safekeepers: tuple[SafekeeperPorts, ...]
     object_store_url: str | None = None
     """Where the durable data lives; None: in `object_store/` of the state directory."""
@@ -312,6 +316,8 @@ class Installation:
             auth_token_path=self.keys_dir / COMPUTE_NODE_TOKEN_NAME,
             controller_address=self.controller_address,
             capacity=config.compute_node_capacity,
+            cgroup_parent=None if config.cgroup_parent is None else Path(config.cgroup_parent),
+            unenforced_limits=config.unenforced_limits or "tell",
             endpoint_defaults=msgspec.structs.replace(defaults, **chosen),
         )
         return Part(COMPUTE_NODE, "excimer.compute_node", settings, settings.http_listen, settings.data_dir)

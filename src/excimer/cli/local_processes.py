@@ -82,6 +82,9 @@ class HealthAnswer(msgspec.Struct, frozen=True):
     restart_pending: str = ""
     suspend_delay_s: int | None = None
     cache_size_mib: int | None = None
+    cpu_milli: int | None = None
+    memory_mib: int | None = None
+    resource_limits: str = ""
     last_active_at: int | None = None
     awake_for: str = ""
     start: str = ""
@@ -393,6 +396,9 @@ def probe_health(http_address: str, pid: int | None, limit_s: float = PROBE_TIME
             "restart_pending": body.restart_pending,
             "suspend_delay_s": "" if body.suspend_delay_s is None else str(body.suspend_delay_s),
             "cache_size_mib": "" if body.cache_size_mib is None else str(body.cache_size_mib),
+            "cpu_milli": "" if body.cpu_milli is None else str(body.cpu_milli),
+            "memory_mib": "" if body.memory_mib is None else str(body.memory_mib),
+            "resource_limits": body.resource_limits,
             "last_active_at": "" if body.last_active_at is None else str(body.last_active_at),
             "awake_for": body.awake_for,
             "start": body.start,

@@ -202,6 +202,7 @@ def _configure(
         origins=origins,
         is_standby=is_standby,
         is_replica=spec.mode == "replica",
+        shared_buffers_mib=spec.shared_buffers_mib,
     )
     is_remote = not Address(spec.host, spec.port).is_loopback
     hba = render_hba(history.superusers, trusts_local=spec.trusts_local, is_remote=is_remote)

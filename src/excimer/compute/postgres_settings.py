@@ -69,12 +69,16 @@ def render_postgres_settings(
     origins: Mapping[str, int],
     is_standby: bool,
     is_replica: bool = False,
+    shared_buffers_mib: int | None = None,
 ) -> str:
     """The text of postgresql.conf, upon which the endpoint's own list lies in postgresql.auto.conf.
 
     `origins` names the setting that bounds how many replication origins have progress, and how many do.
+    `shared_buffers_mib` None: the usual.
     """
     settings = DEFAULTS | (REPLICA_DEFAULTS if is_replica else {})
+    if shared_buffers_mib is not None:
+        settings["shared_buffers"] = f"{shared_buffers_mib}MB"
     settings["max_prepared_transactions"] = str(control.max_prepared_xacts)
     settings["track_commit_timestamp"] = "on" if control.track_commit_timestamp else "off"
     if pg_version >= 18:

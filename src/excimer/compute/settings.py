@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from excimer.service.settings import Settings
+from excimer.wire.compute_limits import NO_LIMITS, ComputeLimits
 
 
 class ComputeSettings(Settings, frozen=True, kw_only=True):
@@ -63,6 +64,10 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Whether background workers that extensions register are started."""
     cache_size_mib: int = 0
     """What relations' files may take on the disk, at the start of the manager; 0: no bound."""
+    limits: ComputeLimits = NO_LIMITS
+    """Of CPU and memory, at the start of the manager; whoever has started it keeps to them."""
+    cgroup_dir: Path | None = None
+    """The control group that it is in; None: none of its own."""
     suspend_delay_s: int = 0
     """How long nobody must have used it before it is suspended, at the start of the manager; 0: never."""
     generation: int = 0

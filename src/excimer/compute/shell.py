@@ -47,12 +47,14 @@ from excimer.compute.state_keeper import StateKeeper, StateOwner
 from excimer.compute.stop_progress import StopBeat
 from excimer.compute.token_renewal import EndpointGoneError, TokenRenewal
 from excimer.compute.warm_start import told
+from excimer.io.cgroup_files import read_size
 from excimer.postgres import endpoint_module, find_build
 from excimer.postgres.setting_check import at_start_only
 from excimer.service.disk_watch import DiskWatch
 from excimer.service.health import Health
 from excimer.service.logs import get_logger
 from excimer.service.tasks import SystemClock, TaskScope
+from excimer.wire.compute_limits import shared_buffers_mib
 from excimer.wire.endpoint_tokens import EndpointTokens
 
 log = get_logger(__name__)
@@ -89,6 +91,7 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         outside_work=OutsideWork(settings.quieting_id or None, settings.extension_workers),
         places=find_places(settings.endpoint_dir),
         cache=CacheBound(settings.cache_size_mib << 20),
+        shared_buffers_mib=shared_buffers_mib(settings.limits),
         lag_bytes_max=settings.pageserver_lag_max_mib << 20,
     )
 
@@ -149,6 +152,7 @@ class Manager:
         self._record = EndpointRecord(
             settings.controller_address, settings.endpoint_name, lambda: self._renewal.current.renewal
         )
+        self._cgroup_dir = settings.cgroup_dir
         self._keeper = make_keeper(settings, spec, health, self._record)
         self._states = make_states(settings, spec, lambda: self._renewal.current)
         self.idle = IdleWatch(
@@ -192,6 +196,9 @@ class Manager:
     def _report_awaited(self) -> None:
         """What a start waits for makes it unwell; that commits wait while postgres runs is a warning."""
         self._health.facts.update(self.idle.facts())
+        if self._cgroup_dir is not None:
+            size = read_size(self._cgroup_dir)
+            self._health.facts |= {"cpu_milli": size.cpu_milli, "memory_mib": size.memory_mib}
         self._health.facts["cache_size_mib"] = self._cache_size_bytes() >> 20
         attempt = self._attempt
         if attempt is not None and attempt.replica is not None:

@@ -44,6 +44,8 @@ class ComputeSpec(NamedTuple):
     cache: CacheBound
     lag_bytes_max: int
     """How far the pageserver may be behind before writers wait; 0: as far as it likes."""
+    shared_buffers_mib: int | None = None
+    """Unless the endpoint's own list has it; None: the usual."""
 
     @property
     def is_standby(self) -> bool:

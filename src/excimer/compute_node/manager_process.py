@@ -41,6 +41,7 @@ from excimer.service.process_records import (
     write_record,
 )
 from excimer.service.settings import SettingsError, load_settings, save_settings
+from excimer.wire.compute_limits import ComputeLimits
 from excimer.wire.endpoint_tokens import EndpointTokens
 
 STOP_LIMIT_S: Final = 14.0
@@ -52,6 +53,7 @@ BEAT_INTERVAL_S: Final = 0.5
 KILL_LIMIT_S: Final = 10.0
 ASK_LIMIT_S: Final = 2.0
 ASK_INTERVAL_S: Final = 0.05
+SETTINGS_COMMENT: Final = "Written by the compute node at each start; changes are lost."
 READY: Final = b"r"
 NOT_READY: Final = b"n"
 STOPPED: Final = (0, -signal.SIGTERM)
@@ -111,14 +113,18 @@ class ManagerProcess:
         return self.settings.generation
 
     @classmethod
-    def launch(cls, settings: ComputeSettings, run_dir: Path, tokens: EndpointTokens) -> "ManagerProcess":
-        """Forks it. Raises OSError, `ForkUnsafeError`."""
+    def launch(
+        cls, settings: ComputeSettings, run_dir: Path, tokens: EndpointTokens, join: Callable[[], None]
+    ) -> "ManagerProcess":
+        """Forks it; `join` is called in the fork before anything else, and may raise to end it. Raises
+        OSError, `ForkUnsafeError`.
+        """
         part = part_name(settings.endpoint_name)
         path = settings_path(run_dir, part)
         assert settings.log_path is not None
         make_private_dir(settings.endpoint_dir, passable=True)
-        save_settings(path, settings, "Written by the compute node at each start; changes are lost.")
-        work = partial(_run, path, tokens)
+        save_settings(path, settings, SETTINGS_COMMENT)
+        work = partial(_run, path, tokens, join)
         started = fork(part, ["-m", "excimer.compute", str(path)], settings.log_path, work)
         try:
             write_record(run_dir, part, started.pid)
@@ -142,6 +148,11 @@ class ManagerProcess:
             return None
         log.info("watches a running manager", endpoint=found.name, pid=found.pid)
         return found
+
+    def note_limits(self, run_dir: Path, limits: ComputeLimits) -> None:
+        """For a node that comes back. Raises OSError."""
+        self.settings = msgspec.structs.replace(self.settings, limits=limits)
+        save_settings(settings_path(run_dir, self.part), self.settings, SETTINGS_COMMENT)
 
     # Its life
 
@@ -264,7 +275,8 @@ def forget_record(run_dir: Path, part: str) -> None:
     record_path(run_dir, part).unlink(missing_ok=True)
 
 
-def _run(path: Path, tokens: EndpointTokens, reports: int) -> int:
+def _run(path: Path, tokens: EndpointTokens, join: Callable[[], None], reports: int) -> int:
+    join()
     hide_memory()
     return run_manager(path, tokens, partial(_report, reports))
 

@@ -19,7 +19,9 @@ def part_name(endpoint: str) -> str:
     return f"endpoint-{endpoint}"
 
 
-def manager_settings(order: StartOrder, node: ComputeNodeSettings) -> ComputeSettings:
+def manager_settings(
+    order: StartOrder, node: ComputeNodeSettings, cgroup_dir: Path | None = None
+) -> ComputeSettings:
     return ComputeSettings(
         log_level=node.log_level,
         tls=node.tls,
@@ -47,6 +49,8 @@ def manager_settings(order: StartOrder, node: ComputeNodeSettings) -> ComputeSet
         extension_workers=order.extension_workers,
         suspend_delay_s=order.suspend_delay_s,
         cache_size_mib=order.cache_size_mib,
+        limits=order.limits,
+        cgroup_dir=cgroup_dir,
         generation=order.generation,
         **msgspec.structs.asdict(node.endpoint_defaults),
     )

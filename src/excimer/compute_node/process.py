@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from excimer.base.errors import RefusedError
+from excimer.compute_node.cgroups import look_at_machine, prepare_cgroups
 from excimer.compute_node.endpoints.api import make_api
 from excimer.compute_node.metrics import read_metrics
 from excimer.compute_node.registration import capacity_of, keep_registered
+from excimer.compute_node.resources import Resources
 from excimer.compute_node.settings import ComputeNodeSettings
 from excimer.compute_node.shell import ComputeNode
 from excimer.service.health import Health
@@ -49,7 +51,10 @@ async def serve_node(settings_file: Path, settings: ComputeNodeSettings) -> None
                 f"cannot read key {settings.auth_public_key_path}: {error.strerror}"
             ) from error
         async with TaskScope() as scope:
-            node = ComputeNode(settings, settings_file, scope, starts_at_once())
+            cgroups = prepare_cgroups(settings.endpoints_dir, settings.cgroup_parent, look_at_machine())
+            resources = Resources(cgroups, settings.unenforced_limits, health.warn)
+            health.facts["resource_limits"] = cgroups.described()
+            node = ComputeNode(settings, settings_file, scope, starts_at_once(), resources)
             node.adopt()
             gc.collect()
             gc.freeze()
@@ -58,7 +63,10 @@ async def serve_node(settings_file: Path, settings: ComputeNodeSettings) -> None
             async with serving_light_http(settings.http_listen, health, metrics, routes=api):
                 health.ready = True
                 scope.supervise("registration", lambda: keep_registered(settings, health))
-                await _keep_log_short(settings.log_path)
+                try:
+                    await _keep_log_short(settings.log_path)
+                finally:
+                    resources.close()
 
 
 async def _keep_log_short(path: Path | None) -> None:

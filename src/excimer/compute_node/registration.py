@@ -14,6 +14,7 @@ from excimer.compute_node.settings import ComputeNodeSettings
 from excimer.service.health import Health
 from excimer.service.http_client import HttpClient, path_of
 from excimer.service.logs import get_logger
+from excimer.wire.compute_limits import ComputeSize
 from excimer.wire.compute_orders import NodeReport
 
 CALL_LIMIT_S: Final = 3.0
@@ -33,9 +34,15 @@ def capacity_of(settings: ComputeNodeSettings) -> int:
     return settings.capacity or max(1, memory_bytes // ENDPOINT_BYTES)
 
 
+def room() -> ComputeSize:
+    """What endpoints' minimums may come to together: all that this machine has."""
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return ComputeSize(1000 * (os.cpu_count() or 1), memory_bytes >> 20)
+
+
 async def keep_registered(settings: ComputeNodeSettings, health: Health) -> Never:
     """Until cancelled. The node is unwell until the controller has heard of it; later that is a warning."""
-    report = NodeReport(http_address=settings.http_listen, capacity=capacity_of(settings))
+    report = NodeReport(http_address=settings.http_listen, capacity=capacity_of(settings), room=room())
     wait_s, is_known = RETRY_S, False
     health.report(_CHECK, "the controller has not heard of it yet")
     while True:

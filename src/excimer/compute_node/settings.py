@@ -1,7 +1,7 @@
 """What an operator (in practice the command line) writes for a compute node."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -38,5 +38,9 @@ class ComputeNodeSettings(Settings, frozen=True, kw_only=True):
     controller_address: str
     capacity: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """How many endpoints may be awake here; None: as many as the machine's memory holds."""
+    cgroup_parent: Path | None = None
+    """The group of cgroup v2 below which endpoints have theirs; None: it is found."""
+    unenforced_limits: Literal["tell", "refuse"] = "tell"
+    """What happens to an endpoint with limits of CPU or memory that this machine cannot keep to."""
     endpoint_defaults: EndpointDefaults = EndpointDefaults()
     """Read again, with this file, at each start of an endpoint."""

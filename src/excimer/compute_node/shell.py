@@ -20,13 +20,16 @@ from excimer.compute.places import leave_places, locate_places
 from excimer.compute_node.forks import run_in_fork
 from excimer.compute_node.manager_process import ManagerProcess, forget_record
 from excimer.compute_node.manager_settings import manager_settings, part_name
+from excimer.compute_node.resources import Resources, no_resources
 from excimer.compute_node.settings import ComputeNodeSettings
 from excimer.postgres import find_build
 from excimer.service.logs import get_logger
 from excimer.service.process_records import settings_path
 from excimer.service.settings import SettingsError, load_settings
 from excimer.service.tasks import TaskScope
+from excimer.wire.compute_limits import ComputeLimits
 from excimer.wire.compute_orders import (
+    LimitsInForce,
     RunningEndpoint,
     RunningEndpoints,
     Started,
@@ -57,8 +60,14 @@ class ComputeNode:
     """All endpoints of this machine. Everything runs on the event loop, and nothing in threads."""
 
     def __init__(
-        self, settings: ComputeNodeSettings, settings_file: Path, scope: TaskScope, starts_at_once: int
+        self,
+        settings: ComputeNodeSettings,
+        settings_file: Path,
+        scope: TaskScope,
+        starts_at_once: int,
+        resources: Resources | None = None,
     ) -> None:
+        """`resources` None: endpoints have no groups and no limits."""
         self._settings = settings
         self._settings_file = settings_file
         self._scope = scope
@@ -67,6 +76,7 @@ class ComputeNode:
         """By endpoint the generation of its last stop: its start may come late."""
         self._locks: dict[str, asyncio.Lock] = {}
         self._slots = asyncio.Semaphore(starts_at_once)
+        self.resources = resources or no_resources()
         self._known_builds: set[int] = set()
         self.starting = 0
         self.waiting = 0
@@ -81,6 +91,9 @@ class ComputeNode:
             found = ManagerProcess.find(self._settings.run_dir, endpoint_dir)
             if found is not None:
                 self._watch(found)
+                self.resources.adopt(found.name, found.pid, found.settings.limits)
+        for name in self.resources.left_behind():
+            self._scope.contain("remove group", self.resources.release(name))
 
     def running(self) -> RunningEndpoints:
         return RunningEndpoints(
@@ -91,6 +104,7 @@ class ComputeNode:
                     generation=manager.generation,
                     timeline_id=manager.settings.timeline_id,
                     mode=manager.settings.mode,
+                    size=self.resources.size(manager.name),
                 )
                 for manager in self._managers.values()
             ]
@@ -153,7 +167,10 @@ class ComputeNode:
             on_failure.callback(self._slots.release)
             settings = self._fresh_settings()
             self._warm_up(order.pg_version)
-            manager = ManagerProcess.launch(manager_settings(order, settings), settings.run_dir, order.tokens)
+            group = self.resources.place(order.endpoint, order.limits)
+            join = (lambda: None) if group is None else group.join
+            given = manager_settings(order, settings, None if group is None else group.path)
+            manager = ManagerProcess.launch(given, settings.run_dir, order.tokens, join)
             on_failure.pop_all()
         self.starts += 1
         self._watch(manager)
@@ -183,6 +200,7 @@ class ComputeNode:
             if running is not None:
                 await running.stop(is_immediate=order.is_immediate)
             await self._clean(name, kept_too=False)
+            await self.resources.release(name)
         return Stopped(was_running=running is not None)
 
     @contextlib.asynccontextmanager
@@ -193,6 +211,17 @@ class ComputeNode:
         self._stopped[name] = max(generation, self._stopped.get(name, -1))
         async with self._lock(name):
             yield self._managers.get(name)
+
+    async def change_limits(self, name: str, limits: ComputeLimits) -> LimitsInForce:
+        """Of one that runs; in force when it returns. Raises `LimitsUnkeptError`."""
+        async with self._lock(name):
+            running = self._managers.get(name)
+            if running is None:
+                unkept = self.resources.check(name, limits)
+                return LimitsInForce(is_running=False, size=limits.maximum, unkept=unkept)
+            unkept = self.resources.change(name, limits)
+            running.note_limits(self._settings.run_dir, limits)
+            return LimitsInForce(is_running=True, size=self.resources.size(name), unkept=unkept)
 
     async def remove(self, name: str) -> None:
         """What stops of an endpoint have kept, its logs apart. Raises `StillRunningError`, `RemainsError`."""
@@ -240,6 +269,7 @@ class ComputeNode:
         self.ends += 1
         if self._managers.get(manager.name) is manager:
             del self._managers[manager.name]
+            self._scope.contain("remove group", self.resources.release(manager.name))
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

@@ -20,6 +20,8 @@ from excimer.service.http_client import HttpClient, path_of
 from excimer.service.logs import get_logger
 from excimer.wire.auth import EVERYTHING, Claims, RightMissingError, is_holder
 from excimer.wire.compute_orders import (
+    LimitsInForce,
+    LimitsOrder,
     NodeReport,
     RunningEndpoint,
     RunningEndpoints,
@@ -61,6 +63,11 @@ class ComputeNodeApi:
         path = path_of("v1", "endpoints", name, "stop")
         return _understood(self.name, await self._client(STOP_LIMIT_S).post(path, order), Stopped)
 
+    async def change_limits(self, name: str, order: LimitsOrder) -> LimitsInForce:
+        path = path_of("v1", "endpoints", name, "limits")
+        answer = await self._client(LIST_LIMIT_S).call("PUT", path, order)
+        return _understood(self.name, answer, LimitsInForce)
+
     async def remove(self, name: str) -> None:
         await self._client(STOP_LIMIT_S).delete(path_of("v1", "endpoints", name))
 
@@ -87,7 +94,9 @@ class ComputeNodes:
         """Durable when it returns. Raises `RightMissingError` for a token that is not the node's own."""
         if not is_holder(claims, f"compute_node:{node_id}"):
             raise RightMissingError(f"this token of {claims.holder} is not compute node {node_id}'s own")
-        node = ComputeNode(id=node_id, http_address=report.http_address, capacity=report.capacity)
+        node = ComputeNode(
+            id=node_id, http_address=report.http_address, capacity=report.capacity, room=report.room
+        )
         nodes = await self._known()
         if nodes.get(node_id) != node:
             await asyncio.to_thread(self._store.put_compute_node, node)

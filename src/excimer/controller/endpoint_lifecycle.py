@@ -267,6 +267,7 @@ def make_order(spec: ComputeSpec, endpoint: Endpoint, limit_s: float, *, is_imme
         postgres_settings=endpoint.postgres_settings,
         suspend_delay_s=endpoint.suspend_delay_s,
         cache_size_mib=endpoint.cache_size_mib,
+        limits=endpoint.limits,
         pageserver_address=spec.pageserver_address,
         pageserver_http_address=spec.pageserver_http_address,
         lease_holder=spec.lease_holder,

@@ -7,6 +7,7 @@ import msgspec
 from excimer.base.errors import ConflictError, NotFoundError, RefusedError
 from excimer.base.ids import NodeId, TenantId, TimelineId
 from excimer.base.lsn import Lsn
+from excimer.wire.compute_limits import NO_LIMITS, ComputeLimits, ComputeSize
 from excimer.wire.endpoint_tokens import EndpointTokens
 
 State = Literal[
@@ -140,6 +141,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """The compute node on which it is, or was last, awake."""
     cache_size_mib: int = UNBOUNDED
     """What its relations' files may take on its local disk before cold blocks are evicted."""
+    limits: ComputeLimits = NO_LIMITS
+    """Of CPU and memory."""
 
 
 class RolePassword(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,6 +183,8 @@ class ComputeNode(msgspec.Struct, frozen=True, kw_only=True):
     http_address: str
     capacity: int
     """How many endpoints may be awake on it."""
+    room: ComputeSize = ComputeSize()
+    """What their minimums may come to together; 0: it is not counted."""
 
 
 class ComputeSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,6 +25,7 @@ from excimer.controller import core
 from excimer.controller.access import Access
 from excimer.controller.branch_points import BranchPoints, require_quorum
 from excimer.controller.cache_size import CacheSizes, check_cache_size
+from excimer.controller.compute_limits import LimitsKeeper, check_limits
 from excimer.controller.compute_nodes import ComputeNodes
 from excimer.controller.endpoint_lifecycle import EndpointLifecycle
 from excimer.controller.endpoint_settings import BuildCheck, EndpointSettings, SettingsCheck
@@ -52,6 +53,7 @@ from excimer.controller.tokens import TokenMaker
 from excimer.service.logs import get_logger
 from excimer.service.tls import has_tls
 from excimer.wire.auth import Resource
+from excimer.wire.compute_limits import NO_LIMITS, ComputeLimits
 
 RECONCILE_INTERVAL_S: Final = 5.0
 START_WAIT_S: Final = 5.0
@@ -97,6 +99,7 @@ class Controller:
         self.compute_nodes = ComputeNodes(store, tokens, clock)
         self.lifecycle = EndpointLifecycle(store, self.compute_nodes, self.suspension, self.read_spec)
         self.cache_sizes = CacheSizes(store, self.find_endpoint)
+        self.limits = LimitsKeeper(store, self.compute_nodes, self.find_endpoint)
         self.imports = Imports(
             store=store,
             clock=clock,
@@ -343,10 +346,12 @@ class Controller:
         listen: core.Listen = core.LOOPBACK_ONLY,
         suspend_delay_s: int | None = None,
         cache_size_mib: int = UNBOUNDED,
+        limits: ComputeLimits = NO_LIMITS,
     ) -> Endpoint:
         """`at`: the LSN or the time (RFC 3339) that a static endpoint shows; None for a primary."""
         delay_s = plan_delay(mode, suspend_delay_s)
         check_cache_size(cache_size_mib)
+        check_limits(limits)
         tenant = await self.find_tenant(tenant_reference)
         timeline = await self.find_branch(tenant.tenant_id, branch)
         core.check_in_service(timeline)
@@ -370,7 +375,7 @@ class Controller:
                 now=self._clock.now(),
             )
             endpoint = msgspec.structs.replace(
-                endpoint, suspend_delay_s=delay_s, cache_size_mib=cache_size_mib
+                endpoint, suspend_delay_s=delay_s, cache_size_mib=cache_size_mib, limits=limits
             )
             await self._db(self._store.add_endpoint, endpoint)
         log.info("endpoint created", endpoint=name, timeline_id=timeline.timeline_id)

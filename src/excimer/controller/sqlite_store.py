@@ -32,6 +32,7 @@ from excimer.controller.model import (
     Timeline,
 )
 from excimer.io.private_files import touch_private
+from excimer.wire.compute_limits import ComputeLimits
 
 DATABASE_FILE_NAME: Final = "metadata.sqlite"
 BUSY_TIMEOUT_S: Final = 5.0
@@ -105,11 +106,16 @@ MIGRATIONS: Final = (
     ALTER TABLE endpoint ADD COLUMN node_id INTEGER
     """,
     "ALTER TABLE endpoint ADD COLUMN cache_size_mib INTEGER NOT NULL DEFAULT 0",
+    """
+    ALTER TABLE endpoint ADD COLUMN limits TEXT NOT NULL DEFAULT '{}';
+    ALTER TABLE computenode ADD COLUMN room TEXT NOT NULL DEFAULT '{}'
+    """,
 )
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 _LSN_COLUMNS: Final = ("lsn", "ancestor_lsn", "start_lsn")
+_JSON_COLUMNS: Final = {"postgres_settings", "limits", "room"}
 _FLAG_COLUMNS: Final = ("ready", "is_bootstrap")
 _DEFAULT_TENANT: Final = "default_tenant"
 
@@ -365,6 +371,11 @@ class SqliteStore:
         with self._transaction() as connection:
             connection.execute("UPDATE endpoint SET cache_size_mib = ? WHERE name = ?", (size_mib, name))
 
+    def put_limits(self, name: str, limits: ComputeLimits) -> None:
+        value = msgspec.json.encode(limits).decode()
+        with self._transaction() as connection:
+            connection.execute("UPDATE endpoint SET limits = ? WHERE name = ?", (value, name))
+
     def list_role_passwords(self, tenant_id: TenantId) -> list[RolePassword]:
         return self._select(RolePassword, "WHERE tenant_id = ?", (tenant_id,))
 
@@ -385,8 +396,8 @@ def _to_row(value: msgspec.Struct) -> dict[str, Any]:
             row[column] = format_lsn(row[column])
     if "system_id" in row:
         row["system_id"] = str(row["system_id"])
-    if "postgres_settings" in row:
-        row["postgres_settings"] = msgspec.json.encode(row["postgres_settings"]).decode()
+    for column in _JSON_COLUMNS & row.keys():
+        row[column] = msgspec.json.encode(row[column]).decode()
     return row
 
 
@@ -395,8 +406,8 @@ def _from_row(kind: type[S], row: sqlite3.Row) -> S:
     for column in _LSN_COLUMNS:
         if values.get(column) is not None:
             values[column] = parse_lsn(values[column])
-    if "postgres_settings" in values:
-        values["postgres_settings"] = msgspec.json.decode(values["postgres_settings"])
+    for column in _JSON_COLUMNS & values.keys():
+        values[column] = msgspec.json.decode(values[column])
     for column in _FLAG_COLUMNS:
         if column in values:
             values[column] = bool(values[column])

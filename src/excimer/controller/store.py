@@ -18,6 +18,7 @@ from excimer.controller.model import (
     Tenant,
     Timeline,
 )
+from excimer.wire.compute_limits import ComputeLimits
 
 
 class MetadataStore(Protocol):
@@ -76,6 +77,9 @@ class MetadataStore(Protocol):
         """Replaces the mode of an endpoint, and nothing else."""
 
     def put_cache_size(self, name: str, size_mib: int) -> None:
+        """Nothing happens if there is no such endpoint."""
+
+    def put_limits(self, name: str, limits: ComputeLimits) -> None:
         """Nothing happens if there is no such endpoint."""
 
     def put_suspension(self, endpoint: Endpoint) -> None:

@@ -3,6 +3,7 @@
 ::
 
     controller --PUT  /v1/endpoints/NAME        StartOrder--> node   answers when it accepts connections
+               --PUT  /v1/endpoints/NAME/limits LimitsOrder-> node   in force when it answers
                --POST /v1/endpoints/NAME/stop   StopOrder---> node   answers when nothing of it runs
                --DELETE /v1/endpoints/NAME ----------------> node   removes what stops have kept
     node       --PUT  /v1/compute_nodes/ID      NodeReport--> controller   at its start, and again and again
@@ -18,6 +19,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from excimer.wire.compute_limits import NO_LIMITS, ComputeLimits, ComputeSize
 from excimer.wire.endpoint_tokens import EndpointTokens
 
 Generation = Annotated[int, msgspec.Meta(ge=0)]
@@ -44,6 +46,7 @@ class StartOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     postgres_settings: dict[str, str]
     suspend_delay_s: int
     cache_size_mib: int = 0
+    limits: ComputeLimits = NO_LIMITS
     pageserver_address: str
     pageserver_http_address: str
     lease_holder: str
@@ -65,6 +68,17 @@ class StopOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Kill at once; no commit is lost."""
 
 
+class LimitsOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    limits: ComputeLimits
+
+
+class LimitsInForce(msgspec.Struct, frozen=True, kw_only=True):
+    is_running: bool
+    size: ComputeSize
+    unkept: str
+    """Which of them this machine cannot keep to, and why."""
+
+
 class Started(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     is_new: bool
@@ -81,6 +95,8 @@ class RunningEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     timeline_id: str
     mode: str
+    size: ComputeSize = ComputeSize()
+    """What it may use now."""
 
 
 class RunningEndpoints(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,3 +109,5 @@ class NodeReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     http_address: str
     capacity: Annotated[int, msgspec.Meta(ge=1)]
     """How many endpoints may be awake on it."""
+    room: ComputeSize = ComputeSize()
+    """What the minimums of those that are awake may come to together; 0: it is not counted."""

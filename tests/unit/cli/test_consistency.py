@@ -36,6 +36,8 @@ METAVARS = {
     "--suspend-after": "DELAY",
     "--after": "DELAY",
     "--cache-size": "SIZE",
+    "--cpu": "MIN..MAX",
+    "--memory": "MIN..MAX",
     "--broker-url": "URL",
     "--object-store": "URL",
     "--object-store-option": "KEY=VALUE",

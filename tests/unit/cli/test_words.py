@@ -104,7 +104,13 @@ def test_a_part_failed_when_an_error_was_its_last_word(tmp_path: Path) -> None:
     assert failure(log) is None
 
 
-USE: dict[str, Any] = {"last_active_at": None, "suspend_delay_s": 300, "cache_size_mib": 0}
+NO_LIMITS = dict.fromkeys(("cpu_min_milli", "cpu_max_milli", "memory_min_mib", "memory_max_mib"), 0)
+USE: dict[str, Any] = {
+    "last_active_at": None,
+    "suspend_delay_s": 300,
+    "cache_size_mib": 0,
+    "limits": NO_LIMITS,
+}
 
 
 def _endpoint(**changes: Any) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def test_words_in_tables_stay_whole_and_lines_have_no_tail() -> None:
     _show_endpoints(Console(file=stream, width=40, color_system=None), [_endpoint(url=url), _endpoint()])
     heading, first, *_ = stream.getvalue().splitlines()
     assert heading.split() == [
-        *("endpoint", "tenant", "branch", "state", "used", "suspends", "cache", "mode", "pg", "url")
+        *("endpoint", "tenant", "branch", "state", "used", "suspends", "cache", "size", "mode", "pg", "url")
     ]
     assert first.split() == [NAME, NAME, NAME, "running", "5m", "unlimited", "primary", "18", url]
     assert heading == heading.rstrip()

@@ -20,6 +20,7 @@ from excimer.cli.installation import free_ports
 from excimer.compute_node import manager_process
 from excimer.compute_node.forks import ForkUnsafeError, ProcessWatch, fork
 from excimer.compute_node.manager_process import EndpointFailedError, EndpointSlowError
+from excimer.compute_node.resources import Resources
 from excimer.compute_node.settings import ComputeNodeSettings
 from excimer.compute_node.shell import ComputeNode, OvertakenError, StillRunningError
 from excimer.service.logs import TIMER_NAME, configure_logging, get_logger
@@ -71,12 +72,19 @@ class Home:
         running = find_process(self.settings.run_dir, f"endpoint-{name}", self.settings.endpoints_dir / name)
         return None if running is None else running.pid
 
-    def play(self, story: Story, *, starts_at_once: int = 4, leaves: bool = False) -> None:
+    def play(
+        self,
+        story: Story,
+        *,
+        starts_at_once: int = 4,
+        leaves: bool = False,
+        resources: Resources | None = None,
+    ) -> None:
         """`leaves`: the node dies with its managers running, as by SIGKILL. Otherwise it kills them."""
 
         async def life() -> None:
             async with TaskScope() as scope:
-                node = ComputeNode(self.settings, self.settings_file, scope, starts_at_once)
+                node = ComputeNode(self.settings, self.settings_file, scope, starts_at_once, resources)
                 node.adopt()
                 await story(node)
                 if not leaves:

@@ -278,7 +278,7 @@ def _check_part(part: Part, process: ProcessRecord | None, *, others_run: bool) 
 
 
 def _check_health(part: str, http_address: str, pid: int) -> Iterator[Finding]:
-    status, warnings, _ = probe_health(http_address, pid)
+    status, warnings, facts = probe_health(http_address, pid)
     if status == 200:
         yield Finding(part, "ok", f"runs, process {pid}")
     else:
@@ -286,6 +286,8 @@ def _check_health(part: str, http_address: str, pid: int) -> Iterator[Finding]:
         yield Finding(part, "problem", f"process {pid} {said}: excimer logs {part}")
     for warning in warnings:
         yield Finding(part, "problem", warning)
+    if limits := facts.get("resource_limits"):
+        yield Finding("limits of endpoints", "ok", limits)
 
 
 def _show(console: "Console", findings: list[Finding]) -> None:

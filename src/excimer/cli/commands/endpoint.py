@@ -24,6 +24,16 @@ from excimer.cli.branch_options import (
 from excimer.cli.commands import endpoint_access
 from excimer.cli.commands.endpoint_cache import CacheSizeOption, cache, parse_size, shown_size
 from excimer.cli.commands.endpoint_config import config, parse_assignments
+from excimer.cli.commands.endpoint_limits import (
+    UNLIMITED,
+    CpuOption,
+    MemoryOption,
+    limits,
+    parse_limits,
+    shown_limits,
+    size_in_force,
+)
+from excimer.cli.commands.endpoint_limits import shown_size as shown_resources
 from excimer.cli.commands.endpoint_replica import (
     ReplicaOption,
     mode_of,
@@ -64,6 +74,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 app.command()(config)
 app.command()(cache)
+app.command()(limits)
 
 PORT_ATTEMPTS: Final = 5
 STOP_ANSWER_LIMIT_S: Final = 3600.0
@@ -77,6 +88,7 @@ NOT_RUNNING: Final[dict[str, Any]] = {
     "start": None,
     "start_reason": None,
     **replica_progress({}),
+    **size_in_force({}),
 }
 
 for _name, _command in endpoint_access.COMMANDS.items():
@@ -124,17 +136,15 @@ def create(
     tls_key: endpoint_access.KeyOption = None,
     suspend_after: SuspendAfterOption = None,
     cache_size: CacheSizeOption = None,
+    cpu: CpuOption = None,
+    memory: MemoryOption = None,
 ) -> None:
     """Make an endpoint on a branch. It does not run yet."""
     session = session_of(context)
     access = endpoint_access.listen_changes(listen, tls_cert, tls_key)
     if pg_port is not None and "postgres_port" in access:
         raise UsageError("--pg-port and the port of --listen exclude each other")
-    if lsn is not None:
-        check_lsn(lsn)
-        if at is not None:
-            raise UsageError("--lsn and --at exclude each other")
-    point = branch_point(at) if lsn is None else {"at_lsn": lsn}
+    point = _point(at, lsn)
     body = {
         "name": name,
         "tenant": tenant or "",
@@ -146,6 +156,7 @@ def create(
         "postgres_settings": parse_assignments(settings or [], "--set"),
         "suspend_delay_s": None if suspend_after is None else parse_delay(suspend_after),
         "cache_size_mib": 0 if cache_size is None else parse_size(cache_size),
+        "limits": parse_limits(cpu, memory),
     }
     pg_port = access.pop("postgres_port", pg_port)
     client = ControllerClient(installation := load_installation(session.directory))
@@ -154,6 +165,16 @@ def create(
     endpoint = create_endpoint(installation, body | access, pg_port)
     url = url_of(installation, endpoint, find_credentials(installation, client, endpoint))
     session.say(f"{_shown_new(endpoint)}\n{url}", endpoint | {"url": url})
+
+
+def _point(at: str | None, lsn: str | None) -> dict[str, Any]:
+    """Of a static endpoint, as the controller has it; empty for others. Raises `UsageError`."""
+    if lsn is None:
+        return branch_point(at)
+    check_lsn(lsn)
+    if at is not None:
+        raise UsageError("--lsn and --at exclude each other")
+    return {"at_lsn": lsn}
 
 
 def _shown_new(endpoint: Mapping[str, Any]) -> str:
@@ -386,6 +407,7 @@ def state_of(installation: Installation, endpoint: dict[str, Any]) -> dict[str, 
         "restart_pending": [name for name in facts.get("restart_pending", "").split(",") if name],
         **last_active_at(facts),
         **replica_progress(facts),
+        **size_in_force(facts),
         "start": facts.get("start") or None,
         "start_reason": facts.get("start_reason") or None,
     }
@@ -406,7 +428,7 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
         return
     now = time.time()
     table = plain_table(
-        "endpoint", "tenant", "branch", "state", "used", "suspends", "cache", "mode", "pg", "url"
+        "endpoint", "tenant", "branch", "state", "used", "suspends", "cache", "size", "mode", "pg", "url"
     )
     for row in rows:
         color = {"running": "green", "stopped": "dim", "suspended": "dim", "ended": "red"}.get(
@@ -420,6 +442,7 @@ def _show_endpoints(console: "Console", rows: list[dict[str, Any]]) -> None:
             shown_use(row["last_active_at"], now),
             shown_delay(row["suspend_delay_s"]),
             shown_size(row["cache_size_mib"]),
+            shown_resources(row),
             shown_mode(row),
             str(row["pg_version"]),
             row["url"],
@@ -481,6 +504,8 @@ def _show_endpoint(console: "Console", value: dict[str, Any]) -> None:
         ("last used", shown_use(value["last_active_at"], time.time())),
         ("suspends", _suspends(value)),
         ("cache size", shown_size(value["cache_size_mib"])),
+        ("limits", shown_limits(value["limits"]) or UNLIMITED),
+        ("size now", shown_resources(value) if value["pid"] else ""),
         ("log", value["postgres_log"]),
         *(
             (

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from excimer.cli.commands.endpoint_limits import shown_size
 from excimer.cli.controller_client import ControllerClient
 from excimer.cli.errors import UsageError
 from excimer.cli.installation import HOST, Installation, endpoint_part_name
@@ -83,7 +84,12 @@ def shown_endpoint(row: Mapping[str, Any]) -> str:
     if "branch" not in row:
         return ""
     used = shown_use(row["last_active_at"], time.time())
-    return f"branch {row['branch']}, port {row['postgres_port']}" + (f", used {used}" if used else "")
+    size = shown_size(row)
+    return (
+        f"branch {row['branch']}, port {row['postgres_port']}"
+        + (f", used {used}" if used else "")
+        + (f", {size}" if size else "")
+    )
 
 
 def last_active_at(facts: Mapping[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 import typer
 
 from excimer.base.errors import NotFoundError, RetryableError
+from excimer.cli.commands.endpoint_limits import size_in_force
 from excimer.cli.commands.endpoint_suspend import last_active_at, shown_endpoint
 from excimer.cli.completion import complete_part
 from excimer.cli.controller_client import ControllerClient
@@ -76,7 +77,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 BROKER: Final = "broker"
-ENDPOINT_COLUMNS: Final = ("branch", "postgres_port", "suspend_delay_s", "last_active_at")
+ENDPOINT_COLUMNS: Final = ("branch", "postgres_port", "suspend_delay_s", "last_active_at", "limits")
 STATUS_LIMIT_S: Final = 2.0
 """How long `status` waits for the controller's list, which comes from memory."""
 _UNNAMEABLE: Final = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
@@ -503,6 +504,7 @@ def _status_row(
         state, warnings, facts = ask_part(installation, process, http_address)
     return {
         **last_active_at(facts),
+        **size_in_force(facts),
         "part": part,
         "state": state,
         "pid": process.pid if process else None,

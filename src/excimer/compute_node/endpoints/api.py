@@ -8,7 +8,15 @@ from excimer.base.errors import RefusedError
 from excimer.compute_node.shell import ComputeNode
 from excimer.service.light_api import LightApi, Route
 from excimer.wire.auth import TokenVerifier
-from excimer.wire.compute_orders import RunningEndpoints, Started, StartOrder, StopOrder, Stopped
+from excimer.wire.compute_orders import (
+    LimitsInForce,
+    LimitsOrder,
+    RunningEndpoints,
+    Started,
+    StartOrder,
+    StopOrder,
+    Stopped,
+)
 
 
 class WrongNameError(RefusedError):
@@ -27,6 +35,9 @@ def make_api(node: ComputeNode, verifier: TokenVerifier, clock: Clock) -> LightA
     async def stop(parts: Mapping[str, str], order: StopOrder) -> Stopped:
         return await node.stop(parts["name"], order)
 
+    async def change_limits(parts: Mapping[str, str], order: LimitsOrder) -> LimitsInForce:
+        return await node.change_limits(parts["name"], order.limits)
+
     async def remove(parts: Mapping[str, str], _: Any) -> None:
         await node.remove(parts["name"])
 
@@ -34,6 +45,7 @@ def make_api(node: ComputeNode, verifier: TokenVerifier, clock: Clock) -> LightA
         Route("GET", "/v1/endpoints", None, list_running),
         Route("PUT", "/v1/endpoints/{name}", StartOrder, start),
         Route("POST", "/v1/endpoints/{name}/stop", StopOrder, stop),
+        Route("PUT", "/v1/endpoints/{name}/limits", LimitsOrder, change_limits),
         Route("DELETE", "/v1/endpoints/{name}", None, remove),
     ]
     return LightApi(routes, verifier, clock)

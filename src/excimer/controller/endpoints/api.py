@@ -25,6 +25,7 @@ from excimer.controller.endpoints.api_models import (
     TenantAnswer,
     TenantsAnswer,
 )
+from excimer.controller.endpoints.compute_limits_api import add_limits_routes
 from excimer.controller.endpoints.compute_node_api import add_compute_node_routes
 from excimer.controller.endpoints.history_api import add_history_routes
 from excimer.controller.endpoints.lifecycle_api import add_lifecycle_routes
@@ -46,6 +47,7 @@ def make_router(controller: Controller) -> APIRouter:
     _add_endpoint_routes(router, controller)
     add_lifecycle_routes(router, controller)
     add_compute_node_routes(router, controller)
+    add_limits_routes(router, controller)
     add_reading_routes(router, controller)
     add_history_routes(router, controller)
     add_retention_routes(router, controller)
@@ -178,6 +180,7 @@ def _add_endpoint_routes(router: APIRouter, controller: Controller) -> None:
             listen=core.Listen(body.listen_host, body.tls_certificate_path, body.tls_key_path),
             suspend_delay_s=body.suspend_delay_s,
             cache_size_mib=body.cache_size_mib,
+            limits=body.limits.limits(),
         )
         return EndpointAnswer.of(*await controller.find_endpoint(endpoint.name))
 

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from excimer.base.lsn import format_lsn
@@ -17,6 +18,7 @@ from excimer.controller.model import (
     Tenant,
     Timeline,
 )
+from excimer.wire.compute_limits import ComputeLimits
 
 HexId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 LsnText = Annotated[str, StringConstraints(pattern=r"^[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}$")]
@@ -62,6 +64,22 @@ class BeginImportBody(Body):
     )
 
 
+class LimitsFields(Body):
+    """Of CPU, in thousandths of a core, and memory; both ends of a range 0: no limit."""
+
+    cpu_min_milli: int = 0
+    cpu_max_milli: int = 0
+    memory_min_mib: int = 0
+    memory_max_mib: int = 0
+
+    @classmethod
+    def of(cls, limits: ComputeLimits) -> "LimitsFields":
+        return cls(**msgspec.structs.asdict(limits))
+
+    def limits(self) -> ComputeLimits:
+        return ComputeLimits(**self.model_dump())
+
+
 class CreateEndpointBody(Body):
     name: str
     tenant: str = Field("", description="Name or id; empty: the default tenant.")
@@ -80,6 +98,7 @@ class CreateEndpointBody(Body):
         None, description="Suspended when nobody used it for so long; 0: never. Default: 300, static ones 0."
     )
     cache_size_mib: int = Field(0, description="What its cache may take on the local disk; 0: no bound.")
+    limits: LimitsFields = LimitsFields()
 
 
 class ImportAnswer(BaseModel):
@@ -169,6 +188,7 @@ class EndpointAnswer(BaseModel):
     generation: int
     node_id: int | None
     cache_size_mib: int
+    limits: LimitsFields
 
     @classmethod
     def of(cls, endpoint: Endpoint, branch: str) -> "EndpointAnswer":
@@ -195,6 +215,7 @@ class EndpointAnswer(BaseModel):
             generation=endpoint.generation,
             node_id=endpoint.node_id,
             cache_size_mib=endpoint.cache_size_mib,
+            limits=LimitsFields.of(endpoint.limits),
         )
 
 
