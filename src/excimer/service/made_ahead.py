@@ -54,12 +54,13 @@ class MadeAhead(Generic[P, A]):
         self._prepared: tuple[A, list[StandIn]] | None = None
         self.__doc__ = make.__doc__
 
-    def prepare(self) -> None:
-        """Makes an app for the next call; nothing if there is one already."""
+    def prepare(self) -> A:
+        """Makes an app for the next call, unless there is one already. Nothing may be asked of it yet."""
         if self._prepared is None:
             stand_ins = [StandIn(name) for name in inspect.signature(self._make).parameters]
             make: Callable[..., A] = self._make
             self._prepared = make(*stand_ins), stand_ins
+        return self._prepared[0]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> A:
         if self._prepared is None or kwargs:

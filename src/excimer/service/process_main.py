@@ -89,7 +89,7 @@ def run_service(
         print(f"excimer {service}: {error}", file=sys.stderr)
         return EXIT_USAGE
     limit = StopLimit(stop_limit_s, moved_s)
-    settle = contextlib.nullcontext() if is_single_threaded else running("settle", _settle())
+    settle = running("settle", _settle(in_thread=not is_single_threaded))
 
     def run() -> None:
         with asyncio.Runner(loop_factory=make_loop) as runner:
@@ -159,11 +159,16 @@ async def _until_signal(
     log.info(f"{service} stopped")
 
 
-async def _settle() -> None:
-    """Gives back what only the start needed, some MiB in each service, when it is likely to be over."""
+async def _settle(*, in_thread: bool) -> None:
+    """Gives back what only the start needed, some MiB in each service, when it is likely to be over. It takes
+    some milliseconds.
+    """
     await asyncio.sleep(SETTLED_S)
-    await asyncio.to_thread(release_program_pages)
-    await asyncio.to_thread(release_freed_memory)
+    for release in release_program_pages, release_freed_memory:
+        if in_thread:
+            await asyncio.to_thread(release)
+        else:
+            release()
 
 
 def _end_hard(service: str, limit: StopLimit, loop: asyncio.AbstractEventLoop) -> None:

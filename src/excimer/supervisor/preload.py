@@ -59,7 +59,6 @@ def preload() -> None:
         importlib.import_module(module)
     _prepare_services()
     _warm_up_settings()
-    _warm_up_cryptography()
     _rehearse()
     if left := set(threading.enumerate()) - before:  # the log's own may come and go: `logs`
         raise ThreadsLeftError(f"threads would be lost in a fork: {left}")
@@ -97,11 +96,12 @@ def _prepare_services() -> None:
     from excimer.controller import process as controller
     from excimer.pageserver import shell as pageserver
     from excimer.safekeeper import shell as safekeeper
+    from excimer.service.http import complete_routes
 
     for made in controller.make_registry, pageserver.make_registry, safekeeper.make_metrics:
         made.prepare()
     for app in controller.make_app, pageserver.make_app, safekeeper.make_app:
-        app.prepare()
+        complete_routes(app.prepare())
     with contextlib.suppress(NatsServerMissingError):
         find_nats_server()
 
@@ -121,11 +121,3 @@ def _warm_up_settings() -> None:
     ):
         with contextlib.suppress(msgspec.ValidationError):
             msgspec.convert({}, kind, dec_hook=lambda _kind, value: value)
-
-
-def _warm_up_cryptography() -> None:
-    """Makes OpenSSL's tables, with a key that opens nothing."""
-    from excimer.wire.auth import Claims, TokenVerifier, encode_token, generate_key_pair
-
-    pair = generate_key_pair()
-    TokenVerifier(pair.public_pem).verify(encode_token(pair.private_pem, Claims(holder="nobody")), 0.0)

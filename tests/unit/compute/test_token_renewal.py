@@ -47,10 +47,10 @@ class Controller:
         self.address = ""
         self._authenticate = bearer_auth(TokenVerifier(KEYS.public_pem), SystemClock())
 
-    def authenticate(self, request: Request) -> Claims:
+    async def authenticate(self, request: Request) -> Claims:
         if self.is_away:
             raise RetryableError("the controller is away")
-        return self._authenticate(request)
+        return await self._authenticate(request)
 
     async def first_tokens(self, name: str = "main") -> EndpointTokens:
         endpoint, _ = await self.world.controller.find_endpoint(name)

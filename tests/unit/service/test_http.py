@@ -2,12 +2,17 @@
 
 import asyncio
 import errno
+import linecache
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
 
+import httpx
 import pytest
-from fastapi import Depends
+from fastapi import APIRouter, Depends, FastAPI
 
 from excimer.base.address import Address, InvalidAddressError, parse_address
 from excimer.base.errors import (
@@ -20,8 +25,8 @@ from excimer.base.errors import (
     RetryableError,
 )
 from excimer.base.ids import TenantId
-from excimer.service.health import Health
-from excimer.service.http import bearer_auth, create_app, serving_http
+from excimer.service.health import HTTP_OK, Health
+from excimer.service.http import bearer_auth, complete_routes, create_app, serving_http
 from excimer.service.http_client import (
     HttpClient,
     RemoteBusyError,
@@ -52,6 +57,11 @@ ERRORS: dict[str, ExcimerError] = {
 
 @asynccontextmanager
 async def full_server(health: Health) -> AsyncIterator[Address]:
+    async with serving_http(make_app(health), "127.0.0.1:0", "test http_listen") as address:
+        yield address
+
+
+def make_app(health: Health) -> FastAPI:
     verifier = TokenVerifier(KEYS.public_pem)
     app = create_app("test", "1", health, new_registry("test", "1"), verifier=verifier)
     admin = Depends(bearer_auth(verifier, SystemClock(), Right.MANAGE))
@@ -76,8 +86,63 @@ async def full_server(health: Health) -> AsyncIterator[Address]:
     async def secret() -> str:
         return "gold"
 
-    async with serving_http(app, "127.0.0.1:0", "test http_listen") as address:
-        yield address
+    included = APIRouter(prefix="/v1/included", dependencies=[admin])
+    for name in range(30):
+        included.get(f"/{name}/{{number}}")(number)
+    app.include_router(included)
+    return app
+
+
+@contextmanager
+def counting_calls() -> Iterator[list[int]]:
+    """Of Python functions, in this thread."""
+    calls = [0]
+
+    def count(_frame: FrameType, event: str, _argument: object) -> None:
+        calls[0] += event == "call"
+
+    sys.setprofile(count)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+def ask(app: FastAPI, path: str) -> None:
+    async def main() -> None:
+        headers = {"authorization": f"Bearer {TOKEN}"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client:
+            assert (await client.get(path, headers=headers)).status_code == HTTP_OK
+
+    asyncio.run(main())
+
+
+def test_nothing_is_left_for_the_first_request_of_a_route() -> None:
+    """What a process does at its first request, it does not share with those that are forked before."""
+    app = make_app(Health("test"))
+    ask(make_app(Health("test")), "/v1/included/1/2")  # libraries have beginnings of their own
+    complete_routes(app)
+    with counting_calls() as first:
+        ask(app, "/v1/included/3/4")
+    with counting_calls() as later:
+        ask(app, "/v1/included/3/4")
+    assert first[0] < 1.5 * later[0], (first, later)
+    assert __file__ not in linecache.cache
+
+
+def test_a_token_is_checked_without_a_thread() -> None:
+    before = set(threading.enumerate())
+    seen: set[threading.Thread] = set()
+    app = make_app(Health("test"))
+
+    @app.get(
+        "/v1/threads", dependencies=[Depends(bearer_auth(TokenVerifier(KEYS.public_pem), SystemClock()))]
+    )
+    async def threads() -> None:
+        seen.update(threading.enumerate())
+
+    ask(app, "/v1/threads")
+    assert seen <= before
 
 
 def test_error_families_cross_the_wire() -> None:

@@ -3,7 +3,7 @@
 Not here: everything that needs the right `manage` (`api`).
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -57,7 +57,7 @@ class WalAccessAnswer(BaseModel):
         return cls(members=members, token=access.token, valid_for_s=access.valid_for_s)
 
 
-def make_access_router(access: Access, authenticate: Callable[[Request], Claims]) -> APIRouter:
+def make_access_router(access: Access, authenticate: Callable[[Request], Awaitable[Claims]]) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
     @router.post("/endpoints/{name}/tokens", tags=["endpoints"], summary="Renew an endpoint's tokens")

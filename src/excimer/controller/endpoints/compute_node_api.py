@@ -1,6 +1,6 @@
 """Routes about compute nodes: by which they register, for themselves; and which there are, for users."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -47,7 +47,9 @@ class ComputeNodesAnswer(BaseModel):
     compute_nodes: list[ComputeNodeRow]
 
 
-def make_registration_router(controller: Controller, authenticate: Callable[[Request], Claims]) -> APIRouter:
+def make_registration_router(
+    controller: Controller, authenticate: Callable[[Request], Awaitable[Claims]]
+) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
     @router.put("/compute_nodes/{node_id}", tags=["nodes"], summary="Register a compute node")

@@ -1,6 +1,6 @@
 """Routes about an endpoint's PostgreSQL settings, for users and for the endpoint's own compute."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -47,12 +47,12 @@ def make_settings_router(controller: Controller, verifier: TokenVerifier, clock:
     return router
 
 
-def owner_or_user(verifier: TokenVerifier, clock: Clock) -> Callable[[Request, str], None]:
+def owner_or_user(verifier: TokenVerifier, clock: Clock) -> Callable[[Request, str], Awaitable[None]]:
     """For routes with a `name`: the compute of that endpoint, or who may manage everything."""
     authenticate = bearer_auth(verifier, clock)
 
-    def check(request: Request, name: str) -> None:
-        claims = authenticate(request)
+    async def check(request: Request, name: str) -> None:
+        claims = await authenticate(request)
         if not is_holder(claims, core.holder_of(name)):
             authorize(claims, Right.MANAGE, EVERYTHING)
 

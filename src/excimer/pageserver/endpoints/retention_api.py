@@ -3,7 +3,7 @@
 Ids and errors are as in `http_api`. Who may read a timeline's pages may lease its LSNs, in its own name.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Protocol
 
@@ -120,7 +120,7 @@ def make_retention_router(operations: RetentionOperations) -> APIRouter:
 
 
 def make_lease_router(
-    operations: RetentionOperations, authenticate: Callable[[Request], Claims]
+    operations: RetentionOperations, authenticate: Callable[[Request], Awaitable[Claims]]
 ) -> APIRouter:
     """For whoever reads pages; each authorizes by itself."""
     router = APIRouter(prefix="/v1")
