@@ -13,6 +13,7 @@ class TlsContext:
         certificate: PathLike[str] | None = None,
         key: PathLike[str] | None = None,
         ca: PathLike[str] | None = None,
+        records_per_key: int = ...,
     ) -> None: ...
 
 class TlsConnection:

@@ -3,6 +3,7 @@
 import contextlib
 import select
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from excimer._native import arena_file
 from excimer._native.commit_path import CommitPath, Link
-from excimer._native.openssl import TlsConnection
+from excimer._native.openssl import TlsConnection, TlsContext
 from excimer._native.wal_scanner import WalScanner
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import INVALID_LSN, MAX_LSN, Lsn
@@ -216,8 +217,14 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 
 def session(contexts: Tls) -> tuple[TlsConnection, TlsConnection]:
     """Server and client after their handshake."""
-    server = TlsConnection(contexts.native_server())
-    client = TlsConnection(contexts.native_client(), "localhost")
+    return shake_hands(contexts.native_server(), contexts.native_client())
+
+
+def shake_hands(
+    server_context: TlsContext, client_context: TlsContext
+) -> tuple[TlsConnection, TlsConnection]:
+    server = TlsConnection(server_context)
+    client = TlsConnection(client_context, "localhost")
     is_done = client.handshake()
     while not is_done:
         server.handshake(client.take_output())
@@ -409,6 +416,58 @@ def test_what_a_full_socket_does_not_take_is_returned(contexts: Tls, is_encrypte
         assert slow.state.sent_lsn == START + len(slow.wal)
         assert all(each.wal == wal[:position] for each in others)
         assert slow.wal == wal[: len(slow.wal)]
+
+
+def test_a_damaged_record_ends_its_link_alone(contexts: Tls) -> None:
+    builder = build_wal(2)
+    wal, first = bytes(builder.stream), builder.ends[0]
+    sessions = [session(contexts) for _ in range(3)]
+    with contextlib.closing(World(sessions=sessions)) as world:
+        world.walsender.sendall(wal_message(START, wal[: first - START]))
+        world.wait()
+        assert len(world.safekeepers[1].hear()) == 1
+        server, client = sessions[1]
+        record = bytearray(server.encrypt(answer(first)))
+        record[-1] ^= 1
+        world.safekeepers[1].far.sendall(record)
+        world.wait(SOON_MS)
+        assert world.left == (b"", [None, b"", None]), "its protocol looks, and finds the same"
+        with pytest.raises(ssl.SSLError, match="bad record mac"):
+            client.decrypt(b"")
+        with pytest.raises(ssl.SSLError, match="the peer gave up TLS: bad record mac"):
+            world.safekeepers[1].hear(client.take_output())
+        assert (world.safekeepers[1].state.flush_lsn, world.told()) == (START, [])
+        for each in (world.safekeepers[0], world.safekeepers[2]):
+            each.hear()
+            each.say(whole_answer(each))
+        world.wait()
+        assert world.told() == [first], "the others are a majority"
+        world.walsender.sendall(wal_message(first, wal[first - START :]))
+        world.wait()
+        assert (world.left[1], world.unsent[1]) == ([None] * 3, [b""] * 3)
+        assert world.safekeepers[1].hear() == [], "nothing more goes there"
+        assert all(each.hear() for each in (world.safekeepers[0], world.safekeepers[2]))
+
+
+def test_commits_go_on_when_keys_are_used_up(tmp_path: Path) -> None:
+    files = new_tls(tmp_path)
+    server = TlsContext(is_server=True, certificate=files.certificate, key=files.key, records_per_key=2)
+    client = TlsContext(is_server=False, ca=files.ca, records_per_key=3)
+    builder = build_wal(20)
+    wal = bytes(builder.stream)
+    with contextlib.closing(World(sessions=[shake_hands(server, client) for _ in range(3)])) as world:
+        begin = START
+        for end in builder.ends:
+            world.walsender.sendall(wal_message(begin, wal[begin - START : end - START]))
+            world.wait()
+            for each in world.safekeepers:
+                each.hear()
+                each.say(whole_answer(each))
+            world.wait()
+            assert world.told() == [end]
+            assert world.left == (b"", [None] * 3)
+            begin = end
+        assert all(each.wal == wal for each in world.safekeepers)
 
 
 @settings(deadline=None, max_examples=60)

@@ -17,6 +17,7 @@ from excimer._native.openssl import TlsConnection, TlsContext
 from excimer.service.settings import TlsSettings
 from excimer.service.tls import Tls
 from excimer.service.tls_protocol import connect_tls
+from tests.kit.openssl_peer import KEY_UPDATE_NOT_REQUESTED, KEY_UPDATE_REQUESTED, OpenSslClient
 from tests.kit.tls import let_expire, new_tls
 
 LIMIT_S = 60.0
@@ -251,6 +252,47 @@ def test_a_channel_ends_as_its_peer_does_and_sends_nothing_once_closed(
         other, end = socket.socketpair()
         with other, end:
             assert not channel.send_all(b"lost"), "its descriptor may be another's by now"
+
+
+def test_a_channel_follows_new_keys_and_tells_what_is_wrong(tmp_path: Path) -> None:
+    """Its buffer is smaller than a record, so one that is not whole waits in between."""
+    settings = new_tls(tmp_path)
+    context = TlsContext(
+        is_server=True, certificate=settings.certificate, key=settings.key, records_per_key=2
+    )
+    ours, theirs = socket.socketpair()
+    with ours, theirs, contextlib.closing(OpenSslClient(settings.ca)) as client:
+        channel = TlsChannel(ours.fileno(), TlsConnection(context))
+        thread = threading.Thread(target=channel.handshake, daemon=True)
+        thread.start()
+        is_done = client.handshake()
+        while not is_done:
+            theirs.sendall(client.take_output())
+            is_done = client.handshake(theirs.recv(1 << 16))
+        theirs.sendall(client.take_output())
+        thread.join(LIMIT_S)
+        buffer = bytearray(100)
+        for number in range(7):
+            sent = bytes([number]) * 250
+            client.update_key(KEY_UPDATE_REQUESTED if number % 2 else KEY_UPDATE_NOT_REQUESTED)
+            theirs.sendall(client.encrypt(sent))
+            received = b""
+            while len(received) < len(sent):
+                received += buffer[: channel.receive_into(buffer)]
+            assert received == sent
+            assert channel.send_all(sent)
+            heard = b""
+            while len(heard) < len(sent):
+                heard += client.decrypt(theirs.recv(1 << 16))
+            assert heard == sent
+        record = bytearray(client.encrypt(b"pay 1"))
+        record[-1] ^= 1
+        theirs.sendall(record)
+        with pytest.raises(ssl.SSLError, match="bad record mac"):
+            channel.receive_into(buffer)
+        assert len(theirs.recv(1 << 16)) == 5 + 2 + 1 + 16, "an alert"
+        assert not channel.send_all(b"paid")
+        assert theirs.recv(1) == b"", "and the end"
 
 
 def _connected(contexts: Tls) -> tuple[TlsConnection, TlsConnection]:
