@@ -34,6 +34,7 @@ from tests.kit.census import (
     resident_kib,
     shared_memory_of,
     take_census,
+    unified_group,
 )
 from tests.kit.stack import Stack, running_stack
 from tests.kit.stock_server import StockServer, stock_server
@@ -156,10 +157,14 @@ def test_nothing_is_lost_doubled_or_left(stack: Stack, subscriber: StockServer) 
             )
             memory_names = shared_memory_of(stack.postmaster_pid())
             assert memory_names, "a running PostgreSQL has shared memory"
+            group = unified_group(stack.pid("endpoint-main"))
+            has_own_group = group is not None and group != unified_group(services["compute-node"])
             switch.suspend(is_cold=number % 2 == 0)
             assert processes_in([places.run_dir, stack.directory / "endpoints"]) == []
             assert left_of(memory_names) == set()
             assert not places.socket_dir.exists()
+            if group is not None and has_own_group:
+                stack.wait_until(lambda group=group: not group.exists(), "the end of its group")  # type: ignore[misc]
             if number >= WARM_UP:
                 baseline = baseline or settled_census(stack, services)
                 memory.append({name: resident_kib(services[name]) for name in SERVICES})

@@ -76,6 +76,15 @@ def shared_memory_of(postmaster: int) -> set[str]:
     return found
 
 
+def unified_group(pid: int) -> Path | None:
+    """A process's group of cgroup v2, where that is mounted; it may be gone by the time this is looked at."""
+    mounts = [line.partition(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    mounted = [before.split()[4] for before, _, after in mounts if after.startswith("cgroup2 ")]
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    own = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
+    return Path(mounted[0], own[0].lstrip("/")) if mounted and own else None
+
+
 def left_of(names: set[str]) -> set[str]:
     """Which of these segments are still there."""
     lines = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
