@@ -8,11 +8,12 @@ is left, WAL above what is durable comes again, and everything acknowledged must
 import asyncio
 import random
 import shutil
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
@@ -61,6 +62,24 @@ COMPACTION_STEPS_MAX = 100
 PAGE_HEADER_BYTES_MAX = 40
 CHUNK_SIZE_BYTES = 2000
 """Layers are small here."""
+
+_Result = TypeVar("_Result")
+
+
+class QuickRunner:
+    """`asyncio.Runner` without its handler of SIGINT, whose setting takes longer than most runs here."""
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner()
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._runner.get_loop()
+
+    def run(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
+        return self.get_loop().run_until_complete(coroutine)
+
+    def close(self) -> None:
+        self._runner.close()
 
 
 class PromptDisk(LocalDisk):
@@ -111,7 +130,7 @@ class EngineWorld:
 
     def __post_init__(self) -> None:
         self.chance = random.Random(self.seed)
-        self.runner = asyncio.Runner()
+        self.runner = QuickRunner()
         self.skipped_s = 0.0
         loop = self.runner.get_loop()
         real_time_s = loop.time
