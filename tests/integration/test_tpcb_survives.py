@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 
 import psycopg
@@ -16,8 +15,10 @@ from tests.kit.builds import NEWEST_VERSION
 from tests.kit.stack import Stack, running_stack
 
 SCALE = 10
-LOAD_S = 30
-SHORT_LOAD_S = 8
+FIRST_COMMITS = 200
+"""Of a load, before something is done to it."""
+COMMITS = 3200
+COMMITS_BETWEEN = 1000
 TABLES = "pgbench_accounts, pgbench_tellers, pgbench_branches, pgbench_history"
 
 
@@ -29,39 +30,51 @@ def stack() -> Iterator[Stack]:
         yield stack
 
 
+def commits(stack: Stack) -> int:
+    [[count]] = stack.query("select count(*) from pgbench_history")
+    return int(count)
+
+
+def wait_for_commits(stack: Stack, goal: int) -> None:
+    stack.wait_until(lambda: commits(stack) >= goal, f"commit {goal}")
+
+
 @contextlib.contextmanager
-def load(stack: Stack, seconds: int = SHORT_LOAD_S) -> Iterator["subprocess.Popen[str]"]:
-    """pgbench under which something is killed; clients that lose their connection give up."""
-    process = stack.program("pgbench", "-n", "-c", "8", "-j", "2", "-T", str(seconds))
+def load(stack: Stack, count: int = COMMITS) -> Iterator["subprocess.Popen[str]"]:
+    """pgbench in the middle of its work; clients that lose their connection give up."""
+    before = commits(stack)
+    each = str(count // tpcb.CLIENTS)
+    process = stack.program("pgbench", "-n", "-c", str(tpcb.CLIENTS), "-j", "2", "-t", each)
     try:
-        time.sleep(1.5)
+        wait_for_commits(stack, before + FIRST_COMMITS)
         yield process
-        process.communicate(timeout=120)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
+
+
+def check_end(pgbench: "subprocess.Popen[str]") -> None:
+    """It did all its work and noticed nothing."""
+    assert pgbench.poll() is None, "it was over before anything could be noticed"
+    output, _ = pgbench.communicate(timeout=120)
+    assert pgbench.returncode == 0, output
 
 
 def test_recorded_moments_can_be_branched(stack: Stack) -> None:
     """Sums and LSN are taken in one snapshot in mid-run; a branch there shows exactly those sums."""
     recorded: list[tuple[str, tpcb.Sums]] = []
-
-    def record() -> None:
-        with stack.connect() as connection:
-            for _ in range(3):
-                time.sleep(LOAD_S / 5)
-                with connection.transaction():
-                    connection.execute(f"lock {TABLES} in share mode".encode())
-                    [row] = connection.execute(tpcb.SUMS).fetchall()
-                    [[lsn]] = connection.execute("select pg_current_wal_insert_lsn()::text").fetchall()
-                recorded.append((lsn, tpcb.Sums._make(int(value) for value in row)))
-
-    recorder = threading.Thread(target=record)
-    recorder.start()
-    tpcb.run(stack, LOAD_S)
-    recorder.join()
+    before = commits(stack)
+    with load(stack, 4 * COMMITS_BETWEEN) as pgbench, stack.connect() as connection:
+        for number in range(1, 4):
+            wait_for_commits(stack, before + number * COMMITS_BETWEEN)
+            with connection.transaction():
+                connection.execute(f"lock {TABLES} in share mode".encode())
+                [row] = connection.execute(tpcb.SUMS).fetchall()
+                [[lsn]] = connection.execute("select pg_current_wal_insert_lsn()::text").fetchall()
+            recorded.append((lsn, tpcb.Sums._make(int(value) for value in row)))
+        check_end(pgbench)
     tpcb.check(stack)
-    assert len(recorded) == 3
+    assert len({sums.transactions for _, sums in recorded}) == 3
     for number, (lsn, sums) in enumerate(recorded):
         name = f"past-{number}"
         stack.branch(name, at=lsn)
@@ -96,19 +109,17 @@ def test_kill_of_each_safekeeper_under_load(stack: Stack, number: int) -> None:
     before = tpcb.read_sums(stack)
     with load(stack) as pgbench:
         stack.kill(f"safekeeper-{number}")
-        output, _ = pgbench.communicate(timeout=60)
-        assert pgbench.returncode == 0, output
+        check_end(pgbench)
     assert tpcb.check(stack, amcheck=False).transactions > before.transactions
     stack.text("start")
     tpcb.check(stack)
 
 
 def test_kill_of_the_pageserver_under_load(stack: Stack) -> None:
-    with load(stack) as pgbench:
+    with load(stack, 3 * COMMITS) as pgbench:
         stack.kill("pageserver")
         stack.text("start")
-        output, _ = pgbench.communicate(timeout=90)
-        assert pgbench.returncode == 0, output
+        check_end(pgbench)
     tpcb.check(stack)
 
 

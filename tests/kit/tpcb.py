@@ -31,10 +31,6 @@ def load(stack: Stack, scale: int) -> None:
     stack.check_program("pgbench", "-i", "-q", "-s", str(scale))
 
 
-def run(stack: Stack, seconds: int, name: str = "main") -> None:
-    stack.check_program("pgbench", "-n", "-c", str(CLIENTS), "-j", "2", "-T", str(seconds), name=name)
-
-
 def read_sums(stack: Stack, name: str = "main") -> Sums:
     [row] = stack.query(SUMS, name)
     return Sums._make(int(value) for value in row)
