@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ from excimer.storage.engine.errors import LsnTooOldError
 from excimer.storage.engine.tenant import TenantStorage
 from excimer.storage.engine.timeline import Timeline
 from excimer.storage.format.values import pack_batch
+from tests.kit.directories import new_memory_directory
+from tests.kit.io_faults import InlineExecutor
 from tests.kit.storage_oracle import FORKS, IMPORTED, MAP_KEY, RELATIONS, TimelineOracle
 from tests.kit.storage_world import MAIN, START, TENANT, new_main, storage_context
 
@@ -181,7 +184,8 @@ async def detach_with_fault(world: World, directory: Path, at: int, mode: str) -
     fault = Fault(0, mode)
     store = FaultyObjectStore(inner, fault.step, lose_answer=mode == "lost answer")
     filesystem = FaultyFilesystem(fault.step)
-    async with storage_context(directory, store=store, filesystem=filesystem, settings=SMALL) as context:
+    place = partial(storage_context, directory, settings=SMALL, executor=InlineExecutor())
+    async with place(store=store, filesystem=filesystem) as context:
         tenant = await TenantStorage.attach(context, TENANT, 2)
         fault.count, fault.at = 0, at
         try:
@@ -196,7 +200,7 @@ async def detach_with_fault(world: World, directory: Path, at: int, mode: str) -
             await world.check(tenant)
         except CrashError:
             assert fault.happened
-    async with storage_context(directory, store=inner, settings=SMALL) as context:
+    async with place(store=inner) as context:
         tenant = await TenantStorage.attach(context, TENANT, 3)
         became_fact = tenant.timeline(LEAF).ancestor is None
         assert became_fact or mode == "crash"
@@ -223,12 +227,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.mark.parametrize(("mode", "first"), [("error", 2), ("lost answer", 4), ("crash", 6)])
-def test_any_operation_of_a_detachment_may_fail(world: World, tmp_path: Path, mode: str, first: int) -> None:
+def test_any_operation_of_a_detachment_may_fail(world: World, mode: str, first: int) -> None:
     """Every STRIDE-th operation; all of them with EXCIMER_FAULT_STRIDE=1."""
     at, happened = (first if STRIDE > 1 else 1), True
     while happened:
-        happened = asyncio.run(detach_with_fault(world, tmp_path / str(at), at, mode))
-        shutil.rmtree(tmp_path / str(at), ignore_errors=True)
+        directory = new_memory_directory("excimer-detach-")
+        try:
+            happened = asyncio.run(detach_with_fault(world, directory, at, mode))
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
         at += STRIDE
     assert at > 30, "the detachment does less than it did: is the test still worth its name?"
 

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import ParamSpec
@@ -152,9 +152,10 @@ async def storage_context(
     settings: StorageSettings | None = None,
     redo: FakeRedo | None = None,
     local_disk: LocalDisk | None = None,
+    executor: Executor | None = None,
 ) -> AsyncIterator[StorageContext]:
     disk = local_disk or LocalDisk()
-    with ThreadPoolExecutor(2, thread_name_prefix="storage") as executor, closing(disk):
+    with executor or ThreadPoolExecutor(2, thread_name_prefix="storage") as executor, closing(disk):
         yield StorageContext(
             store=store if store is not None else MemoryObjectStore(),
             filesystem=filesystem or LocalFilesystem(),
