@@ -10,9 +10,9 @@ import pytest
 from excimer.cli.import_directory_needs import directory_needs
 from excimer.cli.import_needs import unmet
 from excimer.cli.import_server_needs import server_needs
-from excimer.postgres import BuildSource, PostgresBuild, add_build, install_build, run_initdb
+from excimer.postgres import PostgresBuild, run_initdb
 from excimer.postgres.debian_packages import PackagesUnavailableError, has_packages
-from tests.kit.builds import NEWEST_VERSION
+from tests.kit.builds import NEWEST_VERSION, debian_build
 from tests.kit.directories import reachable_directory
 from tests.kit.stack import Stack, running_stack
 from tests.kit.stock_server import stock_server
@@ -23,13 +23,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresBuild]:
     """In the user's cache, but in use by this module alone."""
     if not has_packages(NEWEST_VERSION):
         pytest.skip("this machine has no apt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EXCIMER_CONFIG_DIR", str(tmp_path_factory.mktemp("config")))
-        try:
-            made = install_build(NEWEST_VERSION, source=BuildSource.DEBIAN)
-        except PackagesUnavailableError as error:
-            pytest.skip(f"no mirror of Debian can be reached: {error}")
-        yield add_build(made.program("pg_config"))
+    try:
+        with debian_build(tmp_path_factory.mktemp("config")) as made:
+            yield made
+    except PackagesUnavailableError as error:
+        pytest.skip(f"no mirror of Debian can be reached: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +41,14 @@ def test_it_lacks_nothing_but_jit(build: PostgresBuild) -> None:
     assert set(build.features.lacks()) <= {"JIT"}
     assert build.environment() == {}, "programs that PostgreSQL starts must not load its libraries"
     assert "(Debian" in build.full_version
+
+
+def test_the_programs_of_its_test_suites_run(build: PostgresBuild) -> None:
+    assert build.pgxs_dir is not None
+    for name in ("regress/pg_regress", "isolation/pg_isolation_regress", "isolation/isolationtester"):
+        program = build.pgxs_dir / "src/test" / name
+        answer = subprocess.run([program, "-V"], capture_output=True, text=True, check=True)
+        assert "PostgreSQL" in answer.stdout
 
 
 def test_what_a_cluster_of_it_uses_is_seen_before_an_import(build: PostgresBuild) -> None:

@@ -37,6 +37,10 @@ RELEASES: Final = {15: "bookworm", 17: "trixie", 18: "forky"}
 PROGRAMS: Final = "usr/lib/postgresql/{version}/bin"
 """Where its programs are in a cache entry."""
 
+_TEST_PROGRAMS: Final = "usr/lib/postgresql/{version}/lib/pgxs/src/test/*/*"
+_LAYOUT: Final = 2
+"""Part of an entry's name: what is made of the same packages is no longer the same."""
+
 KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 APT_TIMEOUT_S: Final = 600
 CONNECT_TIMEOUT_S: Final = 20
@@ -93,7 +97,8 @@ def install_packages(
     archives = apt.download([*packages, "patchelf"])
     postgres = packages[f"postgresql-{version}"].version
     progress("unpacking", 0.7)
-    digest = hashlib.sha256("\n".join(sorted(path.name for path in archives)).encode()).hexdigest()[:16]
+    names = "\n".join([f"layout {_LAYOUT}", *sorted(path.name for path in archives)])
+    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
     key = f"{version}-debian-{re.sub(r'[^0-9A-Za-z.+-]', '_', postgres)}-{digest}"
     final = cache_directory() / kind / key
     cache_entry(kind, key, lambda place: _unpack(archives, place, final, version))
@@ -266,7 +271,11 @@ def _unpack(archives: list[Path], place: Path, final: Path, version: int) -> Non
     for name in _UNUSED:
         shutil.rmtree(place / name, ignore_errors=True)
     libraries = _merge_libraries(place)
-    _patch_programs(place, final, libraries, place / PROGRAMS.format(version=version))
+    programs = [
+        *(place / PROGRAMS.format(version=version)).iterdir(),
+        *place.glob(_TEST_PROGRAMS.format(version=version)),
+    ]
+    _patch_programs(place, final, libraries, programs)
 
 
 def _merge_libraries(place: Path) -> Path:
@@ -282,22 +291,23 @@ def _merge_libraries(place: Path) -> Path:
     return libraries
 
 
-def _patch_programs(place: Path, final: Path, libraries: Path, programs: Path) -> None:
+def _patch_programs(place: Path, final: Path, libraries: Path, programs: Iterable[Path]) -> None:
+    """They find the libraries beside them, and the loader that goes with these."""
     loader = next(iter(sorted(libraries.glob("ld-linux-*.so.*"))), None)
-    places = f"$ORIGIN/{os.path.relpath(libraries, programs)}"
-    patchelf: list[str | Path] = [place / "usr/bin/patchelf", "--force-rpath", "--set-rpath", places]
+    patchelf: list[str | Path] = [place / "usr/bin/patchelf", "--force-rpath"]
     environment: Mapping[str, str] = {}
     if loader is None:
         environment = {"LD_LIBRARY_PATH": str(libraries)}
     else:
         patchelf = [loader, "--library-path", libraries, *patchelf]
         patchelf += ["--set-interpreter", final / loader.relative_to(place)]
-    for program in sorted(programs.iterdir()):
-        if program.is_symlink() or program.read_bytes()[:4] != b"\x7fELF":
+    for program in sorted(programs):
+        if program.is_symlink() or not program.is_file() or program.read_bytes()[:4] != b"\x7fELF":
             continue
+        places = f"$ORIGIN/{os.path.relpath(libraries, program.parent)}"
         try:
             subprocess.run(
-                [*patchelf, program],
+                [*patchelf, "--set-rpath", places, program],
                 env=dict(environment),
                 check=True,
                 capture_output=True,
