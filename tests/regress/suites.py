@@ -59,19 +59,30 @@ class SuiteResult(NamedTuple):
 
 def core(place: Place) -> SuiteResult:
     """src/test/regress."""
-    directory = place.source / "src/test/regress"
+    directory = _schedule(place, "core").parent
     libraries = make_owned_dir(place.work_dir / "lib", 0o755)
     _compile(place.build, directory / "regress.c", libraries)
     for name in ("autoinc", "refint"):  # of 17 and before
         _compile(place.build, place.source / f"contrib/spi/{name}.c", libraries)
-    options = [f"--schedule={directory}/parallel_schedule", "--max-concurrent-tests=20"]
+    options = [f"--schedule={_schedule(place, 'core')}", "--max-concurrent-tests=20"]
     return _run(place, "core", directory, [f"--dlpath={libraries}", *options])
 
 
 def isolation(place: Place) -> SuiteResult:
     """src/test/isolation."""
-    directory = place.source / "src/test/isolation"
-    return _run(place, "isolation", directory, [f"--schedule={directory}/isolation_schedule"], isolation=True)
+    schedule = _schedule(place, "isolation")
+    return _run(place, "isolation", schedule.parent, [f"--schedule={schedule}"], isolation=True)
+
+
+def scheduled(place: Place, suite: str) -> int:
+    """How many tests there are of core or isolation."""
+    lines = _schedule(place, suite).read_text().splitlines()
+    return sum(len(line.split()[1:]) for line in lines if line.startswith("test:"))
+
+
+def _schedule(place: Place, suite: str) -> Path:
+    names = {"core": "regress/parallel_schedule", "isolation": "isolation/isolation_schedule"}
+    return place.source / "src/test" / names[suite]
 
 
 def contrib(place: Place) -> list[SuiteResult]:
