@@ -62,8 +62,13 @@ class MeasuredStack:
             if time.monotonic() > deadline:
                 raise BenchFailedError("the pageserver does not come to rest")
 
+    def configure(self, line: str) -> None:
+        """A line of config.toml, for all later starts of endpoints."""
+        config = self.stack.directory / "config.toml"
+        config.write_text(f"{line}\n{config.read_text()}")
+
     def stop(self) -> None:
-        """What a clean stop keeps is removed: the next start begins with nothing."""
+        """The directory that a clean stop keeps is removed: the next start makes a new one."""
         self.stop_keeping()
         remove_remains(self.stack.directory / "endpoints" / ENDPOINT, kept_too=True)
 

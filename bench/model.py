@@ -39,7 +39,15 @@ GOALS = {
         Goal("getpage_image_p50_us", "us", 100.0, False, "of these, one request at a time"),
         Goal("getpage_redo10_per_s", "/s", 10_000.0, True, "random single pages with ten records to redo"),
         Goal("getpage_seq_mb_s", "MB/s", 500.0, True, "pages in images, 128 adjacent ones a request"),
-        Goal("cold_scan_mb_s", "MB/s", 200.0, True, "first sequential scan of a new compute"),
+        Goal("cold_scan_mb_s", "MB/s", 500.0, True, "first sequential scan of a new compute"),
+        Goal("cold_scan_ratio", "ratio", 0.5, True, "of that, of plain PostgreSQL's with cold files"),
+        Goal("cold_random_pages_s", "/s", 12_000.0, True, "absent pages for 16 clients of a new compute"),
+        Goal("prewarm_recovery_s", "s", 5.0, False, "until 90 % of warm pgbench -S, 1 GB, cold start"),
+        Goal(
+            "tpcb_fsync_ratio", "ratio", 1.0, True, "TPC-B, 16 clients, of plain PostgreSQL without replica"
+        ),
+        Goal("bulk_load_ratio", "ratio", 0.85, True, "COPY into a new table, of plain PostgreSQL's rate"),
+        Goal("index_build_ratio", "ratio", 0.9, True, "CREATE INDEX on it, of plain PostgreSQL's rate"),
         Goal("compaction_mb_s", "MB/s", 100.0, True, "merging flushes, before compression"),
         Goal(
             "compaction_read_p99_ratio",
@@ -93,6 +101,8 @@ class Effort:
     rounds: int
     run_s: int
     """Of each pgbench run."""
+    hot_scale: int
+    """Of pgbench's tables for a hot set; 70 is 1 GB."""
     pgbench_scale: int
     """10 is 150 MB: more than the shared buffers, so that warm reads reach the file system too."""
     scan_rows: int
@@ -114,6 +124,7 @@ class Effort:
 FULL = Effort(
     rounds=5,
     run_s=6,
+    hot_scale=70,
     pgbench_scale=10,
     scan_rows=3_200_000,
     ingest_transactions=120_000,
@@ -126,6 +137,7 @@ FULL = Effort(
 QUICK = Effort(
     rounds=2,
     run_s=2,
+    hot_scale=8,
     pgbench_scale=2,
     scan_rows=400_000,
     ingest_transactions=80_000,

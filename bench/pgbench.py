@@ -65,10 +65,12 @@ def load(target: Target, scale: int) -> None:
     target.run("pgbench", "-i", "-q", "-s", str(scale))
 
 
-def run_pgbench(target: Target, *arguments: str, clients: int, seconds: int) -> Report:
-    output = target.run(
-        "pgbench", "-n", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(seconds), *arguments
-    )
+def run_pgbench(
+    target: Target, *arguments: str, clients: int, seconds: int = 0, transactions: int = 0
+) -> Report:
+    """For so many seconds, or so many transactions of each client."""
+    length = ("-t", str(transactions)) if transactions else ("-T", str(seconds))
+    output = target.run("pgbench", "-n", "-c", str(clients), "-j", str(min(clients, 2)), *length, *arguments)
     rate = re.search(r"^tps = ([0-9.]+)", output, re.MULTILINE)
     latency = re.search(r"^latency average = ([0-9.]+) ms", output, re.MULTILINE)
     if rate is None or latency is None:

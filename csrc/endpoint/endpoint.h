@@ -40,6 +40,9 @@ extern void tell_replay(void);
 /* What the local cache does, as settings that only show (cache_statistics.c). */
 extern void define_cache_settings(void);
 
+/* Which blocks are in shared buffers at a shutdown is written down (hot_buffers.c). */
+extern void keep_hot_buffers(void);
+
 /* Given by the compute's manager: which command brings an extension that this build lacks. */
 extern char *extension_hint;
 

@@ -26,6 +26,7 @@ void _PG_init(void)
     define_background_settings();
     define_admission_settings();
     define_cache_settings();
+    keep_hot_buffers();
     EmitWarningsOnPlaceholders("excimer");
     guard_apply_commits();
     guard_init_forks();

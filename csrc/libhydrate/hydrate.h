@@ -11,6 +11,7 @@
  *     reasons.c        an error number with a sentence
  *     reads.c          which blocks are read, and how many of them were here
  *     hydration.c      absent -> present; read_ahead.c and hints.c say what else to fetch
+ *     prefetch.c       the same for nobody who waits, in a process of the manager's
  *       claims.c         who fetches, who may change a block (H1)
  *       page_client.c    the page service's protocol; patience.c how long to wait
  *   replay.c         how far a standby is
@@ -210,8 +211,17 @@ uint32_t take_hints(const struct arena_file *file, const struct run *needed, str
 /* Makes [block, end) of a tracked descriptor's file present, as far as the file reaches; 0, or -1 and errno. */
 int hydrate(int fd, uint64_t block, uint64_t end);
 
+/* One attempt to fetch what is absent of the wanted runs of a tracked descriptor's file and nobody is fetching. Blocks that
+ * came; -1: the page server cannot be reached, or the local file not written. */
+long prefetch(int fd, const struct run *wanted, uint32_t count);
+
 /* The same for the bytes [offset, offset + size). The warm path of every read: looks at the presence bytes only. */
 static inline int hydrate_bytes(int fd, off_t offset, size_t size);
+
+/* --- prefetch.c --- */
+
+/* Does what stdin says until it ends, and then ends the process. */
+_Noreturn void serve_prefetch(void);
 
 /* --- reads.c --- */
 

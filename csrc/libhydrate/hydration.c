@@ -362,3 +362,50 @@ int hydrate(int fd, uint64_t block, uint64_t end)
     errno = ok ? error : hydration.store_error != 0 ? hydration.store_error : EIO;
     return ok ? 0 : -1;
 }
+
+/* Claims an absent stretch that nobody is fetching, as a request's next run; how many blocks were looked at. */
+static uint32_t claim_for_prefetch(struct page_request *request, struct run *claimed, uint64_t block, uint64_t end)
+{
+    uint32_t absent = absent_count(request->file, block, end < block + RUN_BLOCKS_MAX ? end : block + RUN_BLOCKS_MAX);
+    if (!try_claim(request->file, block, absent))
+        return absent;
+    request->runs[request->run_count] = (struct run){(uint32_t)block, absent_count(request->file, block, block + absent), false};
+    claimed[request->run_count++] = (struct run){(uint32_t)block, absent, false};
+    return absent;
+}
+
+long prefetch(int fd, const struct run *wanted, uint32_t count)
+{
+    struct run runs[RUNS_MAX], claimed[RUNS_MAX];
+    struct hydration hydration = {.fd = fd, .write_fd = -1, .file = open_files[fd].file,
+                                  .patience = patience_of(open_files[fd].file, system_now_ns())};
+    struct page_request request = {hydration.file, runs, 0, install, &hydration};
+    struct stat status;
+    long fetched = 0;
+    if (!is_same_file(fd, &status)) {
+        COUNT(stale_descriptors, 1);
+        return 0;
+    }
+    uint64_t limit = (uint64_t)status.st_size / BLOCK_SIZE, mapped_end = arena_mapped_end(hydration.file);
+    limit = limit < mapped_end ? limit : mapped_end;
+    for (uint32_t index = 0; index < count; index++) {
+        uint64_t end = (uint64_t)wanted[index].block + wanted[index].count, block = wanted[index].block;
+        end = end < limit ? end : limit;
+        while (request.run_count < RUNS_MAX && (block = first_absent(hydration.file, block, end)) < end)
+            block += claim_for_prefetch(&request, claimed, block, end);
+    }
+    uint32_t claims = request.run_count;
+    for (uint32_t index = 0; index < claims; index++)
+        runs[index].done = runs[index].count == 0; /* it came between the look and the claim */
+    enum page_result result = PAGES_DELIVERED;
+    if (claims > 0) {
+        arena_read_settings(arena.header, &hydration.settings);
+        hydration.evicted_lsn = __atomic_load_n(&hydration.file->evicted_lsn, __ATOMIC_SEQ_CST);
+        result = request_pages(&request, &hydration.settings, &hydration.patience, hydration.reason);
+    }
+    for (uint32_t index = 0; index < claims; index++) {
+        release_claim(hydration.file, claimed[index].block, claimed[index].count);
+        fetched += runs[index].done ? (long)runs[index].count : 0;
+    }
+    return result == PAGES_DELIVERED || result == PAGES_REFUSED ? fetched : -1;
+}

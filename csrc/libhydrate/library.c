@@ -1,6 +1,6 @@
 /* The library's start: EXCIMER_ARENA names the arena; it acts only inside a program called postgres (or any, with
  * EXCIMER_FORCE set) and takes itself out of the environment there, so that archive_command and its like stay clean.
- * PostgreSQL's own processes are forks and keep it.
+ * PostgreSQL's own processes are forks and keep it. With EXCIMER_PREFETCH the program's main() is never come to (prefetch.c).
  */
 #define _GNU_SOURCE
 #include "hydrate.h"
@@ -18,6 +18,8 @@ __attribute__((constructor)) static void start(void)
         return;
     unsetenv("LD_PRELOAD");
     const char *fault = arena_open(path);
+    if (fault == NULL && getenv("EXCIMER_PREFETCH") != NULL)
+        serve_prefetch();
     if (fault == NULL)
         return;
     /* Going on would show PostgreSQL an empty cluster. */

@@ -4,6 +4,7 @@ PostgreSQL.
 What WAL does not carry comes from the state that the stop saved. EXCIMER_COLD_VERSIONS chooses the versions.
 """
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 
+from excimer.compute.arena import Arena, Miss
+from excimer.compute.places import locate_places
 from tests.kit.builds import ALL_VERSIONS
 from tests.kit.stack import Row, Stack, running_stack
 
@@ -246,3 +249,45 @@ def test_a_branch_gets_facts_and_neither_slots_nor_unlogged_rows(stack: Stack, n
         slots = "select count(*) from pg_replication_slots where slot_name = 'bytes'"
         assert connection.execute(slots).fetchall() == [(0,)]
     stack.text("endpoint", "stop", "child", "--destroy")
+
+
+def fetched_entries(stack: Stack, name: str) -> list[dict[str, object]]:
+    lines = (stack.directory / "logs" / f"endpoint-{name}.log").read_text().splitlines()
+    entries = [json.loads(line) for line in lines if line.startswith("{")]
+    return [entry for entry in entries if entry["event"] == "hot blocks are fetched"]
+
+
+def misses_of_a_scan(stack: Stack, name: str) -> list[Miss]:
+    """Of the table t and its index: who waited for their blocks since the start."""
+    with stack.connect(name) as connection:
+        connection.execute("set max_parallel_workers_per_gather = 0")
+        assert connection.execute("select count(*), sum(a) from t").fetchall() == [(20000, 200010000)]
+        connection.execute("set enable_seqscan = off")
+        connection.execute("select * from t where a = 4711")
+        path = "select pg_relation_filepath('t'), pg_relation_filepath('t_pkey')"
+        paths = connection.execute(path).fetchall()[0]
+    arena = Arena.open(locate_places(stack.directory / "endpoints" / name).arena)
+    try:
+        return [miss for miss in arena.misses() if miss.path in paths]
+    finally:
+        arena.close()
+
+
+def test_hot_blocks_are_fetched_before_anybody_asks(stack: Stack, name: str) -> None:
+    with stack.connect(name) as connection:
+        connection.execute("create table t (a int primary key, pad text)")
+        connection.execute("insert into t select g, repeat('t', 200) from generate_series(1, 20000) g")
+        connection.execute("vacuum t")
+    for starts in (1, 2):  # of blocks that PostgreSQL wrote, and of blocks that it only read
+        restart_cold(stack, name)
+        stack.wait_until(lambda: len(fetched_entries(stack, name)) == starts, "prefetch")  # noqa: B023
+        assert fetched_entries(stack, name)[-1]["end"] == "all of it is here"
+        assert misses_of_a_scan(stack, name) == []
+    stack.kill(f"endpoint-{name}")
+    stack.text("endpoint", "start", name)
+    stack.wait_until(lambda: len(fetched_entries(stack, name)) == 3, "prefetch after a crash")
+    assert misses_of_a_scan(stack, name) == []
+    stack.text("endpoint", "stop", name)
+    stack.text("endpoint", "start", name)  # warm: all is there
+    assert misses_of_a_scan(stack, name) == []
+    assert len(fetched_entries(stack, name)) == 3

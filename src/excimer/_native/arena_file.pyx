@@ -411,6 +411,19 @@ def presence(unsigned char[::1] arena, uint32_t index) -> bytes:
     return bytes(found)
 
 
+def marks(unsigned char[::1] arena, uint32_t index) -> bytes:
+    """The presence byte of each block, with what reads and writes left there; blocks past these have none."""
+    cdef arena_header *header = header_of(arena)
+    cdef arena_file *file = file_at(header, index)
+    cdef uint64_t end = arena_mapped_end(file), block
+    cdef bytearray found = bytearray(end)
+    cdef unsigned char[::1] target = found
+    with nogil:
+        for block in range(end):
+            target[block] = arena_presence_byte(map_of(header), file, block)[0]
+    return bytes(found)
+
+
 def set_cache(unsigned char[::1] arena, uint64_t limit_bytes, uint64_t used_bytes) -> None:
     """What readers see of the cache's bound and use."""
     cdef arena_header *header = header_of(arena)

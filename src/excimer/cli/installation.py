@@ -93,9 +93,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     saved_state_max_mib: Annotated[int, msgspec.Meta(ge=0, le=256)] | None = None
     """What a clean stop may save of what WAL does not carry, 0: nothing; read when an endpoint starts."""
     saved_unlogged_max_mib: Annotated[int, msgspec.Meta(ge=0, le=256)] | None = None
+    """Of that, of unlogged relations."""
+    prefetch_max_mib: Annotated[int, msgspec.Meta(ge=0, le=2048)] | None = None
+    """What a start in an empty directory fetches unasked of what was used most."""
     slot_wal_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """What WAL a replication slot may hold while no consumer is connected, read when an endpoint starts."""
-    """Of that, of unlogged relations."""
     stopped_directories_max_mib: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """What the data directories of stopped endpoints may take together, read when an endpoint starts."""
     token_life_s: Annotated[int, msgspec.Meta(ge=2)] | None = None
@@ -299,6 +301,7 @@ class Installation:
         )
         names = (
             "pageserver_lag_max_mib",
+            "prefetch_max_mib",
             "saved_state_max_mib",
             "saved_unlogged_max_mib",
             "slot_wal_max_mib",

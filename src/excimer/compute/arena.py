@@ -332,6 +332,13 @@ class Arena:
             return None
         return arena_file.presence(self._memory, index)
 
+    def presence_marks(self, path: str) -> bytes | None:
+        """Of each block of a file its presence byte (`arena.h`); None: it is not listed, and wholly local."""
+        index = arena_file.find(self._memory, path)
+        if index < 0 or arena_file.file_info(self._memory, index)[2] == _GONE:
+            return None
+        return arena_file.marks(self._memory, index)
+
     def _make_file(self, index: int) -> int:
         path, blocks, _ = arena_file.file_info(self._memory, index)
         descriptor = os.open(self.data_dir / path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)

@@ -30,6 +30,7 @@ from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
 from excimer.compute.data_directory import write_private
 from excimer.compute.directory_preparation import prepare_kept, prepare_new
 from excimer.compute.endpoint_directory import EndpointDirectory
+from excimer.compute.hot_keeper import HotKeeper
 from excimer.compute.idle_watch import IdleWatch, Serving
 from excimer.compute.kept_directory import CleanEnd
 from excimer.compute.local_access import LocalAccess, write_local_access
@@ -59,7 +60,7 @@ from excimer.pgformat.basebackup import Basebackup
 from excimer.postgres.setting_rules import check_rules
 from excimer.service.listen import bind_listen
 from excimer.service.logs import get_logger
-from excimer.service.tasks import SystemClock, TaskScope
+from excimer.service.tasks import SystemClock, TaskScope, finish_in_thread
 from excimer.service.tls import has_tls
 from excimer.wire.endpoint_tokens import EndpointTokens
 
@@ -98,6 +99,7 @@ class Attempt:
         self._beat = beat
         self._slots = slots
         self._directory = EndpointDirectory(spec)
+        self._hot = HotKeeper(spec)
         self.decided: Warm | Cold | None = None
         """How it starts; None while that is not known."""
         self._options: list[str] = []
@@ -241,10 +243,10 @@ class Attempt:
         self._watch_use(scope, process, address)
         if self.replica is not None:
             scope.start("replica", self._end_outdated(self.replica, process))
-        keeping = self._keep_cache(scope, self.arena, address)
+        beside = self._keep_cache(scope, self.arena, address)
         status = await process.wait_exit()
-        if keeping is not None:
-            keeping.cancel()
+        for task in beside:
+            task.cancel()
         if status == 0 and self.proposer is not None and self.backpressure is not None:
             await self._ended_cleanly(self.proposer, self.backpressure, self.arena)
         elif status != 0 and self._stopping:
@@ -312,7 +314,9 @@ class Attempt:
         self._clean_end = end
         if self._stopping:
             self._clean_end = end._replace(saved_unlogged=True)  # until it is known
-            is_there = await self._states.save(self._spec.places.data_dir, arena, proposer.commit_lsn)
+            hot_blocks = await finish_in_thread(self._hot.close, arena)
+            data_dir = self._spec.places.data_dir
+            is_there = await self._states.save(data_dir, arena, proposer.commit_lsn, hot_blocks)
             self._clean_end = end._replace(saved_unlogged=is_there)
 
     def _watch_use(self, scope: TaskScope, process: PostgresProcess, address: PostgresAddress) -> None:
@@ -329,10 +333,11 @@ class Attempt:
 
     def _keep_cache(
         self, scope: TaskScope, arena: Arena, address: PostgresAddress
-    ) -> asyncio.Task[None] | None:
-        """Within its bound; None if this postgres began without one."""
+    ) -> list[asyncio.Task[None]]:
+        """What is used most comes in; within its bound, if this postgres began with one."""
+        hot = [] if self.proposer is None else [scope.supervise("hot blocks", partial(self._hot.run, arena))]
         if not arena.evicts:
-            return None
+            return hot
         backpressure = self.backpressure
         keeper = CacheKeeper(
             self._spec.cache,
@@ -342,7 +347,7 @@ class Attempt:
             ask=None if backpressure is None else partial(ask_horizon, address),
             clock=SystemClock(),
         )
-        return scope.supervise("cache", keeper.run)
+        return [*hot, scope.supervise("cache", keeper.run)]
 
     async def _lay_directory(
         self, scope: TaskScope, end_lsn: Lsn, pair: CertificatePair | None, clock: "_StepClock"
@@ -361,6 +366,7 @@ class Attempt:
             fetching = scope.start("saved state", self._states.fetch(end_lsn))
         backup = await self._fetch_basebackup(end_lsn)
         saved = None if fetching is None else await fetching
+        self._hot.is_cold, self._hot.saved = True, b"" if saved is None else saved[1].hot_blocks
         clock.step("basebackup")
         await asyncio.to_thread(self._lay, backup, pair, saved)
         return Lsn(backup.lsn)
@@ -485,6 +491,7 @@ class Attempt:
             self.arena.set_quorum(self.proposer.commit_lsn)
             self.proposer.board = self.arena
         self._admission = Admission.make(spec.places.run_dir, self._first_door())
+        self._hot.forget_buffers()
         environment = spec.build.whole_environment(
             preload_environment(spec.places.arena) | {"LC_ALL": "C.UTF-8"}
         )

@@ -17,7 +17,7 @@ import errno
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from excimer._native.cache_eviction import Evictor
 from excimer.base.clock import Clock
@@ -28,9 +28,7 @@ from excimer.compute.cache_bound import CacheBound
 from excimer.compute.cache_plan import NOTHING_SWEPT, QUIET_S, CachePlan, Swept, blocks_to_evict
 from excimer.compute.wal_horizon import WalHorizon
 from excimer.service.logs import get_logger
-from excimer.service.tasks import TaskScope
-
-Result = TypeVar("Result")
+from excimer.service.tasks import TaskScope, finish_in_thread
 
 ASK_S: Final = 0.25
 """Between two questions to PostgreSQL, at least."""
@@ -84,7 +82,7 @@ class CacheKeeper:
         if not has_changed and not self._wanted and self._looked_for == self._bound.size_bytes:
             return QUIET_S
         began = self._clock.monotonic()
-        used, bound = await _in_thread(evictor.used_bytes), self._bound.size_bytes
+        used, bound = await finish_in_thread(evictor.used_bytes), self._bound.size_bytes
         look_s = self._clock.monotonic() - began
         self._arena.set_cache(bound, used)
         self._looked_for, self._wanted = bound, blocks_to_evict(used, bound)
@@ -93,7 +91,7 @@ class CacheKeeper:
             self._settle(evictor)
             ingested_lsn = Lsn(0) if self._ingested_lsn is None else self._ingested_lsn()
             is_free = self._question is None
-            swept = Swept._make(await _in_thread(evictor.sweep, wanted, ingested_lsn, is_free))
+            swept = Swept._make(await finish_in_thread(evictor.sweep, wanted, ingested_lsn, is_free))
             if swept.punch_error in (errno.EOPNOTSUPP, errno.ENOSYS):
                 self._give_up(swept.punch_error)
             self._awaits_answer |= plan.asks(swept, wanted)
@@ -141,13 +139,3 @@ async def _answer(ask: Callable[[], Awaitable[WalHorizon]]) -> WalHorizon | None
     except (ExcimerError, OSError) as error:
         log.info("postgres does not say how far its WAL goes", error=error)
         return None
-
-
-async def _in_thread(function: Callable[..., Result], *args: object) -> Result:
-    """Cancelled only after it: what it works on is closed next."""
-    task = asyncio.ensure_future(asyncio.to_thread(function, *args))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait((task,))
-        raise

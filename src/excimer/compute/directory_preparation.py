@@ -193,6 +193,7 @@ def _configure(
         is_standby=is_standby,
         extension_hint=extension_hint(spec.build),
         admission_file=spec.places.run_dir / ADMISSION_NAME,
+        hot_buffers_file=spec.places.hot_buffers,
     )
     if spec.mode == "replica":
         options += ["-c", f"primary_conninfo={connection_string(spec.places.socket_dir)}"]

@@ -203,9 +203,10 @@ def take_reason(places: ComputePlaces) -> str | None:
 
 
 def remove_lent(places: ComputePlaces) -> None:
-    """What each start makes anew for its PostgreSQL: the certificate, its key, the door."""
+    """What each start makes anew for its PostgreSQL: the certificate, its key, the door; what it left."""
     remove_pair(places.run_dir)
     remove_admission(places.run_dir)
+    places.hot_buffers.unlink(missing_ok=True)
 
 
 def remove_hidden(run_dir: Path) -> None:

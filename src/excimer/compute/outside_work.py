@@ -83,6 +83,7 @@ def module_arguments(
     is_standby: bool,
     extension_hint: str,
     admission_file: Path,
+    hot_buffers_file: Path,
 ) -> list[str]:
     """Options of the postgres program that preload `module`, after `preloaded`, and say what it is to hold.
 
@@ -95,6 +96,7 @@ def module_arguments(
         "excimer.extension_workers": "on" if work.runs_extension_workers else "off",
         "excimer.extension_hint": extension_hint,
         "excimer.admission_file": str(admission_file),
+        "excimer.hot_buffers_file": str(hot_buffers_file),
     }
     return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
 

@@ -37,6 +37,10 @@ class ComputePlaces(NamedTuple):
     """Says, while PostgreSQL serves, how our own user connects to it (`local_access`)."""
     shutdown_record: Path
     """Says, while none does, that the data directory may be used again (`kept_directory`)."""
+    hot_buffers: Path
+    """Which blocks were in shared buffers when PostgreSQL was shut down (`hot_collection`)."""
+    hot_blocks: Path
+    """The endpoint's hot set as it was last known here (`hot_keeper`)."""
     not_kept: Path
     """Says why the last stop left no data directory, until the next start."""
 
@@ -71,6 +75,8 @@ def locate_places(endpoint_dir: Path) -> ComputePlaces:
         postgres_log=endpoint_dir / "postgres.log",
         local_access=endpoint_dir / LOCAL_ACCESS_NAME,
         shutdown_record=endpoint_dir / SHUTDOWN_RECORD_NAME,
+        hot_buffers=run_dir / "hot_buffers",
+        hot_blocks=endpoint_dir / "hot_blocks",
         not_kept=endpoint_dir / NOT_KEPT_NAME,
     )
 

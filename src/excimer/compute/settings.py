@@ -52,6 +52,8 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """Of what a clean stop saves because WAL does not carry it, before it is compressed; 0: nothing."""
     saved_unlogged_max_mib: int = 16
     """Of that, of unlogged relations; those that do not fit begin empty, as after a crash."""
+    prefetch_max_mib: int = 2048
+    """What a start in an empty directory fetches unasked of what was used most; 0: nothing."""
     stopped_directories_max_mib: int = 10240
     """What the data directories of stopped endpoints beside this one may take together; 0: none is kept."""
     slot_wal_max_mib: int = 10240

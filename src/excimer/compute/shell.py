@@ -92,6 +92,7 @@ def make_spec(settings: ComputeSettings) -> ComputeSpec:
         places=find_places(settings.endpoint_dir),
         cache=CacheBound(settings.cache_size_mib << 20),
         shared_buffers_mib=shared_buffers_mib(settings.limits),
+        prefetch_bytes_max=settings.prefetch_max_mib << 20,
         lag_bytes_max=settings.pageserver_lag_max_mib << 20,
     )
 

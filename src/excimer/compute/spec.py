@@ -42,6 +42,8 @@ class ComputeSpec(NamedTuple):
     outside_work: OutsideWork
     places: ComputePlaces
     cache: CacheBound
+    prefetch_bytes_max: int
+    """What is fetched unasked after a start in an empty directory."""
     lag_bytes_max: int
     """How far the pageserver may be behind before writers wait; 0: as far as it likes."""
     shared_buffers_mib: int | None = None

@@ -6,6 +6,7 @@
     1 free space maps     2 statistics            VACUUM brings the one back late, nothing the other
     3 replication slots, each with its WAL and what decoding needs
     4 sequences that WAL is ahead of              5 unlogged relations, up to a bound of their own
+    6 the list of hot blocks (`hot_collection`)
 
 Within a group the small go first; what does not fit is left out and said. A block that was never fetched
 from the page store is not read: its file's hole is no page.
@@ -143,6 +144,7 @@ def collect_state(
     pg_version: int,
     limits: StateLimits,
     ignored_slots: Collection[str] = (),
+    hot_blocks: bytes = b"",
 ) -> CollectedState:
     """`ignored_slots`: of our own making, made anew at each start. Blocks.
 
@@ -173,6 +175,7 @@ def collect_state(
     sequences = _collect_sequences(directory, relations, unlogged_names, budget)
     budget -= _forks_size(sequences)
     unlogged = _collect_unlogged(directory, relations, unlogged_names, min(budget, limits.unlogged_bytes_max))
+    budget -= _forks_size(unlogged)
     state = SavedState(
         control=control_file,
         wal_lsn=wal_lsn,
@@ -183,6 +186,7 @@ def collect_state(
         decoding=decoding,
         sequences=sequences,
         unlogged=unlogged,
+        hot_blocks=hot_blocks if len(hot_blocks) <= budget else b"",
         left_out=directory.left_out,
     )
     return CollectedState(end.end_lsn, state)

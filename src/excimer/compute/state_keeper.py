@@ -147,7 +147,7 @@ class StateKeeper:
         self._distrusted = lsn
         self.not_used(lsn, CorruptionError(f"PostgreSQL did not start with it: {failure}"))
 
-    async def save(self, data_dir: Path, arena: Arena, commit_lsn: Lsn) -> bool:
+    async def save(self, data_dir: Path, arena: Arena, commit_lsn: Lsn, hot_blocks: bytes = b"") -> bool:
         """Of a directory whose postgres is gone. `commit_lsn`: what a quorum has. Logs how it went.
 
         Whether unlogged rows are among it, or may be: an answer can be lost.
@@ -157,7 +157,7 @@ class StateKeeper:
         started = time.monotonic()
         try:
             async with asyncio.timeout(SAVE_LIMIT_S):
-                collected, size = await self._save(data_dir, arena, commit_lsn)
+                collected, size = await self._save(data_dir, arena, commit_lsn, hot_blocks)
         except (ExcimerError, OSError, ValueError) as error:
             reason = (
                 f"it took longer than {SAVE_LIMIT_S:.0f} s" if isinstance(error, TimeoutError) else str(error)
@@ -177,9 +177,11 @@ class StateKeeper:
         )
         return bool(collected.state.unlogged)
 
-    async def _save(self, data_dir: Path, arena: Arena, commit_lsn: Lsn) -> tuple[CollectedState, int]:
+    async def _save(
+        self, data_dir: Path, arena: Arena, commit_lsn: Lsn, hot_blocks: bytes
+    ) -> tuple[CollectedState, int]:
         owner = self._owner
-        collected, packed = await asyncio.to_thread(self._collect, data_dir, arena)
+        collected, packed = await asyncio.to_thread(self._collect, data_dir, arena, hot_blocks)
         if commit_lsn < collected.lsn:
             raise CorruptionError(
                 f"the last record ends at {format_lsn(collected.lsn)}, and a majority of safekeepers has "
@@ -194,10 +196,15 @@ class StateKeeper:
         await client.put_bytes(self._path(collected.lsn), packed)
         return collected, len(packed)
 
-    def _collect(self, data_dir: Path, arena: Arena) -> tuple[CollectedState, bytes]:
+    def _collect(self, data_dir: Path, arena: Arena, hot_blocks: bytes) -> tuple[CollectedState, bytes]:
         owner = self._owner
         collected = collect_state(
-            data_dir, arena.find_presence, owner.pg_version, self._limits, ignored_slots={PROPOSER_SLOT}
+            data_dir,
+            arena.find_presence,
+            owner.pg_version,
+            self._limits,
+            ignored_slots={PROPOSER_SLOT},
+            hot_blocks=hot_blocks,
         )
         packed = pack_state(
             owner.tenant_id, owner.timeline_id, collected.lsn, owner.pg_version, collected.state

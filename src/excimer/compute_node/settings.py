@@ -18,6 +18,7 @@ class EndpointDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     pageserver_lag_max_mib: int = 64
     saved_state_max_mib: int = 64
     saved_unlogged_max_mib: int = 16
+    prefetch_max_mib: int = 2048
     stopped_directories_max_mib: int = 10240
     slot_wal_max_mib: int = 10240
 

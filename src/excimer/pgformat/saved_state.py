@@ -105,6 +105,8 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of sequences that WAL is ahead of."""
     unlogged: list[StateFork] = []
     """All files of the unlogged relations that are carried; of others there are none."""
+    hot_blocks: bytes = b""
+    """Which blocks were used most (`hot_blocks`): a hint, which nothing here looks into."""
     left_out: list[str] = []
     """What was not carried and why, for people."""
 

@@ -150,6 +150,16 @@ async def running(name: str, coroutine: Coroutine[Any, Any, None]) -> AsyncItera
         yield scope.start(name, coroutine)
 
 
+async def finish_in_thread(function: Callable[..., T], *args: object) -> T:
+    """Cancelled only after it has ended: what it works on is closed next."""
+    task = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
+
+
 def failure_of(action: Callable[[], None]) -> Exception | None:
     """Runs `action`; what it raised (a group of one unwrapped), logged with its traceback if unexpected."""
     try:

@@ -22,6 +22,7 @@ def arguments(
         is_standby=is_standby,
         extension_hint="try this",
         admission_file=Path("/door"),
+        hot_buffers_file=Path("/hot"),
     )
     assert set(made[::2]) == {"-c"}
     return dict(text.split("=", 1) for text in made[1::2])

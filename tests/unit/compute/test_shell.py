@@ -71,6 +71,7 @@ def make_manager(directory: Path) -> Manager:
         outside_work=OutsideWork(None, True),
         places=places,
         cache=CacheBound(0),
+        prefetch_bytes_max=0,
         lag_bytes_max=0,
     )
     return Manager(spec, settings, TOKENS, Health("compute"))
