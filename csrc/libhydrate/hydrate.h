@@ -220,6 +220,9 @@ static inline int hydrate_bytes(int fd, off_t offset, size_t size);
 
 /* --- prefetch.c --- */
 
+/* One line of its stdin, which it changes; what it answers. */
+long prefetch_line(char *line);
+
 /* Does what stdin says until it ends, and then ends the process. */
 _Noreturn void serve_prefetch(void);
 

@@ -58,7 +58,7 @@ static int descriptor_of(const char *path)
     return last.fd;
 }
 
-static long fetch_line(char *line)
+long prefetch_line(char *line)
 {
     char *rest = line, *path = strsep(&rest, " ");
     struct run runs[RUNS_MAX];
@@ -97,7 +97,7 @@ void serve_prefetch(void)
             continue;
         }
         *end = '\0';
-        if (!answer(fetch_line(line)))
+        if (!answer(prefetch_line(line)))
             _exit(0);
         held -= (size_t)(end + 1 - line);
         memmove(line, end + 1, held);

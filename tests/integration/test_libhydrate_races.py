@@ -144,6 +144,38 @@ def cut_from_outside_during_fetch(lazy: LazyDirectory, mutation: Mutation | None
     assert reader.call(f"size {PATH}") == "ok 50"
 
 
+def write_during_prefetch(lazy: LazyDirectory, mutation: Mutation | None = None) -> None:
+    """What is fetched for nobody is not put over a write that came meanwhile either."""
+    prefetcher, writer = lazy.driver(mutation), lazy.driver(mutation)
+    other = writer.open(PATH)
+    lazy.server.behaviour.hang = True
+    prefetcher.begin(f"prefetch {PATH} 500,2,7,1")
+    wait_until(lambda: len(lazy.server.requests) == 1)
+    assert writer.call(f"pwrite {other} 500 1 {NEW}") == "ok 8192"
+    lazy.server.behaviour.hang = False
+    assert prefetcher.answer() == "ok 3"
+    assert writer.read(other, 500, 2) == [NEW, tag(PATH, 501)]
+    assert lazy.arena.statistics().kept == 1
+    assert len(lazy.server.requests) == 2
+
+
+def prefetch_of_what_is_fetched_or_gone(lazy: LazyDirectory, mutation: Mutation | None = None) -> None:
+    """Nobody is waited for, what is here is not asked for, and a file that went is left alone."""
+    prefetcher, reader = lazy.driver(mutation), lazy.driver(mutation)
+    fd = reader.open(PATH)
+    lazy.server.behaviour.hang = True
+    reader.begin(f"pread {fd} 7 1")
+    wait_until(lambda: len(lazy.server.requests) == 1)
+    assert prefetcher.call(f"prefetch {PATH} 7,1") == "ok 0"
+    lazy.server.behaviour.hang = False
+    reader.answer()
+    assert prefetcher.call(f"prefetch {PATH} 7,1,598,100") == "ok 2"
+    assert prefetcher.call("prefetch base/5/4711 0,1") == "ok 0"
+    assert reader.call(f"unlink {PATH}") == "ok 0"
+    assert prefetcher.call(f"prefetch {PATH} 0,5") == "ok 0"
+    assert lazy.arena.statistics().read_misses == 1
+
+
 SCENARIOS = [
     write_during_fetch,
     write_during_install,
@@ -154,6 +186,8 @@ SCENARIOS = [
     dead_fetcher,
     replacement_during_fetch,
     cut_from_outside_during_fetch,
+    write_during_prefetch,
+    prefetch_of_what_is_fetched_or_gone,
 ]
 
 
@@ -197,6 +231,7 @@ DELETED_FILES_LIVE_ON = Mutation(
     ("mutation", "scenario"),
     [
         (NO_SECOND_LOOK, write_during_fetch),
+        (NO_SECOND_LOOK, write_during_prefetch),
         (NO_LOCK_IN_WRITES, write_during_install),
         (NO_LOCK_IN_TRUNCATION, truncation_during_install),
         (NO_LOOK_AT_THE_SIZE, cut_from_outside_during_fetch),

@@ -36,6 +36,8 @@ struct {
     uint64_t bytes;
 } pgWalUsage;
 
+long prefetch_line(char *line);
+
 static long pwrite_delay_ms;
 static long pwrite_room = -1; /* bytes that the disk still has; -1: plenty */
 static uint64_t *buffer;
@@ -204,6 +206,16 @@ static int on_descriptor(const char *name, int fd, long first, long second, unsi
     return 1;
 }
 
+/* Runs are BLOCK,COUNT,... */
+static void prefetch_runs(const char *path, const char *runs)
+{
+    char line[1024];
+    snprintf(line, sizeof line, "%s %s", path, runs);
+    for (char *comma = line; (comma = strchr(comma, ',')) != NULL;)
+        *comma = ' ';
+    answer(prefetch_line(line));
+}
+
 static int open_flags(const char *text)
 {
     int flags = strchr(text, 'w') != NULL ? O_RDWR : O_RDONLY;
@@ -235,6 +247,8 @@ static void on_path(const char *name, const char *first, const char *second)
         answer(preloaded_rename(first, second));
     else if (strcmp(name, "truncate") == 0)
         answer(preloaded_truncate(first, atol(second) * BLOCK));
+    else if (strcmp(name, "prefetch") == 0)
+        prefetch_runs(first, second);
     else if (strcmp(name, "slow_writes") == 0)
         answer(pwrite_delay_ms = atol(first));
     else if (strcmp(name, "critical") == 0)
