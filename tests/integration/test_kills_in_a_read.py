@@ -26,6 +26,8 @@ ACTIVE = "select state from pg_stat_activity where pid = %s"
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     with running_stack(NEWEST_VERSION, safekeepers=1) as stack:
+        config = stack.directory / "config.toml"
+        config.write_text(f"prefetch_max_mib = 0\n{config.read_text()}")
         stack.create_main()
         stack.query(f"create table pages as select a, md5(a::text) b from generate_series(1, {ROWS}) a")
         yield stack
