@@ -14,7 +14,7 @@ from excimer.io.processes import make_owned_dir
 from tests.kit.builds import build_of
 from tests.regress.places import endpoint_place, stock_place
 from tests.regress.sources import source_tree
-from tests.regress.suites import KNOWN, Place, SuiteResult, contrib, core, isolation
+from tests.regress.suites import KNOWN, NOTHING_RUN, Place, SuiteResult, contrib, core, isolation
 
 SUITES = ("core", "isolation", "contrib")
 
@@ -63,6 +63,8 @@ def run_suite(suite: str, place: Place) -> list[SuiteResult]:
 def report(suite: str, result: SuiteResult) -> int:
     """One line, and one for each test that differs; how many of those are not known."""
     print(f"{suite}: {result.name}: {result.passed} passed, {len(result.failed)} differ", flush=True)
+    if result.failed == [NOTHING_RUN]:
+        print(result.output.strip())
     unknown = 0
     for test in result.failed:
         reason = KNOWN.get(f"{result.name}/{test}")

@@ -32,6 +32,8 @@ NOT_RUN: Final[Mapping[str, str]] = {
 }
 """Suites of contrib that stock PostgreSQL does not run against a server either that serves others too."""
 
+NOTHING_RUN: Final = "(no test was run)"
+
 _RESULT: Final = re.compile(
     r"^(?P<not>not )?ok \d+\s+[-+]\s+(?P<tap>\S+)|"
     r"^(?:test |\s+)(?P<old>\S+)\s+\.\.\. (?P<word>ok|FAILED)",
@@ -132,7 +134,7 @@ def _run(
         output = error.output
     passed, failed = read_results(output)
     if passed + len(failed) == 0:
-        failed = ["(no test was run)"]
+        failed = [NOTHING_RUN]
     return SuiteResult(name, passed, failed, output)
 
 
