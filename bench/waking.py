@@ -9,7 +9,9 @@ awake_endpoint_extra_rss_mib: proportional set sizes of all processes that are n
 endpoint awake and idle, less the same with it suspended.
 
 wake_storm_100_s: a hundred endpoints on branches of their own, all suspended and cold, woken at once; until
-the last one has answered a query. A note says how fair that was, and what the most memory was.
+the last one has answered a query. A note says how fair that was (the order of the answers beside that of the
+calls; this process has a hundred threads, and its calls do not come in the order of their numbers), and what
+the most memory was.
 """
 
 import contextlib
@@ -72,11 +74,15 @@ class Waker:
         if is_cold:
             self._ours.stack.evict(self._name)
 
-    def wake_ms(self, query: str) -> float:
-        begun = time.monotonic()
+    def call(self) -> None:
+        """Returns when it accepts connections."""
         answer = self._client.post(f"{self._path}/start", json={})
         if answer.is_error:
             raise BenchFailedError(f"endpoint {self._name} does not wake: {answer.text}")
+
+    def wake_ms(self, query: str) -> float:
+        begun = time.monotonic()
+        self.call()
         with psycopg.connect(self.url) as connection:
             connection.execute(query.encode()).fetchall()
         return (time.monotonic() - begun) * 1000
@@ -127,6 +133,13 @@ def _measure_memory(bench: Bench, ours: MeasuredStack, waker: Waker) -> list[flo
         time.sleep(bench.effort.idle_s)
         samples.append(sum(size for _, size in sizes_mib(ours.stack)) - asleep)
     return samples
+
+
+def _places_apart(first: dict[int, float], second: dict[int, float]) -> int:
+    """How far somebody's place in the one order is from that in the other, at most."""
+    places = {number: place for place, number in enumerate(sorted(first, key=lambda each: first[each]))}
+    order = sorted(second, key=lambda each: second[each])
+    return max(abs(place - places[number]) for place, number in enumerate(order))
 
 
 def _percentile(samples: list[float], part: float) -> float:
@@ -226,11 +239,17 @@ def measure_storm(bench: Bench) -> Samples:
             stack.text("timeline", "branch", "--branch-name", name, "--ancestor", "main")
             stack.text("endpoint", "create", name, "--branch-name", name, "--suspend-after", "never")
         wakers = [Waker(ours, name) for name in names]
+        calls_s: dict[int, float] = {}
+        answers_s: dict[int, float] = {}
         ends_s: dict[int, float] = {}
         begun = time.monotonic()
 
         def wake(number: int) -> None:
-            wakers[number].wake_ms("select 1")
+            calls_s[number] = time.monotonic() - begun
+            wakers[number].call()
+            answers_s[number] = time.monotonic() - begun
+            with psycopg.connect(wakers[number].url) as connection:
+                connection.execute("select 1").fetchall()
             ends_s[number] = time.monotonic() - begun
 
         threads = [threading.Thread(target=wake, args=(place,)) for place in range(STORM)]
@@ -242,10 +261,9 @@ def measure_storm(bench: Bench) -> Samples:
             time.sleep(1)
         if len(ends_s) < STORM:
             raise BenchFailedError(f"{STORM - len(ends_s)} endpoints were not woken")
-        order = [number for number, _ in sorted(ends_s.items(), key=lambda each: each[1])]
-        late = max(abs(place - number) for place, number in enumerate(order))
         bench.note(
-            f"awake after, s: {_spread(list(ends_s.values()))}; at most {late} places out of turn;"
+            f"awake after, s: {_spread(list(ends_s.values()))}; last call after {max(calls_s.values()):.1f};"
+            f" answered at most {_places_apart(calls_s, answers_s)} places out of the order of the calls;"
             f" all processes together at most {most_mib:.0f} MiB"
         )
         return {"wake_storm_100_s": [max(ends_s.values())]}
