@@ -21,6 +21,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -35,6 +36,8 @@ OWN_LEAF: Final = "services"
 """Where processes go that sit in a delegated group, which may then have controllers for others."""
 MOVE_ROUNDS: Final = 10
 CPU_PERIOD_US: Final = 100_000
+REMOVAL_LIMIT_S: Final = 2.0
+REMOVAL_POLL_S: Final = 0.01
 MOUNTS: Final = Path("/proc/self/mountinfo")
 OWN_GROUPS: Final = Path("/proc/self/cgroup")
 
@@ -132,7 +135,7 @@ def prepare_cgroups(owner: Path, told: Path | None, machine: Machine) -> Cgroups
                 f"no subtree of cgroup v2 is delegated to us in {machine.own}: start Excimer as a systemd "
                 "service with Delegate=yes, or name a group as cgroup_parent"
             )
-        directory = parent / f"excimer-{hashlib.sha256(bytes(owner)).hexdigest()[:12]}"
+        directory = _directory(owner, parent)
         directory.mkdir(exist_ok=True)
     except OSError as error:
         return _none(f"{error.filename}: {error.strerror}")
@@ -140,6 +143,26 @@ def prepare_cgroups(owner: Path, told: Path | None, machine: Machine) -> Cgroups
         name: reason for name in CONTROLLERS if (reason := _enable(name, parent, directory, machine))
     }
     return Cgroups(directory, is_lacking)
+
+
+def remove_cgroups(owner: Path, told: Path | None, machine: Machine) -> bool:
+    """All groups of a node that does not run, with what is in them; whether they are gone. Blocks."""
+    parent = told or (_find_parent(machine) if machine.mount is not None else None)
+    if parent is None or not _directory(owner, parent).is_dir():
+        return True
+    left = Cgroups(_directory(owner, parent), {})
+    deadline = time.monotonic() + REMOVAL_LIMIT_S
+    for group in left.groups().values():
+        with contextlib.suppress(OSError):
+            group.kill()
+        while not group.remove() and time.monotonic() < deadline:
+            time.sleep(REMOVAL_POLL_S)
+    left.leave()
+    return not _directory(owner, parent).exists()
+
+
+def _directory(owner: Path, parent: Path) -> Path:
+    return parent / f"excimer-{hashlib.sha256(bytes(owner)).hexdigest()[:12]}"
 
 
 def _none(reason: str) -> Cgroups:

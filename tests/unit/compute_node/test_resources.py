@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from excimer.compute_node.cgroups import Cgroups, look_at_machine, prepare_cgroups
+from excimer.compute_node.cgroups import Cgroups, look_at_machine, prepare_cgroups, remove_cgroups
 from excimer.compute_node.resources import Resources
 from excimer.compute_node.shell import ComputeNode
 from excimer.io.cgroup_files import read_words
@@ -74,6 +74,22 @@ def test_what_is_left_in_it_is_killed(groups: Cgroups, home: Home, monkeypatch: 
         await until(lambda: not groups.groups())
 
     home.play(story, resources=Resources(groups))
+
+
+def test_what_a_whole_installation_leaves_is_removed(groups: Cgroups, home: Home, tmp_path: Path) -> None:
+    """Its node was killed, or ended before its endpoints did."""
+
+    async def story(node: ComputeNode) -> None:
+        await node.start(home.order("main", postgres_settings={"child": "stray"}))
+        await node.start(home.order("other"))
+
+    home.play(story, leaves=True, resources=Resources(groups))
+    for name in ("main", "other"):
+        os.kill(home.pid(name) or 0, signal.SIGKILL)
+    assert remove_cgroups(tmp_path / "endpoints", None, look_at_machine())
+    assert groups.directory is not None
+    assert not groups.directory.exists()
+    assert remove_cgroups(tmp_path / "endpoints", None, look_at_machine()), "it may be repeated"
 
 
 def test_a_node_that_comes_back_adopts_groups_and_removes_those_of_nobody(

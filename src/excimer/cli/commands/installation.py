@@ -18,6 +18,7 @@ from excimer.cli.commands.endpoint_limits import size_in_force
 from excimer.cli.commands.endpoint_suspend import last_active_at, shown_endpoint
 from excimer.cli.completion import complete_part
 from excimer.cli.controller_client import ControllerClient
+from excimer.cli.endpoint_groups import remove_groups
 from excimer.cli.errors import (
     EXIT_UNAVAILABLE,
     StateDirectoryError,
@@ -428,6 +429,7 @@ def stop_everything(session: Session, installation: Installation, *, immediate: 
             for each in stage:
                 if each.lock_dir.parent == installation.directory / "endpoints":
                     remove_remains(each.lock_dir)
+        remove_groups(installation)
     return stopped
 
 
