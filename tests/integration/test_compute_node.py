@@ -242,22 +242,24 @@ def test_an_endpoint_has_a_group_and_limits_over_its_whole_life(stack: Stack, co
     [row] = [row for row in status(stack) if row["part"] == "endpoint-main"]
     assert (row["limits"]["cpu_min_milli"], row["limits"]["memory_max_mib"]) == (500, 1024)
     assert groups.described() in stack.run("doctor").stdout
-    postmaster = int(group_children(group, stack.pid("endpoint-main")))
+    postmaster = postmaster_in(group, stack)
     os.kill(postmaster, signal.SIGKILL)
     stack.wait_until(lambda: answers(stack), "PostgreSQL to be started again")
-    again = int(group_children(group, stack.pid("endpoint-main")))
+    again = postmaster_in(group, stack)
     assert again != postmaster, "and it is in the group, too"
     stack.text("endpoint", "limits", "main", "--cpu", "unlimited", "--memory", "unlimited")
     suspend(controller)
     assert not group.exists(), "a suspended endpoint leaves nothing"
 
 
-def group_children(group: Path, manager: int) -> str:
-    """The manager's one child that is in the group: the postmaster."""
-    inside = set((group / "cgroup.procs").read_text().split())
-    children = Path(f"/proc/{manager}/task/{manager}/children").read_text().split()
-    [found] = inside & set(children)
-    return found
+def postmaster_in(group: Path, stack: Stack) -> int:
+    """The parent of a session's backend, which is in the group."""
+    with stack.connect() as session:
+        [(backend,)] = session.execute("select pg_backend_pid()").fetchall()
+        lines = Path(f"/proc/{backend}/status").read_text().splitlines()
+    [postmaster] = [int(line.split()[1]) for line in lines if line.startswith("PPid:")]
+    assert str(postmaster) in (group / "cgroup.procs").read_text().split()
+    return postmaster
 
 
 def answers(stack: Stack) -> bool:

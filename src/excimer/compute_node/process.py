@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from excimer.base.errors import RefusedError
+from excimer.compute_node.autoscaling import keep_scaling
 from excimer.compute_node.cgroups import look_at_machine, prepare_cgroups
 from excimer.compute_node.endpoints.api import make_api
 from excimer.compute_node.metrics import read_metrics
@@ -62,6 +63,7 @@ async def serve_node(settings_file: Path, settings: ComputeNodeSettings) -> None
             metrics = lambda: read_metrics(node, capacity)  # noqa: E731
             async with serving_light_http(settings.http_listen, health, metrics, routes=api):
                 health.ready = True
+                scope.supervise("sizes", lambda: keep_scaling(resources, settings.endpoints_dir))
                 scope.supervise("registration", lambda: keep_registered(settings, health))
                 try:
                     await _keep_log_short(settings.log_path)

@@ -12,18 +12,29 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import msgspec
+
+from excimer.base.clock import Clock
 from excimer.base.errors import RefusedError
-from excimer.compute_node.cgroups import Cgroup, Cgroups
+from excimer.compute_node.cgroups import Cgroup, Cgroups, soft_limit_mib
+from excimer.compute_node.group_sample import read_sample
+from excimer.compute_node.scaling_policy import Scaling, adjust, advance, begin
 from excimer.service.logs import get_logger
-from excimer.wire.compute_limits import NO_LIMITS, ComputeLimits, ComputeSize
+from excimer.service.tasks import SystemClock
+from excimer.wire.compute_limits import ComputeLimits, ComputeSize
 
 WhenUnkept = Literal["tell", "refuse"]
 
+SYSTEM_CLOCK: Final = SystemClock()
 RELEASE_POLL_S: Final = 0.02
 RELEASE_LIMIT_S: Final = 5.0
 """So long after its manager what is left in a group may take to end by itself; then it is killed."""
 
 log = get_logger(__name__)
+
+
+class MemoryInUseError(RefusedError):
+    """A limit of memory is below what an endpoint cannot do without."""
 
 
 class LimitsUnkeptError(RefusedError):
@@ -34,8 +45,13 @@ class LimitsUnkeptError(RefusedError):
 class _Entry:
     group: Cgroup | None
     limits: ComputeLimits
-    size: ComputeSize
-    """In force, as far as the kernel can."""
+    """Those that can be kept to."""
+    scaling: Scaling
+
+    @property
+    def size(self) -> ComputeSize:
+        """In force."""
+        return self.scaling.size
 
 
 class Resources:
@@ -46,11 +62,13 @@ class Resources:
         cgroups: Cgroups,
         when_unkept: WhenUnkept = "tell",
         warn: Callable[[str, str | None], None] = lambda _about, _warning: None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """`warn` hears of each endpoint whose limits are not kept to, and (None) when that is over."""
         self._warn = warn
         self._cgroups = cgroups
         self._when_unkept = when_unkept
+        self._clock = clock
         self._entries: dict[str, _Entry] = {}
 
     @property
@@ -81,7 +99,7 @@ class Resources:
 
     def place(self, name: str, limits: ComputeLimits) -> Cgroup | None:
         """The group of a manager that is about to be forked. Raises `LimitsUnkeptError`."""
-        self.check(name, limits)
+        unkept = self.check(name, limits)
         group = self._cgroups.group(name)
         if group is not None:
             try:
@@ -89,8 +107,9 @@ class Resources:
             except OSError as error:
                 log.warning("no group for an endpoint", endpoint=name, error=error)
                 group = None
-        entry = self._entries[name] = _Entry(group, limits, limits.maximum)
-        self._apply(name, entry)
+        kept = self._kept(limits)
+        entry = self._entries[name] = _Entry(group, kept, begin(kept, self._clock.monotonic()))
+        self._apply(name, entry, unkept)
         return group
 
     def adopt(self, name: str, pid: int, limits: ComputeLimits) -> None:
@@ -99,28 +118,71 @@ class Resources:
         if group is not None and not group.holds(pid):
             log.warning("an endpoint runs outside of its group", endpoint=name, pid=pid)
             group = None
-        self._entries[name] = _Entry(group, limits, limits.maximum if group is None else group.size())
+        kept = self._kept(limits)
+        state = begin(kept, self._clock.monotonic())
+        if group is not None:
+            state = adjust(state._replace(size=group.size()), kept)
+        self._entries[name] = _Entry(group, kept, state)
         self._tell(name, self.unkept(limits))
 
     def change(self, name: str, limits: ComputeLimits) -> str:
-        """Other limits of one that runs; what of them is not kept to. Raises `LimitsUnkeptError`."""
-        self.check(name, limits)
+        """Other limits of one that runs; what of them is not kept to. Raises `LimitsUnkeptError`, and
+        `MemoryInUseError` rather than have the kernel kill it.
+        """
+        unkept, kept = self.check(name, limits), self._kept(limits)
         entry = self._entries[name]
-        entry.limits, entry.size = limits, limits.maximum
-        return self._apply(name, entry)
+        if entry.group is not None and kept.memory_max_mib:
+            in_use_mib = read_sample(entry.group.path, 0.0, 0).in_use_mib
+            if in_use_mib > soft_limit_mib(kept.memory_max_mib):
+                raise MemoryInUseError(
+                    f"endpoint {name} has {in_use_mib} MiB in use that cannot be taken back: stop it first, "
+                    f"or give it more than {kept.memory_max_mib} MiB"
+                )
+        entry.limits, entry.scaling = kept, adjust(entry.scaling, kept)
+        return self._apply(name, entry, unkept)
+
+    def elastic(self) -> list[str]:
+        """Endpoints that may have another size than they have."""
+        return [
+            name
+            for name, entry in self._entries.items()
+            if entry.group is not None and entry.limits.minimum != entry.limits.maximum
+        ]
+
+    def scale(self, name: str, reads: int) -> None:
+        """Looks what an endpoint uses, and gives it the size that follows. `reads`: of its arena."""
+        entry = self._entries[name]
+        if entry.group is None:
+            return
+        before = entry.size
+        sample = read_sample(entry.group.path, self._clock.monotonic(), reads)
+        entry.scaling = advance(entry.scaling, sample, entry.limits)
+        if entry.size != before:
+            log.info(
+                "size changed",
+                endpoint=name,
+                cpu_milli=entry.size.cpu_milli,
+                memory_mib=entry.size.memory_mib,
+            )
+            self._apply(name, entry, "")
+
+    def _kept(self, limits: ComputeLimits) -> ComputeLimits:
+        """Without those that this machine cannot keep to."""
+        none = {
+            field: 0
+            for controller in self._cgroups.lacks
+            for field in limits.__struct_fields__
+            if field.startswith(controller)
+        }
+        return msgspec.structs.replace(limits, **none)
 
     def left_behind(self) -> list[str]:
         """Endpoints of groups that are there and belong to nobody who runs."""
         return [name for name in self._cgroups.groups() if name not in self._entries]
 
-    def limits(self, name: str) -> ComputeLimits:
-        entry = self._entries.get(name)
-        return NO_LIMITS if entry is None else entry.limits
-
-    def _apply(self, name: str, entry: _Entry) -> str:
-        """Has the kernel keep to the size; why it does not, or nothing."""
+    def _apply(self, name: str, entry: _Entry, unkept: str) -> str:
+        """Has the kernel keep to the size. `unkept`: what it cannot, of which more may be found."""
         group, size = entry.group, entry.size
-        unkept = self.unkept(entry.limits)
         try:
             if group is None:
                 unkept = unkept or ("no group of its own" if entry.limits.limited else "")

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from excimer.base.clock import Monotonic, UnixTime
 from excimer.compute_node import cgroups
 from excimer.compute_node.cgroups import Cgroup, Machine, prepare_cgroups, soft_limit_mib
-from excimer.compute_node.resources import LimitsUnkeptError, Resources
+from excimer.compute_node.group_sample import read_sample
+from excimer.compute_node.resources import LimitsUnkeptError, MemoryInUseError, Resources
+from excimer.compute_node.scaling_policy import Sample
 from excimer.io.cgroup_files import write_value
 from excimer.wire.compute_limits import (
     ComputeLimits,
@@ -187,7 +190,7 @@ def test_limits_that_cannot_be_kept_to_are_told(tmp_path: Path) -> None:
     made, warnings = resources(tmp_path, "tell", "memory")
     placed = made.place("main", LIMITS)
     assert placed is not None
-    assert placed.size() == ComputeSize(memory_mib=1024), "what can be kept to is"
+    assert placed.size() == ComputeSize(memory_mib=256), "what can be kept to is"
     assert warnings["endpoint main"].startswith(
         "without what was asked for: limits of cpu are not kept to: the"
     )
@@ -212,3 +215,67 @@ def test_or_refused(tmp_path: Path) -> None:
         made.change("main", LIMITS)
     assert made.size("main") == ComputeSize(memory_mib=512), "as it was"
     assert not warnings
+
+
+class FixedClock:
+    """Moved by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> Monotonic:
+        return Monotonic(self.now_s)
+
+    def now(self) -> UnixTime:
+        return UnixTime(self.now_s)
+
+
+def write_use(group: Path, cpu_us: int, *, refaults: int = 0, in_use_mib: int = 100) -> None:
+    """As Linux 6.1 writes it."""
+    (group / "cpu.stat").write_text(f"usage_usec {cpu_us}\nuser_usec 1\nnr_periods 9\nthrottled_usec 0\n")
+    (group / "memory.stat").write_text(
+        f"anon {in_use_mib << 19}\nshmem {in_use_mib << 19}\nfile 99\nworkingset_refault_file {refaults}\n"
+    )
+    (group / "memory.current").write_text(f"{1 << 28}\n")
+    (group / "memory.pressure").write_text(
+        "some avg10=0.00 avg60=0.00 avg300=0.00 total=77\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=5\n"
+    )
+
+
+def test_a_sample_is_what_the_files_of_a_group_say(tmp_path: Path) -> None:
+    assert read_sample(tmp_path, 1.0, 7) == Sample(1.0, 0, 0, 0, 0, 7, 0, 0, 0), "nothing is there"
+    group(tmp_path, *BOTH)
+    write_use(tmp_path, 1234, refaults=5)
+    (tmp_path / "cgroup.procs").write_text("1\n2\n")
+    assert read_sample(tmp_path, 1.0, 7) == Sample(1.0, 1234, 0, 5, 77, 7, 256, 100, 2)
+
+
+def test_a_size_follows_what_is_used_and_is_written(tmp_path: Path) -> None:
+    machine = Machine(lay(tmp_path, *BOTH, enabled=BOTH), "/", frozenset(), True)
+    found, clock = prepared(tmp_path, machine), FixedClock()
+    assert found.directory is not None
+    directory = found.directory / "endpoint-main"
+    directory.mkdir()
+    placed = group(directory, *BOTH)
+    made = Resources(found, clock=clock)
+    made.place("main", LIMITS)
+    assert made.elastic() == ["main"]
+    assert placed.size() == ComputeSize(1500, 256), "a start has all the CPU that it may have"
+    for second in range(200):
+        clock.now_s += 1
+        write_use(directory, second * 100_000, refaults=0)
+        made.scale("main", 0)
+    assert placed.size() == made.size("main") == ComputeSize(250, 256)
+    clock.now_s += 1
+    write_use(directory, 199 * 100_000 + 240_000, refaults=50_000)
+    made.scale("main", 0)
+    assert placed.size() == ComputeSize(350, 384), "more of both, at once"
+    write_use(directory, 0, in_use_mib=400)
+    with pytest.raises(MemoryInUseError, match="endpoint main has 400 MiB in use"):
+        made.change("main", ComputeLimits(memory_min_mib=256, memory_max_mib=300))
+    assert placed.size() == ComputeSize(350, 384), "nothing has changed"
+    made.change("main", ComputeLimits(memory_min_mib=1024, memory_max_mib=2048))
+    assert placed.size() == ComputeSize(0, 1024)
+    fixed = ComputeLimits(memory_min_mib=1024, memory_max_mib=1024)
+    made.change("main", fixed)
+    assert made.elastic() == []
