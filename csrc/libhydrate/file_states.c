@@ -173,6 +173,8 @@ int rename_file(const char *from, const char *to)
 {
     if (is_settings_file(to))
         return keep_settings();
+    if (keep_slot(from, to) < 0)
+        return -1;
     struct arena_file *source = find_file(from), *target = find_file(to);
     if (source != NULL && hydrate_whole(source) < 0)
         return -1;

@@ -343,6 +343,19 @@ bool is_settings_file(const char *path);
  * reason for strerror_r(). */
 int keep_settings(void);
 
+/* --- kept_slots.c --- */
+
+/* Before a renaming: 0 when it changes no replication slot, or the manager has kept the change; else -1 and errno, with a
+ * reason for strerror_r(). */
+int keep_slot(const char *from, const char *to);
+
+/* --- manager_client.c --- */
+
+#define MANAGER_ANSWER_SIZE 512
+
+/* Asks the manager by one line: 0 when it answers "kept", else -1, errno and a reason; `what` begins the log's line. */
+int ask_manager(const char *request, const char *what);
+
 /* --- throttle.c --- */
 
 /* Whether an error now would be a PANIC. */

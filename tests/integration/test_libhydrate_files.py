@@ -1,5 +1,8 @@
 """libhydrate's file calls, one process at a time: what is fetched, how it is asked for, what stays local."""
 
+import contextlib
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,6 +175,59 @@ def test_renamed_files_take_their_pages_along(lazy: LazyDirectory, driver: Drive
     assert driver.call("rename global/1262 global/7") == "ok 0"
     assert driver.read(driver.open("global/7"), 0, 3) == tags("global/1262", 0, 3)
     assert driver.call("access global/1262") == "error ENOENT"
+
+
+@contextlib.contextmanager
+def manager(directory: LazyDirectory, answer: bytes) -> Iterator[list[str]]:
+    """Gives everybody the same answer; the requests."""
+    asked: list[str] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory.data_dir.parent / "settings.sock"))
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    with listener.accept()[0] as connection:
+                        asked.append(connection.recv(1000).decode())
+                        connection.sendall(answer)
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        try:
+            yield asked
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            serving.join()
+    (directory.data_dir.parent / "settings.sock").unlink()
+
+
+def test_a_slot_changes_only_when_that_is_kept(lazy: LazyDirectory, driver: Driver) -> None:
+    """Made, changed, dropped; of what is not named yet, and of the proposer's own slot, nobody is asked."""
+    slots = lazy.data_dir / "pg_replslot"
+    for name in ("new.tmp", "excimer_proposer"):
+        (slots / name).mkdir(parents=True)
+        (slots / name / "state.tmp").touch()
+    ours = "pg_replslot/excimer_proposer"
+    assert driver.call(f"rename {ours}/state.tmp {ours}/state") == "ok 0"
+    assert driver.call("rename pg_replslot/new.tmp/state.tmp pg_replslot/new.tmp/state") == "ok 0"
+    made = "pg_replslot/new.tmp pg_replslot/new"
+    assert driver.call(f"rename {made}") == "error EIO", "no manager"
+    with manager(lazy, b"failed: it is away") as asked:
+        assert driver.call(f"rename {made}") == "error EIO"
+    assert asked == [f"slots {made}\n"]
+    assert (slots / "new.tmp").exists()
+    changed, dropped = (
+        "pg_replslot/new/state.tmp pg_replslot/new/state",
+        "pg_replslot/new pg_replslot/new.tmp",
+    )
+    with manager(lazy, b"kept") as asked:
+        assert driver.call(f"rename {made}") == "ok 0"
+        (slots / "new/state.tmp").touch()
+        assert driver.call(f"rename {changed}") == "ok 0"
+        assert driver.call(f"rename {dropped}") == "ok 0"
+    assert asked == [f"slots {made}\n", f"slots {changed}\n", f"slots {dropped}\n"]
+    assert (slots / "new.tmp/state").exists()
 
 
 def test_a_descriptor_closed_behind_our_back(lazy: LazyDirectory, driver: Driver) -> None:

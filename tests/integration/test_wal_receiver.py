@@ -53,6 +53,9 @@ class Recorder:
     def positions(self) -> tuple[Lsn, Lsn]:
         return self.record_lsn, INVALID_LSN
 
+    def is_settled(self, lsn: Lsn) -> bool:
+        return False
+
 
 async def connect(address: Address) -> ReplicationClient:
     return await connect_replication(address, user="postgres", application_name="receiver")

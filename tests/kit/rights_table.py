@@ -47,7 +47,13 @@ HELD = (
         "the manager's memory",
     ),
     Held("compute_node:N", None, "-", "for ever", "`keys/compute_node-N.token`"),
-    Held("endpoint:NAME", Right.READ_WAL, "its timeline", RENEWED, "a replica's manager's memory"),
+    Held(
+        "endpoint:NAME",
+        Right.READ_WAL,
+        "its timeline",
+        RENEWED,
+        "memory of a replica's manager, or of a primary's, which reads the WAL that replication slots need",
+    ),
     Held("endpoint:NAME", None, "its timeline", "7 days, renewed with the others", "the manager's memory"),
     Held("safekeeper:N", Right.READ_WAL, "one timeline", "-", "reserved for copying: nobody has one yet"),
 )
@@ -71,6 +77,7 @@ REPLICATION_PORT = "replication port: password, and as long as the connection li
 LEASE = "POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/lsn_lease"
 RELEASE = "DELETE /v1/tenant/{tenant_id}/timeline/{timeline_id}/lsn_lease/{holder}"
 SAVED_STATE = "/v1/tenant/{tenant_id}/timeline/{timeline_id}/saved_state/{lsn}"
+KEPT_SLOTS = "/v1/tenant/{tenant_id}/timeline/{timeline_id}/replication_slots/{term}"
 IN_OWN_NAME = ", in the name of the token's holder"
 IN_ANY_NAME = ", in any name"
 SETTINGS = "GET, PATCH /v1/endpoints/{name}/settings"
@@ -88,6 +95,8 @@ DOORS = (
     Door("pageserver", RELEASE + IN_ANY_NAME, Right.MANAGE, "timeline"),
     Door("pageserver", f"PUT {SAVED_STATE}", Right.WRITE_WAL, "timeline"),
     Door("pageserver", f"GET {SAVED_STATE}", Right.READ_PAGES, "timeline"),
+    Door("pageserver", f"PUT {KEPT_SLOTS}/{{sequence}}", Right.WRITE_WAL, "timeline"),
+    Door("pageserver", f"POST {KEPT_SLOTS}", Right.WRITE_WAL, "timeline"),
     Door("pageserver", f"{OTHER_ROUTES} of a timeline", Right.MANAGE, "timeline"),
     Door("pageserver", f"{OTHER_ROUTES} of a tenant", Right.MANAGE, "tenant"),
     Door("pageserver", OTHER_ROUTES, Right.MANAGE, "everything"),

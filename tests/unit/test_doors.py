@@ -164,6 +164,8 @@ PARAMETERS = {
     "{timeline_id}": TIMELINE,
     "{tenant}": "no-tenant",
     "{lsn}": "00000000016b3f50",
+    "{term}": "7",
+    "{sequence}": "1",
     "{branch}": "no-branch",
     "{timeline}": "no-timeline",
     "{node_id}": "1",

@@ -24,7 +24,7 @@ from excimer.base.lsn import Lsn, format_lsn
 from excimer.compute.admission import Admission, Door
 from excimer.compute.arena import Arena, preload_environment
 from excimer.compute.backpressure import Backpressure
-from excimer.compute.basebackup_client import fetch_basebackup
+from excimer.compute.basebackup_client import fetch_awaited
 from excimer.compute.cache_keeper import CacheKeeper
 from excimer.compute.core import AttemptEnd, Ended, Fenced, StartFailed
 from excimer.compute.data_directory import write_private
@@ -46,11 +46,13 @@ from excimer.compute.replica_start import NoStandbyStartError
 from excimer.compute.server_certificate import CertificatePair, follow_files, installed_files, read_pair
 from excimer.compute.server_look import look_at_server
 from excimer.compute.settings_keeper import SettingsKeeper
-from excimer.compute.slot_watch import HeldWal, SlotWatch, drop_unused, held_wal
+from excimer.compute.slot_return import SlotReturn
+from excimer.compute.slot_wal import ReplacedWal, SlotWal, put_back
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.start_failure import ConfigurationFaultError, configuration_fault
 from excimer.compute.start_session import leave_start_lsn
-from excimer.compute.state_keeper import FetchedState, StateKeeper
+from excimer.compute.state_keeper import StateKeeper
+from excimer.compute.state_resumption import Resumption
 from excimer.compute.stop_progress import AroundStop, StopBeat
 from excimer.compute.superuser_names import find_superuser
 from excimer.compute.wal_horizon import ask_horizon
@@ -64,7 +66,6 @@ from excimer.service.tasks import SystemClock, TaskScope, finish_in_thread
 from excimer.service.tls import has_tls
 from excimer.wire.endpoint_tokens import EndpointTokens
 
-BASEBACKUP_NOTICE_S = 5.0
 AWAITED_NOTICE_S = 2.0
 """A step that takes longer is spoken of to whoever asks how the endpoint is."""
 SERVED_TIMEOUT_S = 1.0
@@ -87,7 +88,7 @@ class Attempt:
         on_started: Callable[[], None],
         idle: IdleWatch,
         beat: StopBeat,
-        slots: SlotWatch,
+        slots: SlotReturn,
     ) -> None:
         """`tokens` gives the newest; `renew_tokens` tells of newer ones. `beat` hears how a stop gets on."""
         self._spec = spec
@@ -98,6 +99,7 @@ class Attempt:
         self._idle = idle
         self._beat = beat
         self._slots = slots
+        self._replaced: ReplacedWal | None = None
         self._directory = EndpointDirectory(spec)
         self._hot = HotKeeper(spec)
         self.decided: Warm | Cold | None = None
@@ -156,6 +158,7 @@ class Attempt:
     async def stop(self) -> None:
         """Makes `run` end: a fast shutdown of postgres if there is one, else no start."""
         self._stopping = True
+        self._slots.keeper.stopping()
         if self.backpressure is not None:
             self.backpressure.lift()
         if self.proposer is not None:
@@ -193,26 +196,7 @@ class Attempt:
         if spec.is_standby:
             end_lsn = await self._begin_standby(scope, clock)
         else:
-            token = self._tokens().write_wal
-            if token is None:
-                raise RefusedError("a primary needs a token that writes WAL, and was given none")
-            self.proposer = Proposer(
-                tenant_id=spec.tenant_id,
-                timeline_id=spec.timeline_id,
-                safekeepers=spec.safekeepers,
-                token=token,
-            )
-            self._begin(ELECTION)
-            looking = scope.start("directory", asyncio.to_thread(self._directory.look))
-            served = self._begin_asking(scope)
-            election = await self.proposer.elect()
-            end_lsn = election.start_lsn
-            clock.step("election")
-            await looking
-            quorum = QuorumEnd(end_lsn, election.writer)
-            self.decided = await asyncio.to_thread(self._directory.decide, quorum)
-            if isinstance(self.decided, Warm) and served is not None:
-                await served
+            end_lsn = await self._begin_primary(scope, clock)
         ingested_lsn = await self._lay_directory(scope, end_lsn, pair, clock)
         self.renew_tokens(self._tokens())  # they may have changed meanwhile
         clock.step("directory")
@@ -252,6 +236,28 @@ class Attempt:
         elif status != 0 and self._stopping:
             log.warning("postgres did not stop cleanly: the next start is cold", ended=describe_exit(status))
         return Ended(time.monotonic(), self._outdated or f"postgres {describe_exit(status)}")
+
+    async def _begin_primary(self, scope: TaskScope, clock: "_StepClock") -> Lsn:
+        """The election; where WAL ends, and so where it goes on from."""
+        spec = self._spec
+        token = self._tokens().write_wal
+        if token is None:
+            raise RefusedError("a primary needs a token that writes WAL, and was given none")
+        self.proposer = Proposer(
+            tenant_id=spec.tenant_id, timeline_id=spec.timeline_id, safekeepers=spec.safekeepers, token=token
+        )
+        self._begin(ELECTION)
+        looking = scope.start("directory", asyncio.to_thread(self._directory.look))
+        served = self._begin_asking(scope)
+        election = await self.proposer.elect()
+        end_lsn = election.start_lsn
+        self._slots.keeper.begin(election.term)
+        clock.step("election")
+        await looking
+        self.decided = await asyncio.to_thread(self._directory.decide, QuorumEnd(end_lsn, election.writer))
+        if isinstance(self.decided, Warm) and served is not None:
+            await served
+        return end_lsn
 
     async def _begin_standby(self, scope: TaskScope, clock: "_StepClock") -> Lsn:
         """Where one that only reads begins; from there on it may read. There is no directory."""
@@ -295,6 +301,8 @@ class Attempt:
         scope.start("backpressure", self.backpressure.run())
         if self._may_count_again():
             await leave_start_lsn(address)
+        if self._replaced is not None:
+            await put_back(self._replaced, address)
         await self._open_gate(address)
 
     def _tell_access(self, address: PostgresAddress) -> None:
@@ -324,12 +332,7 @@ class Attempt:
         serving = Serving(process.pid, self._admission, partial(look_at_server, address))
         scope.supervise("idle watch", partial(self._idle.run, serving))
         if self.proposer is not None:
-            look, drop = partial(self._held_wal, self.proposer), partial(drop_unused, address)
-            scope.supervise("slots", partial(self._slots.run, look, drop))
-
-    def _held_wal(self, proposer: Proposer) -> list[HeldWal]:
-        spec = self._spec
-        return held_wal(spec.places.data_dir, spec.build.version, proposer.received_lsn)
+            scope.supervise("slots", self._slots.watching(self._spec, self.proposer, address))
 
     def _keep_cache(
         self, scope: TaskScope, arena: Arena, address: PostgresAddress
@@ -358,17 +361,28 @@ class Attempt:
             prepared = await asyncio.to_thread(
                 prepare_kept, self._spec, record, self._list(), token=self._tokens().read_pages, pair=pair
             )
-            self.arena, self._options, self._superusers = prepared
+            self.arena, self._options, self._superusers, _ = prepared
             return record.ingested_lsn
         self._begin(f"the pageserver to have WAL up to {format_lsn(end_lsn)} and send a basebackup")
-        fetching = None
+        fetching = taking = None
         if not self._spec.is_standby:
             fetching = scope.start("saved state", self._states.fetch(end_lsn))
-        backup = await self._fetch_basebackup(end_lsn)
+            taking = scope.start("kept slots", self._slots.keeper.take_over())
+        spec, token = self._spec, self._tokens().read_pages
+        backup = await fetch_awaited(
+            spec.pageserver_address, spec.tenant_id, spec.timeline_id, token, end_lsn
+        )
         saved = None if fetching is None else await fetching
         self._hot.is_cold, self._hot.saved = True, b"" if saved is None else saved[1].hot_blocks
+        kept = None if taking is None else await taking
         clock.step("basebackup")
-        await asyncio.to_thread(self._lay, backup, pair, saved)
+        resumption = await asyncio.to_thread(self._states.resume, saved, backup)
+        slots = None
+        if kept is not None:
+            self._begin("the WAL that replication slots need")
+            slots = await self._slots.fetch(self._spec, kept, backup, resumption, self._tokens)
+            clock.step("slots")
+        await asyncio.to_thread(self._lay, backup, pair, resumption, slots)
         return Lsn(backup.lsn)
 
     def _begin_asking(self, scope: TaskScope) -> asyncio.Task[None] | None:
@@ -393,14 +407,26 @@ class Attempt:
         finally:
             client.close()
 
-    def _lay(self, backup: Basebackup, pair: CertificatePair | None, saved: FetchedState | None) -> None:
+    def _lay(
+        self,
+        backup: Basebackup,
+        pair: CertificatePair | None,
+        resumption: Resumption | None,
+        slots: SlotWal | None,
+    ) -> None:
         settings, token = self._list(), self._tokens().read_pages
-        resumption = self._states.resume(saved, backup)
         replica = None if self.replica is None else self.replica.begun(backup)
         prepared = prepare_new(
-            self._spec, backup, settings, token=token, pair=pair, resumption=resumption, replica=replica
+            self._spec,
+            backup,
+            settings,
+            token=token,
+            pair=pair,
+            resumption=resumption,
+            replica=replica,
+            slots=slots,
         )
-        self.arena, self._options, self._superusers = prepared
+        self.arena, self._options, self._superusers, self._replaced = prepared
 
     def _list(self) -> dict[str, str]:
         """The endpoint's own list of settings, with which postgres is about to start."""
@@ -408,7 +434,8 @@ class Attempt:
         return self._settings
 
     def _first_door(self) -> Door:
-        return Door.STARTING if self._may_count_again() else Door.OPEN
+        is_held = self._may_count_again() or bool(self._replaced and self._replaced.chunks)
+        return Door.STARTING if is_held else Door.OPEN
 
     def _may_count_again(self) -> bool:
         """Whether unlogged rows that were saved where this start begins would come back after a crash."""
@@ -472,18 +499,6 @@ class Attempt:
         if spec.mode == "replica":
             self._lease = lease
         scope.start("lsn lease", lease.run())
-
-    async def _fetch_basebackup(self, lsn: Lsn) -> Basebackup:
-        """At `lsn`; who waits for long learns from the log for what."""
-        spec = self._spec
-        loop = asyncio.get_running_loop()
-        notice = loop.call_later(BASEBACKUP_NOTICE_S, _log_wait, lsn)
-        try:
-            return await fetch_basebackup(
-                spec.pageserver_address, spec.tenant_id, spec.timeline_id, self._tokens().read_pages, lsn
-            )
-        finally:
-            notice.cancel()
 
     def _start_postgres(self) -> PostgresProcess:
         spec = self._spec
@@ -568,11 +583,6 @@ def _page_relay(spec: ComputeSpec) -> contextlib.AbstractAsyncContextManager[Non
 
 def _needed_lsn(replica: Replica) -> Lsn:
     return replica.needed_lsn
-
-
-def _log_wait(lsn: Lsn) -> None:
-    reason = f"it may not have WAL up to {format_lsn(lsn)}"
-    log.warning("the pageserver sends no basebackup yet", reason=reason)
 
 
 class _StepClock:

@@ -9,6 +9,7 @@ from excimer.base.errors import CorruptionError, RetryableError
 from excimer.base.ids import TenantId, TimelineId
 from excimer.base.lsn import Lsn, format_lsn
 from excimer.pgformat.basebackup import FORMAT_VERSION, Basebackup, BasebackupContentError, decode_basebackup
+from excimer.service.logs import get_logger
 from excimer.service.tls import client_tls
 from excimer.wire.page_service import (
     BasebackupAnswer,
@@ -22,6 +23,8 @@ from excimer.wire.page_service import (
     error_from_answer,
 )
 
+NOTICE_S = 5.0
+"""Who waits for longer learns from the log for what."""
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 90.0
 """Longer than the pageserver's own wait for an LSN, whose error says more than a time-out here."""
@@ -30,6 +33,8 @@ _BASEBACKUP_SIZE_BYTES_MAX = 1 << 30
 _READ_SIZE_BYTES = 1 << 20
 _REQUEST_ID = 1
 
+log = get_logger(__name__)
+
 
 class PageserverUnreachableError(RetryableError):
     """No connection to the pageserver, or it was lost."""
@@ -37,6 +42,22 @@ class PageserverUnreachableError(RetryableError):
 
 class BasebackupError(CorruptionError):
     """The pageserver's answer is not a basebackup that this version understands."""
+
+
+async def fetch_awaited(
+    address: str, tenant_id: TenantId, timeline_id: TimelineId, token: str, lsn: Lsn
+) -> Basebackup:
+    """As `fetch_basebackup`, and says when it takes long."""
+    notice = asyncio.get_running_loop().call_later(NOTICE_S, _log_wait, lsn)
+    try:
+        return await fetch_basebackup(address, tenant_id, timeline_id, token, lsn)
+    finally:
+        notice.cancel()
+
+
+def _log_wait(lsn: Lsn) -> None:
+    reason = f"it may not have WAL up to {format_lsn(lsn)}"
+    log.warning("the pageserver sends no basebackup yet", reason=reason)
 
 
 async def fetch_basebackup(

@@ -84,6 +84,16 @@ class Carried(NamedTuple):
     partial: list[StateFork]
     """Forks of which some blocks still come from the page store."""
 
+    def with_slots(self, files: Sequence[tuple[str, bytes]]) -> "Carried":
+        """The same with these files of replication slots, in place of all slots that it has."""
+        names = {path for path, _ in files}
+        others = [
+            (path, content)
+            for path, content in self.files
+            if not path.startswith("pg_replslot/") and path not in names
+        ]
+        return Carried(others + list(files), self.partial)
+
 
 NOTHING_CARRIED = Carried([], [])
 

@@ -33,6 +33,8 @@ from excimer.compute.server_certificate import (
     install_pair,
     remove_pair,
 )
+from excimer.compute.slot_keeper import slot_arguments
+from excimer.compute.slot_wal import ReplacedWal, SlotWal, lay_slot_wal
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.state_resumption import Resumption
 from excimer.compute.superuser_names import kept_superuser_names, superuser_names
@@ -69,6 +71,8 @@ class Prepared(NamedTuple):
     """Of the postgres program."""
     superusers: list[str]
     """What the bootstrap superuser may be called, the likeliest first."""
+    replaced: ReplacedWal | None = None
+    """What is to be put back once PostgreSQL has started."""
 
 
 class History(NamedTuple):
@@ -89,11 +93,14 @@ def prepare_new(
     pair: CertificatePair | None,
     resumption: Resumption | None = None,
     replica: ReplicaStart | None = None,
+    slots: SlotWal | None = None,
 ) -> Prepared:
     """A directory that begins where `backup` does. `settings`: the endpoint's own list, `token`: reads pages.
 
     There must be none. With a `resumption` PostgreSQL starts as after a clean shutdown; a `replica` goes on
-    to follow its primary. Raises `PostgresSettingError`, `UnsafePathError`, OSError.
+    to follow its primary; `slots` take the place of those that the resumption has.
+
+    Raises `PostgresSettingError`, `UnsafePathError`, OSError.
     """
     control = ControlFile.unpack(backup.control_file, backup.pg_version)
     lsn = Lsn(backup.lsn)
@@ -101,6 +108,8 @@ def prepare_new(
         carried, prefix = NOTHING_CARRIED, _recovery_prefix(spec, backup, control, replica)
     else:
         carried, prefix = resumption.carried, resumption.prefix
+    if slots is not None:
+        carried = carried.with_slots(slots.files)
     limits = control if replica is None else raised_limits(control, replica.begin.limits)
     history = History(limits, backup.origin_count, superuser_names(backup))
     directory_id = new_directory_id()
@@ -110,6 +119,12 @@ def prepare_new(
         backup, prefix, configuration, control.wal_segment_size, hot_standby=spec.is_standby, carried=carried
     )
     write_data_directory(spec.places.data_dir, plan, control.wal_segment_size)
+    options += slot_arguments(spec.places.data_dir, backup.pg_version)
+    replaced = None
+    if slots is not None:
+        made = prefix.chunks if resumption is None else []  # after a clean stop all WAL is the real one
+        replaced = lay_slot_wal(spec.places.data_dir, slots, made, control.wal_segment_size)
+    wal_start_lsn = lsn if resumption is None else resumption.wal_lsn
     if pair is not None:
         install_pair(pair, spec.places.run_dir)
     arena = build_arena(
@@ -118,12 +133,12 @@ def prepare_new(
         settings=_page_source(spec, token, not_modified_since=lsn),
         data_dir=spec.places.data_dir,
         wal_segment_size=control.wal_segment_size,
-        wal_start_lsn=lsn if resumption is None else resumption.wal_lsn,
+        wal_start_lsn=wal_start_lsn if slots is None else min(wal_start_lsn, slots.start_lsn),
         directory_id=directory_id,
         evicts=spec.cache.is_bounded and replica is None,
     )
     arena.place_pages(plan.inline_runs)
-    return Prepared(arena, options, history.superusers)
+    return Prepared(arena, options, history.superusers, replaced)
 
 
 def _recovery_prefix(
@@ -163,6 +178,7 @@ def prepare_kept(
     superusers = kept_superuser_names(data_dir, record.superusers)
     history = History(control, 0 if origins is None else count_origins(origins), superusers)
     options, configuration = _configure(spec, history, settings)
+    options += slot_arguments(data_dir, version)
     for name in (*NOT_KEPT, *BESIDE):
         (data_dir / name).unlink(missing_ok=True)
     for name, content in configuration:

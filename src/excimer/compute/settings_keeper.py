@@ -23,7 +23,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -117,6 +117,7 @@ class SettingsKeeper:
         self._postmaster_pid: int | None = None
         self._changing = asyncio.Lock()
         self._connections: set[asyncio.StreamWriter] = set()
+        self._others: Mapping[str, Callable[[str], Awaitable[str]]] = {}
         report(self.facts())
 
     @property
@@ -191,8 +192,13 @@ class SettingsKeeper:
     # ALTER SYSTEM
 
     @contextlib.asynccontextmanager
-    async def serving(self, path: Path) -> AsyncIterator[None]:
-        """Answers libhydrate on the socket `path`, however long its name."""
+    async def serving(
+        self, path: Path, others: Mapping[str, Callable[[str], Awaitable[str]]] | None = None
+    ) -> AsyncIterator[None]:
+        """Answers libhydrate on the socket `path`, however long its name. `others`: who answers requests that
+        begin with another word, and gets the rest.
+        """
+        self._others = others or {}
         listener = _bound(path)
         server = await asyncio.start_unix_server(self._connected, sock=listener)
         try:
@@ -207,13 +213,17 @@ class SettingsKeeper:
         self._connections.add(writer)
         try:
             async with asyncio.timeout(REQUEST_LIMIT_S):
-                if await reader.readline() != b"keep\n":
-                    return
-            answer = await self._keep()
+                word, _, rest = (await reader.readline()).decode().removesuffix("\n").partition(" ")
+            if word in self._others:
+                answer = await self._others[word](rest)
+            elif word == "keep" and not rest:
+                answer = await self._keep()
+            else:
+                return
             writer.write(" ".join(answer.split()).encode()[:ANSWER_SIZE_MAX])
             await writer.drain()
         except (OSError, TimeoutError, ValueError) as error:
-            log.debug("a request to keep settings failed", error=error)
+            log.debug("a request of libhydrate failed", error=error)
         finally:
             self._connections.discard(writer)
             writer.close()

@@ -1,6 +1,7 @@
 """The manager's shell: carries out what `core` decides, and answers /healthz and /metrics."""
 
 import asyncio
+import contextlib
 import random
 import signal
 import time
@@ -40,6 +41,8 @@ from excimer.compute.places import find_places, leave_places
 from excimer.compute.server_certificate import CertificateFiles, check_listen, choose_certificate
 from excimer.compute.settings import ComputeSettings
 from excimer.compute.settings_keeper import ControllerDoor, SettingsKeeper
+from excimer.compute.slot_keeper import SLOTS_REQUEST, SlotKeeper
+from excimer.compute.slot_return import SlotReturn
 from excimer.compute.slot_watch import SlotWatch
 from excimer.compute.spec import ComputeSpec
 from excimer.compute.state_collection import StateLimits
@@ -111,10 +114,9 @@ def make_keeper(
 
 
 def make_states(
-    settings: ComputeSettings, spec: ComputeSpec, tokens: Callable[[], EndpointTokens]
+    settings: ComputeSettings, owner: StateOwner, tokens: Callable[[], EndpointTokens]
 ) -> StateKeeper:
     """Keeps at the pageserver what WAL does not carry."""
-    owner = StateOwner(spec.tenant_id, spec.timeline_id, spec.build.version, settings.pageserver_http_address)
     limits = StateLimits(settings.saved_state_max_mib << 20, settings.saved_unlogged_max_mib << 20)
     return StateKeeper(owner, limits, tokens)
 
@@ -155,7 +157,14 @@ class Manager:
         )
         self._cgroup_dir = settings.cgroup_dir
         self._keeper = make_keeper(settings, spec, health, self._record)
-        self._states = make_states(settings, spec, lambda: self._renewal.current)
+        owner = StateOwner(
+            spec.tenant_id, spec.timeline_id, spec.build.version, settings.pageserver_http_address
+        )
+        self._states = make_states(settings, owner, lambda: self._renewal.current)
+        slot_wal_limit_bytes = settings.slot_wal_max_mib << 20
+        self._slot_keeper = SlotKeeper(
+            owner, spec.places.data_dir, slot_wal_limit_bytes, lambda: self._renewal.current
+        )
         self.idle = IdleWatch(
             SuspensionDoor(self._record),
             settings.suspend_delay_s,
@@ -171,7 +180,7 @@ class Manager:
             keep_watching, settings.endpoint_dir.parent, settings.stopped_directories_max_mib << 20
         )
         self._beat = beat or StopBeat()
-        self._slots = SlotWatch(health, settings.slot_wal_max_mib << 20)
+        self._slots = SlotReturn(self._slot_keeper, SlotWatch(health, slot_wal_limit_bytes))
         self.starts = 0
 
     @property
@@ -217,7 +226,7 @@ class Manager:
     async def run(self) -> Exit:
         """Until the endpoint is over. Cancelling it is the request to stop; it then still ends cleanly."""
         loop = asyncio.get_running_loop()
-        async with TaskScope() as scope, self._keeper.serving(self._spec.places.settings_socket):
+        async with TaskScope() as scope, self._serving_library():
             loop.add_signal_handler(signal.SIGHUP, self._take_over_changes, scope)
             scope.start("renew tokens", self._renew_tokens())
             scope.supervise("disk", self.disk.run)
@@ -230,6 +239,10 @@ class Manager:
             finally:
                 loop.remove_signal_handler(signal.SIGHUP)
                 leave_places(self._spec.places)
+
+    def _serving_library(self) -> contextlib.AbstractAsyncContextManager[None]:
+        others = {SLOTS_REQUEST: self._slot_keeper.keep}
+        return self._keeper.serving(self._spec.places.settings_socket, others)
 
     def _take_over_changes(self, scope: TaskScope) -> None:
         scope.start("settings", self._keeper.refresh())

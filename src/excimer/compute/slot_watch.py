@@ -88,6 +88,11 @@ class SlotWatch:
             told = f"gone: {names}: {reason}; its consumer needs a new slot and a new copy"
             self._health.warn(GIVEN_UP, told)
 
+    def tell_lost(self, slots: list[str]) -> None:
+        """Which could not be brought back at a start."""
+        told = f"gone: {', '.join(slots)}: no safekeeper has the WAL that it needs any more"
+        self._health.warn(GIVEN_UP, f"{told}; its consumer needs a new slot and a new copy")
+
     def _describe(self, slots: Iterable[HeldWal]) -> str | None:
         much = [each for each in slots if self._limit_bytes and each.size_bytes > self._limit_bytes * WARN_AT]
         if not much:

@@ -154,7 +154,7 @@ def collect_state(
     control_file = directory.read("global/pg_control")
     control = ControlFile.unpack(control_file, pg_version)
     check_shut_down(control)
-    wal = _LocalWal(root / "pg_wal", control.wal_segment_size)
+    wal = LocalWal(root / "pg_wal", control.wal_segment_size)
     end = find_clean_end(control, pg_version, wal.read(control.checkpoint_lsn, LAST_RECORD_BYTES_MAX))
     first_wal_lsn = _page_start(end.checkpoint_lsn)
     budget = limits.size_bytes_max - len(control_file) - (end.end_lsn - first_wal_lsn)
@@ -218,7 +218,7 @@ def _collect_small(
 
 def _collect_slots(
     directory: _Directory,
-    wal: "_LocalWal",
+    wal: "LocalWal",
     pg_version: int,
     last_page: tuple[Lsn, Lsn],
     budget: int,
@@ -247,9 +247,9 @@ def _collect_slots(
         cost = len(each.content) + wal_lsn - start
         if not wal.has(start, end_lsn):
             directory.leave_out("replication slot", [(each.slot.name, cost)], "its WAL is no longer here")
-        elif cost > budget:
-            directory.leave_out("replication slot", [(each.slot.name, cost)], _TOO_MUCH)
-        else:
+        elif (
+            cost <= budget
+        ):  # else it is kept all the same, and its WAL is on the safekeepers (`slot_keeper`)
             taken.append(StateFile(each.path, each.content))
             wal_lsn, budget = start, budget - cost
     return taken, decoding if taken else [], wal_lsn
@@ -339,7 +339,7 @@ def _files_size(files: Iterable[StateFile]) -> int:
     return sum(len(file.content) for file in files)
 
 
-class _LocalWal:
+class LocalWal:
     """WAL of a directory, over its segments."""
 
     def __init__(self, folder: Path, segment_size: int) -> None:

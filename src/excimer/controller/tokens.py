@@ -41,12 +41,12 @@ class TokenMaker:
     def for_endpoint(
         self, holder: str, resource: Resource, *, may_write: bool, follows: bool = False
     ) -> EndpointTokens:
-        """`may_write`: a primary; `follows`: a replica."""
+        """`may_write`: a primary, which reads the WAL that replication slots need; `follows`: a replica."""
         life_s = self.endpoint_token_life_s
         return EndpointTokens(
             read_pages=self._sign(holder, {Right.READ_PAGES}, resource, life_s),
             write_wal=self._sign(holder, {Right.WRITE_WAL}, resource, life_s) if may_write else None,
-            read_wal=self._sign(holder, {Right.READ_WAL}, resource, life_s) if follows else None,
+            read_wal=self._sign(holder, {Right.READ_WAL}, resource, life_s) if follows or may_write else None,
             renewal=self._sign(holder, set(), resource, RENEWAL_TOKEN_LIFE_S),
             valid_for_s=life_s,
         )

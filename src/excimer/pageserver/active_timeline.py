@@ -109,6 +109,7 @@ class ActiveTimeline:
             streams_from=lambda: self.receiver.source,
         )
         store.on_flushed = self._flushed
+        store.kept_slots.on_changed = self.durable_wal.moved
 
     # Life
 
@@ -179,6 +180,9 @@ class ActiveTimeline:
 
     def positions(self) -> tuple[Lsn, Lsn]:
         return self.store.last_record_lsn, self.durable_wal.lsn
+
+    def is_settled(self, lsn: Lsn) -> bool:
+        return self.durable_wal.is_settled(lsn)
 
     # What the page service asks
 

@@ -2,7 +2,8 @@
 
 ::
 
-    flush -> manifest durable -> no newer generation claims the timeline -> every safekeeper is told
+    flush -> manifest durable -> no newer generation claims the timeline -> every safekeeper is told,
+                                                     but not of what replication slots still need
 
 The second arrow is why no pageserver, of whatever generation, can come to need WAL that is gone: an
 older one makes its manifest durable before it looks for a claim, a newer one its claim before it looks
@@ -46,7 +47,9 @@ class DurableWal:
         streams_from: Callable[[], Address | None],
     ) -> None:
         """`streams_from` is the safekeeper that hears it anyway."""
-        self.lsn: Lsn = store.disk_consistent_lsn
+        self.lsn: Lsn = INVALID_LSN
+        """WAL below is needed by no pageserver and no replication slot; 0 until the slots are known."""
+        self._confirmed_lsn: Lsn = store.disk_consistent_lsn
         """WAL below is needed by no pageserver. What is attached or made has been claimed."""
         self._store = store
         self._sources = sources
@@ -57,19 +60,25 @@ class DurableWal:
         self._moved = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
+    def is_settled(self, lsn: Lsn) -> bool:
+        """Whether all below is durable, and as much of it known to be of no use as the slots let be."""
+        return self._confirmed_lsn >= lsn and self.lsn != INVALID_LSN
+
     def moved(self) -> None:
-        """More has become durable."""
+        """More has become durable, or slots need other WAL."""
         self._moved.set()
 
     async def run(self) -> None:
         """Until cancelled. Raises `OvertakenError` when the timeline is a newer generation's."""
         while True:
             self._moved.clear()
+            is_known = False
             try:
                 await self.confirm()
+                is_known = True
             except (RetryableError, OSError) as error:
-                log.warning("not known whether the timeline is still ours", error=error)
-            is_done = await self.tell_those_behind(self._store.wal_segment_size_bytes, QUIET_S)
+                log.warning("not known what may be told to be durable", error=error)
+            is_done = await self.tell_those_behind(self._store.wal_segment_size_bytes, QUIET_S) and is_known
             await self._wait(None if is_done else QUIET_S)
 
     async def finish(self) -> None:
@@ -83,8 +92,10 @@ class DurableWal:
 
     async def confirm(self) -> None:
         """Raises `OvertakenError`, `ObjectStoreError`."""
-        if self._store.disk_consistent_lsn > self.lsn:
-            self.lsn = max(self.lsn, await self._store.confirm_consistent_lsn())
+        if self._store.disk_consistent_lsn > self._confirmed_lsn:
+            self._confirmed_lsn = max(self._confirmed_lsn, await self._store.confirm_consistent_lsn())
+        needed_lsn = await self._store.kept_slots.needed_lsn(self._confirmed_lsn)
+        self.lsn = max(self.lsn, min(self._confirmed_lsn, needed_lsn))
 
     async def tell_those_behind(self, lag_size_bytes_max: int, quiet_s: float) -> bool:
         """Whether all that are known have been told everything."""

@@ -34,6 +34,7 @@ from excimer.pageserver.endpoints.import_api import is_import
 from excimer.pageserver.endpoints.inspection_api import make_inspection_router
 from excimer.pageserver.endpoints.page_connection import PageService
 from excimer.pageserver.endpoints.retention_api import make_lease_router, make_retention_router
+from excimer.pageserver.endpoints.slots_api import is_slots, make_slots_router
 from excimer.pageserver.endpoints.state_api import is_state, make_state_routers
 from excimer.pageserver.history_keeper import HistoryKeeper
 from excimer.pageserver.metrics import EngineMetrics, PageServiceMetrics, RedoMetrics, TimelineMetrics
@@ -110,7 +111,7 @@ def make_app(
         health,
         registry,
         verifier=verifier,
-        is_stream=lambda method, path: is_import(method, path) or is_state(method, path),
+        is_stream=lambda *route: is_import(*route) or is_state(*route) or is_slots(*route),
     )
     clock = SystemClock()
     may_manage = Depends(bearer_auth(verifier, clock, Right.MANAGE))
@@ -121,6 +122,7 @@ def make_app(
     may_write = bearer_auth(verifier, clock, Right.WRITE_WAL)
     for router in make_state_routers(tenants, may_write, bearer_auth(verifier, clock, Right.READ_PAGES)):
         app.include_router(router)
+    app.include_router(make_slots_router(tenants, may_write))
     return app
 
 

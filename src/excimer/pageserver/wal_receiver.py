@@ -57,7 +57,10 @@ class WalConsumer(Protocol):
         """Takes WAL that continues the stream. Blocks; called from a thread, never twice at a time."""
 
     def positions(self) -> tuple[Lsn, Lsn]:
-        """End of the last record ingested, and the LSN below which no pageserver needs WAL again (D2)."""
+        """End of the last record ingested, and the LSN below which nobody needs WAL again (D2)."""
+
+    def is_settled(self, lsn: Lsn) -> bool:
+        """Whether all below is durable, and safekeepers may be told no more of it for now."""
 
 
 Connect = Callable[[Address], Awaitable[ReplicationClient]]
@@ -217,9 +220,9 @@ class WalReceiver:
             raise StalledError(f"nothing came from {address} for {now - last_received:.0f} s")
 
     def _is_idle(self, received_lsn: Lsn, last_received: Monotonic) -> bool:
-        _, durable_lsn = self._consumer.positions()
-        now = self._clock.monotonic()
-        return is_idle(self._sources.known(), received_lsn, durable_lsn, last_received, now)
+        if not self._consumer.is_settled(received_lsn):
+            return False
+        return is_idle(self._sources.known(), received_lsn, last_received, self._clock.monotonic())
 
     def _report(self, client: ReplicationClient, received_lsn: Lsn) -> None:
         record_lsn, durable_lsn = self._consumer.positions()

@@ -80,7 +80,7 @@ def build_clean_start(
     chunks: list[tuple[Lsn, bytes]] = []
     first = wal_lsn - wal_lsn % segment_size
     if first != wal_lsn:  # whose header a reader looks at before any other page of the segment
-        chunks.append((Lsn(first), _segment_header(pg_version, control, first)))
+        chunks.append((Lsn(first), plain_page_header(pg_version, control, first)))
     position = int(wal_lsn)
     while position < end_lsn:
         size = min(segment_size - position % segment_size, end_lsn - position)
@@ -89,6 +89,9 @@ def build_clean_start(
     return WalPrefix(chunks, end.checkpoint_lsn, control_file)
 
 
-def _segment_header(pg_version: int, control: ControlFile, lsn: int) -> bytes:
+def plain_page_header(pg_version: int, control: ControlFile, lsn: int) -> bytes:
+    """Of a page of which only records that begin in it are read."""
     magic, system_id, size = WAL_PAGE_MAGICS[pg_version], control.system_id, control.wal_segment_size
+    if lsn % size:
+        return pack_page_header(PageHeader(magic, 0, _TIMELINE, lsn, 0))
     return pack_page_header(PageHeader(magic, LONG_HEADER, _TIMELINE, lsn, 0, system_id, size))

@@ -23,7 +23,7 @@ _CARRIED = re.compile(
             r"pg_twophase/(?:[0-9A-F]{8}|[0-9A-F]{16})",
             r"pg_logical/replorigin_checkpoint",
             r"pg_logical/snapshots/[0-9A-F]{1,8}-[0-9A-F]{1,8}\.snap",
-            r"pg_logical/mappings/map-[0-9a-f-]{1,80}",
+            r"pg_logical/mappings/map-[0-9a-fA-F_-]{1,80}",
             r"pg_replslot/[a-z0-9_]{1,63}/state",
             r"pg_stat/(?:pgstat\.stat|pg_stat_statements\.stat|global\.stat|db_[0-9]{1,10}\.stat)",
         )

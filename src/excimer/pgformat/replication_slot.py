@@ -7,8 +7,9 @@
     | magic| CRC  | version| length| name| database| persistency| xmin| catalog xmin| restart LSN| invalid|
     +------+------+--------+-------+-----+---------+------------+-----+-------------+------------+--------+
 
-The checksum is of all from byte 8 on. `invalid` is not zero once PostgreSQL has given the slot up: an LSN
-(14, 15) or a cause (from 16 on). The database is 0 for a physical slot. Source: ReplicationSlotOnDisk,
+The checksum is of all from byte 8 on. `persistency` is 0 unless the slot goes with its session, or is not
+made yet. `invalid` is not zero once PostgreSQL has given the slot up: an LSN (14, 15) or a cause (from 16
+on). The database is 0 for a physical slot. Source: ReplicationSlotOnDisk,
 slot.c and slot.h.
 """
 
@@ -38,16 +39,23 @@ class ReplicationSlot(NamedTuple):
     """The oldest WAL that it needs; 0: none yet."""
     is_invalidated: bool
     """PostgreSQL has given it up: it needs no WAL, and gives none."""
+    is_persistent: bool
+    """A restart of PostgreSQL keeps it."""
+
+    @property
+    def needs_wal(self) -> bool:
+        return bool(self.restart_lsn) and not self.is_invalidated
 
 
 def unpack_slot(data: bytes, pg_version: int) -> ReplicationSlot:
     """Parses and checks. Raises `DamagedSlotError`."""
     if len(data) < _HEAD.size:
         raise DamagedSlotError(f"a slot's file has only {len(data)} bytes")
-    magic, checksum, version, length, name, database, *_, restart_lsn, invalid = _HEAD.unpack_from(data)
+    head = _HEAD.unpack_from(data)
+    magic, checksum, version, length, name, database, persistency, *_, restart_lsn, invalid = head
     if magic != SLOT_MAGIC or version != SLOT_VERSIONS[pg_version]:
         raise DamagedSlotError(f"a slot's file begins with {magic:#x} and has version {version}")
     if length != len(data) - 16 or google_crc32c.value(data[_CHECKED_FROM:]) != checksum:
         raise DamagedSlotError("a slot's file fails its checksum")
     text = name.partition(b"\0")[0].decode("ascii", "replace")
-    return ReplicationSlot(text, bool(database), Lsn(restart_lsn), bool(invalid))
+    return ReplicationSlot(text, bool(database), Lsn(restart_lsn), bool(invalid), persistency == 0)

@@ -65,6 +65,10 @@ class HttpClient:
         """An answer that is not JSON."""
         return await self._call("GET", path, None, "")
 
+    async def post_for_bytes(self, path: str) -> bytes:
+        """The same of a request that changes something."""
+        return await self._call("POST", path, None, "")
+
     async def look(self, path: str) -> tuple[int, bytes]:
         """Status and body of an answer, whatever the status. Raises `UnreachableError`."""
         return await self._reach("GET", path, None, "")

@@ -5,7 +5,7 @@
     controller --answer of /spec--> command line --standard input--> manager --renewal--> controller ...
                                                                        | read_pages: arena, page service
                                                                        | write_wal:  proposer, in memory
-                                                                       | read_wal:   a replica's relay
+                                                                       | read_wal:   a replica, slots
 
 They live minutes. The manager shows the renewal token for new ones, of all three kinds, while it runs. That
 token has no right: it only says which endpoint it is, and the controller looks whether that still exists.

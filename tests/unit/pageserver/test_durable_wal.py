@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from excimer.base.address import Address, parse_address
-from excimer.base.lsn import INVALID_LSN, Lsn
+from excimer.base.lsn import INVALID_LSN, MAX_LSN, Lsn
 from excimer.io.object_store import ObjectStoreError
 from excimer.pageserver.durable_wal import DurableWal
 from excimer.pageserver.receiver_plan import Source
@@ -20,18 +20,26 @@ SEGMENT = 16 << 20
 
 
 class Store:
-    """The two things that are asked of a timeline."""
+    """What is asked of a timeline."""
 
     wal_segment_size_bytes = SEGMENT
 
     def __init__(self) -> None:
         self.disk_consistent_lsn = Lsn(1000)
         self.failure: Exception | None = None
+        self.slots_failure: Exception | None = None
+        self.slots_lsn = MAX_LSN
+        self.kept_slots = self
 
     async def confirm_consistent_lsn(self) -> Lsn:
         if self.failure is not None:
             raise self.failure
         return self.disk_consistent_lsn
+
+    async def needed_lsn(self, durable_lsn: Lsn) -> Lsn:
+        if self.slots_failure is not None:
+            raise self.slots_failure
+        return self.slots_lsn
 
 
 class World:
@@ -77,6 +85,7 @@ def in_loop(scenario: Callable[[World], Coroutine[Any, Any, None]]) -> None:
 
 def test_nothing_is_told_before_it_is_sure_that_nobody_has_taken_over() -> None:
     async def scenario(world: World) -> None:
+        await world.wal.confirm()
         world.store.disk_consistent_lsn = Lsn(1000 + SEGMENT)
         world.store.failure = ObjectStoreError("away")
         with pytest.raises(ObjectStoreError):
@@ -128,8 +137,32 @@ def test_a_safekeeper_that_is_away_is_told_later_and_holds_up_nobody() -> None:
 def test_without_known_safekeepers_it_is_not_done() -> None:
     async def scenario(world: World) -> None:
         world.sources = []
+        await world.wal.confirm()
         assert not await world.tell()
         assert world.wal.lsn > INVALID_LSN
+
+    in_loop(scenario)
+
+
+def test_what_slots_need_is_not_told_and_nothing_before_they_are_known() -> None:
+    async def scenario(world: World) -> None:
+        world.streams_from = None
+        world.store.slots_failure = ObjectStoreError("away")
+        with pytest.raises(ObjectStoreError):
+            await world.wal.confirm()
+        assert await world.tell(quiet_s=0.0)
+        assert world.told == []
+        assert not world.wal.is_settled(Lsn(1000))
+        world.store.slots_failure, world.store.slots_lsn = None, Lsn(1024)
+        world.store.disk_consistent_lsn = Lsn(1000 + SEGMENT)
+        await world.wal.confirm()
+        assert await world.tell(quiet_s=0.0)
+        assert {lsn for _, lsn in world.told} == {1024}
+        assert world.wal.is_settled(Lsn(1000 + SEGMENT)), "nobody has to stay connected for it"
+        world.store.slots_lsn = MAX_LSN
+        await world.wal.confirm()
+        assert await world.tell(quiet_s=0.0)
+        assert {lsn for _, lsn in world.told} == {1024, 1000 + SEGMENT}
 
     in_loop(scenario)
 

@@ -65,15 +65,12 @@ def test_an_idle_timeline_connects_only_to_who_has_more_or_is_unknown() -> None:
     assert choose_source(sources(a=5, c=0), {}, NOW, Lsn(9)) == Source(C, Lsn(0))
 
 
-def test_a_connection_goes_when_all_is_here_and_durable() -> None:
+def test_a_connection_goes_when_all_is_here() -> None:
     late = Monotonic(NOW + IDLE_S)
-    assert is_idle(sources(a=9, b=5), Lsn(9), Lsn(9), NOW, late)
-    assert not is_idle(sources(a=9), Lsn(9), Lsn(9), NOW, Monotonic(late - 0.1))
-    assert not is_idle(sources(a=9), Lsn(9), Lsn(8), NOW, late), (
-        "D2: the safekeeper must hear that it is durable"
-    )
-    assert not is_idle(sources(a=9, b=10), Lsn(9), Lsn(9), NOW, late)
-    assert not is_idle(sources(a=0), Lsn(9), Lsn(9), NOW, late)
+    assert is_idle(sources(a=9, b=5), Lsn(9), NOW, late)
+    assert not is_idle(sources(a=9), Lsn(9), NOW, Monotonic(late - 0.1))
+    assert not is_idle(sources(a=9, b=10), Lsn(9), NOW, late)
+    assert not is_idle(sources(a=0), Lsn(9), NOW, late)
 
 
 MEMBERS = {NodeId(1): A, NodeId(2): B, NodeId(3): C}
@@ -107,7 +104,7 @@ def test_a_boast_wins_no_preference_and_wakes_an_idle_timeline_once() -> None:
     assert chosen is not None
     assert chosen.address == C
     assert choose_source(boasting, {}, NOW, Lsn(9), Lsn(1 << 60)) is None
-    assert is_idle(boasting, Lsn(9), Lsn(9), NOW, Monotonic(NOW + IDLE_S))
+    assert is_idle(boasting, Lsn(9), NOW, Monotonic(NOW + IDLE_S))
     assert not is_stalled(boasting, {A}, 9, NOW, Monotonic(NOW + STALL_TIMEOUT_S))
 
 

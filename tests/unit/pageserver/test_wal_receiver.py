@@ -60,6 +60,9 @@ class Nothing:
     def positions(self) -> tuple[Lsn, Lsn]:
         return INVALID_LSN, INVALID_LSN
 
+    def is_settled(self, lsn: Lsn) -> bool:
+        return False
+
 
 def test_a_source_that_hangs_before_it_streams_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wal_receiver, "STREAM_START_TIMEOUT_S", 0.05)
@@ -92,6 +95,9 @@ class Durable(Nothing):
 
     def positions(self) -> tuple[Lsn, Lsn]:
         return Lsn(8), Lsn(8)
+
+    def is_settled(self, lsn: Lsn) -> bool:
+        return True
 
 
 def test_an_idle_timeline_lets_its_source_go_until_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ class StateMissingError(NotFoundError):
 
 
 class StateTooLargeError(RefusedError):
-    """A saved state is larger than anybody would take it back."""
+    """What is to be saved is larger than anybody would take it back."""
 
 
 class StateSenderLostError(RetryableError):
@@ -71,7 +71,9 @@ def make_state_routers(
         409 `StateSupersededError` when WAL has gone on meanwhile.
         """
         active = operations.active(parse_tenant_id(tenant_id), parse_timeline_id(timeline_id))
-        await active.store.saved_states.keep(Lsn(int(lsn, 16)), await _body(request))
+        await active.store.saved_states.keep(
+            Lsn(int(lsn, 16)), await read_body(request, OBJECT_SIZE_BYTES_MAX)
+        )
         return Response(status_code=204)
 
     @reading.get(STATE, tags=["timeline"], summary="What was saved at an LSN", response_class=Response)
@@ -87,14 +89,15 @@ def make_state_routers(
     return writing, reading
 
 
-async def _body(request: Request) -> bytes:
+async def read_body(request: Request, size_bytes_max: int) -> bytes:
+    """Raises `StateTooLargeError`, `StateSenderLostError`."""
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_S):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > OBJECT_SIZE_BYTES_MAX:
-                    raise StateTooLargeError(f"a saved state may have {OBJECT_SIZE_BYTES_MAX} bytes at most")
+                if size > size_bytes_max:
+                    raise StateTooLargeError(f"what is saved may have {size_bytes_max} bytes at most")
                 parts.append(chunk)
     except ClientDisconnect as error:
         raise StateSenderLostError("the sender of the saved state has gone: nothing was saved") from error

@@ -40,6 +40,7 @@ from excimer.storage.engine.errors import (
     TimelineStoppedError,
 )
 from excimer.storage.engine.garbage_collector import GarbageCollector, GcOutcome
+from excimer.storage.engine.kept_slots import KeptSlotsStore
 from excimer.storage.engine.layer_stack import Ancestry, LayerHome, LayerStack, WalPosition
 from excimer.storage.engine.leftovers import Leftovers
 from excimer.storage.engine.manifest_store import ManifestStore, check_not_overtaken
@@ -103,6 +104,7 @@ class Timeline:
         self.leftovers = Leftovers(self)
         self.deletions.on_overflow = self.leftovers.suspect
         self.saved_states = SavedStates(self)
+        self.kept_slots = KeptSlotsStore(self)
         self._loop_thread = threading.get_ident()
         self._write_lock = threading.Lock()
         self._room_made = threading.Condition(self._write_lock)

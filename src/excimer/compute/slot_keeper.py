@@ -1,0 +1,230 @@
+"""Keeps an endpoint's replication slots where a crash cannot reach them, and brings them back after one.
+
+::
+
+    a slot is made, moves on, is dropped -> rename in pg_replslot -> libhydrate --"slots FROM TO"--> this
+                                                  ^                                                   |
+                                                  +------------- "kept" <--- pageserver, one object --+
+
+PostgreSQL lets go of WAL and of catalogs' old rows only after that renaming, and it fails if the slots cannot
+be kept: so what was kept last can always be decoded from. It may be a little behind what the consumer has
+confirmed, which gets that once more, as after a crash of any PostgreSQL; it is never ahead.
+
+A start without a directory and without what a clean stop saved takes the slots over (`take_over`), under the
+term of its election: who was replaced can change them no more.
+
+Not here: the WAL that they need (`slot_wal`), the library's side (`csrc/libhydrate/kept_slots.c`).
+"""
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from excimer.base.errors import ExcimerError, NotFoundError, RetryableError
+from excimer.base.lsn import Lsn
+from excimer.compute.proposer import PROPOSER_SLOT
+from excimer.compute.state_keeper import StateOwner
+from excimer.pgformat.kept_slots import (
+    OBJECT_SIZE_BYTES_MAX,
+    KeptSlot,
+    KeptSlots,
+    pack_slots,
+    snapshot_path,
+    unpack_slots,
+)
+from excimer.pgformat.replication_slot import DamagedSlotError, unpack_slot
+from excimer.service.http_client import HttpClient, path_of
+from excimer.service.logs import get_logger
+from excimer.wire.endpoint_tokens import EndpointTokens
+
+SLOTS_REQUEST: Final = "slots"
+KEEP_LIMIT_S: Final = 8.0
+"""Less than the library waits (10 s): a pageserver that is started anew is waited for."""
+RETRY_S: Final = 0.2
+STOP_LIMIT_S: Final = 1.0
+"""Of a stop, which is broken off when nothing moves for longer."""
+REST_S: Final = 5.0
+"""After a failure others fail at once for so long: a checkpoint saves one slot after the other."""
+
+_FOLDER: Final = "pg_replslot"
+_CHANGED = re.compile(rf"{_FOLDER}/([a-z0-9_]{{1,63}})/state\.tmp {_FOLDER}/\1/state")
+_MADE = re.compile(rf"{_FOLDER}/([a-z0-9_]{{1,63}})\.tmp {_FOLDER}/\1")
+_DROPPED = re.compile(rf"{_FOLDER}/([a-z0-9_]{{1,63}}) {_FOLDER}/\1\.tmp")
+
+log = get_logger(__name__)
+
+
+class SlotChange(NamedTuple):
+    """One renaming."""
+
+    name: str
+    state_path: str | None
+    """Where its state is until then; None: it is dropped."""
+
+
+def parse_change(text: str) -> SlotChange | None:
+    """Of "FROM TO"; None: it makes no difference to any slot."""
+    if match := _CHANGED.fullmatch(text):
+        return SlotChange(match[1], f"{_FOLDER}/{match[1]}/state.tmp")
+    if match := _MADE.fullmatch(text):
+        return SlotChange(match[1], f"{_FOLDER}/{match[1]}.tmp/state")
+    if match := _DROPPED.fullmatch(text):
+        return SlotChange(match[1], None)
+    return None
+
+
+def read_slots(data_dir: Path, pg_version: int, change: SlotChange | None) -> list[KeptSlot]:
+    """Of users and lasting, in the order of their names, as they are after `change`. Blocks.
+
+    Raises `DamagedSlotError`, OSError.
+    """
+    root = data_dir / _FOLDER
+    paths = {path.name: path / "state" for path in root.iterdir() if "." not in path.name}
+    if change is not None:
+        paths.pop(change.name, None)
+        if change.state_path is not None:
+            paths[change.name] = data_dir / change.state_path
+    slots = []
+    for name in sorted(paths.keys() - {PROPOSER_SLOT}):
+        try:
+            state = paths[name].read_bytes()
+        except FileNotFoundError:
+            if change is not None and name == change.name:
+                raise
+            continue  # dropped meanwhile, which asks for itself
+        slot = unpack_slot(state, pg_version)
+        if slot.is_persistent:
+            slots.append(KeptSlot(state=state, snapshot=_read_snapshot(data_dir, slot.restart_lsn)))
+    return slots
+
+
+def slot_arguments(data_dir: Path, pg_version: int) -> list[str]:
+    """Options of the postgres program without which it would not start on the slots that are there. Blocks.
+
+    They are the branch's: a promoted replica, or another endpoint after this one, has settings of its own.
+    """
+    for path in (data_dir / _FOLDER).glob("*/state"):
+        with contextlib.suppress(OSError, DamagedSlotError):
+            slot = unpack_slot(path.read_bytes(), pg_version)
+            if slot.is_logical and slot.is_persistent:
+                return ["-c", "wal_level=logical"]
+    return []
+
+
+def _read_snapshot(data_dir: Path, restart_lsn: Lsn) -> bytes | None:
+    try:
+        return (data_dir / snapshot_path(restart_lsn)).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+class SlotKeeper:
+    """One for all attempts of a manager; `begin` each."""
+
+    def __init__(
+        self, owner: StateOwner, data_dir: Path, wal_limit_bytes: int, tokens: Callable[[], EndpointTokens]
+    ) -> None:
+        self._owner = owner
+        self._data_dir = data_dir
+        self._wal_limit_bytes = wal_limit_bytes
+        self._tokens = tokens
+        self._term: int | None = None
+        self._sequence = 0
+        self._kept: list[KeptSlot] | None = None
+        """What is kept now; None: not known."""
+        self._changing = asyncio.Lock()
+        self._is_stopping = False
+        self._resting_until = 0.0
+
+    def begin(self, term: int) -> None:
+        """A new life of PostgreSQL, elected in `term`."""
+        self._term, self._sequence, self._kept = term, 0, None
+        self._is_stopping, self._resting_until = False, 0.0
+
+    def stopping(self) -> None:
+        """From here on it is waited for a pageserver for a moment only."""
+        self._is_stopping = True
+
+    async def take_over(self) -> KeptSlots | None:
+        """What was kept last, ours from here on; None: there is nothing. Raises ExcimerError: try again."""
+        if not self._owner.pageserver_http_address or self._term is None:
+            return None
+        try:
+            data = await self._client(KEEP_LIMIT_S).post_for_bytes(self._path(self._term))
+        except NotFoundError:
+            return None
+        taken = unpack_slots(data, "what was kept of the replication slots")
+        self._kept = taken.slots
+        return taken
+
+    async def give_up(self, slots: list[KeptSlot]) -> None:
+        """These cannot be brought back, and hold WAL no longer. Raises ExcimerError, OSError: try again."""
+        assert self._term is not None
+        async with asyncio.timeout(KEEP_LIMIT_S), self._changing:
+            await self._save(self._term, [slot for slot in self._kept or [] if slot not in slots])
+
+    async def keep(self, text: str) -> str:
+        """What libhydrate is told of a renaming "FROM TO"."""
+        change = parse_change(text)
+        if change is None or self._term is None or not self._owner.pageserver_http_address:
+            return "kept"
+        started = time.monotonic()
+        limit_s = STOP_LIMIT_S if self._is_stopping else KEEP_LIMIT_S
+        try:
+            async with asyncio.timeout(limit_s), self._changing:
+                if started < self._resting_until:
+                    return "failed: the pageserver did not keep the replication slots a moment ago"
+                await self._keep(self._term, change)
+        except (ExcimerError, OSError, TimeoutError) as error:
+            self._resting_until = time.monotonic() + REST_S
+            reason = str(error) or f"the pageserver has not answered within {limit_s:g} s"
+            log.warning("replication slots are not kept", slot=change.name, reason=reason)
+            return f"failed: {reason}"
+        return "kept"
+
+    async def _keep(self, term: int, change: SlotChange) -> None:
+        owner = self._owner
+        slots = await asyncio.to_thread(read_slots, self._data_dir, owner.pg_version, change)
+        if slots == self._kept or (not slots and self._kept is None and change.state_path is not None):
+            return
+        await self._save(term, slots)
+
+    async def _save(self, term: int, slots: list[KeptSlot]) -> None:
+        owner = self._owner
+        packed = pack_slots(
+            KeptSlots(
+                tenant_id=owner.tenant_id,
+                timeline_id=owner.timeline_id,
+                pg_version=owner.pg_version,
+                wal_limit_bytes=self._wal_limit_bytes,
+                slots=slots,
+            )
+        )
+        if len(packed) > OBJECT_SIZE_BYTES_MAX:
+            raise DamagedSlotError(f"the replication slots and their snapshots take {len(packed)} bytes")
+        self._kept = None
+        self._sequence += 1
+        await self._put(self._path(term, self._sequence), packed)
+        self._kept = slots
+
+    async def _put(self, path: str, packed: bytes) -> None:
+        while True:
+            try:
+                await self._client(KEEP_LIMIT_S).put_bytes(path, packed)
+                return
+            except RetryableError as error:
+                log.debug("replication slots are not kept yet", error=error)
+            await asyncio.sleep(RETRY_S)
+
+    def _client(self, timeout_s: float) -> HttpClient:
+        token = self._tokens().write_wal or ""
+        return HttpClient("the pageserver", self._owner.pageserver_http_address, token, timeout_s=timeout_s)
+
+    def _path(self, *numbers: int) -> str:
+        owner = self._owner
+        ids = "tenant", owner.tenant_id, "timeline", owner.timeline_id
+        return path_of("v1", *ids, "replication_slots", *(str(number) for number in numbers))
