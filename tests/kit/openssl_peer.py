@@ -1,7 +1,4 @@
-"""A TLS client that is OpenSSL whole, record layer included: what our records are to be understood by.
-
-It can what Python's `ssl` cannot: choose a suite, change its key, ask for short records.
-"""
+"""A TLS client by OpenSSL that can change its key and ask for its peer's next, which Python's `ssl` cannot."""
 
 import _ssl
 import ctypes
@@ -9,7 +6,6 @@ from pathlib import Path
 
 KEY_UPDATE_NOT_REQUESTED = 0
 KEY_UPDATE_REQUESTED = 1
-FRAGMENTS_OF_512 = 1
 _READ_SIZE = 1 << 16
 
 
@@ -29,16 +25,12 @@ class _Library:
 class OpenSslClient:
     """A connection to "localhost" whose certificate `ca` vouches for; bytes in, bytes out."""
 
-    def __init__(self, ca: Path, *, suite: str | None = None, fragments: int = 0) -> None:
+    def __init__(self, ca: Path) -> None:
         self._call = call = _Library().call
         context = call("SSL_CTX_new", call("TLS_client_method"))
         assert call("SSL_CTX_load_verify_locations", context, str(ca).encode(), None) == 1
-        if suite is not None:
-            assert call("SSL_CTX_set_ciphersuites", context, suite.encode()) == 1
         self._ssl = call("SSL_new", context)
         call("SSL_CTX_free", context)  # the connection holds it
-        if fragments:
-            assert call("SSL_set_tlsext_max_fragment_length", self._ssl, fragments) == 1
         assert call("SSL_set1_host", self._ssl, b"localhost") == 1
         self._incoming, self._outgoing = (call("BIO_new", call("BIO_s_mem")) for _ in range(2))
         call("SSL_set_bio", self._ssl, self._incoming, self._outgoing)

@@ -2,39 +2,30 @@
 
 ::
 
-    bytes from the socket -> handshake ->  +-----+
-    bytes for the socket  <- take_output <-| SSL |
-                                           +-----+
-                                              |  once: suite, traffic secrets, bytes behind the handshake
-    bytes from the socket -> feed ->    +------------+  -> read_some -> bytes of the application
-    bytes for the socket  <- output  <- | TlsRecords |  <- write_all <- bytes of the application
-                                        +------------+
+    bytes from the socket -> feed ->  +-----+  -> read_some -> bytes of the application
+    bytes for the socket  <- output <-| SSL |  <- write_all <- bytes of the application
+                                      +-----+
 
 Python's `ssl` gives no native way to its connections, so contexts are made here anew, from the same files and
 with the same checks: TLS 1.3, the chain up to the CA, and the name or address that was called. No header
 of OpenSSL is needed to build this: its functions, which have been the same since 1.1.1, are looked up in the
-library that `_ssl` has loaded. The traffic secrets come by the call that OpenSSL has for a log of keys.
+library that `_ssl` has loaded.
 
-Not here: records after the handshake (`tls_records`), sockets (`channel`, `service.tls_protocol`), when files
-are loaded anew (`service.tls`).
+Not here: sockets (`channel`, `service.tls_protocol`), when files are loaded anew (`service.tls`).
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING
-from libc.stdint cimport uint8_t, uint16_t
-from libc.string cimport strncmp, strrchr
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint64_t
 
 import ipaddress
-from ssl import SSLCertVerificationError, SSLError
-
-from excimer._native.tls_records cimport TlsRecords, find_ciphers
-
-from excimer._native.tls_records import RECORDS_PER_KEY
+from ssl import SSLCertVerificationError, SSLError, SSLZeroReturnError
 
 cdef extern from * nogil:
     """
-    #include "openssl_lookup.h"
+    #include <dlfcn.h>
+    #include <stddef.h>
 
-    #define HANDSHAKE_FUNCTIONS(X) \\
+    #define OPENSSL_FUNCTIONS(X) \\
         X(const void *, TLS_client_method, (void)) \\
         X(const void *, TLS_server_method, (void)) \\
         X(void *, SSL_CTX_new, (const void *method)) \\
@@ -51,15 +42,7 @@ cdef extern from * nogil:
             const unsigned char **, unsigned char *, const unsigned char *, unsigned, void *), void *)) \\
         X(int, SSL_select_next_proto, (unsigned char **chosen, unsigned char *size, \\
             const unsigned char *ours, unsigned ours_size, const unsigned char *theirs, unsigned)) \\
-        X(void, SSL_CTX_set_keylog_callback, (void *context, void (*take)(const void *, const char *))) \\
-        X(int, SSL_CTX_set_ciphersuites, (void *context, const char *suites)) \\
-        X(int, SSL_set_ex_data, (void *ssl, int index, void *data)) \\
-        X(void *, SSL_get_ex_data, (const void *ssl, int index)) \\
-        X(const void *, SSL_get_current_cipher, (const void *ssl)) \\
-        X(unsigned short, SSL_CIPHER_get_protocol_id, (const void *cipher)) \\
-        X(const void *, SSL_get_session, (const void *ssl)) \\
-        X(unsigned char, SSL_SESSION_get_max_fragment_length, (const void *session)) \\
-        X(void, OPENSSL_cleanse, (void *data, size_t size)) \\
+        X(int, SSL_shutdown, (void *ssl)) \\
         X(void *, SSL_new, (void *context)) \\
         X(void, SSL_free, (void *ssl)) \\
         X(void, SSL_set_bio, (void *ssl, void *incoming, void *outgoing)) \\
@@ -71,6 +54,10 @@ cdef extern from * nogil:
         X(void *, SSL_get0_param, (void *ssl)) \\
         X(int, X509_VERIFY_PARAM_set1_ip_asc, (void *parameters, const char *address)) \\
         X(int, SSL_do_handshake, (void *ssl)) \\
+        X(int, SSL_read, (void *ssl, void *buffer, int size)) \\
+        X(int, SSL_write, (void *ssl, const void *buffer, int size)) \\
+        X(int, SSL_pending, (const void *ssl)) \\
+        X(int, SSL_key_update, (void *ssl, int kind)) \\
         X(int, SSL_get_error, (const void *ssl, int result)) \\
         X(long, SSL_get_verify_result, (const void *ssl)) \\
         X(const char *, X509_verify_cert_error_string, (long result)) \\
@@ -84,7 +71,11 @@ cdef extern from * nogil:
         X(unsigned long, ERR_peek_last_error, (void)) \\
         X(const char *, ERR_reason_error_string, (unsigned long error))
 
-    OPENSSL_FUNCTIONS(find_handshake_functions, HANDSHAKE_FUNCTIONS)
+    #define OPENSSL_DECLARE(result, name, arguments) static result (*name) arguments;
+    OPENSSL_FUNCTIONS(OPENSSL_DECLARE)
+
+    #define OPENSSL_FIND(result, name, arguments) \\
+        if (!(*(void **) &name = dlsym(library, #name))) return #name;
 
     /* As Python's set_alpn_protocols(["postgresql", "http/1.1"]). */
     static int choose_protocol(void *ssl, const unsigned char **chosen, unsigned char *size,
@@ -99,18 +90,18 @@ cdef extern from * nogil:
     static void choose_protocols(void *context) {
         SSL_CTX_set_alpn_select_cb(context, choose_protocol, NULL);
     }
+
+    /* NULL, or what was not found. The library stays loaded. */
+    static const char *find_openssl(const char *path) {
+        void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+        if (library == NULL) return "the library";
+        OPENSSL_FUNCTIONS(OPENSSL_FIND)
+        return NULL;
+    }
     """
-    const char* find_handshake_functions(const char* path)
+    const char* find_openssl(const char* path)
     void choose_protocols(void* context)
-    void SSL_CTX_set_keylog_callback(void* context, void (*take)(const void*, const char*) noexcept)
-    int SSL_CTX_set_ciphersuites(void* context, const char* suites)
-    int SSL_set_ex_data(void* ssl, int index, void* data)
-    void* SSL_get_ex_data(const void* ssl, int index)
-    const void* SSL_get_current_cipher(const void* ssl)
-    uint16_t SSL_CIPHER_get_protocol_id(const void* cipher)
-    const void* SSL_get_session(const void* ssl)
-    uint8_t SSL_SESSION_get_max_fragment_length(const void* session)
-    void OPENSSL_cleanse(void* data, size_t size)
+    int SSL_shutdown(void* ssl)
     const void* TLS_client_method()
     const void* TLS_server_method()
     void* SSL_CTX_new(const void* method)
@@ -134,6 +125,10 @@ cdef extern from * nogil:
     void* SSL_get0_param(void* ssl)
     int X509_VERIFY_PARAM_set1_ip_asc(void* parameters, const char* address)
     int SSL_do_handshake(void* ssl)
+    int SSL_read(void* ssl, void* buffer, int size)
+    int SSL_write(void* ssl, const void* buffer, int size)
+    int SSL_pending(const void* ssl)
+    int SSL_key_update(void* ssl, int kind)
     int SSL_get_error(const void* ssl, int result)
     long SSL_get_verify_result(const void* ssl)
     const char* X509_verify_cert_error_string(long result)
@@ -159,12 +154,17 @@ cdef enum:  # of OpenSSL's headers; part of its ABI
     X509_V_OK = 0
     SSL_ERROR_SSL = 1
     SSL_ERROR_WANT_READ = 2
+    SSL_ERROR_ZERO_RETURN = 6
+    SSL_KEY_UPDATE_NOT_REQUESTED = 0
     SECURITY_LEVEL = 2  # as Python's: keys of 112 bits of security and more
-    PIECE_SIZE = 1 << 14
+    READ_SIZE_MAX = 1 << 30
+    WITHOUT_GIL_SIZE = 1 << 16
     RECORD_SIZE_MAX = 1 << 14  # of the application's bytes
+    SMALL_SIZE = RECORD_SIZE_MAX + 4096  # has room on the stack
 
-# Those that `tls_records` knows. A server takes the client's choice: between our own that is the first.
-cdef const char* SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+RECORDS_PER_KEY = 1 << 24
+"""AES-GCM is safe for 2**24.5 records of full size with one key (RFC 8446, 5.5), which OpenSSL does not count; a
+busy manager gets there within hours."""
 
 LIBRARY_NAMES = "libssl.so.3", "libssl.so.1.1"
 """Where Python's `ssl` is not a shared object of its own: the system's."""
@@ -186,9 +186,7 @@ def load_openssl():
     paths = [path for path in (getattr(_ssl, "__file__", None), *LIBRARY_NAMES) if path]
     missing = []
     for path in paths:
-        missed = find_handshake_functions(path.encode())
-        if missed == NULL:
-            missed = find_ciphers(path.encode())
+        missed = find_openssl(path.encode())
         if missed == NULL:
             is_loaded = True
             return
@@ -200,12 +198,18 @@ cdef class TlsContext:
     """What connections of one side are made from. Never changes; may be used from any thread.
 
     With `ca` the peer must show a certificate that leads to it, with `certificate` and `key` we show one; all
-    are paths of PEM files. After `records_per_key` records that we write comes the next key.
-    Raises ssl.SSLError, `OpenSslMissingError`.
+    are paths of PEM files. After `records_per_key` records that we write comes the next key. Raises
+    ssl.SSLError, `OpenSslMissingError`.
     """
 
     def __cinit__(
-        self, *, bint is_server, certificate=None, key=None, ca=None, records_per_key=RECORDS_PER_KEY
+        self,
+        *,
+        bint is_server,
+        certificate=None,
+        key=None,
+        ca=None,
+        uint64_t records_per_key=RECORDS_PER_KEY,
     ):
         load_openssl()
         self.is_server = is_server
@@ -218,8 +222,6 @@ cdef class TlsContext:
             raise MemoryError("no memory for a TLS context")
         SSL_CTX_set_security_level(self.context, SECURITY_LEVEL)
         _check(SSL_CTX_ctrl(self.context, SSL_CTRL_SET_MIN_PROTO_VERSION, TLS1_3_VERSION, NULL))
-        _check(SSL_CTX_set_ciphersuites(self.context, SUITES))
-        SSL_CTX_set_keylog_callback(self.context, take_secret)
         if is_server:
             _check(SSL_CTX_set_num_tickets(self.context, 0))  # nobody of us resumes a session
             choose_protocols(self.context)
@@ -256,7 +258,6 @@ cdef class TlsConnection:
                 BIO_free(self.outgoing)
             raise MemoryError("no memory for a TLS connection")
         SSL_set_bio(self.ssl, self.incoming, self.outgoing)  # which frees them from now on
-        _check(SSL_set_ex_data(self.ssl, 0, &self.secrets))
         if context.is_server:
             SSL_set_accept_state(self.ssl)
         else:
@@ -264,7 +265,6 @@ cdef class TlsConnection:
             SSL_set_connect_state(self.ssl)
 
     def __dealloc__(self):
-        OPENSSL_cleanse(&self.secrets, sizeof(self.secrets))
         if self.ssl != NULL:
             SSL_free(self.ssl)
 
@@ -272,68 +272,70 @@ cdef class TlsConnection:
         """Takes what has come; whether the handshake is done. See `take_output` in any case, also after an
         error. Raises ssl.SSLError, of which SSLCertVerificationError is one."""
         cdef int result
-        if self.is_ready:
-            self.records.feed(<const uint8_t*> PyBytes_AS_STRING(data), len(data))
-            return True
-        if data and BIO_write(self.incoming, PyBytes_AS_STRING(data), len(data)) != len(data):
-            raise MemoryError("no memory for what has come of a handshake")
+        self.take_input(data)
         ERR_clear_error()
         result = SSL_do_handshake(self.ssl)
         if result == 1:
-            self._begin_records()
             return True
         if SSL_get_error(self.ssl, result) == SSL_ERROR_WANT_READ:
             return False
         raise self.failure()
 
     def decrypt(self, bytes data not None):
-        """As `TlsRecords.decrypt`, after the handshake."""
-        return self._ready_records().decrypt(data)
+        """What the peer wrote, as far as it has come with `data`. Raises ssl.SSLError; ssl.SSLZeroReturnError
+        when the peer has ended TLS and nothing came before that. Then see `take_output`."""
+        cdef ssize_t size
+        cdef size_t most
+        cdef uint8_t* buffer
+        cdef uint8_t[SMALL_SIZE] small
+        self.take_input(data)
+        # A record that had come in part is in neither of the two: OpenSSL has taken it already.
+        most = BIO_ctrl_pending(self.incoming) + SSL_pending(self.ssl) + RECORD_SIZE_MAX
+        if most <= SMALL_SIZE:
+            size = self.read_some(small, SMALL_SIZE)
+            if size < 0:
+                raise self.failure()
+            return PyBytes_FromStringAndSize(<const char*> small, size)
+        whole = PyBytes_FromStringAndSize(NULL, most)
+        buffer = <uint8_t*> PyBytes_AS_STRING(whole)
+        if most > WITHOUT_GIL_SIZE:
+            with nogil:
+                size = self.read_some(buffer, most)
+        else:
+            size = self.read_some(buffer, most)
+        if size < 0:
+            raise self.failure()
+        return whole[:size]
 
     def encrypt(self, bytes data not None):
-        """As `TlsRecords.encrypt`, after the handshake."""
-        return self._ready_records().encrypt(data)
+        """The bytes for the socket. Raises ssl.SSLError."""
+        cdef bint is_written = True
+        cdef size_t size = len(data)
+        cdef const uint8_t* begin = <const uint8_t*> PyBytes_AS_STRING(data)
+        if size > WITHOUT_GIL_SIZE:
+            with nogil:
+                is_written = self.write_all(begin, size)
+        elif size:
+            is_written = self.write_all(begin, size)
+        if not is_written:
+            raise self.failure()
+        return self.take_output()
 
     def take_output(self):
         """Bytes for the socket that have not been taken yet: of the handshake, or of TLS itself."""
-        if self.is_ready:
-            return self.records.take_output()
-        return _take_all(self.outgoing)
+        cdef size_t size = BIO_ctrl_pending(self.outgoing)
+        if size == 0:
+            return b""
+        taken = PyBytes_FromStringAndSize(NULL, size)
+        self.take_some_output(<uint8_t*> PyBytes_AS_STRING(taken), size)
+        return taken
 
     def shutdown(self):
         """The bytes that tell the peer that nothing more comes."""
-        return self.records.shutdown() if self.is_ready else self.take_output()
-
-    def _ready_records(self):
-        if not self.is_ready:
-            raise SSLError(SSL_ERROR_SSL, "the handshake of TLS is not done")
-        return self.records
-
-    def _begin_records(self):
-        """From now on OpenSSL's connection has no part in this one: it goes."""
-        cdef bytes sent, come, ours, theirs
-        cdef int fragment = SSL_SESSION_get_max_fragment_length(SSL_get_session(self.ssl))
-        ours = self.secrets.client.data[:self.secrets.client.size]
-        theirs = self.secrets.server.data[:self.secrets.server.size]
-        if not ours or not theirs:
-            raise SSLError(SSL_ERROR_SSL, "OpenSSL does not tell the secrets of a connection")
-        OPENSSL_cleanse(&self.secrets, sizeof(self.secrets))
-        if self.context.is_server:
-            ours, theirs = theirs, ours
-        self.records = TlsRecords(
-            SSL_CIPHER_get_protocol_id(SSL_get_current_cipher(self.ssl)),
-            read_secret=theirs,
-            write_secret=ours,
-            is_client=not self.context.is_server,
-            record_size_max=256 << fragment if fragment else RECORD_SIZE_MAX,  # that a client asked for
-            records_per_key=self.context.records_per_key,
-        )
-        sent, come = _take_all(self.outgoing), _take_all(self.incoming)
-        self.records.put_output(<const uint8_t*> PyBytes_AS_STRING(sent), len(sent))
-        self.records.feed(<const uint8_t*> PyBytes_AS_STRING(come), len(come))
-        self.is_ready = True
-        SSL_free(self.ssl)
-        self.ssl = self.incoming = self.outgoing = NULL
+        if not self.is_failed:
+            ERR_clear_error()
+            SSL_shutdown(self.ssl)
+        return self.take_output()
 
     def _expect(self, server_hostname):
         """Names the server, so that a certificate for another is refused."""
@@ -356,69 +358,76 @@ cdef class TlsConnection:
         else:
             _check(X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(self.ssl), address))
 
+    cdef int take_input(self, bytes data) except -1:
+        if data:
+            self.feed(<const uint8_t*> PyBytes_AS_STRING(data), len(data))
+        return 0
+
     cdef void feed(self, const uint8_t* data, size_t size) noexcept nogil:
-        """Bytes from the socket. These are `TlsRecords`' of the same names, after the handshake."""
-        if self.is_ready:
-            self.records.feed(data, size)
+        """Bytes from the socket, at most 1 GiB."""
+        if BIO_write(self.incoming, data, <int> size) != <int> size:
+            self.is_failed = True  # no memory
 
     cdef bint has_input(self) noexcept nogil:
-        return self.is_ready and self.records.has_input()
+        """Whether `read_some` may find something without another `feed`."""
+        return SSL_pending(self.ssl) > 0 or BIO_ctrl_pending(self.incoming) > 0
 
     cdef ssize_t read_some(self, uint8_t* buffer, size_t size) noexcept nogil:
-        return self.records.read_some(buffer, size) if self.is_ready else -1
+        """As much as is here; 0: a record is not whole yet; -1: see `failure`."""
+        cdef size_t done = 0
+        cdef int result
+        if self.is_failed:
+            return -1
+        while done < size:
+            ERR_clear_error()
+            result = SSL_read(self.ssl, buffer + done, <int> min(size - done, READ_SIZE_MAX))
+            if result > 0:
+                done += result
+                if not self.has_input():
+                    break  # to be told so by another call costs as much as the record did
+                continue
+            if SSL_get_error(self.ssl, result) == SSL_ERROR_WANT_READ:
+                break
+            self.is_failed = done == 0  # else the next call finds it again
+            return done if done else -1
+        return done
 
     cdef bint write_all(self, const uint8_t* data, size_t size) noexcept nogil:
-        return self.is_ready and self.records.write_all(data, size)
+        cdef size_t done = 0
+        cdef int result
+        if self.is_failed:
+            return False
+        while done < size:
+            ERR_clear_error()
+            if self.record_count >= self.context.records_per_key:
+                self.record_count = 0
+                if SSL_key_update(self.ssl, SSL_KEY_UPDATE_NOT_REQUESTED) != 1:
+                    self.is_failed = True
+                    return False
+            result = SSL_write(self.ssl, data + done, <int> min(size - done, READ_SIZE_MAX))
+            if result <= 0:
+                self.is_failed = True
+                return False
+            self.record_count += (result + RECORD_SIZE_MAX - 1) // RECORD_SIZE_MAX
+            done += result
+        return True
 
     cdef size_t take_some_output(self, uint8_t* buffer, size_t size) noexcept nogil:
-        return self.records.take_some_output(buffer, size) if self.is_ready else 0
+        """How many bytes for the socket have been put into `buffer`. Not by a reset of the BIO: that clears
+        as much memory as the longest message once took.
+        """
+        cdef int taken = BIO_read(self.outgoing, buffer, <int> min(size, READ_SIZE_MAX))
+        return taken if taken > 0 else 0
 
     cdef object failure(self):
         """Why the last call failed, in the thread that made it."""
-        cdef long verified
-        if self.is_ready:
-            return self.records.failure()
-        verified = SSL_get_verify_result(self.ssl)
+        cdef long verified = SSL_get_verify_result(self.ssl)
         if verified != X509_V_OK:
             problem = X509_verify_cert_error_string(verified).decode()
             return SSLCertVerificationError(SSL_ERROR_SSL, f"certificate verify failed: {problem}")
+        if SSL_get_error(self.ssl, -1) == SSL_ERROR_ZERO_RETURN:
+            return SSLZeroReturnError(SSL_ERROR_ZERO_RETURN, "the peer has ended TLS")
         return _last_error()
-
-
-cdef void take_secret(const void* ssl, const char* line) noexcept nogil:
-    """A line of OpenSSL's log of keys: a name, the client's random number and a secret, both in hex."""
-    cdef TrafficSecrets* secrets = <TrafficSecrets*> SSL_get_ex_data(ssl, 0)
-    cdef TrafficSecret* secret
-    cdef const char* digits = strrchr(line, b" ")
-    if secrets == NULL or digits == NULL:
-        return
-    if strncmp(line, b"CLIENT_TRAFFIC_SECRET_0 ", 24) == 0:
-        secret = &secrets.client
-    elif strncmp(line, b"SERVER_TRAFFIC_SECRET_0 ", 24) == 0:
-        secret = &secrets.server
-    else:
-        return
-    digits += 1
-    secret.size = 0
-    while digits[0] and digits[1] and secret.size < SECRET_SIZE_MAX:
-        secret.data[secret.size] = half_byte(digits[0]) << 4 | half_byte(digits[1])
-        secret.size += 1
-        digits += 2
-
-
-cdef uint8_t half_byte(char digit) noexcept nogil:
-    return digit - 48 if digit <= 57 else (digit | 32) - 87
-
-
-cdef bytes _take_all(void* bio):
-    """What waits in a BIO. Not by a reset of it: that clears as much memory as the longest message once took.
-    """
-    cdef char[PIECE_SIZE] piece
-    cdef int size
-    taken = b""
-    while (size := BIO_read(bio, piece, PIECE_SIZE)) > 0:
-        taken += piece[:size]
-    return taken
 
 
 cdef _path(path):
