@@ -1,4 +1,4 @@
-"""A TLS client by OpenSSL that can change its key and ask for its peer's next, which Python's `ssl` cannot."""
+"""A TLS client by OpenSSL that can change its key and ask for its peer's next, as Python's `ssl` cannot."""
 
 import _ssl
 import ctypes

@@ -163,8 +163,8 @@ cdef enum:  # of OpenSSL's headers; part of its ABI
     SMALL_SIZE = RECORD_SIZE_MAX + 4096  # has room on the stack
 
 RECORDS_PER_KEY = 1 << 24
-"""AES-GCM is safe for 2**24.5 records of full size with one key (RFC 8446, 5.5), which OpenSSL does not count; a
-busy manager gets there within hours."""
+"""AES-GCM is safe for 2**24.5 records of full size with one key (RFC 8446, 5.5), which OpenSSL does not
+count; a busy manager gets there within hours."""
 
 LIBRARY_NAMES = "libssl.so.3", "libssl.so.1.1"
 """Where Python's `ssl` is not a shared object of its own: the system's."""
