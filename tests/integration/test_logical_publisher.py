@@ -142,19 +142,20 @@ class Load:
                     connection.execute("insert into log values (%s)", (self._row,))
 
 
-@pytest.mark.parametrize("place", ["here", "elsewhere"])
-def test_a_subscriber_gets_each_row_once_over_planned_stops(
-    stack: Stack, subscriber: StockServer, place: str
-) -> None:
-    """On the directory of the stop, or in a new one; under load, and while it is behind by a WAL segment."""
+@pytest.mark.parametrize("end", ["stop", "stop and eviction", "crash and eviction"])
+def test_a_subscriber_gets_each_row_once_over_starts(stack: Stack, subscriber: StockServer, end: str) -> None:
+    """On the directory of before, or in a new one; under load, and while it is behind by a WAL segment."""
 
     def restart() -> None:
-        stack.text("endpoint", "stop", "main")
-        if place == "elsewhere":
+        if "crash" in end:
+            stack.kill("endpoint-main")
+        else:
+            stack.text("endpoint", "stop", "main")
+        if "eviction" in end:
             stack.evict("main")
         stack.text("endpoint", "start", "main")
 
-    with Load(stack, 10_000 if place == "here" else 20_000):
+    with Load(stack, {"stop": 10_000, "stop and eviction": 20_000, "crash and eviction": 40_000}[end]):
         before = len(applied(subscriber))
         stack.wait_until(lambda: len(applied(subscriber)) > before, "rows")
         restart()

@@ -71,7 +71,7 @@ class Mutation(NamedTuple):
 def program(name: str, mutation: Mutation | None = None) -> Path:
     """Builds driver or torture with the library inside: with sanitizers, or quickly with a mutation."""
     directory = Path(tempfile.mkdtemp(prefix="excimer-libhydrate-"))
-    atexit.register(shutil.rmtree, directory)
+    atexit.register(_remove, directory, os.getpid())
     sources = {path.name: path.read_text() for path in SOURCES.glob("*.c")}
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     if mutation is not None:
@@ -85,6 +85,12 @@ def program(name: str, mutation: Mutation | None = None) -> Path:
     command += [*sources, str(SOURCES / "tests" / f"{name}.c"), *wrapped, "-o", name]
     subprocess.run(command, cwd=directory, check=True)
     return directory / name
+
+
+def _remove(directory: Path, owner_pid: int) -> None:
+    """Not by a fork of the owner, which ends before it does."""
+    if os.getpid() == owner_pid:
+        shutil.rmtree(directory)
 
 
 class LazyDirectory:
