@@ -68,6 +68,7 @@ cdef extern from * nogil:
         X(int, BIO_read, (void *bio, void *data, int size)) \\
         X(size_t, BIO_ctrl_pending, (void *bio)) \\
         X(void, ERR_clear_error, (void)) \\
+        X(unsigned long, ERR_peek_error, (void)) \\
         X(unsigned long, ERR_peek_last_error, (void)) \\
         X(const char *, ERR_reason_error_string, (unsigned long error))
 
@@ -139,6 +140,7 @@ cdef extern from * nogil:
     int BIO_read(void* bio, void* data, int size)
     size_t BIO_ctrl_pending(void* bio)
     void ERR_clear_error()
+    unsigned long ERR_peek_error()
     unsigned long ERR_peek_last_error()
     const char* ERR_reason_error_string(unsigned long error)
 
@@ -379,7 +381,7 @@ cdef class TlsConnection:
         if self.is_failed:
             return -1
         while done < size:
-            ERR_clear_error()
+            forget_errors()
             result = SSL_read(self.ssl, buffer + done, <int> min(size - done, READ_SIZE_MAX))
             if result > 0:
                 done += result
@@ -398,7 +400,7 @@ cdef class TlsConnection:
         if self.is_failed:
             return False
         while done < size:
-            ERR_clear_error()
+            forget_errors()
             if self.record_count >= self.context.records_per_key:
                 self.record_count = 0
                 if SSL_key_update(self.ssl, SSL_KEY_UPDATE_NOT_REQUESTED) != 1:
@@ -428,6 +430,14 @@ cdef class TlsConnection:
         if SSL_get_error(self.ssl, -1) == SSL_ERROR_ZERO_RETURN:
             return SSLZeroReturnError(SSL_ERROR_ZERO_RETURN, "the peer has ended TLS")
         return _last_error()
+
+
+cdef void forget_errors() noexcept nogil:
+    """What this thread left in OpenSSL's queue, which SSL_get_error would take for ours. To clear an empty
+    queue takes a sixth of what a short record does.
+    """
+    if ERR_peek_error():
+        ERR_clear_error()
 
 
 cdef _path(path):
