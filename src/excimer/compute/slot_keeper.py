@@ -13,6 +13,9 @@ confirmed, which gets that once more, as after a crash of any PostgreSQL; it is 
 A start without a directory and without what a clean stop saved takes the slots over (`take_over`), under the
 term of its election: who was replaced can change them no more.
 
+An answer comes before its renaming, and another slot may be saved between the two: until the renaming is seen
+in the directory, what was answered counts, and not what lies there.
+
 Not here: the WAL that they need (`slot_wal`), the library's side (`csrc/libhydrate/kept_slots.c`).
 """
 
@@ -20,7 +23,7 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -47,6 +50,8 @@ KEEP_LIMIT_S: Final = 8.0
 RETRY_S: Final = 0.2
 STOP_LIMIT_S: Final = 1.0
 """Of a stop, which is broken off when nothing moves for longer."""
+RENAMING_S: Final = 60.0
+"""So long after an answer a renaming may still come; later, its process is gone, or had given up waiting."""
 REST_S: Final = 5.0
 """After a failure others fail at once for so long: a checkpoint saves one slot after the other."""
 
@@ -77,29 +82,46 @@ def parse_change(text: str) -> SlotChange | None:
     return None
 
 
-def read_slots(data_dir: Path, pg_version: int, change: SlotChange | None) -> list[KeptSlot]:
-    """Of users and lasting, in the order of their names, as they are after `change`. Blocks.
+def read_states(data_dir: Path) -> dict[str, bytes]:
+    """The slots that are in the directory, by their names. Blocks. Raises OSError."""
+    states = {}
+    for path in (data_dir / _FOLDER).iterdir():
+        if "." not in path.name:
+            with contextlib.suppress(FileNotFoundError):  # dropped meanwhile, which asks for itself
+                states[path.name] = (path / "state").read_bytes()
+    return states
 
-    Raises `DamagedSlotError`, OSError.
-    """
-    root = data_dir / _FOLDER
-    paths = {path.name: path / "state" for path in root.iterdir() if "." not in path.name}
-    if change is not None:
-        paths.pop(change.name, None)
-        if change.state_path is not None:
-            paths[change.name] = data_dir / change.state_path
+
+def slots_of(data_dir: Path, pg_version: int, states: Mapping[str, bytes]) -> list[KeptSlot]:
+    """Of users and lasting, in the order of their names. Blocks. Raises `DamagedSlotError`, OSError."""
     slots = []
-    for name in sorted(paths.keys() - {PROPOSER_SLOT}):
-        try:
-            state = paths[name].read_bytes()
-        except FileNotFoundError:
-            if change is not None and name == change.name:
-                raise
-            continue  # dropped meanwhile, which asks for itself
-        slot = unpack_slot(state, pg_version)
+    for name in sorted(states.keys() - {PROPOSER_SLOT}):
+        slot = unpack_slot(states[name], pg_version)
         if slot.is_persistent:
-            slots.append(KeptSlot(state=state, snapshot=_read_snapshot(data_dir, slot.restart_lsn)))
+            slots.append(KeptSlot(state=states[name], snapshot=_read_snapshot(data_dir, slot.restart_lsn)))
     return slots
+
+
+class AnsweredChanges:
+    """Renamings that were allowed and may not have happened yet. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._changes: dict[str, tuple[bytes | None, float]] = {}
+
+    def add(self, name: str, state: bytes | None) -> None:
+        """None: the slot is dropped."""
+        self._changes[name] = state, time.monotonic() + RENAMING_S
+
+    def lay_over(self, states: dict[str, bytes]) -> None:
+        """What was answered in place of what is in the directory; what has happened is forgotten."""
+        now = time.monotonic()
+        for name, (state, until) in list(self._changes.items()):
+            if states.get(name) == state or now >= until:
+                del self._changes[name]
+            elif state is None:
+                del states[name]
+            else:
+                states[name] = state
 
 
 def slot_arguments(data_dir: Path, pg_version: int) -> list[str]:
@@ -136,6 +158,7 @@ class SlotKeeper:
         self._sequence = 0
         self._kept: list[KeptSlot] | None = None
         """What is kept now; None: not known."""
+        self._answered = AnsweredChanges()
         self._changing = asyncio.Lock()
         self._is_stopping = False
         self._resting_until = 0.0
@@ -143,6 +166,7 @@ class SlotKeeper:
     def begin(self, term: int) -> None:
         """A new life of PostgreSQL, elected in `term`."""
         self._term, self._sequence, self._kept = term, 0, None
+        self._answered = AnsweredChanges()
         self._is_stopping, self._resting_until = False, 0.0
 
     def stopping(self) -> None:
@@ -187,11 +211,21 @@ class SlotKeeper:
         return "kept"
 
     async def _keep(self, term: int, change: SlotChange) -> None:
-        owner = self._owner
-        slots = await asyncio.to_thread(read_slots, self._data_dir, owner.pg_version, change)
-        if slots == self._kept or (not slots and self._kept is None and change.state_path is not None):
-            return
-        await self._save(term, slots)
+        state, slots = await asyncio.to_thread(self._look, change)
+        is_new = slots or self._kept is not None or change.state_path is None
+        if slots != self._kept and is_new:
+            await self._save(term, slots)
+        self._answered.add(change.name, state)
+
+    def _look(self, change: SlotChange) -> tuple[bytes | None, list[KeptSlot]]:
+        """The slot's state after `change`, and all slots as they are then."""
+        states = read_states(self._data_dir)
+        self._answered.lay_over(states)
+        states.pop(change.name, None)
+        state = None if change.state_path is None else (self._data_dir / change.state_path).read_bytes()
+        if state is not None:
+            states[change.name] = state
+        return state, slots_of(self._data_dir, self._owner.pg_version, states)
 
     async def _save(self, term: int, slots: list[KeptSlot]) -> None:
         owner = self._owner

@@ -3,6 +3,7 @@
 import asyncio
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ import pytest
 from excimer.base.errors import RetryableError
 from excimer.base.lsn import Lsn
 from excimer.compute import slot_keeper
-from excimer.compute.slot_keeper import SlotChange, SlotKeeper, parse_change, read_slots
+from excimer.compute.slot_keeper import SlotKeeper, parse_change
 from excimer.compute.slot_wal import SlotWal, lay_slot_wal, write_back
 from excimer.compute.state_keeper import StateOwner
-from excimer.pgformat.kept_slots import snapshot_path
-from excimer.pgformat.replication_slot import unpack_slot
+from excimer.pgformat.kept_slots import snapshot_path, unpack_slots
 from excimer.pgformat.rewrite_mappings import find_mappings
 from excimer.pgformat.wal_prefix import wal_segment_file_name
+from excimer.service.http_client import HttpClient
 from excimer.wire.endpoint_tokens import EndpointTokens
 from tests.kit.ports import free_port
 from tests.kit.wal_builder import WalBuilder
@@ -35,29 +36,77 @@ def test_renamings_of_slots() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_slots_are_read_as_they_are_going_to_be(tmp_path: Path, name: str) -> None:
-    def put(path: str, content: bytes) -> None:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(content)
-
-    put("pg_replslot/a/state", slot_file("a", 100))
-    put("pg_replslot/excimer_proposer/state", slot_file("excimer_proposer", 100, database=0))
-    put("pg_replslot/session/state", slot_file("session", 100, persistency=2))
-    put("pg_replslot/gone.tmp/state", slot_file("gone", 100))
-    put(f"pg_replslot/{name}/state.tmp", slot_file(name, 0x1_0000_0200))
-    put(snapshot_path(Lsn(0x1_0000_0200)), b"snapshot")
+def test_slots_are_kept_as_they_are_going_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    put_file(tmp_path, "pg_replslot/a/state", slot_file("a", 100))
+    put_file(tmp_path, "pg_replslot/excimer_proposer/state", slot_file("excimer_proposer", 100, database=0))
+    put_file(tmp_path, "pg_replslot/session/state", slot_file("session", 100, persistency=2))
+    put_file(tmp_path, "pg_replslot/gone.tmp/state", slot_file("gone", 100))
+    put_file(tmp_path, f"pg_replslot/{name}/state.tmp", slot_file(name, 0x1_0000_0200))
+    put_file(tmp_path, snapshot_path(Lsn(0x1_0000_0200)), b"snapshot")
     assert snapshot_path(Lsn(0x1_0000_0200)) == "pg_logical/snapshots/1-200.snap"
-
-    def names(change: SlotChange | None) -> list[tuple[str, int, bytes | None]]:
-        found = read_slots(tmp_path, 18, change)
-        parsed = [(unpack_slot(slot.state, 18), slot.snapshot) for slot in found]
-        return [(slot.name, slot.restart_lsn, snapshot) for slot, snapshot in parsed]
-
     new = (name, 0x1_0000_0200, b"snapshot")
     old = [] if name == "a" else [("a", 100, None)]
-    assert names(SlotChange(name, f"pg_replslot/{name}/state.tmp")) == [*old, new]
-    assert names(SlotChange("a", None)) == []
-    assert names(None) == [("a", 100, None)]
+    keep = keep_into(tmp_path, monkeypatch)
+    assert keep(f"pg_replslot/{name}/state.tmp pg_replslot/{name}/state") == [*old, new]
+    assert keep("pg_replslot/a pg_replslot/a.tmp") == ([new] if name == "b" else [])
+
+
+def test_an_answer_counts_before_its_renaming_has_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another slot is saved between the two: else it would bring back what PostgreSQL is about to let go."""
+    for name in ("a", "b", "c"):
+        put_file(tmp_path, f"pg_replslot/{name}/state", slot_file(name, 100))
+    put_file(tmp_path, "pg_replslot/a/state.tmp", slot_file("a", 200))
+    put_file(tmp_path, "pg_replslot/d.tmp/state", slot_file("d", 200))
+    put_file(tmp_path, "pg_replslot/b/state.tmp", slot_file("b", 300))
+    a, b, d = ("a", 200, None), ("b", 100, None), ("d", 200, None)
+    keep = keep_into(tmp_path, monkeypatch)
+    assert keep("pg_replslot/a/state.tmp pg_replslot/a/state") == [a, b, ("c", 100, None)]
+    assert keep("pg_replslot/c pg_replslot/c.tmp") == [a, b]
+    assert keep("pg_replslot/d.tmp pg_replslot/d") == [a, b, d]
+    assert keep("pg_replslot/b/state.tmp pg_replslot/b/state") == [a, ("b", 300, None), d]
+    # They happen, and what is in the directory counts again.
+    (tmp_path / "pg_replslot/a/state.tmp").replace(tmp_path / "pg_replslot/a/state")
+    (tmp_path / "pg_replslot/b/state.tmp").replace(tmp_path / "pg_replslot/b/state")
+    (tmp_path / "pg_replslot/c").rename(tmp_path / "pg_replslot/c.tmp")
+    (tmp_path / "pg_replslot/d.tmp").rename(tmp_path / "pg_replslot/d")
+    put_file(tmp_path, "pg_replslot/b/state.tmp", slot_file("b", 400))
+    monkeypatch.setattr(slot_keeper, "RENAMING_S", 0.0)
+    assert keep("pg_replslot/b/state.tmp pg_replslot/b/state") == [a, ("b", 400, None), d]
+    put_file(tmp_path, "pg_replslot/d/state", slot_file("d", 500))
+    # One whose process was killed before its renaming is not waited for without end.
+    put_file(tmp_path, "pg_replslot/a/state.tmp", slot_file("a", 600))
+    kept = keep("pg_replslot/a/state.tmp pg_replslot/a/state")
+    assert kept == [("a", 600, None), ("b", 300, None), ("d", 500, None)]
+
+
+def put_file(data_dir: Path, path: str, content: bytes) -> None:
+    (data_dir / path).parent.mkdir(parents=True, exist_ok=True)
+    (data_dir / path).write_bytes(content)
+
+
+def keep_into(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], list[tuple[str, int, bytes | None]]]:
+    """A keeper whose pageserver keeps everything: allows a renaming, returns what is kept then."""
+    kept: list[bytes] = []
+
+    async def put_bytes(_client: HttpClient, _path: str, packed: bytes) -> None:
+        kept.append(packed)
+
+    monkeypatch.setattr(HttpClient, "put_bytes", put_bytes)
+    keeper = keeper_of(data_dir, "127.0.0.1:1")
+    keeper.begin(7)
+
+    def keep(text: str) -> list[tuple[str, int, bytes | None]]:
+        assert asyncio.run(keeper.keep(text)) == "kept"
+        parsed = unpack_slots(kept[-1], "the body").parsed()
+        return [(slot.name, slot.restart_lsn, one.snapshot) for slot, one in parsed]
+
+    return keep
 
 
 def mapping_record(offset: int, entries: bytes, *, xid: int = 9) -> bytes:
