@@ -17,7 +17,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from excimer.base.lsn import parse_lsn
+from excimer.safekeeper.control_file import read_control_file
 from tests.integration.test_logical_publisher import VERSIONS, WRITE_16_MIB
+from tests.integration.test_wal_removal import end_lsn, flushed_lsn, main_timeline
 from tests.kit.stack import Stack, running_stack
 
 SLOTS = "select slot_name from pg_replication_slots where slot_name <> 'excimer_proposer' order by 1"
@@ -222,9 +225,7 @@ def test_kinds_of_slots_after_a_crash(stack: Stack) -> None:
 
 
 def segments(stack: Stack) -> int:
-    rows = stack.json("timeline", "list")["branches"]
-    timeline_id = next(row["timeline_id"] for row in rows if row["name"] == "main")
-    (directory,) = stack.directory.glob(f"safekeepers/*/*/{timeline_id}")
+    (directory,) = stack.directory.glob(f"safekeepers/*/*/{main_timeline(stack)}")
     return len(list(directory.glob("0*")))
 
 
@@ -248,6 +249,38 @@ def test_wal_is_held_for_a_slot_and_let_go_with_it(stack: Stack) -> None:
     with limited(stack, slot_wal_max_mib=32):
         stack.wait_until(lambda: stack.query(SLOTS) == [], "the forgotten slot is given up")
     stack.wait_until(lambda: segments(stack) <= 2, "its WAL is let go")
+
+
+def test_wal_is_held_from_the_beginning_of_a_slots_creation(stack: Stack) -> None:
+    """It waits for a transaction while WAL becomes durable, and lasts from where it began."""
+    beginning = "select restart_lsn from pg_replication_slots where slot_name = 'slow'"
+    making = threading.Thread(
+        target=stack.query, args=("select pg_create_logical_replication_slot('slow', 'test_decoding')",)
+    )
+    with stack.connect() as open_one:
+        open_one.execute("begin")
+        open_one.execute("insert into log values (450)")
+        making.start()
+        stack.wait_until(lambda: stack.query(beginning) not in ([], [(None,)]), "the beginning")
+        ((restart_lsn,),) = stack.query(beginning)
+        for _ in range(4):  # what is durable is told while the next part is written
+            stack.query(WRITE_16_MIB)
+            end = end_lsn(stack)
+            stack.wait_until(lambda end=end: flushed_lsn(stack) >= end, "durable WAL")  # type: ignore[misc]
+        stack.wait_until(lambda: told_lsn(stack) >= parse_lsn(restart_lsn), "the safekeeper hears of it")
+        assert told_lsn(stack) == parse_lsn(restart_lsn)
+        open_one.execute("commit")
+    making.join()
+    stack.query("insert into log values (451)")
+    crash(stack, "elsewhere")
+    assert take(stack, "slow") == [451]
+    stack.query("select pg_drop_replication_slot('slow')")
+
+
+def told_lsn(stack: Stack) -> int:
+    """What the safekeeper was told to be durable and of no use to slots."""
+    (path,) = stack.directory.glob(f"safekeepers/*/*/{main_timeline(stack)}")
+    return read_control_file(path).durable_lsn
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import msgspec
+
 from excimer.base.errors import ExcimerError, NotFoundError, RetryableError
 from excimer.base.lsn import Lsn
 from excimer.compute.proposer import PROPOSER_SLOT
@@ -93,11 +95,15 @@ def read_states(data_dir: Path) -> dict[str, bytes]:
 
 
 def slots_of(data_dir: Path, pg_version: int, states: Mapping[str, bytes]) -> list[KeptSlot]:
-    """Of users and lasting, in the order of their names. Blocks. Raises `DamagedSlotError`, OSError."""
+    """Of users and lasting, in the order of their names, and those that are being made. Blocks.
+
+    The latter last once they are made, from a restart LSN that is chosen at the beginning. Raises
+    `DamagedSlotError`, OSError.
+    """
     slots = []
     for name in sorted(states.keys() - {PROPOSER_SLOT}):
         slot = unpack_slot(states[name], pg_version)
-        if slot.is_persistent:
+        if slot.is_persistent or (slot.is_unfinished and slot.needs_wal):
             slots.append(KeptSlot(state=states[name], snapshot=_read_snapshot(data_dir, slot.restart_lsn)))
     return slots
 
@@ -174,7 +180,11 @@ class SlotKeeper:
         self._is_stopping = True
 
     async def take_over(self) -> KeptSlots | None:
-        """What was kept last, ours from here on; None: there is nothing. Raises ExcimerError: try again."""
+        """What was kept last, ours from here on; None: there is nothing.
+
+        Slots that were being made are dropped, as a restart of PostgreSQL drops them. Raises ExcimerError,
+        OSError: try again.
+        """
         if not self._owner.pageserver_http_address or self._term is None:
             return None
         try:
@@ -183,7 +193,10 @@ class SlotKeeper:
             return None
         taken = unpack_slots(data, "what was kept of the replication slots")
         self._kept = taken.slots
-        return taken
+        unfinished = [slot for parsed, slot in taken.parsed() if parsed.is_unfinished]
+        if unfinished:
+            await self.give_up(unfinished)
+        return msgspec.structs.replace(taken, slots=[slot for slot in taken.slots if slot not in unfinished])
 
     async def give_up(self, slots: list[KeptSlot]) -> None:
         """These cannot be brought back, and hold WAL no longer. Raises ExcimerError, OSError: try again."""

@@ -7,10 +7,9 @@
     | magic| CRC  | version| length| name| database| persistency| xmin| catalog xmin| restart LSN| invalid|
     +------+------+--------+-------+-----+---------+------------+-----+-------------+------------+--------+
 
-The checksum is of all from byte 8 on. `persistency` is 0 unless the slot goes with its session, or is not
-made yet. `invalid` is not zero once PostgreSQL has given the slot up: an LSN (14, 15) or a cause (from 16
-on). The database is 0 for a physical slot. Source: ReplicationSlotOnDisk,
-slot.c and slot.h.
+The checksum is of all from byte 8 on. `persistency` is 0 unless the slot is not made yet (1), or goes with
+its session (2). `invalid` is not zero once PostgreSQL has given the slot up: an LSN (14, 15) or a cause (from
+16 on). The database is 0 for a physical slot. Source: ReplicationSlotOnDisk, slot.c and slot.h.
 """
 
 import struct
@@ -41,6 +40,8 @@ class ReplicationSlot(NamedTuple):
     """PostgreSQL has given it up: it needs no WAL, and gives none."""
     is_persistent: bool
     """A restart of PostgreSQL keeps it."""
+    is_unfinished: bool
+    """It is being made, which may wait for transactions, and already needs its WAL; a restart drops it."""
 
     @property
     def needs_wal(self) -> bool:
@@ -58,4 +59,11 @@ def unpack_slot(data: bytes, pg_version: int) -> ReplicationSlot:
     if length != len(data) - 16 or google_crc32c.value(data[_CHECKED_FROM:]) != checksum:
         raise DamagedSlotError("a slot's file fails its checksum")
     text = name.partition(b"\0")[0].decode("ascii", "replace")
-    return ReplicationSlot(text, bool(database), Lsn(restart_lsn), bool(invalid), persistency == 0)
+    return ReplicationSlot(
+        text,
+        bool(database),
+        Lsn(restart_lsn),
+        bool(invalid),
+        is_persistent=persistency == 0,
+        is_unfinished=persistency == 1,
+    )

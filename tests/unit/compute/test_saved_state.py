@@ -262,7 +262,9 @@ def test_a_logical_slot_goes_with_all_its_snapshots_or_not_at_all(tmp_path: Path
 
 def test_slot_files() -> None:
     data = slot_file("mine", 77)
-    assert unpack_slot(data, 18) == ("mine", True, 77, False, True)
+    assert unpack_slot(data, 18) == ("mine", True, 77, False, True, False)
+    for persistency, lasts in ((1, (False, True)), (2, (False, False))):
+        assert unpack_slot(slot_file("mine", 77, persistency=persistency), 18)[-2:] == lasts
     for damaged in (data[:-1], data[:50], bytes(200), data[:20] + b"x" + data[21:]):
         with pytest.raises(DamagedSlotError):
             unpack_slot(damaged, 18)

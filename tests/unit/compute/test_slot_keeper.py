@@ -42,6 +42,7 @@ def test_slots_are_kept_as_they_are_going_to_be(
     put_file(tmp_path, "pg_replslot/a/state", slot_file("a", 100))
     put_file(tmp_path, "pg_replslot/excimer_proposer/state", slot_file("excimer_proposer", 100, database=0))
     put_file(tmp_path, "pg_replslot/session/state", slot_file("session", 100, persistency=2))
+    put_file(tmp_path, "pg_replslot/begun/state", slot_file("begun", 0, persistency=1))
     put_file(tmp_path, "pg_replslot/gone.tmp/state", slot_file("gone", 100))
     put_file(tmp_path, f"pg_replslot/{name}/state.tmp", slot_file(name, 0x1_0000_0200))
     put_file(tmp_path, snapshot_path(Lsn(0x1_0000_0200)), b"snapshot")
@@ -81,6 +82,34 @@ def test_an_answer_counts_before_its_renaming_has_happened(
     put_file(tmp_path, "pg_replslot/a/state.tmp", slot_file("a", 600))
     kept = keep("pg_replslot/a/state.tmp pg_replslot/a/state")
     assert kept == [("a", 600, None), ("b", 300, None), ("d", 500, None)]
+
+
+def test_a_slot_that_is_being_made_is_kept_and_dropped_by_who_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its WAL must be there when it is made. A restart of PostgreSQL drops it, and its WAL is let go."""
+    put_file(tmp_path, "pg_replslot/a/state", slot_file("a", 300))
+    put_file(tmp_path, "pg_replslot/new/state.tmp", slot_file("new", 200, persistency=1))
+    kept: list[bytes] = []
+
+    async def put_bytes(_client: HttpClient, _path: str, packed: bytes) -> None:
+        kept.append(packed)
+
+    async def post_for_bytes(_client: HttpClient, _path: str) -> bytes:
+        return kept[-1]
+
+    monkeypatch.setattr(HttpClient, "put_bytes", put_bytes)
+    monkeypatch.setattr(HttpClient, "post_for_bytes", post_for_bytes)
+    keeper = keeper_of(tmp_path, "127.0.0.1:1")
+    keeper.begin(7)
+    assert asyncio.run(keeper.keep("pg_replslot/new/state.tmp pg_replslot/new/state")) == "kept"
+    assert unpack_slots(kept[-1], "the body").needed_lsn(Lsn(1000)) == 200
+    keeper.begin(8)
+    taken = asyncio.run(keeper.take_over())
+    assert taken is not None
+    assert [slot.name for slot, _ in taken.parsed()] == ["a"]
+    assert unpack_slots(kept[-1], "the body").needed_lsn(Lsn(1000)) == 300
+    assert len(kept) == 2
 
 
 def put_file(data_dir: Path, path: str, content: bytes) -> None:
