@@ -31,7 +31,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "import": ("import_cluster", "Bring in an existing cluster: a data directory, or a running server."),
     "endpoint": (
         "endpoint_promotion",
-        "Endpoints: create, start, stop, restart, promote, list, show, url, listen, config, logs, delete.",
+        "Endpoints: create, start, stop, suspend, promote, list, url, config, cache, limits, logs, delete…",
     ),
     "role": ("role", "Roles that log in: create, password, list, drop."),
     "export": ("export", "Write a branch as a data directory or tar for plain PostgreSQL."),

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from excimer.cli.app import COMMANDS
 from excimer.cli.command_line import run
+from excimer.cli.commands import endpoint_promotion
 from excimer.cli.commands.endpoint import _show_endpoints
 from excimer.cli.commands.installation import _show_status
 from excimer.cli.commands.tenant import _show_tenants
@@ -266,4 +267,16 @@ def test_the_documented_defaults_of_tenants_are_the_codes() -> None:
 def test_every_command_is_documented() -> None:
     page = (ROOT / "docs" / "operating" / "local.md").read_text()
     missing = [name for name in COMMANDS if not re.search(rf"`excimer {name}\b|`{name}[ `\[]", page)]
+    assert not missing
+
+
+def test_every_command_on_endpoints_is_documented() -> None:
+    page = (ROOT / "docs" / "operating" / "local.md").read_text()
+    names = [
+        command.name or command.callback.__name__
+        for command in endpoint_promotion.app.registered_commands
+        if command.callback
+    ]
+    missing = [name for name in names if not re.search(rf"`excimer endpoint {name}\b|`{name}[ `\[]", page)]
+    assert len(names) > 10
     assert not missing

@@ -107,7 +107,7 @@ def size_in_force(facts: Mapping[str, str]) -> dict[str, int | None]:
 
 
 def shown_size(row: Mapping[str, Any]) -> str:
-    """What an endpoint may use now; `!` marks what it was to have and does not. Empty without limits."""
+    """What an endpoint may use now; what it was to have and does not is marked. Empty without limits."""
     limits, runs = row["limits"], row.get("pid") is not None
     said = []
     for name, show, now, high in (
