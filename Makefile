@@ -3,7 +3,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 # TESTS: what to run, and with which options of pytest. JOBS: how many test files at once.
 TESTS  ?=
-JOBS   ?= 2
+JOBS   ?= 3
 MINUTES ?= 30
 # PG: which PostgreSQL `make regress` tries; REGRESS: options of `python -m tests.regress`.
 PG      ?= 18

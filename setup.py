@@ -27,7 +27,9 @@ class BuildNative(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         if Path("csrc/libhydrate/Makefile").exists():
             subprocess.run(["make", "-s", "-C", "csrc/libhydrate", "libhydrate.so"], check=True)
-            shutil.copy2("csrc/libhydrate/libhydrate.so", target / "libhydrate.so")
+            # A new file, not a new content: whoever runs has the old one mapped, and would crash.
+            shutil.copy2("csrc/libhydrate/libhydrate.so", target / "libhydrate.so.new")
+            (target / "libhydrate.so.new").replace(target / "libhydrate.so")
 
 
 class ShipSources(build_py):
