@@ -229,28 +229,6 @@ def segments(stack: Stack) -> int:
     return len(list(directory.glob("0*")))
 
 
-def test_wal_is_held_for_a_slot_and_let_go_with_it(stack: Stack) -> None:
-    """Beyond what safekeepers hold otherwise, and beyond what a clean stop saves; no more than the limit."""
-    stack.wait_until(lambda: segments(stack) <= 2, "only the end of WAL is held")
-    for slot in ("lazy", "forgotten"):
-        stack.query(f"select pg_create_logical_replication_slot('{slot}', 'test_decoding')")
-    stack.query("insert into log values (500)")
-    for _ in range(5):
-        stack.query(WRITE_16_MIB)
-    stack.query("insert into log values (501)")
-    stack.text("endpoint", "stop", "main")
-    stack.evict("main")
-    stack.text("endpoint", "start", "main")  # 64 MiB are what a saved state may hold
-    assert segments(stack) >= 6
-    crash(stack, "elsewhere")
-    assert segments(stack) >= 6
-    assert take(stack, "lazy") == [500, 501]
-    stack.query("select pg_drop_replication_slot('lazy')")
-    with limited(stack, slot_wal_max_mib=32):
-        stack.wait_until(lambda: stack.query(SLOTS) == [], "the forgotten slot is given up")
-    stack.wait_until(lambda: segments(stack) <= 2, "its WAL is let go")
-
-
 def test_wal_is_held_from_the_beginning_of_a_slots_creation(stack: Stack) -> None:
     """It waits for a transaction while WAL becomes durable, and lasts from where it began."""
     state = stack.data_dir() / "pg_replslot/slow/state"
@@ -286,6 +264,29 @@ def told_lsn(stack: Stack) -> int:
     """What the safekeeper was told to be durable and of no use to slots."""
     (path,) = stack.directory.glob(f"safekeepers/*/*/{main_timeline(stack)}")
     return read_control_file(path).durable_lsn
+
+
+def test_wal_is_held_for_a_slot_and_let_go_with_it(stack: Stack) -> None:
+    """Beyond what safekeepers hold otherwise, and beyond what a clean stop saves; no more than the limit, which
+    the endpoint keeps until its next start."""
+    stack.wait_until(lambda: segments(stack) <= 2, "only the end of WAL is held")
+    for slot in ("lazy", "forgotten"):
+        stack.query(f"select pg_create_logical_replication_slot('{slot}', 'test_decoding')")
+    stack.query("insert into log values (500)")
+    for _ in range(5):
+        stack.query(WRITE_16_MIB)
+    stack.query("insert into log values (501)")
+    stack.text("endpoint", "stop", "main")
+    stack.evict("main")
+    stack.text("endpoint", "start", "main")  # 64 MiB are what a saved state may hold
+    assert segments(stack) >= 6
+    crash(stack, "elsewhere")
+    assert segments(stack) >= 6
+    assert take(stack, "lazy") == [500, 501]
+    stack.query("select pg_drop_replication_slot('lazy')")
+    with limited(stack, slot_wal_max_mib=32):
+        stack.wait_until(lambda: stack.query(SLOTS) == [], "the forgotten slot is given up")
+    stack.wait_until(lambda: segments(stack) <= 2, "its WAL is let go")
 
 
 @contextlib.contextmanager
