@@ -267,8 +267,7 @@ def told_lsn(stack: Stack) -> int:
 
 
 def test_wal_is_held_for_a_slot_and_let_go_with_it(stack: Stack) -> None:
-    """Beyond what safekeepers hold otherwise, and beyond what a clean stop saves; no more than the limit, which
-    the endpoint keeps until its next start."""
+    """Beyond what safekeepers hold otherwise, and what a clean stop saves; no more than the limit."""
     stack.wait_until(lambda: segments(stack) <= 2, "only the end of WAL is held")
     for slot in ("lazy", "forgotten"):
         stack.query(f"select pg_create_logical_replication_slot('{slot}', 'test_decoding')")
