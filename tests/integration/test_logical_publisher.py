@@ -118,10 +118,11 @@ WRITE_16_MIB = (
 
 
 class Load:
-    """Commits rows one by one, as long as there is somebody who takes them; who is cut off goes on."""
+    """Commits rows one by one, and knows which were acknowledged; who is cut off goes on."""
 
     def __init__(self, stack: Stack, first_row: int) -> None:
         self._stack = stack
+        self.committed: list[int] = []
         self._row = first_row
         self._is_done = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -140,6 +141,7 @@ class Load:
                 while not self._is_done.is_set():
                     self._row += 1
                     connection.execute("insert into log values (%s)", (self._row,))
+                    self.committed.append(self._row)
 
 
 @pytest.mark.parametrize("end", ["stop", "stop and eviction", "crash and eviction"])

@@ -14,12 +14,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from excimer.pgformat.replication_slot import unpack_slot
 from excimer.safekeeper.control_file import read_control_file
-from tests.integration.test_logical_publisher import VERSIONS, WRITE_16_MIB
+from tests.integration.test_logical_publisher import VERSIONS, WRITE_16_MIB, Load
 from tests.integration.test_wal_removal import end_lsn, flushed_lsn, main_timeline
 from tests.kit.stack import Stack, running_stack
 
@@ -51,33 +50,6 @@ def crash(stack: Stack, what: str) -> None:
     if what == "elsewhere":
         stack.evict("main")
     stack.text("endpoint", "start", "main")
-
-
-class Load:
-    """Commits rows one by one, and knows which were acknowledged."""
-
-    def __init__(self, stack: Stack, first: int) -> None:
-        self._stack = stack
-        self.committed: list[int] = []
-        self._row = first
-        self._is_done = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> "Load":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_done.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._is_done.is_set():
-            with contextlib.suppress(psycopg.Error), self._stack.connect() as connection:
-                while not self._is_done.is_set():
-                    self._row += 1
-                    connection.execute("insert into log values (%s)", (self._row,))
-                    self.committed.append(self._row)
 
 
 class Consumer:
